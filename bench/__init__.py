@@ -1,0 +1,1 @@
+"""Measurements that back the choices of the library and the claims of its README."""

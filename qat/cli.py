@@ -1,0 +1,292 @@
+"""The command ``qat``: every stage of the method from the shell.
+
+Exit codes: 0 done, 1 training failed, 2 bad input (one line on stderr says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+import qat
+from qat.config import CorpusConfig, Experiment, RHEmoExperiment, TrainingConfig, to_plain
+from qat.data.spectrogram import SpectrogramConfig
+
+Command = Callable[[Namespace], Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    logging.basicConfig(format="qat: %(message)s", level=logging.WARNING)
+    parser, commands = _parser()
+    options = parser.instantiate(parser.parse_args(arguments))
+    words = []
+    while "subcommand" in options:
+        words.append(options.subcommand)
+        options = options[options.subcommand]
+    name = " ".join(words)
+    try:
+        result = commands[name](options)
+    except ValueError as error:
+        return _fail(name, error, 2)
+    except FloatingPointError as error:
+        return _fail(name, error, 1)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted; what is finished is kept, and the same command with --resume goes on", 130)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print(result, options.json)
+    return 0
+
+
+class _Parser(ArgumentParser):
+    """A parser that answers bad input with one line instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(ex or message).split())
+        print(f"{self.prog.replace(' [options]', '')}: {text}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
+    commands: dict[str, Command] = {}
+    parser = _Parser(
+        prog="qat",
+        description="Speech emotion recognition with quaternion networks and anti-transfer learning. "
+        "Start with `qat demo`; `qat COMMAND --help` explains each command.",
+        version=qat.__version__,
+    )
+    top = parser.add_subcommands(required=True)
+
+    def command(group: Any, name: str, function: Command, text: str) -> ArgumentParser:
+        sub = _Parser(description=text)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        group.add_subcommand(name.split()[-1], sub, help=text)
+        commands[name] = function
+        return sub
+
+    def family(name: str, text: str) -> Any:
+        sub = _Parser(description=text)
+        top.add_subcommand(name, sub, help=text)
+        return sub.add_subcommands(required=True)
+
+    sub = command(top, "demo", _demo, "The whole method on a small synthesised corpus, ending with a report.")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
+    sub.add_argument("--recipe", choices=["small", "paper"], default="small", help="what learns here, or the paper's")
+    sub.add_argument("--seeds", type=int, default=1, help="repeat every emotion training with so many seeds")
+    sub.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
+
+    group = family("corpus", "Make, fetch and check corpora.")
+    command(group, "corpus list", _corpus_list, "The corpora that are known.")
+    sub = command(group, "corpus make", _corpus_make, "Synthesise a corpus.")
+    _corpus_arguments(sub)
+    sub = command(group, "corpus fetch", _corpus_fetch, "Fetch recorded human speech from Debian's archive.")
+    _corpus_arguments(sub)
+    sub.add_argument("--from", type=Path | None, default=None, help="folder of packages that are downloaded already")
+    sub = command(group, "corpus check", _corpus_check, "Count a corpus and try to read every file.")
+    _corpus_arguments(sub)
+
+    sub = command(top, "prepare", _prepare, "Decode a corpus and store its spectrograms, once.")
+    sub.add_class_arguments(CorpusConfig, "corpus")
+    sub.add_class_arguments(SpectrogramConfig, "features")
+    sub.add_argument("--cache", type=Path, default=Experiment().cache, help="where prepared spectrograms are kept")
+
+    group = family("pretrain", "Train RH-Emo and the networks of the orthogonal tasks.")
+    sub = command(group, "pretrain rhemo", _pretrain_rhemo, "Train one stage of RH-Emo.")
+    _training_arguments(sub, RHEmoExperiment())
+    orthogonal = TrainingConfig(lr=5e-5, batch=300, epochs=500)
+    for task, defaults in (
+        ("words", Experiment(task="word", features=SpectrogramConfig(cut="word"), training=orthogonal)),
+        ("speakers", Experiment(task="speaker", training=orthogonal)),
+    ):
+        sub = command(group, f"pretrain {task}", _train, f"Train a network that recognises {task}.")
+        _training_arguments(sub, defaults)
+    sub = command(top, "train", _train, "Train an emotion classifier, with or without anti-transfer.")
+    _training_arguments(sub, Experiment())
+
+    sub = command(top, "evaluate", _evaluate, "Judge a trained classifier on its own parts or on another corpus.")
+    sub.add_argument("run", type=Path, help="run folder or checkpoint")
+    sub.add_argument("--corpus", type=CorpusConfig | None, default=None, help="another corpus with the same labels")
+    sub.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1...")
+    sub = command(top, "predict", _predict, "Classify audio files.")
+    sub.add_argument("run", type=Path, help="run folder or checkpoint")
+    sub.add_argument("files", type=Path, nargs="+", help="wav, flac, mp3, ogg or opus")
+    sub.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1...")
+    sub = command(top, "report", _report, "A table and an HTML page from finished runs.")
+    sub.add_argument("folder", type=Path, help="folder that holds runs, at any depth")
+    sub.add_argument("--out", type=Path | None, default=None, help="HTML file (default: report.html in the folder)")
+    command(top, "doctor", _doctor, "What is installed, what works here and what is missing.")
+    return parser, commands
+
+
+def _corpus_arguments(sub: ArgumentParser) -> None:
+    sub.add_argument("name", type=str, help="of the corpus; `qat corpus list` shows them")
+    sub.add_argument("--folder", type=Path, required=True, help="its folder (the manifest file for csv)")
+
+
+def _training_arguments(sub: ArgumentParser, defaults: Experiment | RHEmoExperiment) -> None:
+    sub.add_argument("--config", action="config", help="YAML file of settings; options after it win")
+    sub.add_argument("--out", type=Path, required=True, help="run folder")
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    sub.add_class_arguments(type(defaults))
+    sub.set_defaults({name: value for name, value in to_plain(defaults).items() if name != "corpus"})
+
+
+def _chosen(kind: type[Any], options: Namespace) -> Any:
+    return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})
+
+
+def _demo(options: Namespace) -> Any:
+    from qat.experiments.demo import Demo
+    from qat.experiments.report import collect, summary_table
+
+    if options.seeds < 1 or options.workers < 1:
+        raise ValueError(f"--seeds {options.seeds} and --workers {options.workers} must be at least 1")
+    seeds = tuple(range(1, options.seeds + 1))
+    report = Demo(options.out, options.recipe, seeds, options.workers).run()
+    return {"summary": summary_table(collect(options.out)), "report": report}
+
+
+def _corpus_list(options: Namespace) -> Any:
+    from qat.data.corpora import CORPORA
+
+    return CORPORA
+
+
+def _corpus_make(options: Namespace) -> Any:
+    return _counted(_maker(options, "make", "fetch")(options.folder))
+
+
+def _corpus_fetch(options: Namespace) -> Any:
+    return _counted(_maker(options, "fetch", "make")(options.folder, from_dir=options["from"]))
+
+
+def _maker(options: Namespace, verb: str, other: str) -> Callable[..., Any]:
+    from qat.data.corpora import module
+
+    corpus = module(options.name)
+    if not hasattr(corpus, verb):
+        raise ValueError(f"{options.name}: cannot be had with `corpus {verb}`; use `qat corpus {other} {options.name}`")
+    function: Callable[..., Any] = getattr(corpus, verb)
+    return function
+
+
+def _corpus_check(options: Namespace) -> Any:
+    from qat.data import corpora
+    from qat.data.manifest import check_files
+
+    manifest = corpora.read(options.name, options.folder)
+    problems = check_files(manifest)
+    return _counted(manifest) | {"unusable": len(problems), "problems": problems.to_dict("records")}
+
+
+def _counted(manifest: Any) -> dict[str, Any]:
+    table = manifest.table
+    return {
+        "corpus": manifest.name,
+        "folder": manifest.root,
+        "files": len(table),
+        "hours": round(float(table["duration"].sum()) / 3600, 3),
+        "speakers": table["speaker"].nunique(),
+        "emotions": {k: int(n) for k, n in table["emotion"].value_counts().items() if k},
+    }
+
+
+def _prepare(options: Namespace) -> Any:
+    from qat.data.store import prepare
+    from qat.training.data import read_corpus
+
+    store = prepare(read_corpus(options.corpus), options.features, options.cache)
+    return {"store": store.folder, "cuts": len(store), "skipped": len(store.skipped)}
+
+
+def _pretrain_rhemo(options: Namespace) -> Any:
+    from qat.training.pipeline import pretrain_rhemo
+
+    return pretrain_rhemo(_chosen(RHEmoExperiment, options), options.out, resume=options.resume)
+
+
+def _train(options: Namespace) -> Any:
+    from qat.training.pipeline import train_classifier
+
+    return train_classifier(_chosen(Experiment, options), options.out, resume=options.resume)
+
+
+def _evaluate(options: Namespace) -> Any:
+    from qat.training.pipeline import evaluate_run
+
+    return {"parts": evaluate_run(options.run, options.corpus, device=options.device)}
+
+
+def _predict(options: Namespace) -> Any:
+    from qat.training.pipeline import predict
+
+    return predict(options.run, options.files, device=options.device).to_dict("records")
+
+
+def _report(options: Namespace) -> Any:
+    from qat.experiments.report import collect, summary_table, write_report
+
+    report = write_report(options.folder, options.out)
+    return {"summary": summary_table(collect(options.folder)), "report": report}
+
+
+def _doctor(options: Namespace) -> Any:
+    from qat.doctor import examine
+
+    return examine()
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2, default=_jsonable))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if isinstance(result, list):
+        console.print(_table(result))
+        return
+    for name, value in result.items():
+        if name == "parts":
+            console.print(_table([{"part": part} | _scalars(metrics) for part, metrics in value.items()]))
+        elif hasattr(value, "to_dict"):
+            console.print(_table(value.to_dict("records")))
+        elif name != "experiment" and not (isinstance(value, (list, dict)) and not value):
+            console.print(f"{name}: {value}", highlight=False)
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+
+
+def _jsonable(value: Any) -> Any:
+    return value.to_dict("records") if hasattr(value, "to_dict") else str(value)
+
+
+def _fail(command: str, error: object, code: int) -> int:
+    print(f"qat {command}: {error}", file=sys.stderr)
+    return code

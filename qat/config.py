@@ -1,0 +1,226 @@
+"""The experiment as one typed object: what is read, split, trained and how. Saved with every run.
+
+Every field can be set in YAML or on the command line (``--network.width 0.125``). Defaults are the paper's
+settings; where paper and released code disagree, the default is the one argued in the README's table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from qat.data.spectrogram import SpectrogramConfig
+
+Domain = Literal["quaternion", "real", "real-on-embedding"]
+Task = Literal["emotion", "speaker", "word", "word-presence"]
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which recordings.
+
+    Args:
+        name: a known corpus (``qat corpus list``) or ``csv`` for a manifest of your own.
+        folder: the corpus folder, or the manifest file when ``name`` is ``csv``.
+        where: keep the rows whose column has one of these values, e.g. ``{speaker: [en-us+f1, en-us+m1]}``.
+    """
+
+    name: str = "demo"
+    folder: Path = Path("corpora/demo")
+    where: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How recordings are divided into train, validation and test.
+
+    Args:
+        rule: ``random`` 70/20/10 over files; ``speaker`` 70/20/10 over speakers, or the speakers listed below;
+            ``confounded``: the listed speakers, and each training speaker says one emotion always and the others
+            with ``leak`` of its sentences, so that the voice predicts the emotion.
+        seed: shuffles the files, the speakers, or which emotion is whose.
+        train, validation, test: speakers of each part (``speaker`` and ``confounded`` rules).
+        leak: share of sentences kept in the other emotions (``confounded``).
+    """
+
+    rule: Literal["random", "speaker", "confounded"] = "random"
+    seed: int = 1
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    leak: float = 0.1
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The VGG16 that is trained (WASPAA 2023, section 3; tables 1.2 and 1.3 of the method).
+
+    Args:
+        domain: ``quaternion`` on the RH-Emo embedding; ``real`` on the spectrogram; ``real-on-embedding``: the
+            control that tells the smaller input from the Hamilton product.
+        width: multiplies every hidden width (1 is the paper's network).
+        dropout: of the two hidden linear layers.
+        init: ``default`` is quaternion Glorot (convolutions) and He (linears), or torchvision's VGG law in the real
+            domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
+        adaptive_pool: average pool to 7x7 before the classifier, as torchvision does.
+        rhemo: checkpoint of RH-Emo whose encoder makes the embedding (both embedding domains need it).
+        rhemo_mode: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen weights, batch norm in train mode;
+            ``trainable``: trained along.
+        embedding_scale: ``none``, or ``max``: divide embeddings by their maximum over the training part.
+    """
+
+    domain: Domain = "quaternion"
+    width: float = 1.0
+    dropout: float = 0.5
+    init: Literal["default", "he", "pytorch"] = "default"
+    adaptive_pool: bool = False
+    rhemo: Path | None = None
+    rhemo_mode: Literal["frozen", "batch-statistics", "trainable"] = "frozen"
+    embedding_scale: Literal["none", "max"] = "none"
+
+    @property
+    def embeds(self) -> bool:
+        return self.domain != "real"
+
+
+@dataclass(frozen=True)
+class AntiTransferConfig:
+    """Anti-transfer: the loss beta * cos^2 of Gram matrices against frozen networks (WASPAA 2023, equations 1-2).
+
+    Args:
+        twin: checkpoint of the network trained on the orthogonal task; absent means no anti-transfer.
+        layers: convolution layers 1..13 to push apart; their losses are summed.
+        beta: weight of the loss; 0 only monitors the similarity.
+        position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling), ``pre-relu``,
+            ``slice`` (the *input* of conv n, as the older code has it) or ``pool5`` (always the last pool, as the
+            released code has it).
+        semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss.
+        random_twin: keep the twin's random initialisation: the control that shows what the twin's knowledge adds.
+    """
+
+    twin: Path | None = None
+    layers: list[int] = field(default_factory=lambda: [2])
+    beta: float = 1.0
+    position: Literal["relu", "pre-relu", "slice", "pool5"] = "relu"
+    semantics: Literal["paper", "folded-rowwise"] = "paper"
+    random_twin: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation (WASPAA 2023, section 4).
+
+    Args:
+        lr: Adam's learning rate. weight_decay: Adam's L2 term.
+        batch: samples per step, over all processes together.
+        epochs: at most so many. patience: epochs without a lower validation loss before stopping.
+        keep: which state becomes ``model.safetensors``: the ``best`` (lowest validation loss) or the ``last``.
+        stopping: ``standard`` or ``reference-window`` (the released code's rule).
+        seed: of initialisation, order, dropout and word offsets.
+        word_offset: where a word lies in its canvas: one random place per ``sample`` or per ``batch`` in training.
+        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer); the last
+            layer is initialised anew where it has another number of classes.
+        device: ``auto`` takes CUDA where there is one. deterministic: PyTorch's deterministic algorithms.
+    """
+
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    batch: int = 20
+    epochs: int = 1000
+    patience: int = 20
+    keep: Literal["best", "last"] = "best"
+    stopping: Literal["standard", "reference-window"] = "standard"
+    seed: int = 1
+    word_offset: Literal["sample", "batch"] = "sample"
+    initial: Path | None = None
+    device: str = "auto"
+    deterministic: bool = True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training of a classifier, complete: the same object makes the same run.
+
+    Args:
+        task: what is recognised: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words of the
+            vocabulary a line holds).
+        normalisation: ``paper`` divides by the training maximum before RH-Emo and standardises for the real network; ``log`` is
+            log(1 + 1000 S / max) / log 1001.
+        cache: where prepared spectrograms are kept.
+    """
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: Task = "emotion"
+    features: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    normalisation: Literal["paper", "max", "standard", "log"] = "paper"
+    split: SplitConfig = field(default_factory=SplitConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    anti_transfer: AntiTransferConfig = field(default_factory=AntiTransferConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    cache: Path = Path("cache")
+
+
+@dataclass(frozen=True)
+class RHEmoConfig:
+    """RH-Emo's own shape and loss weights (method section 3).
+
+    Args:
+        width: multiplies the heads' hidden width 4096; the encoder and decoder are always the published ones.
+        beta: weight of the supervised terms (0 in stage 1). beta_class, beta_vad: weights within them.
+    """
+
+    width: float = 1.0
+    beta: float = 0.0
+    beta_class: float = 1.0
+    beta_vad: float = 100.0
+
+
+@dataclass(frozen=True)
+class RHEmoExperiment:
+    """One stage of RH-Emo's pretraining; ``training.initial`` names stage 1's checkpoint in stage 2."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    features: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    normalisation: Literal["max", "log"] = "max"
+    split: SplitConfig = field(default_factory=SplitConfig)
+    rhemo: RHEmoConfig = field(default_factory=RHEmoConfig)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(lr=1e-3, batch=50, epochs=200_000, patience=100)
+    )
+    cache: Path = Path("cache")
+
+
+AnyExperiment = Experiment | RHEmoExperiment
+
+C = TypeVar("C")
+
+
+def to_plain(config: Any) -> Any:
+    """A config as dicts, lists and strings, ready for YAML and JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
+    """Undo :func:`to_plain`: the config of class ``kind`` that a run or checkpoint was saved with."""
+    values = dict(plain)
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and name in values:
+            values[name] = from_plain(hint, values[name])  # type: ignore[arg-type]
+        elif Path in (hint, *get_args(hint)) and values.get(name) is not None:
+            values[name] = Path(values[name])
+    return kind(**values)
+
+
+def fingerprint(config: Any) -> str:
+    """Twelve hex digits that change with any setting."""
+    return hashlib.sha256(json.dumps(to_plain(config), sort_keys=True).encode()).hexdigest()[:12]

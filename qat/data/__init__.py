@@ -1,0 +1,1 @@
+"""From audio files to network inputs: manifests, corpora, spectrograms, the store and the splits."""

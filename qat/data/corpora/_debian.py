@@ -1,0 +1,90 @@
+"""Corpora that are packages of Debian's archive: downloaded and unpacked, never installed, without root."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qat.data._files import new_folder
+from qat.data.manifest import Manifest
+
+
+def fetch(
+    folder: Path,
+    packages: Sequence[str],
+    read: Callable[[Path], Manifest],
+    from_dir: Path | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Download packages with apt-get, unpack them into a folder and read the corpus in it.
+
+    Args:
+        folder: to be made; one that already holds the corpus is only read.
+        packages: their names.
+        read: the corpus's reader.
+        from_dir: take `NAME_*.deb` from this folder instead of downloading.
+        progress: show what is going on.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: apt-get or dpkg-deb is missing or fails, a package is not in `from_dir`, or the folder holds
+            something else.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        return read(folder)
+    if shutil.which("dpkg-deb") is None:
+        raise ValueError(f"dpkg-deb is needed to unpack {', '.join(packages)} and is not on this machine")
+    console = Console(stderr=True, quiet=not progress)
+    with new_folder(folder) as draft, tempfile.TemporaryDirectory() as scratch:
+        if from_dir is None:
+            with console.status(f"Downloading {', '.join(packages)}"):
+                _download(packages, Path(scratch))
+        for package in packages:
+            with console.status(f"Unpacking {package}"):
+                _run("dpkg-deb", "-x", _find(package, from_dir or Path(scratch)), draft)
+        read(draft)
+    return read(folder)
+
+
+def _download(packages: Sequence[str], folder: Path) -> None:
+    if shutil.which("apt-get") is None:
+        raise ValueError(
+            f"apt-get is not on this machine; download the Debian packages {', '.join(packages)} elsewhere and name "
+            "their folder with --from"
+        )
+    # A private state folder: apt-get then needs no root, and neither uses nor changes the machine's package lists.
+    state = folder / "apt"
+    (state / "lists" / "partial").mkdir(parents=True)
+    (state / "cache" / "archives" / "partial").mkdir(parents=True)
+    settings = {
+        "Dir::State": state,
+        "Dir::State::lists": state / "lists",
+        "Dir::Cache": state / "cache",
+        "APT::Sandbox::User": "",
+        "Debug::NoLocking": 1,
+    }
+    options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+    _run("apt-get", *options, "update", folder=folder)
+    _run("apt-get", *options, "download", *packages, folder=folder)
+
+
+def _find(package: str, folder: Path) -> Path:
+    found = sorted(Path(folder).glob(f"{package}_*.deb"))
+    if not found:
+        raise ValueError(f"{folder}: no package file {package}_*.deb in this folder")
+    return found[-1]
+
+
+def _run(*command: object, folder: Path | None = None) -> None:
+    done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"{command[0]} failed with status {done.returncode}: {lines[-1]}")

@@ -1,0 +1,222 @@
+"""A corpus as a table: one row per audio file, read from and written to CSV."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qat.data._files import sha256_of
+from qat.data._processes import bar
+from qat.data.audio import AudioError, load_audio
+from qat.files import write_text
+
+REQUIRED = ("path", "speaker", "text", "emotion")
+"""Columns that a CSV must have; `duration` and `checksum` are computed when it lacks them."""
+
+NUMBERS = ("duration", "valence", "arousal", "dominance", "cut", "frames")
+"""Columns of numbers; all others are strings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A corpus: a folder, and a table with one row per audio file.
+
+    Columns: `path` (relative to `root`, with slashes), `speaker`, `text`, `emotion` (empty where unknown), `duration`
+    (seconds), `checksum` (SHA-256 of the file, hex), and whatever else the corpus knows, e.g. `words` (the words that
+    are said, lower-case, separated by spaces), `part` (train, validation or test), `valence`, `arousal`, `dominance`.
+
+    Args:
+        root: the folder that the paths are relative to.
+        table: the rows, numbered from 0.
+        name: of the corpus, for messages and folder names.
+
+    Raises:
+        ValueError: a column is missing, or a value breaks its rule; names the row (from 1, without the header).
+    """
+
+    root: Path
+    table: pd.DataFrame
+    name: str
+
+    def __post_init__(self) -> None:
+        _validate(self.table, self.name)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 over the name and every cell, checksums of the files included, independent of where `root` is."""
+        columns = sorted(self.table.columns)
+        content = json.dumps([self.name, columns], ensure_ascii=False) + _to_csv(self.table[columns])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def filter(self, rows: str | Sequence[bool] | pd.Series) -> "Manifest":
+        """Keep some rows.
+
+        Args:
+            rows: a `DataFrame.query` expression, e.g. `"kind == 'word'"`, or one bool per row.
+
+        Returns:
+            The same corpus with fewer rows, numbered from 0 again.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        kept = self.table.query(rows) if isinstance(rows, str) else self.table[np.asarray(rows, dtype=bool)]
+        if not len(kept):
+            raise ValueError(f"{self.name}: no row is left by the filter {rows if isinstance(rows, str) else 'mask'!r}")
+        return Manifest(self.root, kept.reset_index(drop=True), self.name)
+
+
+def build_manifest(root: Path, rows: Iterable[Mapping[str, Any]], name: str) -> Manifest:
+    """Make a manifest from rows without `duration` and `checksum`, which are taken from the files.
+
+    Args:
+        root: the corpus's folder.
+        rows: one mapping per file with at least `path`, `speaker`, `text` and `emotion`.
+        name: of the corpus.
+
+    Returns:
+        The manifest, in the order of the rows. A file that is not audio gets duration 0: `prepare` reports it.
+
+    Raises:
+        ValueError: no rows, a file that does not exist, or a broken rule.
+    """
+    table = pd.DataFrame(list(rows))
+    if not len(table):
+        raise ValueError(f"{root}: no audio file of the corpus {name!r} in this folder")
+    return Manifest(root, _complete(table, root, name), name)
+
+
+def read_manifest(csv: Path, root: Path | None = None, name: str | None = None) -> Manifest:
+    """Read a corpus from CSV.
+
+    Args:
+        csv: with a header and at least the columns `path`, `speaker`, `text`, `emotion`; `duration` and `checksum` are
+            computed from the files where they are missing.
+        root: the folder that the paths are relative to; that of the CSV by default.
+        name: of the corpus; the CSV's name without its ending by default, or its folder's for `manifest.csv`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: names file, row, column and rule.
+    """
+    csv = Path(csv)
+    root = csv.parent if root is None else Path(root)
+    if not csv.is_file():
+        raise ValueError(f"{csv}: no such manifest")
+    table = read_table(csv)
+    if name is None:
+        name = csv.resolve().parent.name if csv.stem == "manifest" else csv.stem
+    _validate(table, csv, complete=False)
+    return Manifest(root, _complete(table, root, csv), name)
+
+
+def write_manifest(manifest: Manifest, csv: Path) -> None:
+    """Write a manifest as CSV, whole or not at all. Paths stay relative to `manifest.root`."""
+    write_table(manifest.table, Path(csv))
+
+
+def read_table(csv: Path) -> pd.DataFrame:
+    """Read a CSV whose columns are strings (never NaN), but for those of `NUMBERS`."""
+    try:
+        table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{csv}: not a CSV table ({error})") from error
+    for column in NUMBERS:
+        if column in table:
+            numbers = pd.to_numeric(table[column].replace("", np.nan), errors="coerce")
+            _refuse(csv, table[column], numbers.isna() & (table[column] != ""), "must be a number")
+            table[column] = numbers
+    return table
+
+
+def write_table(table: pd.DataFrame, csv: Path) -> None:
+    """Write a table as CSV, whole or not at all."""
+    write_text(csv, _to_csv(table))
+
+
+def check_files(manifest: Manifest, progress: bool = True) -> pd.DataFrame:
+    """Compare every file of a corpus with its manifest.
+
+    Args:
+        manifest: the corpus.
+        progress: show a progress bar.
+
+    Returns:
+        One row per unusable file: `path` and `problem` (missing, changed, undecodable, silent).
+    """
+    problems = []
+    with bar(progress) as progress_bar:
+        task = progress_bar.add_task(f"Check {manifest.name}", total=len(manifest))
+        for path, checksum in zip(manifest.table["path"], manifest.table["checksum"], strict=True):
+            try:
+                load_audio(manifest.root / path)
+                if sha256_of(manifest.root / path) != checksum:
+                    problems.append((path, "changed since the manifest was made: its checksum differs"))
+            except AudioError as error:
+                problems.append((path, str(error)))
+            progress_bar.advance(task)
+    return pd.DataFrame(problems, columns=["path", "problem"])
+
+
+def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
+    """Fill in `duration` and `checksum` from the files where the table has none."""
+
+    def duration(path: Path) -> float:
+        import soundfile  # not above: a complete manifest is read where it is not installed
+
+        try:
+            return soundfile.info(path).duration
+        except soundfile.LibsndfileError:
+            return 0.0
+
+    files = [root / path for path in table["path"]]
+    _refuse(source, table["path"], [not file.is_file() for file in files], f"is no file under {root}")
+    if "duration" not in table:
+        table = table.assign(duration=[round(duration(file), 6) for file in files])
+    if "checksum" not in table:
+        table = table.assign(checksum=[sha256_of(file) for file in files])
+    return table
+
+
+def _to_csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def _validate(table: pd.DataFrame, source: object, complete: bool = True) -> None:
+    for column in REQUIRED + ("duration", "checksum") * complete:
+        if column not in table:
+            raise ValueError(f"{source}: column {column!r} is missing; there are {', '.join(map(repr, table.columns))}")
+    if not len(table):
+        raise ValueError(f"{source}: has no rows")
+    paths = table["path"]
+    _refuse(source, paths, paths == "", "must not be empty")
+    _refuse(source, paths, paths.duplicated(), "must be in one row only")
+    inside = [not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts for path in paths]
+    _refuse(source, paths, [not ok for ok in inside], "must be relative to the corpus folder and stay in it")
+    if "duration" in table:
+        seconds = table["duration"].astype(float)
+        _refuse(source, seconds, ~(np.isfinite(seconds) & (seconds >= 0)), "must be a number of seconds from 0")
+    if "checksum" in table:
+        wrong = [re.fullmatch("[0-9a-f]{64}", checksum) is None for checksum in table["checksum"]]
+        _refuse(source, table["checksum"], wrong, "must be 64 lower-case hexadecimal digits")
+
+
+def _refuse(source: object, column: pd.Series, bad: Iterable[bool], rule: str) -> None:
+    wrong = np.flatnonzero(np.asarray(list(bad), dtype=bool))
+    if len(wrong):
+        more = f" ({len(wrong) - 1} more such rows)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{source}: row {wrong[0] + 1}, column {column.name!r}: {column.tolist()[wrong[0]]!r} {rule}{more}"
+        )

@@ -1,0 +1,195 @@
+"""Train, validation and test as pure functions of a table and a seed (WASPAA 2023, section 4).
+
+Every function takes a table with one row per file or per cut (`Manifest.table`, `SpectrogramStore.index`, or some rows
+of them) and gives, for each part, labels of `table.index` in the table's order. So a split of chosen rows,
+`by_speaker(store.index[store.index["kind"] == "word"], 1)`, can be used with the whole store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
+
+import numpy as np
+import pandas as pd
+
+PARTS = ("train", "validation", "test")
+
+Split = dict[str, list[int]]
+
+
+def counts(items: int) -> tuple[int, int, int]:
+    """Sizes of train, validation and test: 70, 20 and 10 %, by the rule of the released code.
+
+        train = round(0.7 N), validation = round(0.2 N), test = the rest, halves to even;
+        if validation or test is then empty: test = ceil(0.1 N), validation = ceil(0.2 N), train = the rest
+
+    Args:
+        items: N, at least 3.
+
+    >>> counts(1440), counts(4490), counts(4)
+    ((1008, 288, 144), (3143, 898, 449), (2, 1, 1))
+    """
+    if items < 3:
+        raise ValueError(f"items={items} cannot be split in three parts: at least 3 are needed")
+    train, validation = round(7 * items / 10), round(2 * items / 10)  # integers first: 0.7 * 45 is below 31.5
+    if validation == 0 or items - train - validation == 0:
+        validation = ceil(2 * items / 10)
+        train = items - ceil(items / 10) - validation
+    return train, validation, items - train - validation
+
+
+def random(table: pd.DataFrame, seed: int) -> Split:
+    """Split by files, shuffled: 70, 20 and 10 %. All cuts of a file stay together.
+
+    Args:
+        table: with the column `path`.
+        seed: of the shuffle.
+
+    Returns:
+        Labels of `table.index` under train, validation and test.
+
+    Raises:
+        ValueError: fewer than 3 files.
+    """
+    return _gather(table, "path", _divide(column(table, "path").unique(), seed, "path"))
+
+
+def by_speaker(
+    table: pd.DataFrame, seed: int, parts: Mapping[str, Iterable[str]] | None = None, group: str = "speaker"
+) -> Split:
+    """Split by speakers, so that none is in two parts.
+
+    Args:
+        table: with the column `group`.
+        seed: of the shuffle of the speakers, which are then divided 70, 20 and 10 %.
+        parts: the speakers of each part instead; every speaker of the table must be in one.
+        group: the column, e.g. `session`.
+
+    Returns:
+        Labels of `table.index` under train, validation and test.
+
+    Raises:
+        ValueError: fewer than 3 speakers, an empty name, or `parts` does not fit the table.
+    """
+    present = np.sort(column(table, group).unique())
+    divided = _divide(present, seed, group) if parts is None else _given(parts, present, group)
+    return _gather(table, group, divided)
+
+
+def confounded(
+    table: pd.DataFrame,
+    seed: int,
+    parts: Mapping[str, Iterable[str]],
+    leak: float = 0.1,
+    label: str = "emotion",
+) -> Split:
+    """Split by speakers, and make the voice predict the label in training: a shortcut that fails on new voices.
+
+    Each training speaker keeps every file of one label, its own, and of each other label the share `leak` (rounded, at
+    least 1 file). Own labels are dealt round, so each has about as many speakers. Validation and test are whole.
+
+    Args:
+        table: with the columns `path`, `speaker` and `label`.
+        seed: deals the own labels and draws the files that stay.
+        parts: the speakers of each part; every speaker of the table must be in one.
+        leak: share of files kept of the other labels, from 0 to 1; 0 keeps none.
+        label: the column.
+
+    Returns:
+        Labels of `table.index` under train, validation and test, and under withheld: the training speakers' files that
+        are not trained on, to see whether the speaker's own label is answered instead of the true one.
+
+    Raises:
+        ValueError: `parts` does not fit the table, or `leak` is out of range.
+    """
+    if not 0 <= leak <= 1:
+        raise ValueError(f"leak={leak} must be from 0 to 1")
+    split = by_speaker(table, seed, parts)
+    train = table.loc[split["train"]]
+    own = own_labels(table, seed, parts, label)
+    generator = np.random.default_rng([seed, 1])
+    kept: set[str] = set()
+    cells = train.groupby(["speaker", label])["path"].unique()
+    for speaker, value in sorted(cells.index):
+        files = np.sort(cells[speaker, value])
+        if value != own[speaker]:
+            files = generator.permutation(files)[: max(round(leak * len(files)), leak > 0)]
+        kept.update(files)
+    stays = train["path"].isin(kept)
+    return split | {"train": train.index[stays].tolist(), "withheld": train.index[~stays].tolist()}
+
+
+def own_labels(
+    table: pd.DataFrame, seed: int, parts: Mapping[str, Iterable[str]], label: str = "emotion"
+) -> dict[str, str]:
+    """The label that each training speaker says always under `confounded` with the same arguments."""
+    values = np.sort(column(table, label).unique())
+    generator = np.random.default_rng([seed, 0])
+    values = generator.permutation(values)
+    speakers = generator.permutation(np.sort(np.asarray(list(parts["train"]), dtype=object)))
+    return {speaker: values[i % len(values)] for i, speaker in enumerate(speakers)}
+
+
+def classes(table: pd.DataFrame, split: Mapping[str, Sequence[int]], label: str = "emotion") -> list[str]:
+    """The classes of a split, sorted.
+
+    Args:
+        table: with the column `label`.
+        split: from one of the functions above.
+        label: the column.
+
+    Raises:
+        ValueError: the column is missing or has empty cells, or a class has no training sample.
+    """
+    used = column(table.loc[[row for rows in split.values() for row in rows]], label)
+    known = set(used.loc[list(split["train"])])
+    for value in sorted(set(used) - known):
+        raise ValueError(f"class {value!r} of column {label!r} has no training sample")
+    return sorted(known)
+
+
+def column(table: pd.DataFrame, name: str) -> pd.Series:
+    """A column in which every cell must be filled.
+
+    Raises:
+        ValueError: it is missing, or a cell is empty.
+    """
+    if name not in table:
+        raise ValueError(f"column {name!r} is missing; there are {', '.join(map(repr, table.columns))}")
+    empty = table[name].isna() | (table[name] == "")
+    if empty.any():
+        where = f", the first being {table.loc[empty, 'path'].iloc[0]}" if "path" in table else ""
+        raise ValueError(f"column {name!r} is empty in {empty.sum()} of {len(table)} rows{where}")
+    return table[name]
+
+
+def _divide(items: np.ndarray, seed: int, what: str) -> dict[str, list[str]]:
+    if len(items) < 3:
+        raise ValueError(f"column {what!r} has {len(items)} different values; three parts need at least 3")
+    shuffled = np.random.default_rng(seed).permutation(items)
+    train, validation, _ = counts(len(items))
+    return dict(zip(PARTS, map(list, np.split(shuffled, [train, train + validation])), strict=True))
+
+
+def _given(parts: Mapping[str, Iterable[str]], present: np.ndarray, group: str) -> dict[str, list[str]]:
+    if set(parts) != set(PARTS):
+        raise ValueError(f"parts must be {', '.join(PARTS)}, got {', '.join(parts) or 'none'}")
+    given = {part: list(parts[part]) for part in PARTS}
+    everybody = [speaker for part in PARTS for speaker in given[part]]
+    for speaker in everybody:
+        if everybody.count(speaker) > 1:
+            raise ValueError(f"{group} {speaker!r} is listed twice; each must be in one part only")
+        if speaker not in present:
+            raise ValueError(f"{group} {speaker!r} has no row; there are {', '.join(present)}")
+    for speaker in present:
+        if speaker not in everybody:
+            raise ValueError(f"{group} {speaker!r} is in no part; list it, or leave its rows out of the table")
+    for part in PARTS:
+        if not given[part]:
+            raise ValueError(f"the {part} part lists no {group}")
+    return given
+
+
+def _gather(table: pd.DataFrame, group: str, parts: Mapping[str, list[str]]) -> Split:
+    return {part: table.index[table[group].isin(parts[part])].tolist() for part in PARTS}

@@ -1,0 +1,182 @@
+"""Prepared spectrograms on disk: every file decoded and transformed once, memory-mapped afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qat.data._files import new_folder, sha256_of
+from qat.data._processes import bar, ordered_map
+from qat.data.audio import AudioError, load_audio
+from qat.data.manifest import Manifest, read_table, write_table
+from qat.data.spectrogram import SpectrogramConfig, cut
+from qat.files import write_json
+
+LAYOUT = 1
+"""Raised whenever the files written here change their meaning, so that old stores are not read."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectrogramStore:
+    """Spectrograms of a corpus, made by `prepare`.
+
+    Args:
+        folder: holds `magnitudes.npy`, `index.csv`, `skipped.csv` and `meta.json`.
+        config: how they were made.
+        index: one row per cut: the manifest's columns, then `cut` (its number within the file, from 0) and `frames`
+            (how many of its rows hold sound, the rest is padding). Row i belongs to `magnitudes[i]`.
+        skipped: one row per file that is not in the store: `path` and `reason`.
+    """
+
+    folder: Path
+    config: SpectrogramConfig
+    index: pd.DataFrame
+    skipped: pd.DataFrame
+
+    @classmethod
+    def open(cls, folder: Path) -> SpectrogramStore:
+        """Open a store.
+
+        Raises:
+            ValueError: the folder holds none, or one of another layout.
+        """
+        meta_file = folder / "meta.json"
+        if not meta_file.is_file():
+            raise ValueError(f"{folder}: holds no prepared spectrograms; make them with `qat prepare`")
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        if meta["layout"] != LAYOUT:
+            raise ValueError(
+                f"{folder}: layout {meta['layout']} is not {LAYOUT}; remove it and run `qat prepare` again"
+            )
+        index, skipped = read_table(folder / "index.csv"), read_table(folder / "skipped.csv")
+        return cls(folder, SpectrogramConfig(**meta["config"]), index, skipped)
+
+    @cached_property
+    def magnitudes(self) -> NDArray[np.float32]:
+        """`[len(index), config.frames, config.bins]`, read-only, memory-mapped."""
+        return np.load(self.folder / "magnitudes.npy", mmap_mode="r")
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Copy some spectrograms to memory: `[len(indices), config.frames, config.bins]`."""
+        return torch.from_numpy(self.magnitudes[np.asarray(indices, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def prepare(
+    manifest: Manifest,
+    config: SpectrogramConfig,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> SpectrogramStore:
+    """Decode and transform every file of a corpus once; a second call with the same files and settings only opens it.
+
+    Files that are unreadable, silent or shorter than a window are left out, logged, and listed in `skipped`.
+
+    Args:
+        manifest: the corpus.
+        config: how audio becomes spectrograms.
+        folder: for all stores; this one goes into a sub-folder named after the corpus and a hash of its content
+            (checksums and all columns of the manifest) and of the settings. It appears there whole or not at all.
+        workers: processes of one thread each; 0 works in this one, None takes the available cores.
+        progress: show a progress bar.
+
+    Returns:
+        The store. Rows are in the manifest's order, the same bytes for any number of workers.
+
+    Raises:
+        ValueError: a file has changed since the manifest was made, or no file is usable.
+    """
+    settings = {"layout": LAYOUT, "config": asdict(config), "manifest": manifest.key}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    target = Path(folder) / f"{manifest.name}-{key[:16]}"
+    if not target.exists():
+        with new_folder(target) as draft:
+            index, skipped = _write(manifest, config, draft, workers, progress)
+            write_table(index, draft / "index.csv")
+            write_table(skipped, draft / "skipped.csv")
+            write_json(draft / "meta.json", settings | {"corpus": manifest.name, "cuts": len(index)})
+    store = SpectrogramStore.open(target)
+    if count := len(store.skipped):
+        log.warning("%s: %d of %d files skipped, see %s", manifest.name, count, len(manifest), target / "skipped.csv")
+    return store
+
+
+def _write(
+    manifest: Manifest, config: SpectrogramConfig, folder: Path, workers: int | None, progress: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    paths, checksums = manifest.table["path"].tolist(), manifest.table["checksum"].tolist()
+    files = [manifest.root / path for path in paths]
+    sources: list[int] = []
+    cut_numbers: list[int] = []
+    frames: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    with (
+        (folder / "magnitudes.npy").open("wb") as out,
+        ordered_map(workers, __name__, _initialise) as run,
+        bar(progress) as progress_bar,
+    ):
+        _write_header(out, 0, config)
+        start = out.tell()
+        task = progress_bar.add_task(f"Spectrograms of {manifest.name}", total=len(files))
+        for row, result in enumerate(run(partial(_spectrograms, config), files, checksums)):
+            if isinstance(result, str):
+                skipped.append((paths[row], result))
+            else:
+                cuts, sounding = result
+                out.write(cuts.tobytes())
+                sources += [row] * len(cuts)
+                cut_numbers += range(len(cuts))
+                frames += sounding
+            progress_bar.advance(task)
+        if not sources:
+            raise ValueError(f"{manifest.name}: no usable audio file among {len(files)}; the first: {skipped[0][1]}")
+        # numpy leaves room in the header for the first axis to grow, so it can be filled in last.
+        out.seek(0)
+        _write_header(out, len(sources), config)
+        assert out.tell() == start
+    index = manifest.table.iloc[sources].reset_index(drop=True).assign(cut=cut_numbers, frames=frames)
+    return index, pd.DataFrame(skipped, columns=["path", "reason"])
+
+
+def _initialise() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it, after the current file
+
+
+def _spectrograms(config: SpectrogramConfig, file: Path, checksum: str) -> tuple[NDArray[np.float32], list[int]] | str:
+    """One file's cuts and how many rows of each hold sound, or why it is skipped."""
+    try:
+        audio = load_audio(file, config.sample_rate)
+    except AudioError as error:
+        return str(error)
+    if sha256_of(file) != checksum:
+        raise ValueError(f"{file}: changed since the manifest was made (its checksum differs); make the manifest again")
+    if len(audio) < config.window:
+        return f"{file}: {len(audio)} samples, fewer than one window of {config.window}"
+    cuts = cut(audio, config).contiguous().numpy()
+    sounding = min(config.frames, -(-len(audio) // config.hop) + 1)
+    return cuts, [sounding] * len(cuts)
+
+
+def _write_header(out: Any, count: int, config: SpectrogramConfig) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, config.frames, config.bins)}
+    np.lib.format.write_array_header_1_0(out, header)

@@ -1,0 +1,45 @@
+"""``qat doctor``: what is installed, what works here and what is missing, for a newcomer and for bug reports."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+NEEDED_FOR = {
+    "soundfile": "reading audio",
+    "soxr": "resampling",
+    "jsonargparse": "the command line",
+    "torchmetrics": "metrics",
+    "sklearn": "linear probes",
+    "matplotlib": "the report",
+    "tensorboard": "TensorBoard events",
+    "espeakng_loader": "the demo corpus",
+    "triton": "kernels on NVIDIA GPUs",
+}
+
+
+def examine() -> dict[str, Any]:
+    """The environment report of ``qkernels``, then ``ok`` or the reason why not for every part."""
+    from qkernels.runtime.__main__ import report as environment
+
+    report: dict[str, Any] = dict(environment())
+    for module, purpose in NEEDED_FOR.items():
+        report[f"{module} ({purpose})"] = _import(module)
+    report["torchaudio (spectrograms)"] = _import("qat.data._torchaudio", "torchaudio")
+    report["apt-get (corpus fetch)"] = (
+        "ok" if shutil.which("apt-get") else "not found; use --from with downloaded packages"
+    )
+    return report
+
+
+def _import(module: str, distribution: str | None = None) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken install can raise anything, and the report is about that
+        return f"missing: {error}"
+    try:
+        return f"ok, {version(distribution or module)}"
+    except PackageNotFoundError:
+        return "ok"

@@ -1,0 +1,1 @@
+"""What is made from many trainings: the demo, statistics and reports."""

@@ -1,0 +1,83 @@
+"""The layers of one number system, so that VGG16 is written once for real and quaternion networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.config import NetworkConfig
+from qkernels import hamilton_conv2d
+from qkernels.init import quaternion_he_
+from qkernels.nn import QuaternionConv2d, QuaternionLinear
+
+
+@dataclass(frozen=True)
+class Layers:
+    """How one number system builds a 3x3 convolution and a linear layer, and runs the convolution.
+
+    Args:
+        conv: ``(in_channels, out_channels) -> module``, 3x3, padding 1, initialised.
+        linear: ``(in_features, out_features) -> module``, initialised.
+        head: the same for the last layer, which is real in every domain.
+        run: ``(module, x, activation) -> y`` with activation ``"relu"`` (fused where it can be) or ``None``.
+    """
+
+    conv: Callable[[int, int], nn.Module]
+    linear: Callable[[int, int], nn.Module]
+    head: Callable[[int, int], nn.Module]
+    run: Callable[[nn.Module, Tensor, str | None], Tensor]
+
+
+def layers_of(config: NetworkConfig) -> Layers:
+    """The layers that ``config.domain`` and ``config.init`` ask for.
+
+    Raises:
+        ValueError: PyTorch's default initialisation was asked for quaternion layers, which have none.
+    """
+    if config.domain == "quaternion":
+        if config.init == "pytorch":
+            raise ValueError("network.init: 'pytorch' is for real networks; take 'default' or 'he' for quaternion")
+        return _quaternion(config.init)
+    return _real(config.init)
+
+
+def _quaternion(init: str) -> Layers:
+    def conv(inputs: int, outputs: int) -> nn.Module:
+        module = QuaternionConv2d(inputs, outputs, kernel_size=3, padding=1)
+        if init == "he" and not module.weight.is_meta:
+            quaternion_he_(module.weight)
+        return module
+
+    def run(module: nn.Module, x: Tensor, activation: str | None) -> Tensor:
+        assert isinstance(module, QuaternionConv2d)
+        return hamilton_conv2d(x, module.weight, module.bias, padding=1, activation=activation)
+
+    return Layers(conv, QuaternionLinear, nn.Linear, run)
+
+
+def _real(init: str) -> Layers:
+    def initialised(module: nn.Conv2d | nn.Linear) -> nn.Module:
+        if init == "he":
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif init == "default" and isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif init == "default":
+            nn.init.normal_(module.weight, 0.0, 0.01)
+        if init != "pytorch" and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        return module
+
+    def conv(inputs: int, outputs: int) -> nn.Module:
+        return initialised(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
+
+    def linear(inputs: int, outputs: int) -> nn.Module:
+        return initialised(nn.Linear(inputs, outputs))
+
+    def run(module: nn.Module, x: Tensor, activation: str | None) -> Tensor:
+        y = module(x)
+        return F.relu(y) if activation == "relu" else y
+
+    return Layers(conv, linear, linear, run)

@@ -1,0 +1,99 @@
+"""RH-Emo: a real encoder, a quaternion decoder and four heads that make a 4-channel speech embedding.
+
+Source: Guizzo et al., "Learning speech emotion representations in the quaternion domain", 2022; the frozen encoder
+feeds the quaternion networks (WASPAA 2023, section 2).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qat.config import RHEmoConfig
+from qat.models.vgg import scaled
+from qkernels.nn import QuaternionBatchNorm2d, QuaternionConvTranspose2d
+
+CLASSES = 5  # neutral, angry, happy, sad, everything else
+DIMENSIONS = ("valence", "arousal", "dominance")
+
+
+def _xavier_(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_normal_(module.weight)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+
+
+class RHEmoEncoder(nn.Sequential):
+    """Three real convolutions, `[B, 1, 512, 128] -> [B, 4, 64, 64]`, non-negative; each pools before it normalises."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(2),
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d((2, 1)),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d((2, 1)),
+        )
+        self.apply(_xavier_)
+
+
+class RHEmoDecoder(nn.Sequential):
+    """Three quaternion transposed convolutions, `[B, 4, 64, 64] -> [B, 4, 512, 128]` in (0, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            QuaternionConvTranspose2d(4, 4, 3, stride=(2, 1), padding=1, output_padding=(1, 0)),
+            nn.ReLU(),
+            QuaternionBatchNorm2d(4),
+            QuaternionConvTranspose2d(4, 4, 3, stride=(2, 1), padding=1, output_padding=(1, 0)),
+            nn.ReLU(),
+            QuaternionBatchNorm2d(4),
+            QuaternionConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1),
+            nn.Sigmoid(),
+        )
+
+
+def _head(hidden: int, outputs: int) -> nn.Sequential:
+    head = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64 * 64, hidden),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(hidden, outputs),
+    )
+    return head.apply(_xavier_)
+
+
+class RHEmo(nn.Module):
+    """The whole autoencoder with its heads: 134,283,658 parameters at width 1.
+
+    Channel r is read by the emotion head (5 logits), i, j, k by valence, arousal and dominance (one logit each).
+
+    Args:
+        config: ``width`` scales the heads' hidden layers.
+    """
+
+    def __init__(self, config: RHEmoConfig | None = None) -> None:
+        super().__init__()
+        hidden = scaled(4096, (config or RHEmoConfig()).width)
+        self.encoder = RHEmoEncoder()
+        self.decoder = RHEmoDecoder()
+        self.heads = nn.ModuleDict(
+            {"emotion": _head(hidden, CLASSES)} | {name: _head(hidden, 1) for name in DIMENSIONS}
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Embedding `[B, 4, 64, 64]`, reconstruction `[B, 1, 512, 128]` (mean over components), head logits."""
+        embedding = self.encoder(x)
+        reconstruction = self.decoder(embedding).mean(1, keepdim=True)
+        logits = {name: head(embedding[:, c : c + 1]) for c, (name, head) in enumerate(self.heads.items())}
+        return embedding, reconstruction, logits

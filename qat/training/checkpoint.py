@@ -1,0 +1,100 @@
+"""Checkpoints as safetensors files: tensors, and one JSON record that says what they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qat.files import replacing
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Args:
+        path: where it was read.
+        tensors: by name, on the CPU.
+        record: what was saved with them: ``kind`` (``classifier`` or ``rhemo``), ``experiment``, ``classes``...
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below ``prefix``, with the prefix taken off; all of them below ``""``."""
+        dotted = f"{prefix}." if prefix else ""
+        return {k.removeprefix(dotted): v for k, v in self.tensors.items() if k.startswith(dotted)}
+
+    def load_into(self, module: nn.Module, prefix: str = "") -> None:
+        """Load the tensors below ``prefix`` into ``module``, every one of them or none.
+
+        Raises:
+            ValueError: names or shapes differ: the checkpoint is of another network.
+        """
+        tensors, own = self.part(prefix), module.state_dict()
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or extra:
+            problem = f"lacks {missing[:3]}" if missing else f"has unknown {extra[:3]}"
+            raise ValueError(f"{self.path}: checkpoint of another network: {problem}")
+        for name, tensor in sorted(tensors.items()):
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{self.path}: checkpoint of another network: {name} is {tuple(tensor.shape)}, "
+                    f"this network's is {tuple(own[name].shape)}"
+                )
+        module.load_state_dict(tensors)
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write tensors and record to ``path`` at once; an interrupted write leaves the older file in place."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as draft:
+        save_file(plain, draft, metadata={"record": json.dumps(record)})
+
+
+def load_checkpoint(path: Path, kind: str) -> Checkpoint:
+    """Read a checkpoint, or the one that a run folder kept.
+
+    Args:
+        path: a ``.safetensors`` file, or a run folder that holds ``model.safetensors``.
+        kind: what it must be: ``classifier``, ``rhemo`` or ``training`` (a state to resume from).
+
+    Raises:
+        ValueError: no such file, not a checkpoint of this program, or of another kind.
+    """
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+    if record.get("kind") != kind:
+        raise ValueError(f"{path}: a checkpoint of kind {record.get('kind')!r}, but {kind!r} is needed")
+    return Checkpoint(path, tensors, record)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's per-parameter state as flat names ``<parameter number>.<field>``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{n}.{name}": torch.as_tensor(value) for n, fields in state.items() for name, value in fields.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undo :func:`optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, field = name.split(".", 1)
+        state.setdefault(int(number), {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,84 @@
+"""One process or many: the few calls that the loop needs, no-ops without torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if any, and yield this process's device.
+
+    Args:
+        device: ``auto``, or what ``torch.device`` takes. Under torchrun a CUDA device is the local rank's.
+
+    Raises:
+        ValueError: the device is unknown or absent.
+    """
+    chosen = _device(device)
+    joined = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joined:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"training.device: {name!r} is not a device: {error}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"training.device: {name!r} asked for, but PyTorch sees no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module, wrapped for gradient averaging when there are several processes and anything to train."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module)
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,59 @@
+"""What a classifier is judged by, from torchmetrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
+    """Weighted accuracy, unweighted accuracy, macro F1 and confusion matrix over samples.
+
+    Args:
+        logits: `[n, K]`. targets: `[n]` class indices.
+        classes: the K class names.
+
+    Returns:
+        ``accuracy`` (WA: share of samples right), ``uar`` (UA: mean recall over the classes that occur in ``targets``),
+        ``macro_f1``, ``confusion`` (rows true, columns predicted) and ``samples``.
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
+
+    confusion = multiclass_confusion_matrix(logits, targets, num_classes=len(classes))
+    support = confusion.sum(1)
+    recall = confusion.diag()[support > 0] / support[support > 0]
+    return {
+        "accuracy": (confusion.diag().sum() / confusion.sum()).item(),
+        "uar": recall.mean().item(),
+        "macro_f1": multiclass_f1_score(logits, targets, num_classes=len(classes), average="macro").item(),
+        "confusion": confusion.tolist(),
+        "samples": len(targets),
+    }
+
+
+def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
+    """Mean average precision and macro F1 of a multi-label task.
+
+    Args:
+        logits: `[n, V]`. targets: `[n, V]` of 0 and 1.
+        classes: the V labels.
+
+    Returns:
+        ``accuracy`` (share of single yes/no answers right), ``average_precision`` (mean over the labels that occur),
+        ``macro_f1`` at probability 0.5, and ``samples``.
+    """
+    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+
+    truth = targets.long()
+    occurring = truth.any(0)
+    precision = multilabel_average_precision(
+        logits.sigmoid(), truth, num_labels=len(classes), average=None, thresholds=None
+    )
+    return {
+        "accuracy": ((logits > 0) == truth.bool()).float().mean().item(),
+        "average_precision": torch.as_tensor(precision)[occurring].mean().item(),
+        "macro_f1": multilabel_f1_score(logits.sigmoid(), truth, num_labels=len(classes)).item(),
+        "samples": len(targets),
+    }

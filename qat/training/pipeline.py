@@ -1,0 +1,457 @@
+"""One experiment from its settings to a finished run folder: train, evaluate, predict, and RH-Emo's pretraining."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor, nn
+
+from qat.anti_transfer import AntiTransfer
+from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, from_plain, to_plain
+from qat.data.audio import load_audio
+from qat.data.spectrogram import Normalisation, cut, place_words, to_input, word_offsets
+from qat.data.store import prepare
+from qat.files import replacing, write_json, write_text
+from qat.models import VGG16, RHEmo
+from qat.training import distributed
+from qat.training.checkpoint import Checkpoint, load_checkpoint
+from qat.training.data import (
+    LABEL_COLUMN,
+    Data,
+    Inputs,
+    class_targets,
+    inputs_of,
+    labelled,
+    load_data,
+    read_corpus,
+    rhemo_targets,
+)
+from qat.training.loop import Examples, evaluate, fit, peak_memory
+from qat.training.metrics import classification_metrics, presence_metrics
+from qat.training.objectives import ClassificationObjective, RHEmoObjective, SpeechClassifier
+
+Metrics = dict[str, Any]
+
+
+def train_classifier(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    name: str | None = None,
+) -> Metrics:
+    """Train, evaluate and record one classifier.
+
+    Args:
+        experiment: everything that is set.
+        folder: run folder. It gets ``experiment.yaml``, ``split.json``, ``model.safetensors`` (self-contained:
+            encoder, network, classes, normalisation), ``last.safetensors``, ``metrics.csv``, ``tensorboard/``,
+            ``predictions.csv`` and, at the very end, ``result.json``.
+        resume: go on where an interrupted run of the same experiment stopped; a finished one is returned as it is.
+        quiet: no progress bars.
+        name: what reports call the run; runs that differ only in their seed share it. The folder's name by default.
+
+    Returns:
+        What ``result.json`` holds: metrics of every part, epochs, times, memory, versions.
+
+    Raises:
+        ValueError: anything wrong with the settings, the corpus, a checkpoint or the folder.
+    """
+    with _run_folder(experiment, folder, resume) as (device, finished):
+        if finished is not None:
+            return finished
+        data = load_data(experiment, _normalisation(experiment), quiet=quiet)
+        classes, targets = class_targets(data.index, data.parts, experiment.task)
+        torch.manual_seed(experiment.training.seed)
+        classifier = _initial_classifier(experiment, len(classes)).to(device)
+        inputs, embedded = _network_inputs(classifier, data, device)
+        objective = ClassificationObjective(
+            classifier,
+            _anti_transfer(experiment, classifier),
+            embedded=embedded,
+            multi_label=_multi_label(experiment),
+        ).to(device)
+        record = {"kind": "classifier", "classes": classes}
+        run = _Run(experiment, folder, name or folder.name, data, record, device, quiet)
+        judge = _judge(experiment, classes)
+        result, outputs = run.execute(objective, classifier, Examples(inputs, targets, torch.arange(0)), judge, resume)
+        if distributed.rank() == 0:
+            _write_predictions(folder / "predictions.csv", data, outputs, classes, experiment)
+            write_json(folder / "result.json", result | {"parameters": _count(classifier.net)})
+        return result | {"parameters": _count(classifier.net)}
+
+
+def pretrain_rhemo(
+    experiment: RHEmoExperiment,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    name: str | None = None,
+) -> Metrics:
+    """Train one stage of RH-Emo; stage 2 starts from stage 1 by ``training.initial``.
+
+    Beside the losses the result gives, per part, ``constant`` (the reconstruction loss of the best constant predictor)
+    and ``live_channels`` (embedding channels, of four, whose deviation is over 1 % of the largest one's).
+
+    Args, Raises: as :func:`train_classifier`.
+    """
+    with _run_folder(experiment, folder, resume) as (device, finished):
+        if finished is not None:
+            return finished
+        data = load_data(experiment, experiment.normalisation, quiet=quiet)
+        torch.manual_seed(experiment.training.seed)
+        model = RHEmo(experiment.rhemo)
+        if experiment.training.initial is not None:
+            load_checkpoint(experiment.training.initial, "rhemo").load_into(model)
+        objective = RHEmoObjective(model, experiment.rhemo).to(device)
+        run = _Run(experiment, folder, name or folder.name, data, {"kind": "rhemo"}, device, quiet)
+        examples = Examples(data.spectrograms, rhemo_targets(data.index), torch.arange(0))
+        result, _ = run.execute(objective, model, examples, lambda outputs, targets: {}, resume)
+        for part, indices in data.parts.items():
+            result["parts"][part] |= _embedding_health(model, examples.part(indices), device)
+        if distributed.rank() == 0:
+            write_json(folder / "result.json", result | {"parameters": _count(model)})
+        return result | {"parameters": _count(model)}
+
+
+def evaluate_run(
+    run: Path, corpus: CorpusConfig | None = None, *, device: str = "auto", quiet: bool = False
+) -> Metrics:
+    """Judge a trained classifier on its own parts, or on every labelled clip of another corpus.
+
+    Args:
+        run: run folder or checkpoint.
+        corpus: another corpus with the same labels; by default the parts that the run was split into.
+        device: as in :class:`qat.config.TrainingConfig`.
+        quiet: no progress bar.
+
+    Returns:
+        Metrics by part; the only part is called ``all`` for another corpus.
+    """
+    checkpoint = load_checkpoint(run, "classifier")
+    experiment, normalisation = _settings(checkpoint)
+    with distributed.process_group(device) as where:
+        inputs: Inputs
+        if corpus is None:
+            data = load_data(experiment, normalisation.kind, quiet=quiet)
+            index, parts, inputs = data.index, data.parts, data.spectrograms
+        else:
+            manifest = labelled(read_corpus(corpus), experiment.task)
+            store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
+            index, parts = store.index, {"all": list(range(len(store)))}
+            inputs = inputs_of(store, normalisation, experiment)
+        classes, targets = class_targets(index, parts, experiment.task, checkpoint.record["classes"])
+        objective = ClassificationObjective(
+            load_classifier(checkpoint), None, embedded=False, multi_label=_multi_label(experiment)
+        ).to(where)
+        examples = Examples(inputs, targets, torch.arange(0))
+        judge = _judge(experiment, classes)
+        return {
+            part: _judged(objective, examples.part(indices), experiment.training.batch, judge, where)[0]
+            for part, indices in parts.items()
+        }
+
+
+def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFrame:
+    """Classify audio files with a trained classifier.
+
+    Args:
+        run: run folder or checkpoint.
+        files: what :func:`qat.data.audio.load_audio` reads; a file of several cuts gets their mean probability.
+        device: where to compute.
+
+    Returns:
+        One row per file: ``path``, ``predicted``, then the probability of every class.
+
+    Raises:
+        ValueError: a file is missing, unreadable, silent or shorter than one window.
+    """
+    checkpoint = load_checkpoint(run, "classifier")
+    experiment, normalisation = _settings(checkpoint)
+    classifier = load_classifier(checkpoint).eval().to(device)
+    classes = checkpoint.record["classes"]
+    rows = []
+    with torch.no_grad():
+        for path in files:
+            audio = load_audio(path, experiment.features.sample_rate)
+            try:
+                cuts = normalisation(cut(audio, experiment.features))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            word = experiment.features.cut == "word"
+            x = place_words(cuts, word_offsets(len(cuts), "centre")) if word else to_input(cuts)
+            p = _probabilities(classifier(x.to(device)), experiment).mean(0)
+            chosen = {"path": str(path), "predicted": classes[int(p.argmax())]}
+            rows.append(chosen | dict(zip(classes, p.tolist(), strict=True)))
+    return pd.DataFrame(rows)
+
+
+def load_classifier(checkpoint: Checkpoint) -> SpeechClassifier:
+    """The trained classifier of a checkpoint, encoder included."""
+    network = _settings(checkpoint)[0].network
+    classifier = SpeechClassifier(network, len(checkpoint.record["classes"]))
+    checkpoint.load_into(classifier)
+    return classifier
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the two kinds of training share: fit, reload the best state, judge every part, collect the result."""
+
+    experiment: AnyExperiment
+    folder: Path
+    name: str
+    data: Data
+    record: dict[str, Any]
+    device: torch.device
+    quiet: bool
+
+    def execute(
+        self,
+        objective: nn.Module,
+        state: nn.Module,
+        examples: Examples,
+        judge: Callable[[Tensor, Tensor], Metrics],
+        resume: bool,
+    ) -> tuple[Metrics, dict[str, Tensor]]:
+        parts, training = self.data.parts, self.experiment.training
+        record = self.record | {
+            "experiment": to_plain(self.experiment),
+            "normalisation": to_plain(self.data.normalisation),
+        }
+        if distributed.rank() == 0:
+            files = {part: self.data.index["path"].iloc[rows].tolist() for part, rows in parts.items()}
+            write_json(self.folder / "split.json", files)
+        history = fit(
+            objective,
+            state,
+            examples.part(parts["train"]),
+            examples.part(parts["validation"]),
+            training,
+            self.folder,
+            record,
+            lambda outputs, targets: {k: v for k, v in judge(outputs, targets).items() if isinstance(v, float)},
+            self.device,
+            resume=resume,
+            title=self.name,
+            quiet=self.quiet,
+        )
+        kept = load_checkpoint(self.folder / "model.safetensors", record["kind"])
+        kept.load_into(state)
+        metrics, outputs = {}, {}
+        for part, indices in parts.items():
+            metrics[part], outputs[part] = _judged(
+                objective, examples.part(indices), training.batch, judge, self.device
+            )
+        seconds = [row["seconds"] for row in history]
+        result = {
+            "kind": record["kind"],
+            "name": self.name,
+            "seed": training.seed,
+            "experiment": record["experiment"],
+            "classes": record.get("classes", []),
+            "parts": metrics,
+            "epochs": len(history),
+            "kept_epoch": kept.record["epoch"],
+            "seconds": sum(seconds),
+            "seconds_per_epoch": sum(seconds) / len(seconds),
+            "peak_memory": peak_memory(self.device),
+            "device": _device_name(self.device),
+            "processes": distributed.world_size(),
+            "versions": {"torch": torch.__version__},
+        }
+        return result, outputs
+
+
+@contextmanager
+def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterator[tuple[torch.device, Metrics | None]]:
+    """The device to train on, and the result if this very experiment is finished already."""
+    plain = to_plain(experiment)
+    finished = folder / "result.json"
+    if finished.is_file():
+        result = json.loads(finished.read_text())
+        if not (resume and result["experiment"] == plain):
+            raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
+    elif (folder / "last.safetensors").is_file() and not resume:
+        raise ValueError(f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one")
+    else:
+        result = None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if experiment.training.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with distributed.process_group(experiment.training.device) as device:
+            if result is None and distributed.rank() == 0:
+                write_text(folder / "experiment.yaml", yaml.safe_dump(plain, sort_keys=False))
+            yield device, result
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _settings(checkpoint: Checkpoint) -> tuple[Experiment, Normalisation]:
+    record = checkpoint.record
+    return from_plain(Experiment, record["experiment"]), Normalisation(**record["normalisation"])
+
+
+def _normalisation(experiment: Experiment) -> str:
+    if experiment.normalisation != "paper":
+        return experiment.normalisation
+    return "max" if experiment.network.embeds else "standard"
+
+
+def _multi_label(experiment: Experiment) -> bool:
+    return experiment.task == "word-presence"
+
+
+def _initial_classifier(experiment: Experiment, num_classes: int) -> SpeechClassifier:
+    """A new classifier with RH-Emo's encoder, and the VGG16 weights of ``training.initial`` if that is set."""
+    network, initial = experiment.network, experiment.training.initial
+    classifier = SpeechClassifier(network, num_classes)
+    if classifier.encoder is not None:
+        if network.rhemo is None:
+            raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is named")
+        load_checkpoint(network.rhemo, "rhemo").load_into(classifier.encoder, "encoder")
+    if initial is not None:
+        checkpoint = load_checkpoint(initial, "classifier")
+        source = _same_network(experiment, checkpoint, "training.initial")
+        if len(checkpoint.record["classes"]) == num_classes:
+            classifier.net.load_state_dict(source.state_dict())
+        else:
+            classifier.net.convs.load_state_dict(source.convs.state_dict())
+            hidden = classifier.net.classifier[:-1]
+            hidden.load_state_dict(source.classifier[:-1].state_dict())
+    return classifier
+
+
+def _same_network(experiment: Experiment, checkpoint: Checkpoint, setting: str) -> VGG16:
+    """The VGG16 of a checkpoint, which must have the shape of the experiment's.
+
+    Raises:
+        ValueError: another domain, width or pooling.
+    """
+    own, other = experiment.network, _settings(checkpoint)[0].network
+    for field in ("domain", "width", "adaptive_pool"):
+        if getattr(own, field) != getattr(other, field):
+            raise ValueError(
+                f"{setting}: {checkpoint.path} has network.{field} {getattr(other, field)}, "
+                f"this experiment has {getattr(own, field)}; they must be equal"
+            )
+    net = VGG16(other, len(checkpoint.record["classes"]))
+    checkpoint.load_into(net, "net")
+    return net
+
+
+def _anti_transfer(experiment: Experiment, classifier: SpeechClassifier) -> AntiTransfer | None:
+    config = experiment.anti_transfer
+    if config.random_twin:
+        return AntiTransfer(config, VGG16(experiment.network, num_classes=2))
+    if config.twin is None:
+        return None
+    checkpoint = load_checkpoint(config.twin, "classifier")
+    twin = _same_network(experiment, checkpoint, "anti_transfer.twin")
+    if classifier.encoder is not None:
+        encoder = checkpoint.part("encoder")
+        for name, tensor in classifier.encoder.state_dict().items():
+            if not torch.equal(tensor.cpu(), encoder[name]):
+                raise ValueError(
+                    f"anti_transfer.twin: {checkpoint.path} was trained on the embedding of another RH-Emo"
+                )
+    return AntiTransfer(config, twin)
+
+
+def _network_inputs(classifier: SpeechClassifier, data: Data, device: torch.device) -> tuple[Inputs, bool]:
+    """What the objective is fed: embeddings computed once where nothing changes them, else spectrograms."""
+    network = classifier.config
+    frozen = network.embeds and network.rhemo_mode == "frozen"
+    if network.embedding_scale == "max" and not frozen:
+        raise ValueError("network.embedding_scale: 'max' needs network.rhemo_mode 'frozen' and an embedding")
+    if not frozen:
+        return data.spectrograms, False
+    classifier.eval()
+
+    def embed(indices: Tensor) -> Tensor:
+        batches = (data.spectrograms(batch, None).to(device) for batch in indices.split(64))
+        with torch.no_grad():
+            return torch.cat([classifier.embed(batch).cpu() for batch in batches])
+
+    if data.varies:
+        if network.embedding_scale == "max":
+            classifier.embedding_scale.copy_(embed(torch.tensor(data.parts["train"])).amax())
+        return data.spectrograms, False
+    embeddings = embed(torch.arange(len(data.index)))
+    if network.embedding_scale == "max":
+        classifier.embedding_scale.copy_(embeddings[data.parts["train"]].amax())
+        embeddings /= classifier.embedding_scale.cpu()
+    return lambda indices, generator: embeddings[indices], True
+
+
+def _judge(experiment: Experiment, classes: list[str]) -> Callable[[Tensor, Tensor], Metrics]:
+    metrics = presence_metrics if _multi_label(experiment) else classification_metrics
+    return lambda outputs, targets: metrics(outputs, targets, classes)
+
+
+def _judged(
+    objective: nn.Module,
+    examples: Examples,
+    batch: int,
+    judge: Callable[[Tensor, Tensor], Metrics],
+    device: torch.device,
+) -> tuple[Metrics, Tensor]:
+    losses, outputs, targets = evaluate(objective, examples, batch, device)
+    return losses | judge(outputs, targets), outputs
+
+
+def _probabilities(logits: Tensor, experiment: Experiment) -> Tensor:
+    return logits.sigmoid() if _multi_label(experiment) else logits.softmax(1)
+
+
+def _write_predictions(
+    path: Path, data: Data, outputs: dict[str, Tensor], classes: list[str], experiment: Experiment
+) -> None:
+    tables = []
+    for part, logits in outputs.items():
+        rows = data.index.iloc[data.parts[part]].reset_index(drop=True)
+        table = rows[["path", "cut", "speaker", "text"]].assign(label=rows[LABEL_COLUMN[experiment.task]])
+        table.insert(0, "part", part)
+        if not _multi_label(experiment):
+            table["predicted"] = [classes[k] for k in logits.argmax(1)]
+        p = pd.DataFrame(_probabilities(logits, experiment).numpy(), columns=[f"p_{name}" for name in classes])
+        tables.append(pd.concat([table, p], axis=1))
+    with replacing(path) as draft:
+        pd.concat(tables).to_csv(draft, index=False, float_format="%.6g")
+
+
+def _embedding_health(model: RHEmo, examples: Examples, device: torch.device) -> Metrics:
+    """How much the autoencoder does: the loss of the best constant, and the embedding channels that carry anything."""
+    pixels, embeddings = [], []
+    model.eval()
+    with torch.no_grad():
+        for indices in examples.indices.split(64):
+            x, _ = examples.batch(indices, device)
+            pixels.append(x.double().mean((1, 2, 3)).cpu())
+            embeddings.append(model.encoder(x).cpu())
+    mean = torch.cat(pixels).mean()
+    constant = -(mean * mean.log() + (1 - mean) * (1 - mean).log())
+    deviation = torch.cat(embeddings).transpose(0, 1).flatten(1).std(1)
+    return {"constant": constant.item(), "live_channels": int((deviation > 0.01 * deviation.max()).sum())}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,368 @@
+"""Quaternion layers and the anti-transfer loss as modules: they hold parameters, `functional` computes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import functional as F
+from qkernels.init import quaternion_glorot_, quaternion_he_
+
+INITS = {"glorot": quaternion_glorot_, "he": quaternion_he_}
+
+
+class _QuaternionLayer(nn.Module):
+    """A `weight`, a `bias` and their initialisation."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        out_features: int,
+        bias: bool,
+        init: str,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        F._check_option("init", init, tuple(INITS))
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws the weight anew and zeroes the bias."""
+        INITS[self.init](self.weight, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class QuaternionConv2d(_QuaternionLayer):
+    """Quaternion convolution, y = activation(weight (x) x + bias).
+
+    Args:
+        in_channels: real channels of the input, 4 per quaternion.
+        out_channels: real channels of the output, 4 per quaternion.
+        kernel_size, stride, padding, dilation: pixels, one number or (vertical, horizontal).
+        groups: groups of the quaternion channels.
+        bias: whether there is a real bias per output channel.
+        activation: None or "relu".
+        init: "glorot" or "he" (`qkernels.init`).
+        generator: source of randomness of the initialisation.
+        device: device of the parameters.
+        dtype: type of the parameters.
+
+    Shapes:
+        x `[B, in_channels, H, W]`; weight `[4, out_channels/4, in_channels/4/groups, kh, kw]`; bias
+        `[out_channels]`; y `[B, out_channels, Ho, Wo]`.
+
+    Raises:
+        ValueError: channels not divisible by 4, or by 4 * groups; unknown options.
+
+    >>> QuaternionConv2d(4, 64, 3, padding=1, activation="relu")(torch.zeros(2, 4, 8, 8)).shape
+    torch.Size([2, 64, 8, 8])
+
+    (WASPAA 2023, section 2.1; see `functional.hamilton_conv2d`.)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        activation: str | None = None,
+        init: str = "glorot",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        p, q = (
+            _quaternions("out_channels", out_channels, groups),
+            _quaternions("in_channels", in_channels, groups),
+        )
+        F._check_option("activation", activation, F.ACTIVATIONS)
+        kernel = F._pair("kernel_size", kernel_size, 1)
+        super().__init__((4, p, q // groups, *kernel), out_channels, bias, init, generator, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.stride, self.padding, self.dilation = F._window(stride, padding, dilation)
+        self.groups, self.activation = groups, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hamilton_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, " + _settings(
+            self, kernel_size=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, activation=None
+        )
+
+
+class QuaternionConvTranspose2d(_QuaternionLayer):
+    """Transposed quaternion convolution: the adjoint of the convolution with the same weight, plus bias.
+
+    Args:
+        in_channels: real channels of the input, 4 per quaternion.
+        out_channels: real channels of the output, 4 per quaternion.
+        kernel_size, stride, padding, output_padding, dilation: pixels, one number or (vertical, horizontal).
+        groups: groups of the quaternion channels.
+        bias: whether there is a real bias per output channel.
+        init: "glorot" or "he" (`qkernels.init`), whose fans are swapped here by the weight's shape.
+        generator: source of randomness of the initialisation.
+        device: device of the parameters.
+        dtype: type of the parameters.
+
+    Shapes:
+        x `[B, in_channels, H, W]`; weight `[4, in_channels/4, out_channels/4/groups, kh, kw]`; bias
+        `[out_channels]`; y `[B, out_channels, Ho, Wo]`.
+
+    Raises:
+        ValueError: channels not divisible by 4, or by 4 * groups; unknown options.
+
+    (RH-Emo's decoder, Guizzo et al. 2022; see `functional.hamilton_conv_transpose2d`.)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        *,
+        init: str = "he",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        p, q = (
+            _quaternions("out_channels", out_channels, groups),
+            _quaternions("in_channels", in_channels, groups),
+        )
+        kernel = F._pair("kernel_size", kernel_size, 1)
+        super().__init__((4, q, p // groups, *kernel), out_channels, bias, init, generator, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.stride, self.padding, self.dilation = F._window(stride, padding, dilation)
+        self.output_padding, self.groups = F._pair("output_padding", output_padding, 0), groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hamilton_conv_transpose2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, " + _settings(
+            self,
+            kernel_size=None,
+            stride=(1, 1),
+            padding=(0, 0),
+            output_padding=(0, 0),
+            groups=1,
+            dilation=(1, 1),
+        )
+
+
+class QuaternionLinear(_QuaternionLayer):
+    """Quaternion linear map, y = activation(weight (x) x + bias).
+
+    Args:
+        in_features: real features of the input, 4 per quaternion.
+        out_features: real features of the output, 4 per quaternion.
+        bias: whether there is a real bias per output feature.
+        activation: None or "relu".
+        init: "he" or "glorot" (`qkernels.init`).
+        generator: source of randomness of the initialisation.
+        device: device of the parameters.
+        dtype: type of the parameters.
+
+    Shapes:
+        x `[..., in_features]`; weight `[4, out_features/4, in_features/4]`; bias `[out_features]`;
+        y `[..., out_features]`.
+
+    Raises:
+        ValueError: features not divisible by 4; unknown options.
+
+    (WASPAA 2023, section 2.1; see `functional.hamilton_linear`.)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: str | None = None,
+        init: str = "he",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        n, k = _quaternions("out_features", out_features), _quaternions("in_features", in_features)
+        F._check_option("activation", activation, F.ACTIVATIONS)
+        super().__init__((4, n, k), out_features, bias, init, generator, device, dtype)
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hamilton_linear(x, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}" + _settings(self, ", ", activation=None)
+
+
+class QuaternionBatchNorm2d(nn.Module):
+    """Quaternion batch norm: four means, one variance.
+
+    y = weight (x - mean) / sqrt(var + eps) + bias, where mean `[4]` is one number per component, over batch,
+    quaternion channels and space, and var is the mean over the same elements of |x - mean|^2, summed over
+    components (biased). In eval mode the running values take their place, with gradient.
+
+    Args:
+        num_features: real channels C, 4 per quaternion.
+        eps: added to the variance.
+        momentum: share of a batch in the running values.
+        device: device of the parameters.
+        dtype: type of the parameters.
+
+    Shapes:
+        x `[B, C, H, W]`; weight `[C/4]`, shared by the components, 1 at first; bias `[C]`, 0 at first;
+        buffers running_mean `[4]`, running_var `[1]`.
+
+    Raises:
+        ValueError: channels not divisible by 4; an empty batch in training.
+
+    (RH-Emo's decoder, Guizzo et al. 2022; Gaudet & Maida 2018.)
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        quaternions = _quaternions("num_features", num_features)
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.weight = nn.Parameter(torch.ones(quaternions, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(4, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(1, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f"x must have shape [B, {self.num_features}, H, W]; got {tuple(x.shape)}")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (4, -1))
+        if self.training:
+            if wide.numel() == 0:
+                raise ValueError(f"x must not be empty in training; got shape {tuple(x.shape)}")
+            mean = wide.mean((0, 2, 3, 4))
+            centred = wide - mean.view(4, 1, 1, 1)
+            var = centred.square().sum(1).mean().view(1)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+        else:
+            centred, var = wide - self.running_mean.view(4, 1, 1, 1), self.running_var
+        y = centred * (self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt().view(1, 1, 1))
+        return (y.flatten(1, 2) + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class AntiTransferLoss(nn.Module):
+    """`functional.anti_transfer_loss` with its options held.
+
+    Args:
+        beta: weight of the loss.
+        reduction: "mean", "none" or "sum" over the batch.
+        semantics: "paper" or "folded-rowwise".
+        clamp: "each" or "product", of "folded-rowwise" only.
+
+    Shapes:
+        trained, frozen `[B, C, *spatial]`; loss scalar, or `[B]` for reduction "none".
+
+    Raises:
+        ValueError: unknown options, or options that exclude each other.
+
+    (WASPAA 2023, equation 1.)
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        reduction: str = "mean",
+        semantics: str = "paper",
+        clamp: str = "each",
+    ) -> None:
+        super().__init__()
+        F._check_loss_options(reduction, semantics, clamp)
+        self.beta, self.reduction, self.semantics, self.clamp = beta, reduction, semantics, clamp
+
+    def forward(self, trained: Tensor, frozen: Tensor) -> Tensor:
+        return F.anti_transfer_loss(
+            trained,
+            frozen,
+            beta=self.beta,
+            reduction=self.reduction,
+            semantics=self.semantics,
+            clamp=self.clamp,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={getattr(self, key)!r}" for key in ("beta", "reduction", "semantics", "clamp"))
+
+
+def _quaternions(name: str, channels: int, groups: int = 1) -> int:
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    if channels < 4 or channels % (4 * groups):
+        rule = "4" if groups == 1 else f"4 * groups = {4 * groups}"
+        raise ValueError(f"{name} must be a positive multiple of {rule}; got {channels}")
+    return channels // 4
+
+
+def _settings(module: nn.Module, prefix: str = "", **defaults: Any) -> str:
+    """The attributes that differ from their defaults, for `extra_repr`."""
+    changed = [
+        f"{key}={getattr(module, key)!r}" for key, default in defaults.items() if getattr(module, key) != default
+    ]
+    if getattr(module, "bias", None) is None:
+        changed.append("bias=False")
+    return prefix + ", ".join(changed) if changed else ""

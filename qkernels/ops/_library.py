@@ -1,0 +1,53 @@
+"""Registers an operator with PyTorch: implementation, shapes, derivative."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def define(
+    name: str, *, fake: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator that turns a plain tensor function into the operator ``qkernels::name``.
+
+    Args:
+        name: the operator's name.
+        fake: the function's result as empty tensors.
+        save: stores in `ctx` what `backward` needs; called as `save(ctx, inputs, output)`.
+        backward: gradients of all arguments; made of operators, so that it can be differentiated again.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def forward(*args: Any) -> Any:
+            # The dispatcher leaves autocast on inside an operator: aten calls made here would be cast again.
+            device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            if autocast_dtype(device):
+                with torch.autocast(device, enabled=False):
+                    return function(*args)
+            return function(*args)
+
+        operator = torch.library.custom_op(f"qkernels::{name}", forward, mutates_args=())
+        operator.register_fake(fake)
+        operator.register_autograd(backward, setup_context=save)
+        return operator
+
+    return decorate
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on this type of device; None where it is off or unknown."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
+    """The gradient behind a ReLU whose output was `y`; `dy` itself where there was none."""
+    return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)

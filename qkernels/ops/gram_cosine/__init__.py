@@ -1,0 +1,1 @@
+"""Cosine of the Gram matrices of two feature maps."""

@@ -1,0 +1,1 @@
+"""Hamilton convolution and transposed convolution."""

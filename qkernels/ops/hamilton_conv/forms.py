@@ -1,0 +1,90 @@
+"""The convolution's three products in plain PyTorch: one real convolution ("dense") or eight thin ones ("q8")."""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from qkernels import algebra
+
+Ints = Sequence[int]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    form: str,
+) -> Tensor:
+    """y = weight (x) x + bias."""
+    if form == "dense":
+        real = algebra.expand_weight(weight, groups)
+        real_bias = None if bias is None else _group_first(bias[None], groups)[0]
+        y = F.conv2d(_group_first(x, groups), real, real_bias, stride, padding, dilation, groups)
+        return _component_first(y, groups)
+    products = algebra.weight_products(weight).flatten(0, 1)
+    inputs = _products(algebra.input_products, x)
+    z = F.conv2d(inputs, products, None, stride, padding, dilation, 8 * groups)
+    y = algebra.output_from_products(z.unflatten(1, (8, -1))).flatten(1, 2)
+    return (y if bias is None else y.add_(bias.view(-1, 1, 1))).to(x.dtype)
+
+
+def data_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    form: str,
+) -> Tensor:
+    """dx, the gradient of <dy, weight (x) x>: a transposed convolution of dy onto maps of `size`."""
+    batch, channels = dy.shape[0], 4 * weight.shape[2] * groups
+    if form == "dense":
+        real, shape = algebra.expand_weight(weight, groups), (batch, channels, *size)
+        dx = conv2d_input(shape, real, _group_first(dy, groups), stride, padding, dilation, groups)
+        return _component_first(dx, groups)
+    products, shape = algebra.weight_products(weight).flatten(0, 1), (batch, 2 * channels, *size)
+    outputs = _products(algebra.output_products, dy)
+    z = conv2d_input(shape, products, outputs, stride, padding, dilation, 8 * groups)
+    return algebra.input_from_products(z.unflatten(1, (8, -1))).flatten(1, 2).to(dy.dtype)
+
+
+def weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    form: str,
+) -> Tensor:
+    """dw, the gradient of <dy, weight (x) x>."""
+    p, q = dy.shape[1] // 4, x.shape[1] // (4 * groups)
+    if form == "dense":
+        inputs, outputs, shape = _group_first(x, groups), _group_first(dy, groups), (4 * p, 4 * q, *kernel_size)
+        real = conv2d_weight(inputs, shape, outputs, stride, padding, dilation, groups)
+        return algebra.contract_weight(real, groups)
+    inputs, outputs = _products(algebra.input_products, x), _products(algebra.output_products, dy)
+    z = conv2d_weight(inputs, (8 * p, q, *kernel_size), outputs, stride, padding, dilation, 8 * groups)
+    return algebra.weight_from_products(z.unflatten(0, (8, -1))).to(x.dtype)
+
+
+def _products(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return transform(x.unflatten(1, (4, -1))).flatten(1, 2)
+
+
+def _group_first(x: Tensor, groups: int) -> Tensor:
+    """Channels (component, group, channel) to the (group, component, channel) of a real grouped convolution."""
+    return x.unflatten(1, (4, groups, -1)).transpose(1, 2).flatten(1, 3).contiguous()
+
+
+def _component_first(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(1, (groups, 4, -1)).transpose(1, 2).flatten(1, 3).contiguous()

@@ -1,0 +1,1 @@
+"""Hamilton product with a matrix of quaternions."""

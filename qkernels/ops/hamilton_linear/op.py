@@ -1,0 +1,83 @@
+"""The Hamilton linear map as three operators, each the derivative of the other two: see hamilton_conv/op.py."""
+
+from typing import Any
+
+from torch import Tensor
+
+from qkernels.ops._library import define, relu_mask
+from qkernels.ops.hamilton_linear import forms
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, form: str) -> Tensor:
+    return x.new_empty(x.shape[0], 4 * weight.shape[1])
+
+
+def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, relu, ctx.form = inputs
+    need_x, need_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, output if relu else None)
+
+
+def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    dy = relu_mask(dy, y)
+    dx = hamilton_linear_dx(dy, weight, ctx.form) if need_x else None
+    dw = hamilton_linear_dw(dy, x, ctx.form) if need_weight else None
+    db = dy.sum(0) if need_bias else None
+    return dx, dw, db, None, None
+
+
+@define("hamilton_linear", fake=_forward_fake, save=_forward_save, backward=_forward_backward)
+def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, form: str) -> Tensor:
+    """y = weight (x) x + bias, behind a ReLU where asked for; x `[M, 4 K]`."""
+    y = forms.forward(x, weight, bias, form)
+    return y.relu_() if relu else y
+
+
+def _dx_fake(dy: Tensor, weight: Tensor, form: str) -> Tensor:
+    return dy.new_empty(dy.shape[0], 4 * weight.shape[2])
+
+
+def _dx_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, weight, ctx.form = inputs
+    need_dy, need_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(dy if need_weight else None, weight if need_dy else None)
+
+
+def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dy, weight = ctx.saved_tensors
+    need_dy, need_weight, *_ = ctx.needs_input_grad
+    by_dy = hamilton_linear(grad, weight, None, False, ctx.form) if need_dy else None
+    by_weight = hamilton_linear_dw(dy, grad, ctx.form) if need_weight else None
+    return by_dy, by_weight, None
+
+
+@define("hamilton_linear_dx", fake=_dx_fake, save=_dx_save, backward=_dx_backward)
+def hamilton_linear_dx(dy: Tensor, weight: Tensor, form: str) -> Tensor:
+    """The data gradient, conj(weight)^T (x) dy."""
+    return forms.data_gradient(dy, weight, form)
+
+
+def _dw_fake(dy: Tensor, x: Tensor, form: str) -> Tensor:
+    return x.new_empty(4, dy.shape[1] // 4, x.shape[1] // 4)
+
+
+def _dw_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, ctx.form = inputs
+    need_dy, need_x, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(dy if need_x else None, x if need_dy else None)
+
+
+def _dw_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x = ctx.saved_tensors
+    need_dy, need_x, *_ = ctx.needs_input_grad
+    by_dy = hamilton_linear(x, grad, None, False, ctx.form) if need_dy else None
+    by_x = hamilton_linear_dx(dy, grad, ctx.form) if need_x else None
+    return by_dy, by_x, None
+
+
+@define("hamilton_linear_dw", fake=_dw_fake, save=_dw_save, backward=_dw_backward)
+def hamilton_linear_dw(dy: Tensor, x: Tensor, form: str) -> Tensor:
+    """The weight gradient."""
+    return forms.weight_gradient(dy, x, form)

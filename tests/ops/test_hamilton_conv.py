@@ -1,0 +1,522 @@
+"""Convolution and its transpose: the definition against scalar arithmetic, every form against the definition."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qkernels
+from qkernels import hamilton_conv2d, hamilton_conv_transpose2d
+from qkernels.ops.hamilton_conv.config import cpu_form
+
+FORMS = ["dense", "q8"]
+# B, Q, P, H, W, kernel, stride, padding, dilation, groups
+CASES = {
+    "1x1": (2, 2, 3, 4, 5, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "3x3": (2, 1, 2, 5, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "5x5": (1, 2, 1, 7, 6, (5, 5), (2, 1), (2, 2), (1, 1), 1),
+    "4x2 strided": (2, 1, 1, 7, 8, (4, 2), (3, 2), (1, 0), (1, 1), 1),
+    "3x2 dilated": (1, 2, 1, 8, 7, (3, 2), (1, 2), (2, 1), (2, 3), 1),
+    "grouped": (2, 4, 6, 4, 5, (2, 3), (1, 1), (1, 1), (1, 1), 2),
+    "depthwise": (1, 3, 3, 5, 5, (3, 3), (2, 2), (1, 1), (1, 1), 3),
+}
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+all_forms = pytest.mark.parametrize("form", FORMS)
+
+
+def operands(case, dtype=torch.float64, requires_grad=False):
+    batch, q, p, height, width, kernel, *_, groups = case
+    shapes = (batch, 4 * q, height, width), (4, p, q // groups, *kernel), (4 * p,)
+    return [torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes]
+
+
+def transposed_operands(case, dtype=torch.float64, requires_grad=False):
+    """Operands of the transposed convolution that maps back to the case's input, and the output padding it needs."""
+    x, weight, _ = operands(case, dtype)
+    y = hamilton_conv2d(x, weight, None, *case[6:])
+    _, _, _, height, width, kernel, stride, padding, dilation, _ = case
+    output_padding = tuple(
+        (size + 2 * pad - d * (k - 1) - 1) % s
+        for size, pad, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
+    )
+    bias = torch.randn(x.shape[1], dtype=dtype)
+    tensors = [t.detach().requires_grad_(requires_grad) for t in (torch.randn_like(y), weight, bias)]
+    return tensors, output_padding
+
+
+def transpose(y, weight, bias, case, output_padding):
+    *_, stride, padding, dilation, groups = case
+    return hamilton_conv_transpose2d(y, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def reference(function, *args, **kwargs):
+    with qkernels.set_backend("reference"):
+        return function(*args, **kwargs)
+
+
+def relative_error(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def quaternion_product(p, q):
+    a, b, c, d = p
+    e, f, g, h = q
+    return (
+        a * e - b * f - c * g - d * h,
+        a * f + b * e + c * h - d * g,
+        a * g - b * h + c * e + d * f,
+        a * h + b * g - c * f + d * e,
+    )
+
+
+def scalar_convolution(x, weight, stride, padding, dilation, groups):
+    """One quaternion product at a time, in Python numbers."""
+    batch, channels, height, width = x.shape
+    q, (_, p, group_q, kh, kw) = channels // 4, weight.shape
+    size = [
+        (n + 2 * pad - d * (k - 1) - 1) // s + 1
+        for n, k, s, pad, d in zip((height, width), (kh, kw), stride, padding, dilation, strict=True)
+    ]
+    y = torch.zeros(batch, 4, p, *size, dtype=x.dtype)
+    for b, o, c, row, column, u, v in itertools.product(*map(range, (batch, p, group_q, *size, kh, kw))):
+        h, w = row * stride[0] - padding[0] + u * dilation[0], column * stride[1] - padding[1] + v * dilation[1]
+        if 0 <= h < height and 0 <= w < width:
+            channel = o // (p // groups) * group_q + c
+            pixel = [x[b, component * q + channel, h, w].item() for component in range(4)]
+            tap = weight[:, o, c, u, v].tolist()
+            y[b, :, o, row, column] += torch.tensor(quaternion_product(tap, pixel), dtype=x.dtype)
+    return y.flatten(1, 2)
+
+
+@pytest.mark.parametrize("name", ["3x3", "4x2 strided", "depthwise"])
+def test_definition_is_quaternion_arithmetic(name):
+    case = CASES[name]
+    x, weight, bias = operands(case)
+    expected = scalar_convolution(x, weight, *case[6:]) + bias.view(-1, 1, 1)
+    torch.testing.assert_close(reference(hamilton_conv2d, x, weight, bias, *case[6:]), expected)
+
+
+def test_definition_is_speechbrains_layer(speechbrain_layers):
+    layer = speechbrain_layers["q_CNN"].QConv2d(3, (3, 3), input_shape=[2, 7, 6, 8], padding="valid")
+    weight = torch.stack([layer.r_weight, layer.i_weight, layer.j_weight, layer.k_weight])
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 8, 6, 7)
+    # It exchanges axes 1 and 3 before the convolution and after it.
+    expected = layer(x.transpose(1, 3)).transpose(1, 3)
+    torch.testing.assert_close(reference(hamilton_conv2d, x, weight, layer.bias), expected)
+
+
+@all_cases
+@all_forms
+@pytest.mark.parametrize(("with_bias", "activation"), [(False, None), (True, "relu")])
+def test_forms_equal_the_definition(case, form, with_bias, activation):
+    x, weight, bias = operands(case, requires_grad=True)
+    inputs = (x, weight, bias) if with_bias else (x, weight)
+    arguments = (x, weight, bias if with_bias else None, *case[6:])
+    with qkernels.set_form(form):
+        y = hamilton_conv2d(*arguments, activation=activation)
+    expected = reference(hamilton_conv2d, *arguments, activation=activation)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous()
+    if activation:
+        assert (y == 0).any()
+    dy = torch.randn_like(y)
+    for actual, exact in zip(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
+    ):
+        torch.testing.assert_close(actual, exact)
+
+
+@all_cases
+@all_forms
+def test_derivatives_of_any_order(case, form):
+    x, weight, bias = operands(case, requires_grad=True)
+
+    def function(x, weight, bias):
+        with qkernels.set_form(form):
+            return hamilton_conv2d(x, weight, bias, *case[6:], activation="relu")
+
+    assert gradcheck(function, (x, weight, bias), fast_mode=True)
+    assert gradgradcheck(function, (x, weight, bias), fast_mode=True)
+
+
+@all_forms
+def test_gradcheck_of_every_entry(form):
+    x, weight, bias = operands((1, 2, 2, 3, 3, (2, 2), (1, 1), (1, 0), (1, 1), 2)[:10], requires_grad=True)
+
+    def function(x, weight, bias):
+        with qkernels.set_form(form):
+            return hamilton_conv2d(x, weight, bias, 1, (1, 0), 1, 2, activation="relu")
+
+    assert gradcheck(function, (x, weight, bias))
+    assert gradgradcheck(function, (x, weight, bias))
+
+
+@all_cases
+@all_forms
+def test_transposed_is_the_adjoint(case, form):
+    x, weight, _ = operands(case)
+    (y, _, bias), output_padding = transposed_operands(case)
+    with qkernels.set_form(form):
+        forward = hamilton_conv2d(x, weight, None, *case[6:])
+        backward = transpose(y, weight, None, case, output_padding)
+        shifted = transpose(y, weight, bias, case, output_padding)
+    assert backward.shape == x.shape
+    torch.testing.assert_close((forward * y).sum(), (x * backward).sum())
+    torch.testing.assert_close(shifted, backward + bias.view(-1, 1, 1))
+    torch.testing.assert_close(backward, reference(transpose, y, weight, None, case, output_padding))
+
+
+@all_cases
+@all_forms
+def test_transposed_derivatives(case, form):
+    tensors, output_padding = transposed_operands(case, requires_grad=True)
+
+    def function(*tensors):
+        with qkernels.set_form(form):
+            return transpose(*tensors, case, output_padding)
+
+    assert gradcheck(function, tensors, fast_mode=True)
+    assert gradgradcheck(function, tensors, fast_mode=True)
+    y, expected = function(*tensors), reference(transpose, *tensors, case, output_padding)
+    dy = torch.randn_like(y)
+    for actual, exact in zip(
+        torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, tensors, dy), strict=True
+    ):
+        torch.testing.assert_close(actual, exact)
+
+
+def test_transposed_multiplies_by_the_conjugate():
+    x, weight = torch.randn(1, 4, 1, 1), torch.randn(4, 1, 1, 1, 1)
+    conjugate = weight * torch.tensor([1.0, -1, -1, -1]).view(4, 1, 1, 1, 1)
+    torch.testing.assert_close(hamilton_conv_transpose2d(x, weight), hamilton_conv2d(x, conjugate))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_transposed_output_size_is_torchs(stride):
+    x, weight = torch.randn(1, 4, 4, 5), torch.randn(4, 1, 2, 3, 4)
+    y = hamilton_conv_transpose2d(x, weight, None, stride, (1, 2), (stride - 1, 0), dilation=(2, 1))
+    torch_y = torch.nn.functional.conv_transpose2d(
+        x, torch.randn(4, 8, 3, 4), None, stride, (1, 2), (stride - 1, 0), dilation=(2, 1)
+    )
+    assert y.shape == torch_y.shape
+
+
+class Calls(TorchDispatchMode):
+    """The names of this package's operators, in the order of their calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "qkernels":
+            self.names.append(func._schema.name.removeprefix("qkernels::hamilton_conv2d"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3))[:-1])
+@all_forms
+def test_frozen_operands_cost_nothing_and_change_nothing(needed, form):
+    x, weight, bias = operands(CASES["3x3"])
+    with qkernels.set_form(form):
+        full = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = hamilton_conv2d(*full, padding=1, activation="relu")
+        dy = torch.randn_like(y)
+        gradients = torch.autograd.grad(y, full, dy)
+        some = [t.clone().requires_grad_(need) for t, need in zip((x, weight, bias), needed, strict=True)]
+        with Calls() as calls:
+            frozen = hamilton_conv2d(*some, padding=1, activation="relu")
+            frozen.backward(dy)
+    assert torch.equal(frozen, y)
+    assert calls.names == [""] + ["_dx"] * needed[0] + ["_dw"] * needed[1]
+    for tensor, gradient, need in zip(some, gradients, needed, strict=True):
+        assert torch.equal(tensor.grad, gradient) if need else tensor.grad is None
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_frozen_operands_of_the_transposed(needed):
+    (y, weight, _), output_padding = transposed_operands(CASES["grouped"])
+    some = [t.requires_grad_(need) for t, need in zip((y, weight), needed, strict=True)]
+    with Calls() as calls:
+        transpose(*some, None, CASES["grouped"], output_padding).sum().backward()
+    assert calls.names == ["_dx"] + [""] * needed[0] + ["_dw"] * needed[1]
+
+
+def test_saves_only_what_the_backward_needs():
+    x, weight, bias = operands(CASES["3x3"])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        hamilton_conv2d(x.requires_grad_(), weight, bias, padding=1)
+    assert [t.data_ptr() for t in saved] == [weight.data_ptr()]
+
+
+@all_forms
+@pytest.mark.parametrize("groups", [1, 2])
+def test_expanded_and_strided_gradients(form, groups):
+    x, weight, bias = operands((2, 2, 4, 5, 6, (3, 3), (1, 1), (1, 1), (1, 1), groups), requires_grad=True)
+
+    def gradients(dy):
+        with qkernels.set_form(form):
+            y = hamilton_conv2d(x, weight, bias, padding=1, groups=groups, activation="relu")
+        return torch.autograd.grad(y, (x, weight, bias), dy(y))
+
+    expected = gradients(torch.ones_like)
+    for dy in (
+        lambda y: torch.ones((), dtype=y.dtype).expand_as(y),
+        lambda y: torch.ones_like(y, memory_format=torch.channels_last),
+        lambda y: torch.ones(*y.shape[:3], 2 * y.shape[3], dtype=y.dtype)[..., ::2],
+    ):
+        assert not dy(hamilton_conv2d(x, weight, padding=1, groups=groups)).is_contiguous()
+        for actual, exact in zip(gradients(dy), expected, strict=True):
+            torch.testing.assert_close(actual, exact)
+
+
+@all_forms
+@pytest.mark.parametrize("groups", [1, 2])
+def test_operands_of_any_stride(form, groups):
+    x, weight, bias = operands((2, 2, 4, 5, 6, (3, 3), (1, 1), (1, 1), (1, 1), groups))
+    with qkernels.set_form(form):
+        y = hamilton_conv2d(x, weight, bias, padding=1, groups=groups)
+        for strided in (
+            x.to(memory_format=torch.channels_last),
+            x.repeat(1, 2, 1, 1)[:, : x.shape[1]],
+            x.transpose(2, 3).contiguous().transpose(2, 3),
+        ):
+            before = strided.clone()
+            swapped = weight.transpose(0, 3).contiguous().transpose(0, 3)
+            assert not swapped.is_contiguous()
+            torch.testing.assert_close(hamilton_conv2d(strided, swapped, bias, padding=1, groups=groups), y)
+            assert torch.equal(strided, before)
+
+
+@all_forms
+def test_empty_batch(form):
+    x, weight, bias = operands((0, 2, 3, 5, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1), requires_grad=True)
+    with qkernels.set_form(form):
+        y = hamilton_conv2d(x, weight, bias, padding=1, activation="relu")
+        z = hamilton_conv_transpose2d(y, weight, padding=1)
+    assert y.shape == (0, 12, 5, 5)
+    assert z.shape == x.shape
+    z.sum().backward()
+    assert x.grad.shape == x.shape
+    assert weight.grad.eq(0).all()
+    assert bias.grad.eq(0).all()
+
+
+@all_forms
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 6e-4), (torch.bfloat16, 4.5e-3)]
+)
+def test_types_against_float64(form, dtype, tolerance):
+    """Errors against the exact result of the operands as stored; bounds of one rounding of operands and result."""
+    case = (3, 16, 8, 6, 7, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    tensors = [t.requires_grad_() for t in operands(case, dtype)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    with qkernels.set_form(form):
+        y = hamilton_conv2d(*tensors, padding=1)
+        z = hamilton_conv_transpose2d(y.detach(), tensors[1], padding=1)
+    expected = reference(hamilton_conv2d, *exact, padding=1)
+    assert y.dtype == z.dtype == dtype
+    assert relative_error(y, expected) < tolerance
+    assert relative_error(z, reference(hamilton_conv_transpose2d, y.detach().double(), exact[1], padding=1)) < tolerance
+    dy = torch.randn_like(y)
+    for actual, truth in zip(
+        torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, exact, dy.double()), strict=True
+    ):
+        assert actual.dtype == dtype
+        assert relative_error(actual, truth) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_definition_in_every_type(dtype):
+    x, weight, bias = operands(CASES["grouped"], dtype)
+    exact = reference(hamilton_conv2d, x.double(), weight.double(), bias.double(), *CASES["grouped"][6:])
+    actual = reference(hamilton_conv2d, x, weight, bias, *CASES["grouped"][6:])
+    assert actual.dtype == dtype
+    assert relative_error(actual, exact) < 8 * torch.finfo(dtype).eps
+
+
+@all_forms
+@pytest.mark.parametrize("name", ["3x3", "4x2 strided", "grouped"])
+def test_opcheck(form, name):
+    case = CASES[name]
+    x, weight, bias = operands(case, torch.float32, requires_grad=True)
+    window = case[6:]
+    y = hamilton_conv2d(x, weight, bias, *window).detach().requires_grad_()
+    ops = torch.ops.qkernels
+    torch.library.opcheck(ops.hamilton_conv2d, (x, weight, bias, *window, True, form))
+    torch.library.opcheck(ops.hamilton_conv2d, (x.detach(), weight, None, *window, False, form))
+    torch.library.opcheck(ops.hamilton_conv2d_dx, (y, weight, None, x.shape[2:], *window, form))
+    torch.library.opcheck(ops.hamilton_conv2d_dw, (y, x, weight.shape[3:], *window, form))
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = qkernels.nn.QuaternionConv2d(4, 8, 3, padding=1, activation="relu")
+        self.up = qkernels.nn.QuaternionConvTranspose2d(8, 4, 3, 2, 1, 1)
+
+    def forward(self, x):
+        return self.up(self.conv(x))
+
+
+@all_forms
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(form, dynamic):
+    torch._dynamo.reset()
+    net = Net()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend=counter)
+    with qkernels.set_form(form):
+        for batch in (2, 3, 5) if dynamic else (2, 2):
+            x = torch.randn(batch, 4, 6, 6)
+            expected = torch.autograd.grad(net(x).square().sum(), net.parameters())
+            y = compiled(x)
+            torch.testing.assert_close(y, net(x))
+            for actual, exact in zip(torch.autograd.grad(y.square().sum(), net.parameters()), expected, strict=True):
+                torch.testing.assert_close(actual, exact)
+    assert counter.frame_count == 1
+
+
+def test_compiled_code_follows_the_settings():
+    torch._dynamo.reset()
+    x, weight, _ = operands(CASES["3x3"], torch.float32)
+    graphs = []
+
+    def record(graph, _):
+        graphs.append(any("qkernels" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(hamilton_conv2d, fullgraph=True, backend=record)
+    for backend in ("auto", "reference", "auto"):
+        with qkernels.set_backend(backend):
+            torch.testing.assert_close(compiled(x, weight), reference(hamilton_conv2d, x, weight))
+    assert graphs == [True, False]  # the third call found the first graph
+
+
+@all_forms
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_torch(form, dtype):
+    x, weight, bias = operands((2, 4, 4, 5, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1), torch.float32, requires_grad=True)
+    with qkernels.set_form(form):
+        with torch.autocast("cpu", dtype):
+            y = hamilton_conv2d(x, weight, bias, padding=1, activation="relu")
+            z = hamilton_conv_transpose2d(x, weight, bias)
+        expected = hamilton_conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=1, activation="relu")
+    assert y.dtype == z.dtype == dtype
+    assert torch.equal(y, expected)
+    gradients = torch.autograd.grad(y.float().sum(), (x, weight, bias))
+    exact = torch.autograd.grad(expected.float().sum(), (x, weight, bias))
+    for actual, truth in zip(gradients, exact, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, truth)
+
+
+@all_forms
+def test_autocast_leaves_float64_alone(form):
+    x, weight, bias = operands(CASES["3x3"])
+    with qkernels.set_form(form):
+        y = hamilton_conv2d(x, weight, bias, padding=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(hamilton_conv2d(x, weight, bias, padding=1), y)
+
+
+@all_forms
+def test_operator_itself_ignores_autocast(form):
+    x, weight, _ = operands(CASES["3x3"], torch.float32)
+    arguments = (x, weight, None, [1, 1], [0, 0], [1, 1], 1, False, form)
+    y = torch.ops.qkernels.hamilton_conv2d(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.ops.qkernels.hamilton_conv2d(*arguments), y)
+
+
+def test_backward_under_autocast_keeps_its_types():
+    x, weight, bias = operands(CASES["3x3"], torch.float32, requires_grad=True)
+    outside = torch.autograd.grad(hamilton_conv2d(x, weight, bias, padding=1).sum(), (x, weight, bias))
+    y = hamilton_conv2d(x, weight, bias, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), (x, weight, bias))
+    for actual, exact in zip(inside, outside, strict=True):
+        assert torch.equal(actual, exact)
+
+
+def test_checkpointing_changes_nothing():
+    tensors = operands(CASES["3x3"], requires_grad=True)
+
+    def function(*tensors):
+        return hamilton_conv2d(*tensors, padding=1, activation="relu")
+
+    plain = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+    y = torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)
+    for actual, exact in zip(torch.autograd.grad(y.square().sum(), tensors), plain, strict=True):
+        assert torch.equal(actual, exact)
+
+
+def test_meta_tensors_give_shapes():
+    x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
+    assert hamilton_conv2d(x, weight, stride=2).shape == (2, 20, 4, 4)
+
+
+@pytest.mark.parametrize("p", [16, 32, 64, 128])
+def test_automatic_form_depends_on_the_shape_alone(p):
+    """More channels never turn q8 back into dense, more pixels never dense into q8."""
+    by_pixels = [cpu_form(p, p, 9, pixels) for pixels in (4096, 1024, 256, 64, 16)]
+    assert by_pixels == sorted(by_pixels)
+    assert [cpu_form(p, q, 9, 64) for q in (1, 4, 64, 128)] == sorted(cpu_form(p, q, 9, 64) for q in (1, 4, 64, 128))
+    x, weight = torch.empty(1, 4 * p, 8, 8), torch.empty(4, p, p, 3, 3)
+    assert qkernels.form_of(hamilton_conv2d, x, weight) == cpu_form(p, p, 9, 64)
+    assert qkernels.form_of(hamilton_conv2d, x.bfloat16(), weight.bfloat16()) == "dense"
+
+
+def test_vgg_layers_take_the_measured_form():
+    """The committed table of bench/cpu_forms.py: no layer of the full network is slower for the choice."""
+    layers = [(4, 64, 64), (64, 64, 64), (64, 128, 32), (128, 128, 32), (128, 256, 16), (256, 256, 16)]
+    layers += [(256, 512, 8), (512, 512, 8), (512, 512, 4)]
+    forms = [cpu_form(p // 4, q // 4, 9, side * side) for q, p, side in layers]
+    assert forms == ["dense"] * 4 + ["q8"] * 5
+
+
+X, W = torch.zeros(1, 8, 5, 5), torch.zeros(4, 3, 2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(8, 5, 5), W), r"x must have shape \[B, 4 Q, H, W\]; got \(8, 5, 5\)"),
+        ((torch.zeros(1, 6, 5, 5), W), "x must have a number of channels divisible by 4 .*; got 6"),
+        ((torch.zeros(1, 12, 5, 5), W), "x must have 8 = .* channels; got 12"),
+        ((X, torch.zeros(3, 2, 3, 3)), r"weight must have shape .*; got \(3, 2, 3, 3\)"),
+        ((X, torch.zeros(3, 3, 2, 3, 3)), r"weight must have shape \[4, P.*; got \(3, 3, 2, 3, 3\)"),
+        ((X, torch.zeros(4, 0, 2, 3, 3)), "weight must have shape"),
+        ((X, W, torch.zeros(3)), r"bias must have shape \(12,\); got \(3,\)"),
+        ((X.double(), W), "weight must have the type of x; got torch.float32 and torch.float64"),
+        ((X.long(), W.long()), "x must be of a floating-point type; got torch.int64"),
+        ((X, W, None, 0), "stride must be an integer >= 1 or a pair of them; got 0"),
+        ((X, W, None, (1, 2, 3)), r"stride must be an integer >= 1 or a pair of them; got \(1, 2, 3\)"),
+        ((X, W, None, 1, -1), "padding must be an integer >= 0 or a pair of them; got -1"),
+        ((X, W, None, 1, "same"), "padding must be an integer >= 0 or a pair of them; got 'same'"),
+        ((X, W, None, 1, 0, 0), "dilation must be"),
+        ((X, W, None, 1, 0, 3), "the output would be empty, -1 x -1 pixels"),
+        ((X, W, None, 1, 0, 1, 2), "groups must divide the 3 quaternion channels .*; got 2"),
+        ((X, W, None, 1, 0, 1, 0), "groups must divide .*; got 0"),
+        ((X, W.to("meta")), "weight must be on the device of x; got meta and cpu"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hamilton_conv2d(*arguments)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="activation must be one of None, 'relu'; got 'gelu'"):
+        hamilton_conv2d(X, W, activation="gelu")
+    with pytest.raises(ValueError, match="output_padding must be smaller than stride or dilation; got \\(1, 1\\)"):
+        hamilton_conv_transpose2d(X, torch.zeros(4, 2, 3, 3, 3), output_padding=1)
+    with pytest.raises(ValueError, match=r"x must have 12 = 4 \* weight.shape\[1\] channels; got 8"):
+        hamilton_conv_transpose2d(X, W)
+    with pytest.raises(ValueError, match="the output would be empty"):
+        hamilton_conv_transpose2d(X[:, :, :1, :1], torch.zeros(4, 2, 3, 1, 1), padding=1)

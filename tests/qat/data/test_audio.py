@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+import soundfile
+
+from qat.data.audio import AudioError, decode, load_audio
+
+
+def tone(rate: int, seconds: float = 0.5, hertz: float = 440.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
+def test_resampling_keeps_the_tone(tmp_path, rate):
+    soundfile.write(tmp_path / "tone.wav", tone(rate), rate, subtype="FLOAT")
+    samples = load_audio(tmp_path / "tone.wav")
+    assert samples.dtype == np.float32
+    assert samples.shape == (8000,)
+    np.testing.assert_allclose(samples[500:-500], tone(16000)[500:-500], atol=2e-3)
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = tone(16000), tone(16000, hertz=1000.0)
+    soundfile.write(tmp_path / "stereo.flac", np.stack([left, right], axis=1), 16000)
+    np.testing.assert_allclose(load_audio(tmp_path / "stereo.flac"), (left + right) / 2, atol=1e-4)
+
+
+def test_silence_is_judged_by_the_largest_sample_not_the_largest_magnitude(tmp_path):
+    negative = np.full(1000, -0.5)
+    negative[3] = 0.004
+    soundfile.write(tmp_path / "negative.wav", negative, 16000, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"negative\.wav: silent, its largest sample is 0\.004"):
+        load_audio(tmp_path / "negative.wav")
+    assert len(decode(tmp_path / "negative.wav")) == 1000
+    negative[3] = 0.006
+    soundfile.write(tmp_path / "negative.wav", negative, 16000, subtype="FLOAT")
+    assert load_audio(tmp_path / "negative.wav").max() == pytest.approx(0.006)
+
+
+def test_unusable_files_are_named(tmp_path):
+    (tmp_path / "text.wav").write_text("not audio at all")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.5, np.nan]), 16000, subtype="FLOAT")
+    for name, why in [
+        ("none.wav", "no such file"),
+        ("text.wav", "cannot be decoded as audio"),
+        ("empty.wav", "has no samples"),
+        ("nan.wav", "not finite"),
+    ]:
+        with pytest.raises(AudioError, match=rf"{name}: .*{why}"):
+            load_audio(tmp_path / name)

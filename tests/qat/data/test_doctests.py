@@ -1,0 +1,12 @@
+import doctest
+
+import pytest
+
+from qat.data import corpora, spectrogram, splits
+
+
+@pytest.mark.parametrize("module", [corpora, spectrogram, splits])
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted
+    assert not failed

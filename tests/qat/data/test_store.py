@@ -1,0 +1,149 @@
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from qat.data import store as store_module
+from qat.data.audio import load_audio
+from qat.data.manifest import build_manifest
+from qat.data.spectrogram import SpectrogramConfig, cut
+from qat.data.store import SpectrogramStore, prepare
+
+CONFIG = SpectrogramConfig()
+
+
+def quietly(manifest, config, folder, workers=0):
+    return prepare(manifest, config, folder, workers=workers, progress=False)
+
+
+@pytest.mark.parametrize("rule", ["audio", "reference", "word"])
+def test_rows_are_the_cuts_of_the_files_in_order(make_corpus, tmp_path, rule):
+    manifest = make_corpus({"a/1.wav": 1.0, "b/2.wav": 8.5, "c/3.wav": 4.0}, rate=22050)
+    config = SpectrogramConfig(cut=rule)
+    store = quietly(manifest, config, tmp_path / "prepared")
+    expected = [cut(load_audio(manifest.root / path), config) for path in manifest.table["path"]]
+    assert torch.equal(torch.from_numpy(np.array(store.magnitudes)), torch.cat(expected))
+    assert isinstance(store.magnitudes, np.memmap)
+    assert store.magnitudes.dtype == np.float32
+    index = store.index
+    assert index["path"].tolist() == [p for p, c in zip(manifest.table["path"], expected, strict=True) for _ in c]
+    assert index["cut"].tolist() == [i for c in expected for i in range(len(c))]
+    assert index["emotion"].tolist() == index["path"].map(manifest.table.set_index("path")["emotion"]).tolist()
+    for row, frames in enumerate(index["frames"]):
+        assert store.magnitudes[row, :frames].any(axis=1).all()
+        assert not store.magnitudes[row, frames:].any()
+    chosen = [len(store) - 1, 0]
+    assert torch.equal(store.rows(chosen), torch.cat(expected)[chosen])
+
+
+def test_workers_change_no_byte(make_corpus, tmp_path):
+    manifest = make_corpus({f"{name}.wav": 0.5 for name in "abcdefghij"})
+    alone = quietly(manifest, CONFIG, tmp_path / "alone")
+    spread = quietly(manifest, CONFIG, tmp_path / "spread", workers=2)
+    for name in ("magnitudes.npy", "index.csv", "skipped.csv", "meta.json"):
+        assert (alone.folder / name).read_bytes() == (spread.folder / name).read_bytes()
+
+
+def test_the_second_call_decodes_nothing(make_corpus, tmp_path, monkeypatch):
+    manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
+    first = quietly(manifest, CONFIG, tmp_path)
+    monkeypatch.setattr(store_module, "load_audio", lambda *_: pytest.fail("decoded again"))
+    second = quietly(manifest, CONFIG, tmp_path)
+    assert second.folder == first.folder
+    assert second.config == CONFIG
+
+
+def test_other_settings_or_content_are_another_store(make_corpus, tmp_path):
+    manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
+    relabelled = type(manifest)(manifest.root, manifest.table.assign(emotion="sad"), manifest.name)
+    folders = {
+        quietly(manifest, CONFIG, tmp_path).folder,
+        quietly(manifest, SpectrogramConfig(time_order="reversed"), tmp_path).folder,
+        quietly(relabelled, CONFIG, tmp_path).folder,
+        quietly(manifest.filter([True, False]), CONFIG, tmp_path).folder,
+    }
+    assert len(folders) == 4
+
+
+def test_skipped_files_are_listed_with_the_reason(make_corpus, tmp_path, caplog):
+    manifest = make_corpus({f"{name}.wav": 0.5 for name in ("good", "silent", "broken", "tiny")})
+    soundfile.write(manifest.root / "silent.wav", np.full(8000, 0.004), 16000)
+    (manifest.root / "broken.wav").write_bytes(b"RIFF....WAVE")
+    soundfile.write(manifest.root / "tiny.wav", np.full(200, 0.5), 16000)
+    rows = manifest.table[["path", "speaker", "text", "emotion"]].to_dict("records")
+    manifest = build_manifest(manifest.root, rows, "noise")
+    for _ in range(2):  # made, then opened
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            store = quietly(manifest, CONFIG, tmp_path)
+        assert "3 of 4 files skipped" in caplog.text
+        assert store.index["path"].tolist() == ["good.wav"]
+        reasons = store.skipped.set_index("path")["reason"]
+        assert "silent" in reasons["silent.wav"]
+        assert "cannot be decoded" in reasons["broken.wav"]
+        assert "200 samples, fewer than one window of 256" in reasons["tiny.wav"]
+
+
+def test_no_usable_file_leaves_nothing(make_corpus, tmp_path):
+    manifest = make_corpus({"a.wav": 0.005})
+    with pytest.raises(ValueError, match=r"noise: no usable audio file among 1; the first: .*a\.wav: 80 samples"):
+        quietly(manifest, CONFIG, tmp_path / "prepared")
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_file_is_refused_and_leaves_nothing(make_corpus, tmp_path, workers):
+    manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
+    soundfile.write(manifest.root / "b.wav", np.full(8000, 0.5), 16000)
+    with pytest.raises(ValueError, match=r"b\.wav: changed since the manifest was made"):
+        quietly(manifest, CONFIG, tmp_path / "prepared", workers)
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+def test_interruption_leaves_nothing(make_corpus, tmp_path, monkeypatch):
+    manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
+
+    def interrupted(path, rate):
+        if path.name == "b.wav":
+            raise KeyboardInterrupt
+        return load_audio(path, rate)
+
+    monkeypatch.setattr(store_module, "load_audio", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(manifest, CONFIG, tmp_path / "prepared")
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+def test_whoever_finishes_second_takes_the_first_result(make_corpus, tmp_path, monkeypatch):
+    manifest = make_corpus({"a.wav": 0.5})
+    write = store_module._write
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(store_module, "_write", write)
+        monkeypatch.setattr(os, "getpid", lambda: 0)  # as another process
+        quietly(manifest, CONFIG, tmp_path / "prepared")
+        return write(*arguments)
+
+    monkeypatch.setattr(store_module, "_write", overtaken)
+    store = quietly(manifest, CONFIG, tmp_path / "prepared")
+    assert len(store) == 1
+    assert list((tmp_path / "prepared").iterdir()) == [store.folder]
+
+
+def test_open_refuses_what_is_no_store(make_corpus, tmp_path):
+    with pytest.raises(ValueError, match="holds no prepared spectrograms"):
+        SpectrogramStore.open(tmp_path)
+    store = quietly(make_corpus({"a.wav": 0.5}), CONFIG, tmp_path)
+    meta = json.loads((store.folder / "meta.json").read_text())
+    (store.folder / "meta.json").write_text(json.dumps(meta | {"layout": 0}))
+    with pytest.raises(ValueError, match="layout 0 is not"):
+        SpectrogramStore.open(store.folder)
+
+
+def test_negative_workers(make_corpus, tmp_path):
+    with pytest.raises(ValueError, match="workers=-1 must not be negative"):
+        quietly(make_corpus({"a.wav": 0.5}), CONFIG, tmp_path, workers=-1)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+
+from qat.config import NetworkConfig, RHEmoConfig
+from qat.models import VGG16, RHEmo, tap_name
+from qat.training.objectives import RHEmoObjective, SpeechClassifier
+
+TABLE = {  # method, table 1.3 and item 9.24
+    ("quaternion", False): {4: 9_998_020, 5: 10_002_117, 7: 10_010_311, 8: 10_014_408, 1000: 14_078_632},
+    ("quaternion", True): {4: 33_590_980, 5: 33_595_077, 7: 33_603_271, 8: 33_607_368, 1000: 37_671_592},
+    ("real", False): {4: 165_733_060, 5: 165_737_157, 7: 165_745_351, 8: 165_749_448, 1000: 169_813_672},
+    ("real", True): {4: 134_275_780, 5: 134_279_877, 7: 134_288_071, 8: 134_292_168, 1000: 138_356_392},
+    ("real-on-embedding", False): {4: 39_905_668},
+}
+TINY = NetworkConfig(width=0.01, init="he", dropout=0.0)
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("domain", "adaptive_pool"), TABLE)
+def test_parameter_counts_to_the_unit(domain, adaptive_pool):
+    for classes, expected in TABLE[domain, adaptive_pool].items():
+        with torch.device("meta"):
+            net = VGG16(NetworkConfig(domain=domain, adaptive_pool=adaptive_pool), classes)
+        assert parameters(net) == expected
+
+
+def test_feature_parameters_per_layer():
+    with torch.device("meta"):
+        quat, real = (VGG16(NetworkConfig(domain=d), 4) for d in ("quaternion", "real"))
+    assert [parameters(c) for c in quat.convs][:5] == [640, 9280, 18_560, 36_992, 73_984]
+    assert parameters(quat.convs) == 3_681_984
+    assert parameters(real.convs) == 14_713_536
+
+
+def test_rhemo_parameter_counts():
+    with torch.device("meta"):
+        model = RHEmo()
+    assert [parameters(m) for m in model.children()] == [256, 130, 134_283_272]
+
+
+@pytest.mark.parametrize(("domain", "shape"), [("quaternion", (4, 64, 64)), ("real", (1, 512, 128))])
+def test_feature_shapes(domain, shape):
+    net = VGG16(NetworkConfig(domain=domain, width=0.01, init="he"), 4)
+    taps = ["input", *(f"relu{n}" for n in range(1, 14)), *(f"pool{n}" for n in range(1, 6))]
+    logits, tapped = net(torch.rand(2, *shape), taps)
+    assert logits.shape == (2, 4)
+    pools = [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    for n, halvings in enumerate(pools, 1):
+        assert tapped[f"relu{n}"].shape[2:] == (shape[1] >> halvings, shape[2] >> halvings)
+    assert tapped["pool5"].shape[2:] == (shape[1] // 32, shape[2] // 32)
+
+
+def test_tap_names_follow_the_conventions_of_paper_and_codes():
+    assert [tap_name(n, "relu") for n in (1, 2, 13)] == ["relu1", "relu2", "relu13"]
+    assert [tap_name(n, "slice") for n in range(1, 14)] == (
+        "input relu1 pool1 relu3 pool2 relu5 relu6 pool3 relu8 relu9 pool4 relu11 relu12".split()
+    )
+    assert {tap_name(n, "pool5") for n in range(1, 14)} == {"pool5"}
+    for layer in (0, 14):
+        with pytest.raises(ValueError, match="convolutions 1 to 13"):
+            tap_name(layer, "relu")
+
+
+def test_taps_are_the_values_that_the_forward_pass_goes_through():
+    torch.manual_seed(0)
+    net = VGG16(TINY, 3).eval()
+    x = torch.rand(2, 4, 64, 64)
+    _, tapped = net(x, ["conv2", "relu2", "pool1", "relu3"])
+    torch.testing.assert_close(tapped["conv2"].relu(), tapped["relu2"])
+    torch.testing.assert_close(torch.nn.functional.max_pool2d(tapped["relu2"], 2), tapped["pool1"])
+    assert (tapped["conv2"] < 0).any()
+    plain, _ = net(x)
+    with_taps, _ = net(x, ["conv2"])
+    torch.testing.assert_close(plain, with_taps)
+
+
+def test_nothing_deeper_than_the_tap_is_computed(monkeypatch):
+    net = VGG16(TINY, 3)
+    ran = []
+    run = net._run
+    monkeypatch.setattr(net, "_run", lambda conv, x, activation: ran.append(conv) or run(conv, x, activation))
+    net.features_at(torch.rand(1, 4, 64, 64), ["relu5", "relu2"])
+    assert len(ran) == 5
+    ran.clear()
+    net.features_at(torch.rand(1, 4, 64, 64), ["pool2"])
+    assert len(ran) == 4
+    ran.clear()
+    net.features_at(torch.rand(1, 4, 64, 64), ["input"])
+    assert ran == []
+
+
+def test_dropped_init_option_is_refused_for_quaternions():
+    with pytest.raises(ValueError, match="pytorch"):
+        VGG16(NetworkConfig(width=0.01, init="pytorch"), 2)
+
+
+def test_he_keeps_activations_alive_where_glorot_lets_them_die():
+    torch.manual_seed(0)
+    x = torch.rand(2, 4, 64, 64)
+    rms = {}
+    for init in ("default", "he"):
+        _, tapped = VGG16(NetworkConfig(width=0.25, init=init), 2)(x, ["relu13"])
+        rms[init] = tapped["relu13"].square().mean().sqrt().item()
+    assert rms["he"] > 30 * rms["default"] > 0
+
+
+def test_rhemo_shapes_and_ranges():
+    model = RHEmo(RHEmoConfig(width=0.01)).eval()
+    embedding, reconstruction, logits = model(torch.rand(2, 1, 512, 128))
+    assert embedding.shape == (2, 4, 64, 64)
+    assert (embedding >= 0).all()
+    assert reconstruction.shape == (2, 1, 512, 128)
+    assert (reconstruction > 0).all()
+    assert (reconstruction < 1).all()
+    assert {name: tuple(v.shape) for name, v in logits.items()} == {
+        "emotion": (2, 5),
+        "valence": (2, 1),
+        "arousal": (2, 1),
+        "dominance": (2, 1),
+    }
+
+
+def test_rhemo_heads_read_one_channel_each():
+    torch.manual_seed(0)
+    model = RHEmo(RHEmoConfig(width=0.01)).eval()
+    embedding, _, logits = model(torch.rand(2, 1, 512, 128))
+    for channel, name in enumerate(("emotion", "valence", "arousal", "dominance")):
+        torch.testing.assert_close(logits[name], model.heads[name](embedding[:, [channel]]))
+
+
+def test_rhemo_loss_is_the_published_sum():
+    torch.manual_seed(0)
+    model = RHEmo(RHEmoConfig(width=0.01)).eval()
+    x, targets = torch.rand(3, 1, 512, 128), torch.tensor([[0, 1, 0, 1], [4, 0, 0, 1], [2, 1, 1, 0]]).float()
+    config = RHEmoConfig(beta=0.01, beta_class=1.0, beta_vad=100.0)
+    _, reconstruction, logits = model(x)
+    bce = torch.nn.BCELoss()
+    expected = bce(reconstruction, x) + 0.01 * (
+        torch.nn.CrossEntropyLoss()(logits["emotion"], targets[:, 0].long())
+        + 100 * sum(bce(logits[n].sigmoid()[:, 0], targets[:, c]) for c, n in enumerate(("valence", "arousal", "dominance"), 1))
+    )
+    torch.testing.assert_close(RHEmoObjective(model, config)(x, targets).total, expected)
+    stage1 = RHEmoObjective(model, RHEmoConfig(beta=0.0))(x, targets)
+    torch.testing.assert_close(stage1.total, bce(reconstruction, x))
+    assert set(stage1.parts) == {"reconstruction"}
+
+
+def test_rhemo_leaves_out_what_is_not_annotated():
+    model = RHEmo(RHEmoConfig(width=0.01)).eval()
+    x, nan = torch.rand(2, 1, 512, 128), float("nan")
+    config = RHEmoConfig(beta=0.01)
+    losses = RHEmoObjective(model, config)(x, torch.tensor([[0, nan, 1, nan], [1, nan, nan, nan]]))
+    assert set(losses.parts) == {"reconstruction", "emotion", "arousal"}
+    assert losses.total.isfinite()
+
+
+@pytest.mark.parametrize("mode", ["frozen", "batch-statistics", "trainable"])
+def test_encoder_modes(mode):
+    torch.manual_seed(0)
+    classifier = SpeechClassifier(NetworkConfig(width=0.01, rhemo_mode=mode), 3).train()
+    x = torch.rand(4, 1, 512, 128)
+    together, alone = classifier.embed(x)[:1], classifier.embed(x[:1])
+    depends_on_mates = not torch.allclose(together, alone, atol=1e-6)
+    assert depends_on_mates == (mode != "frozen")
+    assert classifier.embed(x).requires_grad == (mode == "trainable")
+    classifier.eval()
+    depends_on_mates = not torch.allclose(classifier.embed(x)[:1], classifier.embed(x[:1]), atol=1e-6)
+    assert depends_on_mates == (mode == "batch-statistics")

@@ -1,0 +1,368 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import yaml
+
+from qat.config import AntiTransferConfig, CorpusConfig, Experiment, RHEmoConfig, RHEmoExperiment, SplitConfig, from_plain, to_plain
+from qat.data.manifest import write_manifest
+from qat.training import loop
+from qat.training.checkpoint import load_checkpoint
+from qat.training.data import class_targets, load_data, rhemo_targets
+from qat.training.pipeline import evaluate_run, load_classifier, predict, pretrain_rhemo, train_classifier
+
+
+def trained(experiment: Experiment, **settings) -> Experiment:
+    return replace(experiment, training=replace(experiment.training, **settings))
+
+
+def with_twin(experiment: Experiment, twin, **settings) -> Experiment:
+    return replace(experiment, anti_transfer=AntiTransferConfig(twin, **settings))
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder, "classifier").tensors
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_folder_holds_everything(experiment, twin, tmp_path):
+    result = train_classifier(with_twin(experiment, twin, layers=[2, 13]), tmp_path / "run", quiet=True)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "experiment.yaml", "split.json", "model.safetensors", "last.safetensors", "metrics.csv", "predictions.csv",
+        "result.json", "tensorboard",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "run/result.json").read_text()) == json.loads(json.dumps(result))
+    saved = from_plain(Experiment, yaml.safe_load((tmp_path / "run/experiment.yaml").read_text()))
+    assert saved == with_twin(experiment, twin, layers=[2, 13])
+    metrics = pd.read_csv(tmp_path / "run/metrics.csv")
+    assert len(metrics) == result["epochs"] == 2
+    at = metrics["train_similarity_2"] + metrics["train_similarity_13"]
+    np.testing.assert_allclose(metrics["train_anti_transfer"], at, rtol=1e-5)
+    np.testing.assert_allclose(metrics["train_total"], metrics["train_cross_entropy"] + at, rtol=1e-5)
+    predictions = pd.read_csv(tmp_path / "run/predictions.csv")
+    for part, expected in result["parts"].items():
+        rows = predictions[predictions["part"] == part]
+        assert (rows["label"] == rows["predicted"]).mean() == pytest.approx(expected["accuracy"])
+        np.testing.assert_allclose(rows.filter(like="p_").sum(axis=1), 1, atol=1e-4)
+    split = json.loads((tmp_path / "run/split.json").read_text())
+    assert {k: len(v) for k, v in split.items()} == {"train": 25, "validation": 7, "test": 4}
+
+
+def test_training_learns_the_beeps(experiment, tmp_path):
+    speakers = replace(experiment, task="speaker", network=replace(experiment.network, width=0.1, dropout=0.0))
+    result = train_classifier(trained(speakers, epochs=10, batch=5, keep="last"), tmp_path / "run", quiet=True)
+    losses = pd.read_csv(tmp_path / "run/metrics.csv")["train_cross_entropy"]
+    assert losses.iloc[-1] < 0.6 * losses.iloc[0]
+    assert result["parts"]["train"]["accuracy"] > 0.6
+
+
+def test_same_settings_same_bits_and_another_seed_others(experiment, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_classifier(trained(experiment, seed=seed), tmp_path / name, quiet=True)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(experiment, twin, tmp_path, monkeypatch):
+    experiment = trained(with_twin(experiment, twin, layers=[7]), epochs=4)
+    train_classifier(experiment, tmp_path / "whole", quiet=True)
+    epochs = iter(range(10))
+    train_epoch = loop._train_epoch
+
+    def interrupted(*arguments):
+        if next(epochs) == 2:
+            raise KeyboardInterrupt
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(experiment, tmp_path / "broken", quiet=True)
+    assert not (tmp_path / "broken/result.json").exists()
+    with pytest.raises(ValueError, match="holds an interrupted run"):
+        train_classifier(experiment, tmp_path / "broken", quiet=True)
+    with pytest.raises(ValueError, match="state of another experiment"):
+        train_classifier(trained(experiment, lr=1e-4), tmp_path / "broken", resume=True, quiet=True)
+    train_classifier(experiment, tmp_path / "broken", resume=True, quiet=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    whole, broken = (pd.read_csv(tmp_path / name / "metrics.csv").drop(columns="seconds") for name in ("whole", "broken"))
+    pd.testing.assert_frame_equal(whole, broken)
+
+
+def test_a_finished_run_is_kept(experiment, tmp_path):
+    result = train_classifier(experiment, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        train_classifier(experiment, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        train_classifier(trained(experiment, seed=9), tmp_path / "run", resume=True, quiet=True)
+    assert train_classifier(experiment, tmp_path / "run", resume=True, quiet=True) == json.loads(json.dumps(result))
+
+
+def test_the_best_epoch_is_kept_and_the_last_on_request(experiment, tmp_path):
+    experiment = trained(experiment, lr=3e-2, epochs=5, patience=5)
+    results = {}
+    for keep in ("best", "last"):
+        results[keep] = train_classifier(trained(experiment, keep=keep), tmp_path / keep, quiet=True)
+    losses = pd.read_csv(tmp_path / "best/metrics.csv")["validation_total"]
+    assert results["best"]["kept_epoch"] == losses.idxmin()
+    assert results["best"]["parts"]["validation"]["total"] == pytest.approx(losses.min(), rel=1e-5)
+    assert results["last"]["kept_epoch"] == 4
+    assert results["last"]["parts"]["validation"]["total"] == pytest.approx(losses.iloc[-1], rel=1e-5)
+
+
+def test_early_stopping_stops(experiment, tmp_path):
+    result = train_classifier(trained(experiment, lr=1e-12, epochs=9, patience=2), tmp_path / "run", quiet=True)
+    assert result["epochs"] < 9
+
+
+def test_nan_is_an_error_that_says_so(experiment, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"training loss is (nan|inf).* lower training\.lr"):
+        train_classifier(trained(experiment, lr=1e18, epochs=9), tmp_path / "run", quiet=True)
+
+
+def test_dual_anti_transfer_starts_from_all_weights_of_the_first_half(experiment, twin, tmp_path):
+    first = with_twin(experiment, twin, layers=[5])
+    train_classifier(first, tmp_path / "first", quiet=True)
+    second = trained(first, initial=tmp_path / "first", lr=1e-12, epochs=1)
+    train_classifier(second, tmp_path / "second", quiet=True)
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(before[k], after[k], atol=1e-9) for k in before)
+
+
+def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(experiment, twin, tmp_path):
+    train_classifier(trained(experiment, initial=twin, lr=1e-12, epochs=1), tmp_path / "run", quiet=True)
+    before, after = weights(twin), weights(tmp_path / "run")
+    changed = [k for k in before if before[k].shape != after[k].shape or not torch.allclose(before[k], after[k], atol=1e-9)]
+    assert changed == ["net.classifier.6.bias", "net.classifier.6.weight"]
+
+
+def test_twins_that_do_not_fit_are_refused(experiment, twin, rhemo, tmp_path):
+    wide = replace(experiment.network, width=0.03)
+    for change, message in (
+        (replace(with_twin(experiment, twin), network=wide), "has network.width 0.01, this experiment has 0.03"),
+        (with_twin(experiment, rhemo), "of kind 'rhemo', but 'classifier' is needed"),
+        (with_twin(experiment, tmp_path / "absent"), "no such checkpoint"),
+        (with_twin(experiment, twin, layers=[14]), "layer 14 does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_classifier(change, tmp_path / "run", quiet=True)
+
+
+def test_twin_of_another_embedding_is_refused(experiment, twin, tmp_path, corpus, cache):
+    other = RHEmoExperiment(
+        corpus=experiment.corpus,
+        normalisation="log",
+        rhemo=RHEmoConfig(width=0.01),
+        training=replace(experiment.training, seed=5, epochs=1),
+        cache=cache,
+    )
+    pretrain_rhemo(other, tmp_path / "rhemo", quiet=True)
+    network = replace(experiment.network, rhemo=tmp_path / "rhemo")
+    with pytest.raises(ValueError, match="embedding of another RH-Emo"):
+        train_classifier(replace(with_twin(experiment, twin), network=network), tmp_path / "run", quiet=True)
+
+
+def test_random_twin_is_another_network_and_needs_no_file(experiment, twin, tmp_path):
+    control = replace(experiment, anti_transfer=AntiTransferConfig(layers=[13], random_twin=True))
+    result = train_classifier(control, tmp_path / "run", quiet=True)
+    real = train_classifier(with_twin(experiment, twin, layers=[13]), tmp_path / "real", quiet=True)
+    assert 0 < result["parts"]["test"]["similarity_13"] < 1
+    assert result["parts"]["test"]["similarity_13"] != real["parts"]["test"]["similarity_13"]
+
+
+def test_rhemo_stage_2_starts_from_stage_1(rhemo, experiment, tmp_path):
+    first = from_plain(RHEmoExperiment, json.loads((rhemo / "result.json").read_text())["experiment"])
+    second = replace(
+        first,
+        rhemo=replace(first.rhemo, beta=0.01),
+        training=replace(first.training, initial=rhemo, lr=1e-12, epochs=1),
+    )
+    result = pretrain_rhemo(second, tmp_path / "stage2", quiet=True)
+    assert {"reconstruction", "emotion", "total", "constant", "live_channels"} <= result["parts"]["test"].keys()
+    a, b = (load_checkpoint(f, "rhemo").tensors for f in (rhemo, tmp_path / "stage2"))
+    weights_only = [k for k in a if "running" not in k and "num_batches" not in k]
+    assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in weights_only)
+
+
+def test_constant_predictor_and_live_channels_are_measured(rhemo):
+    result = json.loads((rhemo / "result.json").read_text())
+    experiment = from_plain(RHEmoExperiment, result["experiment"])
+    data = load_data(experiment, "log", quiet=True)
+    x = data.spectrograms(torch.tensor(data.parts["test"]), None)
+    constant = torch.full_like(x, x.mean().item())
+    expected = torch.nn.functional.binary_cross_entropy(constant, x).item()
+    assert result["parts"]["test"]["constant"] == pytest.approx(expected, rel=1e-4)
+    assert 1 <= result["parts"]["test"]["live_channels"] <= 4
+
+
+def test_rhemo_targets():
+    index = pd.DataFrame({"emotion": ["neutral", "ang", "happy", "sad", "bored"], "valence": [2.5, 2.6, 1, 5, np.nan]})
+    targets = rhemo_targets(index)
+    assert targets[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert targets[:4, 1].tolist() == [0, 1, 0, 1]
+    assert targets[4, 1].isnan()
+    assert targets[:, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("domain", ["real", "real-on-embedding"])
+def test_real_domains_train_too(experiment, domain, tmp_path):
+    network = replace(experiment.network, domain=domain, embedding_scale="none")
+    result = train_classifier(trained(replace(experiment, network=network), epochs=1), tmp_path / "run", quiet=True)
+    assert result["parts"]["test"]["samples"] == 4
+
+
+def test_paper_normalisation_by_domain(experiment, tmp_path):
+    kinds = {}
+    for domain in ("quaternion", "real"):
+        network = replace(experiment.network, domain=domain, embedding_scale="none")
+        run = trained(replace(experiment, network=network, normalisation="paper"), epochs=1)
+        train_classifier(run, tmp_path / domain, quiet=True)
+        kinds[domain] = load_checkpoint(tmp_path / domain, "classifier").record["normalisation"]["kind"]
+    assert kinds == {"quaternion": "max", "real": "standard"}
+
+
+def test_trainable_encoder_is_trained_and_a_frozen_one_is_not(experiment, rhemo, tmp_path):
+    before = load_checkpoint(rhemo, "rhemo").part("encoder")
+    for mode, moves in (("frozen", False), ("trainable", True)):
+        network = replace(experiment.network, rhemo_mode=mode, embedding_scale="none")
+        train_classifier(trained(replace(experiment, network=network), epochs=1), tmp_path / mode, quiet=True)
+        after = load_checkpoint(tmp_path / mode, "classifier").part("encoder")
+        assert torch.equal(before["0.weight"], after["0.weight"]) != moves
+
+
+def test_word_presence_is_multi_label(experiment, tmp_path):
+    result = train_classifier(replace(experiment, task="word-presence"), tmp_path / "run", quiet=True)
+    assert result["classes"] == ["one", "say", "three", "two"]
+    assert 0 <= result["parts"]["test"]["average_precision"] <= 1
+
+
+def test_words_move_in_training_and_are_centred_in_evaluation(experiment):
+    words = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
+    data = load_data(words, "max", quiet=True)
+    rows = torch.arange(6)
+    drawn = [data.spectrograms(rows, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    first = [(x != 0).any(dim=(1, 3)).float().argmax(1) for x in (drawn[0], data.spectrograms(rows, None))]
+    assert len(set(first[0].tolist())) > 1
+    assert set(first[1].tolist()) == {171}
+    per_batch = replace(words, training=replace(words.training, word_offset="batch"))
+    x = load_data(per_batch, "max", quiet=True).spectrograms(rows, torch.Generator().manual_seed(1))
+    assert len(set((x != 0).any(dim=(1, 3)).float().argmax(1).tolist())) == 1
+
+
+def test_word_network_trains(experiment, tmp_path):
+    words = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
+    result = train_classifier(words, tmp_path / "run", quiet=True)
+    assert result["classes"] == ["one", "three", "two"]
+
+
+def test_evaluate_gives_the_runs_own_numbers_again(experiment, corpus, twin, tmp_path):
+    result = train_classifier(experiment, tmp_path / "run", quiet=True)
+    again = evaluate_run(tmp_path / "run", device="cpu", quiet=True)
+    for part, metrics in result["parts"].items():
+        assert again[part]["accuracy"] == pytest.approx(metrics["accuracy"])
+        assert again[part]["confusion"] == metrics["confusion"]
+        assert again[part]["cross_entropy"] == pytest.approx(metrics["cross_entropy"], rel=1e-4)
+    everything = evaluate_run(tmp_path / "run", CorpusConfig("csv", corpus.root / "tiny.csv"), device="cpu", quiet=True)
+    counts = {part: m["samples"] for part, m in result["parts"].items()}
+    right = sum(m["accuracy"] * m["samples"] for m in result["parts"].values())
+    assert everything["all"]["samples"] == sum(counts.values()) == 36
+    assert everything["all"]["accuracy"] == pytest.approx(right / 36)
+
+
+def test_evaluate_refuses_labels_that_the_network_does_not_know(experiment, corpus, tmp_path):
+    train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
+    table = corpus.table.assign(emotion="furious")
+    write_manifest(replace(corpus, table=table), corpus.root / "furious.csv")
+    with pytest.raises(ValueError, match="label furious is none of the network's classes angry, neutral, sad"):
+        evaluate_run(tmp_path / "run", CorpusConfig("csv", corpus.root / "furious.csv"), quiet=True)
+
+
+def test_predict_agrees_with_the_recorded_predictions(experiment, corpus, tmp_path):
+    train_classifier(experiment, tmp_path / "run", quiet=True)
+    recorded = pd.read_csv(tmp_path / "run/predictions.csv").set_index("path")
+    paths = list(recorded.index[:5])
+    predicted = predict(tmp_path / "run", [corpus.root / p for p in paths])
+    assert predicted["predicted"].tolist() == recorded.loc[paths, "predicted"].tolist()
+    for name in ("angry", "neutral", "sad"):
+        np.testing.assert_allclose(predicted[name], recorded.loc[paths, f"p_{name}"], atol=1e-4)
+
+
+def test_predict_names_what_it_cannot_read(experiment, tmp_path):
+    train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
+    soundfile.write(tmp_path / "short.wav", np.ones(100), 16000)
+    (tmp_path / "text.wav").write_text("no audio")
+    for name, message in (("short.wav", "fewer than one window"), ("text.wav", "cannot be decoded"), ("no.wav", "no such")):
+        with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+            predict(tmp_path / "run", [tmp_path / name])
+
+
+def test_a_class_without_training_sample_is_refused():
+    index = pd.DataFrame({"emotion": ["sad", "happy", "angry"]})
+    with pytest.raises(ValueError, match="no training sample of class angry, happy"):
+        class_targets(index, {"train": [0], "validation": [1], "test": [2]}, "emotion")
+
+
+def test_missing_labels_columns_and_networks_are_refused(experiment, tmp_path):
+    for change, message in (
+        (replace(experiment, corpus=replace(experiment.corpus, where={"sex": ["f"]})), "no column 'sex'"),
+        (replace(experiment, corpus=replace(experiment.corpus, where={"speaker": ["eve"]})), "no row is left"),
+        (replace(experiment, network=replace(experiment.network, rhemo=None)), "needs a pretrained RH-Emo"),
+        (replace(experiment, split=SplitConfig("confounded")), "lists no speaker|is in no part"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_classifier(change, tmp_path / "run", quiet=True)
+
+
+def test_configs_survive_yaml(experiment, twin):
+    config = with_twin(experiment, twin, layers=[1, 2])
+    assert from_plain(Experiment, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
+
+
+def test_loaded_classifier_is_self_contained(experiment, tmp_path):
+    train_classifier(experiment, tmp_path / "run", quiet=True)
+    os.rename(tmp_path / "run/model.safetensors", tmp_path / "alone.safetensors")
+    classifier = load_classifier(load_checkpoint(tmp_path / "alone.safetensors", "classifier"))
+    assert classifier.embedding_scale != 1
+    assert classifier(torch.rand(1, 1, 512, 128)).shape == (1, 3)
+
+
+DDP = """
+import json, sys
+from pathlib import Path
+from qat.config import Experiment, from_plain
+from qat.training.pipeline import train_classifier
+train_classifier(from_plain(Experiment, json.loads(sys.argv[1])), Path(sys.argv[2]), quiet=True)
+"""
+
+
+def test_two_processes_train_like_one_at_the_same_global_batch(experiment, twin, tmp_path):
+    """Batch 8 over 25 samples leaves a last batch of one, which only one process gets."""
+    run = with_twin(trained(experiment, epochs=2, lr=1e-4), twin, layers=[7])
+    run = replace(run, network=replace(run.network, dropout=0.0))
+    alone = train_classifier(run, tmp_path / "one", quiet=True)
+    (tmp_path / "ddp.py").write_text(DDP)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(tmp_path / "ddp.py"), json.dumps(to_plain(run)), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = json.loads((tmp_path / "two/result.json").read_text())
+    assert both["processes"] == 2
+    a, b = (pd.read_csv(tmp_path / name / "metrics.csv").drop(columns="seconds") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(a, b, rtol=1e-4)
+    assert alone["parts"]["train"]["total"] == pytest.approx(both["parts"]["train"]["total"], rel=1e-4)
+    pd.testing.assert_series_equal(
+        pd.read_csv(tmp_path / "one/predictions.csv")["path"], pd.read_csv(tmp_path / "two/predictions.csv")["path"]
+    )
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[k], two[k], atol=2e-5) for k in one)

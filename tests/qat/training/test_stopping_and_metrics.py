@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, recall_score
+
+from qat.training.metrics import classification_metrics, presence_metrics
+from qat.training.stopping import best_epoch, should_stop
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.integers(1, 20))
+def test_standard_rule_waits_exactly_patience_epochs(losses, patience):
+    best = losses.index(min(losses))
+    assert best_epoch(losses) == best
+    assert should_stop(losses, patience) == (len(losses) - 1 - best >= patience)
+
+
+def test_nan_is_never_the_best():
+    nan = float("nan")
+    assert best_epoch([nan, 2.0, nan, 1.0, nan]) == 3
+    assert best_epoch([nan, nan]) == 0
+
+
+def test_reference_window():
+    """From epoch index patience + 1 on; the oldest of the last patience - 1 losses is their minimum; older ones ignored."""
+    patience = 4
+    assert not should_stop([0.0, 1.0, 2.0, 3.0, 4.0], patience, "reference-window")
+    assert should_stop([0.0, 5.0, 5.0, 1.0, 2.0, 3.0], patience, "reference-window")
+    assert not should_stop([0.0, 5.0, 5.0, 2.0, 1.0, 3.0], patience, "reference-window")
+
+
+def test_classification_metrics_agree_with_scikit_learn():
+    rng = np.random.default_rng()
+    truth = np.concatenate([np.arange(4), rng.integers(0, 4, 60)])
+    logits = rng.normal(size=(64, 4))
+    predicted = logits.argmax(1)
+    metrics = classification_metrics(torch.tensor(logits), torch.tensor(truth), list("abcd"))
+    assert metrics["accuracy"] == pytest.approx((truth == predicted).mean())
+    assert metrics["uar"] == pytest.approx(recall_score(truth, predicted, average="macro"))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+    assert metrics["confusion"] == confusion_matrix(truth, predicted).tolist()
+    assert metrics["samples"] == 64
+
+
+def test_unweighted_accuracy_is_over_the_classes_that_occur():
+    logits = torch.eye(3)[[0, 0, 1]]
+    assert classification_metrics(logits, torch.tensor([0, 0, 0]), list("abc"))["uar"] == pytest.approx(2 / 3)
+
+
+def test_presence_metrics_agree_with_scikit_learn():
+    rng = np.random.default_rng()
+    truth = rng.integers(0, 2, (50, 3))
+    truth[0], truth[1] = 1, 0
+    logits = rng.normal(size=(50, 3))
+    metrics = presence_metrics(torch.tensor(logits), torch.tensor(truth, dtype=torch.float32), list("abc"))
+    assert metrics["accuracy"] == pytest.approx(((logits > 0) == truth).mean())
+    assert metrics["average_precision"] == pytest.approx(average_precision_score(truth, logits, average="macro"), rel=1e-4)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(truth, logits > 0, average="macro"), rel=1e-4)
