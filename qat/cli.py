@@ -77,8 +77,15 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
         top.add_subcommand(name, sub, help=text)
         return sub.add_subcommands(required=True)
 
-    sub = command(top, "demo", _demo, "The whole method on a small synthesised corpus, ending with a report.")
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
+    sub = command(top, "demo", _demo, "The whole method on a small corpus, from recordings to a report.")
+    sub.add_argument(
+        "--speech",
+        choices=["synthetic", "recorded"],
+        default="synthetic",
+        help="synthesised on the spot, or human speech (290 MB) from Debian's archive",
+    )
+    sub.add_argument("--from", type=Path | None, default=None, help="folder of Debian packages downloaded already")
+    sub.add_argument("--out", type=Path | None, default=None, help="folder for everything (default: runs/demo-SPEECH)")
     sub.add_argument("--recipe", choices=["small", "paper"], default="small", help="what learns here, or the paper's")
     sub.add_argument("--seeds", type=int, default=1, help="repeat every emotion training with so many seeds")
     sub.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
@@ -144,14 +151,18 @@ def _chosen(kind: type[Any], options: Namespace) -> Any:
 
 
 def _demo(options: Namespace) -> Any:
-    from qat.experiments.demo import Demo
     from qat.experiments.report import collect, summary_table
+    from qat.experiments.study import Study, recorded, synthetic
 
     if options.seeds < 1 or options.workers < 1:
         raise ValueError(f"--seeds {options.seeds} and --workers {options.workers} must be at least 1")
-    seeds = tuple(range(1, options.seeds + 1))
-    report = Demo(options.out, options.recipe, seeds, options.workers).run()
-    return {"summary": summary_table(collect(options.out)), "report": report}
+    folder = options.out or Path("runs") / f"demo-{options.speech}"
+    if options.speech == "synthetic":
+        material = synthetic(folder / "corpus", options.workers)
+    else:
+        material = recorded(folder / "corpora", options["from"])
+    report = Study(folder, material, options.recipe, tuple(range(1, options.seeds + 1)), options.workers).run()
+    return {"summary": summary_table(collect(folder)), "report": report}
 
 
 def _corpus_list(options: Namespace) -> Any:
@@ -256,7 +267,8 @@ def _print(result: Any, as_json: bool) -> None:
         return
     for name, value in result.items():
         if name == "parts":
-            console.print(_table([{"part": part} | _scalars(metrics) for part, metrics in value.items()]))
+            names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
+            console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
         elif hasattr(value, "to_dict"):
             console.print(_table(value.to_dict("records")))
         elif name != "experiment" and not (isinstance(value, (list, dict)) and not value):
@@ -277,10 +289,6 @@ def _cell(value: Any) -> str:
     if value is None or value != value:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def _jsonable(value: Any) -> Any:

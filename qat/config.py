@@ -43,7 +43,9 @@ class SplitConfig:
             ``confounded``: the listed speakers, and each training speaker says one emotion always and the others
             with ``leak`` of its sentences, so that the voice predicts the emotion.
         seed: shuffles the files, the speakers, or which emotion is whose.
-        train, validation, test: speakers of each part (``speaker`` and ``confounded`` rules).
+        train: speakers of the training part (rules ``speaker`` and ``confounded``).
+        validation: speakers of the validation part.
+        test: speakers of the test part.
         leak: share of sentences kept in the other emotions (``confounded``).
     """
 
@@ -68,9 +70,10 @@ class NetworkConfig:
             domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
         adaptive_pool: average pool to 7x7 before the classifier, as torchvision does.
         rhemo: checkpoint of RH-Emo whose encoder makes the embedding (both embedding domains need it).
-        rhemo_mode: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen weights, batch norm in train mode;
-            ``trainable``: trained along.
-        embedding_scale: ``none``, or ``max``: divide embeddings by their maximum over the training part.
+        rhemo_mode: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen weights, batch norm in train
+            mode; ``trainable``: trained along.
+        embedding_scale: ``none``, or what embeddings are divided by, over the training part: their ``max`` or ``rms``
+            (root mean square). Without batch norm, thirteen layers hardly learn from values far from 1.
     """
 
     domain: Domain = "quaternion"
@@ -80,7 +83,7 @@ class NetworkConfig:
     adaptive_pool: bool = False
     rhemo: Path | None = None
     rhemo_mode: Literal["frozen", "batch-statistics", "trainable"] = "frozen"
-    embedding_scale: Literal["none", "max"] = "none"
+    embedding_scale: Literal["none", "max", "rms"] = "none"
 
     @property
     def embeds(self) -> bool:
@@ -95,9 +98,9 @@ class AntiTransferConfig:
         twin: checkpoint of the network trained on the orthogonal task; absent means no anti-transfer.
         layers: convolution layers 1..13 to push apart; their losses are summed.
         beta: weight of the loss; 0 only monitors the similarity.
-        position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling), ``pre-relu``,
-            ``slice`` (the *input* of conv n, as the older code has it) or ``pool5`` (always the last pool, as the
-            released code has it).
+        position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
+            ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
+            in the released code).
         semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss.
         random_twin: keep the twin's random initialisation: the control that shows what the twin's knowledge adds.
     """
@@ -115,16 +118,19 @@ class TrainingConfig:
     """The optimisation (WASPAA 2023, section 4).
 
     Args:
-        lr: Adam's learning rate. weight_decay: Adam's L2 term.
+        lr: Adam's learning rate.
+        weight_decay: Adam's L2 term.
         batch: samples per step, over all processes together.
-        epochs: at most so many. patience: epochs without a lower validation loss before stopping.
+        epochs: at most so many.
+        patience: epochs without a lower validation loss before stopping.
         keep: which state becomes ``model.safetensors``: the ``best`` (lowest validation loss) or the ``last``.
         stopping: ``standard`` or ``reference-window`` (the released code's rule).
         seed: of initialisation, order, dropout and word offsets.
         word_offset: where a word lies in its canvas: one random place per ``sample`` or per ``batch`` in training.
-        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer); the last
-            layer is initialised anew where it has another number of classes.
-        device: ``auto`` takes CUDA where there is one. deterministic: PyTorch's deterministic algorithms.
+        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer); the
+            last layer is initialised anew where it has another number of classes.
+        device: ``auto`` takes CUDA where there is one.
+        deterministic: take PyTorch's deterministic algorithms.
     """
 
     lr: float = 1e-5
@@ -146,10 +152,16 @@ class Experiment:
     """One training of a classifier, complete: the same object makes the same run.
 
     Args:
-        task: what is recognised: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words of the
-            vocabulary a line holds).
-        normalisation: ``paper`` divides by the training maximum before RH-Emo and standardises for the real network; ``log`` is
-            log(1 + 1000 S / max) / log 1001.
+        corpus: the recordings.
+        task: what is recognised: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words
+            of the vocabulary a line holds).
+        features: how audio becomes spectrograms.
+        normalisation: ``paper`` divides by the training maximum before RH-Emo and standardises for the real network;
+            ``log`` is log(1 + 1000 S / max) / log 1001.
+        split: how recordings are divided.
+        network: the VGG16.
+        anti_transfer: the extra loss.
+        training: the optimisation.
         cache: where prepared spectrograms are kept.
     """
 
@@ -170,7 +182,9 @@ class RHEmoConfig:
 
     Args:
         width: multiplies the heads' hidden width 4096; the encoder and decoder are always the published ones.
-        beta: weight of the supervised terms (0 in stage 1). beta_class, beta_vad: weights within them.
+        beta: weight of the supervised terms (0 in stage 1, 0.01 in stage 2).
+        beta_class: weight of the emotion term within them.
+        beta_vad: weight of each of the valence, arousal and dominance terms within them.
     """
 
     width: float = 1.0
@@ -181,7 +195,17 @@ class RHEmoConfig:
 
 @dataclass(frozen=True)
 class RHEmoExperiment:
-    """One stage of RH-Emo's pretraining; ``training.initial`` names stage 1's checkpoint in stage 2."""
+    """One stage of RH-Emo's pretraining.
+
+    Args:
+        corpus: the recordings.
+        features: how audio becomes spectrograms.
+        normalisation: ``max`` (the paper's) or ``log``; both give values from 0 to 1.
+        split: how recordings are divided.
+        rhemo: width and loss weights.
+        training: the optimisation; in stage 2 ``training.initial`` names stage 1's run.
+        cache: where prepared spectrograms are kept.
+    """
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     features: SpectrogramConfig = field(default_factory=SpectrogramConfig)

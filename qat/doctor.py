@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     report: dict[str, Any] = dict(environment())
     for module, purpose in NEEDED_FOR.items():
         report[f"{module} ({purpose})"] = _import(module)
-    report["torchaudio (spectrograms)"] = _import("qat.data._torchaudio", "torchaudio")
+    report["torchaudio (spectrograms)"] = _import("qat.data.torchaudio_import", "torchaudio")
     report["apt-get (corpus fetch)"] = (
         "ok" if shutil.which("apt-get") else "not found; use --from with downloaded packages"
     )

@@ -1,9 +1,11 @@
-"""Files that are either whole or absent."""
+"""Files and folders that are either whole or absent, and checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,3 +33,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path`` as indented JSON at once."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target`` that takes its name when the block ends well, and is removed when it does not.
+
+    Raises:
+        ValueError: ``target`` exists and is not empty: nothing of anybody's is ever deleted.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: not empty, and not what would be made there; remove it or name another folder")
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        try:
+            draft.rename(target)
+        except OSError:
+            if not any(target.iterdir()):
+                raise
+            # Another process finished the same work first; its result is as good.
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

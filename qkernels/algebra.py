@@ -86,9 +86,9 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
     _, p, q, *kernel = weight.shape
     parts = weight.view(4, groups, p // groups, q, *kernel)
     real = weight.new_empty(groups, 4, p // groups, 4, q, *kernel)
+    signed = {1: parts, -1: -parts}
     for a in range(4):
-        for c in range(4):
-            torch.mul(parts[a ^ c], SIGNS[a][c], out=real[:, a, :, c])
+        torch.stack([signed[SIGNS[a][c]][a ^ c] for c in range(4)], dim=2, out=real[:, a])
     return real.view(4 * p, 4 * q, *kernel)
 
 

@@ -195,9 +195,9 @@ def gram_cosine(a: Tensor, b: Tensor) -> Tensor:
         size do. Saved for the backward: a, b, five scalars a sample. A second derivative needs the backend
         "reference".
 
-    >>> a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    >>> gram_cosine(a, 3 * a)
-    tensor([1.])
+    >>> a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # G = I
+    >>> gram_cosine(a, torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]))  # 1 / sqrt(2)
+    tensor([0.7071])
 
     (WASPAA 2023, equation 1; Guizzo et al. 2021.)
     """

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qat.data._files import sha256_of
-from qat.data._processes import bar
 from qat.data.audio import AudioError, load_audio
-from qat.files import write_text
+from qat.files import sha256_of, write_text
+from qat.processes import bar
 
 REQUIRED = ("path", "speaker", "text", "emotion")
 """Columns that a CSV must have; `duration` and `checksum` are computed when it lacks them."""

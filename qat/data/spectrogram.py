@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat.data._torchaudio import torchaudio
+from qat.data.torchaudio_import import torchaudio
 
 INPUT_FRAMES = 512
 INPUT_BINS = 128

@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat.data._files import new_folder, sha256_of
-from qat.data._processes import bar, ordered_map
 from qat.data.audio import AudioError, load_audio
 from qat.data.manifest import Manifest, read_table, write_table
 from qat.data.spectrogram import SpectrogramConfig, cut
-from qat.files import write_json
+from qat.files import new_folder, sha256_of, write_json
+from qat.processes import bar, ordered_map
 
 LAYOUT = 1
 """Raised whenever the files written here change their meaning, so that old stores are not read."""

@@ -285,7 +285,7 @@ def _curve(run: Run, name: str) -> Curve | None:
 
 def _mark_kept(axis: Axes, run: Run, name: str, scale: float) -> None:
     """A dot at the epoch whose weights were kept."""
-    epoch = number(run.result.get("best_epoch"))
+    epoch = number(run.result.get("kept_epoch"))
     if epoch is not None and run.metrics is not None and name in run.metrics and 0 <= epoch < len(run.metrics):
         axis.plot(epoch + 1, scale * run.metrics[name].iloc[int(epoch)], "o", color=_BLUE, markersize=4)
 

@@ -336,11 +336,11 @@ class _Page:
         return self.tabulate(["Stage", "Share of the time", "Time", "Peak memory"], body, caption, words=2)
 
     def resources(self) -> str:
-        head = ["Network", "Parameters", "Epochs", "Best epoch", "Seconds per epoch", "Time of a run", "Peak memory"]
+        head = ["Network", "Parameters", "Epochs", "Kept epoch", "Seconds per epoch", "Time of a run", "Peak memory"]
         body = [
             [
                 row["name"],
-                *(_count(row[column]) for column in ("parameters", "epochs", "best_epoch")),
+                *(_count(row[column]) for column in ("parameters", "epochs", "kept_epoch")),
                 "–" if row["epoch_seconds"] != row["epoch_seconds"] else f"{row['epoch_seconds']:.3g}",
                 _duration(row["seconds"]),
                 _bytes(row["peak_memory"]),

@@ -203,7 +203,7 @@ def summary_table(runs: Iterable[Run]) -> pd.DataFrame:
         having no anti-transfer), ``difference``, ``difference_low`` and ``difference_high`` from it (same seeds and
         clips, paired); ``withheld_accuracy``, ``shortcut_rate``, ``voice_probe``, ``word_probe``; ``reconstruction``
         and ``constant`` (RH-Emo's binary cross-entropy and the best constant's); ``speakers`` and ``clips`` of the test
-        part; ``parameters``, ``epochs``, ``best_epoch`` (from 1), ``epoch_seconds``, ``seconds`` (of one run) and
+        part; ``parameters``, ``epochs``, ``kept_epoch`` (from 1), ``epoch_seconds``, ``seconds`` (of one run) and
         ``peak_memory`` (bytes, highest).
     """
     import pandas as pd
@@ -320,7 +320,7 @@ def _summary(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
             interval = cluster_interval(pooled["right"], list(pooled["speaker"]))
     base = _baseline(group, groups)
     difference = _difference(group, base) if base else None
-    best = group.mean(lambda run: number(run.result.get("best_epoch")))
+    best = group.mean(lambda run: number(run.result.get("kept_epoch")))
 
     def score(name: str, part: str = "test") -> float | None:
         return group.mean(lambda run: run.score(part, name))
@@ -357,7 +357,7 @@ def _summary(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "clips": score("samples"),
         "parameters": result("parameters"),
         "epochs": result("epochs"),
-        "best_epoch": None if best is None else best + 1,
+        "kept_epoch": None if best is None else best + 1,
         "epoch_seconds": result("seconds_per_epoch"),
         "seconds": result("seconds"),
         "peak_memory": max(group.values(lambda run: number(run.result.get("peak_memory"))), default=None),

@@ -162,8 +162,8 @@ _RHEMO_CLASSES = {"neutral": 0, "neu": 0, "angry": 1, "ang": 1, "happy": 2, "hap
 
 
 def rhemo_targets(index: pd.DataFrame) -> Tensor:
-    """RH-Emo's targets `[n, 4]`: emotion class; valence, arousal, dominance as 0 (<= 2.5) or 1, NaN if unknown."""
-    emotion = torch.tensor([float(_RHEMO_CLASSES.get(label, 4)) for label in index["emotion"]])
+    """RH-Emo's targets `[n, 4]`: emotion class; valence, arousal, dominance as 0 (<= 2.5) or 1; NaN where unknown."""
+    emotion = torch.tensor([float(_RHEMO_CLASSES.get(label, 4)) if label else torch.nan for label in index["emotion"]])
     columns = [emotion]
     for name in ("valence", "arousal", "dominance"):
         if name in index:

@@ -118,13 +118,16 @@ class RHEmoObjective(nn.Module):
         return Losses(total, parts, per_sample.detach())
 
     def _supervised(self, logits: dict[str, Tensor], targets: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        emotion = F.cross_entropy(logits["emotion"], targets[:, 0].long())
-        parts["emotion"] = emotion.detach()
-        total = self.config.beta_class * emotion
-        for column, name in enumerate(DIMENSIONS, 1):
+        total = torch.zeros((), device=targets.device)
+        for column, name in enumerate(("emotion", *DIMENSIONS)):
             known = ~targets[:, column].isnan()
-            if known.any():
-                loss = F.binary_cross_entropy_with_logits(logits[name][known, 0], targets[known, column])
-                parts[name] = loss.detach()
-                total = total + self.config.beta_vad * loss
+            if not known.any():
+                continue
+            answers, truth = logits[name][known], targets[known, column]
+            if name == "emotion":
+                loss, weight = F.cross_entropy(answers, truth.long()), self.config.beta_class
+            else:
+                loss, weight = F.binary_cross_entropy_with_logits(answers[:, 0], truth), self.config.beta_vad
+            parts[name] = loss.detach()
+            total = total + weight * loss
         return total

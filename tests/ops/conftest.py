@@ -10,7 +10,7 @@ import pytest
 def speechbrain_layers():
     """Its layers by module name; skipped where it is not installed."""
     # speechbrain imports torchaudio, which beside a CPU build of torch needs this module's help.
-    pytest.importorskip("qat.data._torchaudio")
+    pytest.importorskip("qat.data.torchaudio_import")
     pytest.importorskip("speechbrain")
     names = ("q_CNN", "q_linear")
     yield {name: importlib.import_module(f"speechbrain.nnet.quaternion_networks.{name}") for name in names}

@@ -1,5 +1,7 @@
 """Settings: who computes what, in which thread, and the errors of requests that cannot be honoured."""
 
+import doctest
+import importlib
 import os
 import subprocess
 import sys
@@ -148,3 +150,22 @@ def test_environment_report():
     assert result.returncode == 0, result.stderr
     assert f"torch             {torch.__version__}" in result.stdout
     assert {line.split()[0] for line in result.stdout.splitlines()} >= {"python", "triton", "cpu", "gpus", "backend"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "qkernels",
+        "qkernels.algebra",
+        "qkernels.functional",
+        "qkernels.init",
+        "qkernels.nn",
+        "qkernels.ops.gram_cosine.config",
+        "qkernels.ops.hamilton_conv.config",
+        "qkernels.runtime",
+    ],
+)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,4 +1,4 @@
-"""A corpus so small that a whole training takes seconds: beeps whose pitch is the speaker and whose rhythm the emotion."""
+"""A corpus so small that a training takes seconds: beeps; their pitch is the speaker, their rhythm the emotion."""
 
 from pathlib import Path
 
@@ -29,7 +29,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
             for e, emotion in enumerate(EMOTIONS):
                 path = f"{speaker}-{text}-{emotion}.wav"
                 soundfile.write(root / path, beeps(300 * (s + 1) + 40 * t, 3.0 * (e + 1), len(rows)), 16000)
-                rows.append({"path": path, "speaker": speaker, "text": text, "emotion": emotion, "words": f"say {text}"})
+                rows.append(
+                    {"path": path, "speaker": speaker, "text": text, "emotion": emotion, "words": f"say {text}"}
+                )
     manifest = build_manifest(root, rows, "tiny")
     write_manifest(manifest, root / "tiny.csv")
     return manifest
@@ -51,7 +53,9 @@ def tiny_training() -> TrainingConfig:
 
 
 @pytest.fixture(scope="session")
-def rhemo(corpus: Manifest, cache: Path, tiny_training: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rhemo(
+    corpus: Manifest, cache: Path, tiny_training: TrainingConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run folder of RH-Emo's first stage."""
     experiment = RHEmoExperiment(
         corpus=CorpusConfig("csv", corpus.root / "tiny.csv"),

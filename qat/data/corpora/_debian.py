@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qat.data._files import new_folder
 from qat.data.manifest import Manifest
+from qat.files import new_folder
 
 
 def fetch(

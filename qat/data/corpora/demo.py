@@ -26,10 +26,9 @@ import pandas as pd
 import soundfile
 from numpy.typing import NDArray
 
-from qat.data._files import new_folder
-from qat.data._processes import bar, ordered_map
 from qat.data.manifest import Manifest, read_manifest, write_manifest
-from qat.files import write_text
+from qat.files import new_folder, write_text
+from qat.processes import bar, ordered_map
 
 VOICES: Mapping[str, Sequence[str]] = {
     "train": ("f2", "f5", "Annie", "belinda", "m1", "m3", "m7", "Andy", "max"),

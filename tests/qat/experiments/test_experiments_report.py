@@ -116,7 +116,7 @@ def write_demo(
 ) -> dict[tuple[str, int], pd.DataFrame]:
     """A folder like the demo's; returns every emotion run's test answers."""
     corpus, kept = Corpus(rng), {}
-    common = {"versions": {"torch": "2.13.0"}, "device": "cpu, 1 threads", "best_epoch": 9, "epochs": 12}
+    common = {"versions": {"torch": "2.13.0"}, "device": "cpu, 1 threads", "kept_epoch": 9, "epochs": 12}
     for name, (settings, accuracy) in SETTINGS.items():
         for seed in seeds:
             answers, withheld = corpus.answers("test", accuracy), corpus.answers("withheld", accuracy - 0.1)
@@ -247,7 +247,7 @@ def test_summary_csv_holds_the_figures_recomputed_from_the_answers(demo):
         assert row["seeds"] == 3
         assert row["epoch_seconds"] == pytest.approx(1.22)
         assert row["peak_memory"] == 500 * 2**20 + 3
-        assert row["best_epoch"] == 10
+        assert row["kept_epoch"] == 10
         if name not in bases:
             assert row[["baseline", "difference", "difference_low"]].isna().all()
             continue
@@ -351,7 +351,7 @@ def test_names_are_escaped(tmp_path, rng):
         "experiment": to_plain(experiment()),
         "classes": EMOTIONS,
         "parts": {"test": judged(answers)},
-        "best_epoch": 1,
+        "kept_epoch": 1,
     }
     write_run(tmp_path / "a", result, rng, answers)
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
@@ -411,7 +411,7 @@ def test_too_few_speakers_give_no_interval(tmp_path, rng, speakers):
         {"parts": {"test": {"accuracy": float("nan"), "confusion": "?"}}, "experiment": None, "classes": None},
         {"parts": {"test": {"average_precision": 0.4}}, "experiment": {"task": "word-presence"}, "versions": None},
         {"parts": [], "experiment": {"network": None, "training": {"initial": "x.safetensors"}}, "seed": "one"},
-        {"best_epoch": 99, "experiment": {"anti_transfer": {"twin": "t", "layers": [1, 2]}}},
+        {"kept_epoch": 99, "experiment": {"anti_transfer": {"twin": "t", "layers": [1, 2]}}},
     ],
 )
 def test_a_foreign_run_may_lack_anything(tmp_path, result):

@@ -56,7 +56,21 @@ def test_feature_shapes(domain, shape):
 def test_tap_names_follow_the_conventions_of_paper_and_codes():
     assert [tap_name(n, "relu") for n in (1, 2, 13)] == ["relu1", "relu2", "relu13"]
     assert [tap_name(n, "slice") for n in range(1, 14)] == (
-        "input relu1 pool1 relu3 pool2 relu5 relu6 pool3 relu8 relu9 pool4 relu11 relu12".split()
+        [
+            "input",
+            "relu1",
+            "pool1",
+            "relu3",
+            "pool2",
+            "relu5",
+            "relu6",
+            "pool3",
+            "relu8",
+            "relu9",
+            "pool4",
+            "relu11",
+            "relu12",
+        ]
     )
     assert {tap_name(n, "pool5") for n in range(1, 14)} == {"pool5"}
     for layer in (0, 14):
@@ -140,7 +154,10 @@ def test_rhemo_loss_is_the_published_sum():
     bce = torch.nn.BCELoss()
     expected = bce(reconstruction, x) + 0.01 * (
         torch.nn.CrossEntropyLoss()(logits["emotion"], targets[:, 0].long())
-        + 100 * sum(bce(logits[n].sigmoid()[:, 0], targets[:, c]) for c, n in enumerate(("valence", "arousal", "dominance"), 1))
+        + 100
+        * sum(
+            bce(logits[n].sigmoid()[:, 0], targets[:, c]) for c, n in enumerate(("valence", "arousal", "dominance"), 1)
+        )
     )
     torch.testing.assert_close(RHEmoObjective(model, config)(x, targets).total, expected)
     stage1 = RHEmoObjective(model, RHEmoConfig(beta=0.0))(x, targets)

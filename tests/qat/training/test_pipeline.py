@@ -11,7 +11,16 @@ import soundfile
 import torch
 import yaml
 
-from qat.config import AntiTransferConfig, CorpusConfig, Experiment, RHEmoConfig, RHEmoExperiment, SplitConfig, from_plain, to_plain
+from qat.config import (
+    AntiTransferConfig,
+    CorpusConfig,
+    Experiment,
+    RHEmoConfig,
+    RHEmoExperiment,
+    SplitConfig,
+    from_plain,
+    to_plain,
+)
 from qat.data.manifest import write_manifest
 from qat.training import loop
 from qat.training.checkpoint import load_checkpoint
@@ -94,7 +103,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(experiment, twin, tmp_path,
         train_classifier(trained(experiment, lr=1e-4), tmp_path / "broken", resume=True, quiet=True)
     train_classifier(experiment, tmp_path / "broken", resume=True, quiet=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    whole, broken = (pd.read_csv(tmp_path / name / "metrics.csv").drop(columns="seconds") for name in ("whole", "broken"))
+    whole, broken = (
+        pd.read_csv(tmp_path / name / "metrics.csv").drop(columns="seconds") for name in ("whole", "broken")
+    )
     pd.testing.assert_frame_equal(whole, broken)
 
 
@@ -141,7 +152,9 @@ def test_dual_anti_transfer_starts_from_all_weights_of_the_first_half(experiment
 def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(experiment, twin, tmp_path):
     train_classifier(trained(experiment, initial=twin, lr=1e-12, epochs=1), tmp_path / "run", quiet=True)
     before, after = weights(twin), weights(tmp_path / "run")
-    changed = [k for k in before if before[k].shape != after[k].shape or not torch.allclose(before[k], after[k], atol=1e-9)]
+    changed = [
+        k for k in before if before[k].shape != after[k].shape or not torch.allclose(before[k], after[k], atol=1e-9)
+    ]
     assert changed == ["net.classifier.6.bias", "net.classifier.6.weight"]
 
 
@@ -302,7 +315,11 @@ def test_predict_names_what_it_cannot_read(experiment, tmp_path):
     train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
     soundfile.write(tmp_path / "short.wav", np.ones(100), 16000)
     (tmp_path / "text.wav").write_text("no audio")
-    for name, message in (("short.wav", "fewer than one window"), ("text.wav", "cannot be decoded"), ("no.wav", "no such")):
+    for name, message in (
+        ("short.wav", "fewer than one window"),
+        ("text.wav", "cannot be decoded"),
+        ("no.wav", "no such"),
+    ):
         with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
             predict(tmp_path / "run", [tmp_path / name])
 
@@ -354,7 +371,9 @@ def test_two_processes_train_like_one_at_the_same_global_batch(experiment, twin,
     (tmp_path / "ddp.py").write_text(DDP)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(tmp_path / "ddp.py"), json.dumps(to_plain(run)), str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     both = json.loads((tmp_path / "two/result.json").read_text())
     assert both["processes"] == 2

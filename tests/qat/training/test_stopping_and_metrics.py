@@ -23,7 +23,7 @@ def test_nan_is_never_the_best():
 
 
 def test_reference_window():
-    """From epoch index patience + 1 on; the oldest of the last patience - 1 losses is their minimum; older ones ignored."""
+    """From epoch index patience + 1 on, if the oldest of the last patience - 1 losses is their minimum."""
     patience = 4
     assert not should_stop([0.0, 1.0, 2.0, 3.0, 4.0], patience, "reference-window")
     assert should_stop([0.0, 5.0, 5.0, 1.0, 2.0, 3.0], patience, "reference-window")
@@ -55,5 +55,7 @@ def test_presence_metrics_agree_with_scikit_learn():
     logits = rng.normal(size=(50, 3))
     metrics = presence_metrics(torch.tensor(logits), torch.tensor(truth, dtype=torch.float32), list("abc"))
     assert metrics["accuracy"] == pytest.approx(((logits > 0) == truth).mean())
-    assert metrics["average_precision"] == pytest.approx(average_precision_score(truth, logits, average="macro"), rel=1e-4)
+    assert metrics["average_precision"] == pytest.approx(
+        average_precision_score(truth, logits, average="macro"), rel=1e-4
+    )
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, logits > 0, average="macro"), rel=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import qat
-from qat.data._processes import ordered_map
+from qat.processes import ordered_map
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -31,7 +31,7 @@ def test_negative_workers():
 def test_a_script_without_a_main_guard_runs_once(tmp_path, from_file):
     script = "\n".join(
         [
-            "from qat.data._processes import ordered_map",
+            "from qat.processes import ordered_map",
             "print('running')",
             "with ordered_map(1, 'math', int) as run:",
             "    print(*run(abs, [-1, -2]))",

@@ -1,0 +1,152 @@
+import json
+
+import pandas as pd
+import pytest
+
+from qat import cli
+from qat.config import Experiment, RHEmoExperiment
+from qat.training.checkpoint import load_checkpoint
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def options(corpus, cache, rhemo) -> list[object]:
+    return [
+        "--corpus.name", "csv", "--corpus.folder", corpus.root / "tiny.csv", "--cache", cache, "--normalisation", "log",
+        "--network.width", "0.01", "--network.init", "he", "--network.rhemo", rhemo, "--network.embedding_scale", "rms",
+        "--training.batch", "8", "--training.epochs", "1", "--training.lr", "1e-3", "--training.device", "cpu",
+    ]  # fmt: skip
+
+
+def test_from_a_corpus_to_predictions_by_commands_alone(corpus, cache, rhemo, options, tmp_path, capsys):
+    csv = corpus.root / "tiny.csv"
+    code, out, _ = run(capsys, "corpus", "check", "csv", "--folder", csv, "--json")
+    assert code == 0
+    assert {k: json.loads(out)[k] for k in ("files", "speakers", "unusable")} == {
+        "files": 36,
+        "speakers": 4,
+        "unusable": 0,
+    }
+
+    code, out, _ = run(capsys, "prepare", "--corpus.name", "csv", "--corpus.folder", csv, "--cache", cache, "--json")
+    assert (code, json.loads(out)["cuts"]) == (0, 36)
+
+    small = ["--corpus.name", "csv", "--corpus.folder", csv, "--cache", cache, "--rhemo.width", "0.01"]
+    small += ["--training.epochs", "1", "--training.batch", "8"]
+    code, out, _ = run(capsys, "pretrain", "rhemo", "--out", tmp_path / "rhemo", *small, "--json")
+    assert (code, json.loads(out)["kind"]) == (0, "rhemo")
+
+    code, out, _ = run(capsys, "pretrain", "speakers", "--out", tmp_path / "voice", *options, "--json")
+    assert (code, json.loads(out)["classes"]) == (0, ["ann", "ben", "cem", "dan"])
+    code, out, _ = run(capsys, "pretrain", "words", "--out", tmp_path / "word", *options, "--json")
+    assert (code, json.loads(out)["classes"]) == (0, ["one", "three", "two"])
+
+    at = ["--anti_transfer.twin", tmp_path / "voice", "--anti_transfer.layers", "[2,13]"]
+    code, out, _ = run(capsys, "train", "--out", tmp_path / "emotion", *options, *at)
+    assert code == 0
+    assert "validation" in out
+    record = load_checkpoint(tmp_path / "emotion", "classifier").record["experiment"]
+    assert record["anti_transfer"]["layers"] == [2, 13]
+
+    code, out, _ = run(capsys, "evaluate", tmp_path / "emotion", "--json")
+    assert (code, json.loads(out)["parts"]["test"]["samples"]) == (0, 4)
+
+    wavs = sorted(corpus.root.glob("*.wav"))[:2]
+    code, out, _ = run(capsys, "predict", tmp_path / "emotion", *wavs, "--json")
+    assert code == 0
+    assert [row["path"] for row in json.loads(out)] == [str(w) for w in wavs]
+    assert sum(json.loads(out)[0][c] for c in ("angry", "neutral", "sad")) == pytest.approx(1)
+
+    code, out, _ = run(capsys, "report", tmp_path, "--json")
+    assert code == 0
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert len(json.loads(out)["summary"]) == len(pd.read_csv(tmp_path / "summary.csv")) == 4
+
+
+def test_settings_come_from_yaml_and_options_win(options, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("split: {rule: speaker, seed: 3}\nanti_transfer: {beta: 0.5}\n")
+    args = ["--config", tmp_path / "run.yaml", "--anti_transfer.beta", "0.25", "--out", tmp_path / "run"]
+    parser, _ = cli._parser()
+    chosen = parser.instantiate(parser.parse_args(["train", *map(str, args)])).train
+    assert (chosen.split.rule, chosen.split.seed, chosen.anti_transfer.beta) == ("speaker", 3, 0.25)
+
+
+def test_defaults_are_the_papers():
+    parser, _ = cli._parser()
+    chosen = parser.instantiate(parser.parse_args(["train", "--out", "x"])).train
+    assert cli._chosen(Experiment, chosen) == Experiment()
+    assert (Experiment().training.lr, Experiment().training.batch, Experiment().training.patience) == (1e-5, 20, 20)
+    chosen = parser.instantiate(parser.parse_args(["pretrain", "rhemo", "--out", "x"])).pretrain.rhemo
+    assert cli._chosen(RHEmoExperiment, chosen) == RHEmoExperiment()
+    for task in ("words", "speakers"):
+        training = parser.instantiate(parser.parse_args(["pretrain", task, "--out", "x"])).pretrain[task].training
+        assert (training.lr, training.batch, training.patience) == (5e-5, 300, 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--out", "x", "--network.width", "wide"], "network.width"),
+        (["train", "--out", "x", "--network.widht", "1"], "network.widht"),
+        (["train", "--out", "x", "--corpus.name", "iemocap"], "unknown corpus 'iemocap'; known are demo, fillets"),
+        (["train", "--out", "x", "--corpus.folder", "/nowhere"], "/nowhere: empty or no folder"),
+        (["evaluate", "/nowhere"], "/nowhere: no such checkpoint"),
+        (["predict", "/nowhere", "a.wav"], "/nowhere: no such checkpoint"),
+        (["report", "/nowhere"], "/nowhere"),
+        (["corpus", "make", "fillets", "--folder", "x"], "use `qat corpus fetch fillets`"),
+        (["corpus", "fetch", "demo", "--folder", "x"], "use `qat corpus make demo`"),
+        (["demo", "--seeds", "0"], "--seeds 0"),
+        (["sing"], "'sing'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interruption_is_told_and_has_its_own_exit_code(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    code, _, err = run(capsys, "doctor")
+    assert code == 130
+    assert "--resume" in err
+
+
+def test_failed_training_exits_with_1(options, tmp_path, capsys):
+    code, _, err = run(
+        capsys, "train", "--out", tmp_path / "run", *options, "--training.lr", "1e18", "--training.epochs", "5"
+    )
+    assert code == 1
+    assert "lower training.lr" in err
+
+
+def test_doctor_and_corpus_list(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["torchaudio (spectrograms)"].startswith("ok")
+    code, out, _ = run(capsys, "corpus", "list")
+    assert code == 0
+    assert "hedgewars" in out
+
+
+def test_every_command_explains_itself(capsys):
+    for words in (["train"], ["pretrain", "rhemo"], ["demo"], ["corpus", "fetch"], ["predict"], ["prepare"]):
+        code, out, _ = run(capsys, *words, "--help")
+        assert code == 0
+        assert "--json" in out
