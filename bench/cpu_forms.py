@@ -7,6 +7,7 @@ batch 20 in float32, at full width and at 1/8, with 1 and 2 threads, and writes 
 
 import csv
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -117,6 +118,7 @@ def table() -> Iterator[dict[str, str | int]]:
                     "q8_ms": f"{times['q8']:.2f}",
                     "dense_over_q8": f"{times['dense'] / times['q8']:.2f}",
                     "auto": qkernels.form_of("hamilton_conv2d" if layer.kernel else "hamilton_linear", x, weight),
+                    "load_average": f"{os.getloadavg()[0]:.1f}",  # well above `threads`: other programs were running
                     "cpu": cpu_name(),
                     "torch": torch.__version__,
                 }

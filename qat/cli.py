@@ -22,6 +22,18 @@ from qat.data.spectrogram import SpectrogramConfig
 
 Command = Callable[[Namespace], Any]
 
+SUMMARY = {
+    "name": "setting",
+    "accuracy": "accu-\nracy",
+    "accuracy_low": "95 %\nlow",
+    "accuracy_high": "95 %\nhigh",
+    "difference": "AT\ngains",
+    "withheld_accuracy": "with-\nheld",
+    "shortcut_rate": "short-\ncut",
+    "voice_probe": "voice\nprobe",
+}
+"""What a terminal has room for; ``summary.csv`` and ``--json`` have every column."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
@@ -269,8 +281,9 @@ def _print(result: Any, as_json: bool) -> None:
         if name == "parts":
             names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
             console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
-        elif hasattr(value, "to_dict"):
-            console.print(_table(value.to_dict("records")))
+        elif name == "summary":
+            shown = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
+            console.print(_table(shown.round(3).rename(columns=SUMMARY).to_dict("records")))
         elif name != "experiment" and not (isinstance(value, (list, dict)) and not value):
             console.print(f"{name}: {value}", highlight=False)
 
@@ -279,7 +292,9 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        table.add_column(column, no_wrap=column == columns[0])
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     return table
@@ -288,7 +303,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 def _cell(value: Any) -> str:
     if value is None or value != value:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _jsonable(value: Any) -> Any:

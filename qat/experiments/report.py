@@ -417,9 +417,8 @@ class _Page:
                 continue
             caption = (
                 f"{self.mark}. {what}: loss by epoch, one line a seed. Total is what is minimised; dotted, where it "
-                "differs, cross-entropy alone. Dots: the epoch whose weights are kept, that of the lowest total "
-                "validation loss. Dropout is on while training losses are taken, so they may lie above those of "
-                "validation."
+                "differs, cross-entropy alone. Dots: the epoch whose weights are kept. Dropout is on while "
+                "training losses are taken, so they may lie above those of validation."
             )
             if any(group.first.task == "rhemo" for group in logged):
                 caption += " Dashed: RH-Emo's loss if it reconstructed the best constant."
