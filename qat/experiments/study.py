@@ -217,12 +217,9 @@ class Study:
         with self._stage("pretrain RH-Emo with emotions"):
             pretrain_rhemo(self.rhemo(2), self.folder / "rhemo/stage2", resume=True)
         with self._stage("pretrain the voice and the word network"):
-            self._train({Path("twins", twin): self.twin(twin) for twin in ("word", "voice")})
-        with self._stage("train the emotion networks"):
-            self._train(self.trainings())
-        with self._stage("probe what the networks know"):
-            for path in self.trainings():
-                analyse(self.folder / path)
+            self._train(_train_quietly, {Path("twins", twin): self.twin(twin) for twin in ("word", "voice")})
+        with self._stage("train and probe the emotion networks"):
+            self._train(_train_and_probe, self.trainings())
         about = {"corpus": self.material.description, "synthetic": self.material.synthetic, "recipe": self.recipe}
         write_json(self.folder / "demo.json", about | {"stages": self.stages})
         return write_report(self.folder)
@@ -292,17 +289,17 @@ class Study:
             cache=self.folder / "cache",
         )
 
-    def _train(self, trainings: Mapping[Path, Experiment]) -> None:
+    def _train(self, train: Callable[[Experiment, Path], None], trainings: Mapping[Path, Experiment]) -> None:
         """Run trainings side by side, one thread each: faster than one after another with all threads."""
         folders = [self.folder / path for path in trainings]
         with ordered_map(self.workers, __name__, torch.set_num_threads, (1,), chunk=1) as run, bar(True) as progress:
             task = progress.add_task("trainings", total=len(folders))
-            for _ in run(_train_quietly, list(trainings.values()), folders):
+            for _ in run(train, list(trainings.values()), folders):
                 progress.advance(task)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        Console(stderr=True).print(f"[bold]{len(self.stages) + 1}/7 {name}[/bold]")
+        Console(stderr=True).print(f"[bold]{len(self.stages) + 1}/6 {name}[/bold]")
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
@@ -316,3 +313,8 @@ def _against(twin: Path, beta: float = 1.0) -> AntiTransferConfig:
 def _train_quietly(experiment: Experiment, folder: Path) -> None:
     name = folder.parent.name if folder.name.startswith("seed") else folder.name
     train_classifier(experiment, folder, resume=True, quiet=True, name=name)
+
+
+def _train_and_probe(experiment: Experiment, folder: Path) -> None:
+    _train_quietly(experiment, folder)
+    analyse(folder)
