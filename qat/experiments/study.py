@@ -7,10 +7,10 @@ human speech. Networks start from random weights, or from the very network that 
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,27 +201,30 @@ class Study:
     recipe: str = "small"
     seeds: tuple[int, ...] = (1,)
     workers: int = 2
-    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> Path:
         """Do everything; returns the report's path."""
         torch.set_num_threads(1)  # two threads on two cores with anything else to do took three times as long as one
-        with self._stage("get the recordings"):
-            self.material.obtain()
-        with self._stage("prepare spectrograms"):
-            everything: list[AnyExperiment] = [self.rhemo(1), self.twin("word"), self.twin("voice")]
-            for experiment in everything + list(self.trainings().values()):
-                prepare(read_corpus(experiment.corpus), experiment.features, experiment.cache, workers=self.workers)
-        with self._stage("pretrain RH-Emo to reconstruct"):
-            pretrain_rhemo(self.rhemo(1), self.folder / "rhemo/stage1", resume=True)
-        with self._stage("pretrain RH-Emo with emotions"):
-            pretrain_rhemo(self.rhemo(2), self.folder / "rhemo/stage2", resume=True)
-        with self._stage("pretrain the voice and the word network"):
-            self._train(_train_quietly, {Path("twins", twin): self.twin(twin) for twin in ("word", "voice")})
-        with self._stage("train and probe the emotion networks"):
-            self._train(_train_and_probe, self.trainings())
+        twins = {Path("twins", task): self.twin(task) for task in ("word", "voice")}
+        stages: dict[str, Callable[[], int]] = {
+            "get the recordings": self._obtain,
+            "prepare spectrograms": self._prepare,
+            "pretrain RH-Emo to reconstruct": lambda: self._pretrain_rhemo(1),
+            "pretrain RH-Emo with emotions": lambda: self._pretrain_rhemo(2),
+            "pretrain the voice and the word network": lambda: self._train(_train, twins),
+            "train and probe the emotion networks": lambda: self._train(_train_and_probe, self.trainings()),
+        }
+        path = self.folder / "demo.json"
+        spent = {stage["name"]: stage["seconds"] for stage in _read(path).get("stages", [])}
         about = {"corpus": self.material.description, "synthetic": self.material.synthetic, "recipe": self.recipe}
-        write_json(self.folder / "demo.json", about | {"stages": self.stages})
+        done: list[dict[str, Any]] = []
+        for number, (name, action) in enumerate(stages.items(), 1):
+            Console(stderr=True).print(f"[bold]{number}/{len(stages)} {name}[/bold]")
+            started = time.perf_counter()
+            peak = action()
+            seconds = spent.get(name, 0.0) + time.perf_counter() - started
+            done.append({"name": name, "seconds": seconds, "peak_memory": peak})
+        write_json(path, about | {"stages": done})
         return write_report(self.folder)
 
     def rhemo(self, stage: int) -> RHEmoExperiment:
@@ -289,32 +292,56 @@ class Study:
             cache=self.folder / "cache",
         )
 
-    def _train(self, train: Callable[[Experiment, Path], None], trainings: Mapping[Path, Experiment]) -> None:
-        """Run trainings side by side, one thread each: faster than one after another with all threads."""
+    def _obtain(self) -> int:
+        self.material.obtain()
+        return _own_memory()
+
+    def _prepare(self) -> int:
+        everything: list[AnyExperiment] = [self.rhemo(1), self.twin("word"), self.twin("voice")]
+        for experiment in everything + list(self.trainings().values()):
+            prepare(read_corpus(experiment.corpus), experiment.features, experiment.cache, workers=self.workers)
+        return _own_memory()
+
+    def _pretrain_rhemo(self, stage: int) -> int:
+        folder = self.folder / f"rhemo/stage{stage}"
+        peak: int = pretrain_rhemo(self.rhemo(stage), folder, resume=True)["peak_memory"]
+        return peak
+
+    def _train(self, train: Callable[[Experiment, Path], int], trainings: Mapping[Path, Experiment]) -> int:
+        """Run trainings side by side, one thread each: faster than one after another with all threads.
+
+        Returns:
+            The most memory that one of them held, in bytes.
+        """
         folders = [self.folder / path for path in trainings]
+        peaks = [0]
         with ordered_map(self.workers, __name__, torch.set_num_threads, (1,), chunk=1) as run, bar(True) as progress:
             task = progress.add_task("trainings", total=len(folders))
-            for _ in run(train, list(trainings.values()), folders):
+            for peak in run(train, list(trainings.values()), folders):
+                peaks.append(peak)
                 progress.advance(task)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        Console(stderr=True).print(f"[bold]{len(self.stages) + 1}/6 {name}[/bold]")
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.stages.append({"name": name, "seconds": seconds, "peak_memory": peak_memory(torch.device("cpu"))})
+        return max(peaks)
 
 
 def _against(twin: Path, beta: float = 1.0) -> AntiTransferConfig:
     return AntiTransferConfig(twin, [LAYER], beta)
 
 
-def _train_quietly(experiment: Experiment, folder: Path) -> None:
+def _train(experiment: Experiment, folder: Path) -> int:
     name = folder.parent.name if folder.name.startswith("seed") else folder.name
-    train_classifier(experiment, folder, resume=True, quiet=True, name=name)
+    peak: int = train_classifier(experiment, folder, resume=True, quiet=True, name=name)["peak_memory"]
+    return peak
 
 
-def _train_and_probe(experiment: Experiment, folder: Path) -> None:
-    _train_quietly(experiment, folder)
+def _train_and_probe(experiment: Experiment, folder: Path) -> int:
+    peak = _train(experiment, folder)
     analyse(folder)
+    return peak
+
+
+def _own_memory() -> int:
+    return peak_memory(torch.device("cpu"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -99,7 +99,7 @@ def test_a_study_runs_from_recordings_to_a_report_and_keeps_what_is_finished(tin
     assert [stage["name"] for stage in about["stages"]][-1] == "train and probe the emotion networks"
     assert "ynthesised speech" in report.read_text()
     before = {path: path.stat().st_mtime_ns for path in results}
-    replace(tiny_study, stages=[]).run()
+    tiny_study.run()
     assert {path: path.stat().st_mtime_ns for path in results} == before
 
 
