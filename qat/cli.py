@@ -1,6 +1,7 @@
 """The command ``qat``: every stage of the method from the shell.
 
-Exit codes: 0 done, 1 training failed, 2 bad input (one line on stderr says what), 130 interrupted.
+Exit codes: 0 done; 1 training failed, or a checked corpus has unusable files; 2 bad input, which one line on stderr
+names; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,27 +36,36 @@ SUMMARY = {
 """What a terminal has room for; ``summary.csv`` and ``--json`` have every column."""
 
 
+RHEMO_HELP = (
+    "Train one stage of RH-Emo. The defaults are stage 1 (reconstruction). Stage 2 (with emotions): --training.initial "
+    "STAGE1 --rhemo.beta 0.01 --training.lr 1e-6 --training.batch 20 --training.patience 30 "
+    "--training.weight_decay 1e-5"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     logging.basicConfig(format="qat: %(message)s", level=logging.WARNING)
     parser, commands = _parser()
-    options = parser.instantiate(parser.parse_args(arguments))
-    words = []
-    while "subcommand" in options:
-        words.append(options.subcommand)
-        options = options[options.subcommand]
-    name = " ".join(words)
+    options = parser.parse_args(arguments)
+    name, leaf = options.subcommand, options[options.subcommand]
+    while "subcommand" in leaf:
+        name, leaf = f"{name} {leaf.subcommand}", leaf[leaf.subcommand]
     try:
+        options = parser.instantiate(options)
+        for word in name.split():
+            options = options[word]
         result = commands[name](options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _fail(name, error, 2)
     except FloatingPointError as error:
         return _fail(name, error, 1)
     except KeyboardInterrupt:
-        return _fail(name, "interrupted; what is finished is kept, and the same command with --resume goes on", 130)
+        again = "the same command with --resume" if "resume" in leaf else "the same command"
+        return _fail(name, f"interrupted; what is finished is kept, and {again} goes on", 130)
     if int(os.environ.get("RANK", 0)) == 0:
         _print(result, options.json)
-    return 0
+    return 1 if name == "corpus check" and result["unusable"] else 0
 
 
 class _Parser(ArgumentParser):
@@ -118,7 +128,7 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
     sub.add_argument("--cache", type=Path, default=Experiment().cache, help="where prepared spectrograms are kept")
 
     group = family("pretrain", "Train RH-Emo and the networks of the orthogonal tasks.")
-    sub = command(group, "pretrain rhemo", _pretrain_rhemo, "Train one stage of RH-Emo.")
+    sub = command(group, "pretrain rhemo", _pretrain_rhemo, RHEMO_HELP)
     _training_arguments(sub, RHEmoExperiment())
     orthogonal = TrainingConfig(lr=5e-5, batch=300, epochs=500)
     for task, defaults in (
@@ -132,7 +142,12 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
 
     sub = command(top, "evaluate", _evaluate, "Judge a trained classifier on its own parts or on another corpus.")
     sub.add_argument("run", type=Path, help="run folder or checkpoint")
-    sub.add_argument("--corpus", type=CorpusConfig | None, default=None, help="another corpus with the same labels")
+    sub.add_argument(
+        "--corpus",
+        type=CorpusConfig | None,
+        default=None,
+        help="another corpus with the same labels: --corpus.name csv --corpus.folder my.csv",
+    )
     sub.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1...")
     sub = command(top, "predict", _predict, "Classify audio files.")
     sub.add_argument("run", type=Path, help="run folder or checkpoint")
@@ -281,6 +296,8 @@ def _print(result: Any, as_json: bool) -> None:
         if name == "parts":
             names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
             console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
+        elif name == "problems":
+            console.print(_table(value))
         elif name == "summary":
             shown = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
             console.print(_table(shown.round(3).rename(columns=SUMMARY).to_dict("records")))

@@ -7,8 +7,6 @@ settings; where paper and released code disagree, the default is the one argued 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -17,6 +15,11 @@ from qat.data.spectrogram import SpectrogramConfig
 
 Domain = Literal["quaternion", "real", "real-on-embedding"]
 Task = Literal["emotion", "speaker", "word", "word-presence"]
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: {value!r} must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class SplitConfig:
     test: list[str] = field(default_factory=list)
     leak: float = 0.1
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -85,6 +91,12 @@ class NetworkConfig:
     rhemo_mode: Literal["frozen", "batch-statistics", "trainable"] = "frozen"
     embedding_scale: Literal["none", "max", "rms"] = "none"
 
+    def __post_init__(self) -> None:
+        _require(self.width > 0, "network.width", self.width, "above 0")
+        _require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
+        if self.domain == "quaternion":
+            _require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
+
     @property
     def embeds(self) -> bool:
         return self.domain != "real"
@@ -112,6 +124,16 @@ class AntiTransferConfig:
     semantics: Literal["paper", "folded-rowwise"] = "paper"
     random_twin: bool = False
 
+    def __post_init__(self) -> None:
+        layers = self.layers
+        valid = bool(layers) and all(1 <= layer <= 13 for layer in layers) and len(set(layers)) == len(layers)
+        _require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
+        _require(self.beta >= 0, "anti_transfer.beta", self.beta, "at least 0")
+        if self.position == "pool5":
+            _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
+        if self.random_twin:
+            _require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -128,7 +150,7 @@ class TrainingConfig:
         seed: of initialisation, order, dropout and word offsets.
         word_offset: where a word lies in its canvas: one random place per ``sample`` or per ``batch`` in training.
         initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer); the
-            last layer is initialised anew where it has another number of classes.
+            last layer is initialised anew where the classes are others.
         device: ``auto`` takes CUDA where there is one.
         deterministic: take PyTorch's deterministic algorithms.
     """
@@ -145,6 +167,12 @@ class TrainingConfig:
     initial: Path | None = None
     device: str = "auto"
     deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "training.lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+        for name in ("batch", "epochs", "patience"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,11 @@ class RHEmoConfig:
     beta_class: float = 1.0
     beta_vad: float = 100.0
 
+    def __post_init__(self) -> None:
+        _require(self.width > 0, "rhemo.width", self.width, "above 0")
+        for name in ("beta", "beta_class", "beta_vad"):
+            _require(getattr(self, name) >= 0, f"rhemo.{name}", getattr(self, name), "at least 0")
+
 
 @dataclass(frozen=True)
 class RHEmoExperiment:
@@ -200,7 +233,7 @@ class RHEmoExperiment:
     Args:
         corpus: the recordings.
         features: how audio becomes spectrograms.
-        normalisation: ``max`` (the paper's) or ``log``; both give values from 0 to 1.
+        normalisation: ``max`` (the paper's) or ``log``; both map the training part to 0..1.
         split: how recordings are divided.
         rhemo: width and loss weights.
         training: the optimisation; in stage 2 ``training.initial`` names stage 1's run.
@@ -236,6 +269,9 @@ def to_plain(config: Any) -> Any:
 
 def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
     """Undo :func:`to_plain`: the config of class ``kind`` that a run or checkpoint was saved with."""
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(plain.keys() - known):
+        raise ValueError(f"{kind.__name__}: unknown setting {', '.join(unknown)}; saved by another version?")
     values = dict(plain)
     for name, hint in get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint) and name in values:
@@ -243,8 +279,3 @@ def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
         elif Path in (hint, *get_args(hint)) and values.get(name) is not None:
             values[name] = Path(values[name])
     return kind(**values)
-
-
-def fingerprint(config: Any) -> str:
-    """Twelve hex digits that change with any setting."""
-    return hashlib.sha256(json.dumps(to_plain(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -31,7 +31,7 @@ def ordered_map(
     initializer: Callable[..., object],
     arguments: tuple[Any, ...] = (),
     *,
-    chunk: int = 4,
+    long: bool = False,
 ) -> Iterator[Map]:
     """A `map` over processes that gives results in order and stops the processes when the block ends.
 
@@ -40,7 +40,7 @@ def ordered_map(
         module: imported once before the processes fork from their server.
         initializer: run in each process first.
         arguments: of the initializer.
-        chunk: tasks handed to a process at a time; 1 for long ones.
+        long: tasks take minutes: they are handed out singly, each to a new process, whose peak memory is its own.
     """
     workers = cores() if workers is None else workers
     if workers < 0:
@@ -54,12 +54,13 @@ def ordered_map(
     context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
         context.set_forkserver_preload([module])
-    with _hidden_main(), ProcessPoolExecutor(workers, context, initializer, arguments) as pool:
+    fresh = {"max_tasks_per_child": 1} if long else {}
+    with _hidden_main(), ProcessPoolExecutor(workers, context, initializer, arguments, **fresh) as pool:
 
         def run(function: Callable[..., Any], *columns: Sequence[Any]) -> Iterator[Any]:
             for start in range(0, len(columns[0]), _IN_FLIGHT):
                 block = (column[start : start + _IN_FLIGHT] for column in columns)
-                yield from pool.map(function, *block, chunksize=chunk)
+                yield from pool.map(function, *block, chunksize=1 if long else 4)
 
         try:
             yield run

@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+WINDOW = 256
+"""Samples of one STFT window: a shorter file gives no spectrogram."""
+
 SILENCE = 0.005
 """A file whose largest sample is not above this is skipped (WASPAA 2023, released preprocessing)."""
 
@@ -58,9 +61,11 @@ def load_audio(path: Path, sample_rate: int = 16000) -> NDArray[np.float32]:
         `[n]`, full scale = 1.
 
     Raises:
-        AudioError: as `decode`, or silent.
+        AudioError: as `decode`, or silent, or shorter than one window.
     """
     samples = decode(path, sample_rate)
+    if len(samples) < WINDOW:
+        raise AudioError(f"{path}: {len(samples)} samples, fewer than one window of {WINDOW}")
     peak = samples.max(initial=0.0)
     if peak <= SILENCE:
         raise AudioError(f"{path}: silent, its largest sample is {peak:.4g} and must be above {SILENCE}")

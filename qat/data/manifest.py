@@ -153,7 +153,7 @@ def check_files(manifest: Manifest, progress: bool = True) -> pd.DataFrame:
         progress: show a progress bar.
 
     Returns:
-        One row per unusable file: `path` and `problem` (missing, changed, undecodable, silent).
+        One row per unusable file: `path` and `problem` (missing, changed, undecodable, silent, too short).
     """
     problems = []
     with bar(progress) as progress_bar:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qat.data.audio import WINDOW
 from qat.data.torchaudio_import import torchaudio
 
 INPUT_FRAMES = 512
@@ -28,7 +29,6 @@ class SpectrogramConfig:
 
     Args:
         sample_rate: in Hz.
-        window: of the STFT (periodic Hamming), in samples; gives `window // 2 + 1` frequency bins.
         hop: between windows, in samples.
         frame_seconds: length of one cut.
         cut: "audio" cuts the audio in non-overlapping pieces of `frame_seconds`, drops the remainder and fills a short
@@ -39,18 +39,23 @@ class SpectrogramConfig:
     """
 
     sample_rate: int = 16000
-    window: int = 256
+    window: ClassVar[int] = WINDOW  # samples of the periodic Hamming window; 129 bins, which the networks' shape needs
     hop: int = 128
     frame_seconds: float = 4.0
     cut: Literal["audio", "reference", "word"] = "audio"
     time_order: Literal["natural", "reversed"] = "natural"
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "window", "hop", "frame_seconds"):
+        for name in ("sample_rate", "hop", "frame_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        if self.hop > self.window or self.window % 2:
-            raise ValueError(f"window={self.window} must be even and not below hop={self.hop}")
+        if self.hop > self.window:
+            raise ValueError(f"hop={self.hop} must not be above the window of {self.window} samples")
+        if self.cut != "word" and self.frames > INPUT_FRAMES:
+            raise ValueError(
+                f"frame_seconds={self.frame_seconds} at sample_rate={self.sample_rate} and hop={self.hop} gives "
+                f"{self.frames} frames; the networks take at most {INPUT_FRAMES}"
+            )
         if self.samples < self.window:
             raise ValueError(
                 f"frame_seconds={self.frame_seconds} must hold at least one window of {self.window} samples"

@@ -7,7 +7,7 @@ of them) and gives, for each part, labels of `table.index` in the table's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import ceil
 
 import numpy as np
@@ -129,24 +129,6 @@ def own_labels(
     values = generator.permutation(values)
     speakers = generator.permutation(np.sort(np.asarray(list(parts["train"]), dtype=object)))
     return {speaker: values[i % len(values)] for i, speaker in enumerate(speakers)}
-
-
-def classes(table: pd.DataFrame, split: Mapping[str, Sequence[int]], label: str = "emotion") -> list[str]:
-    """The classes of a split, sorted.
-
-    Args:
-        table: with the column `label`.
-        split: from one of the functions above.
-        label: the column.
-
-    Raises:
-        ValueError: the column is missing or has empty cells, or a class has no training sample.
-    """
-    used = column(table.loc[[row for rows in split.values() for row in rows]], label)
-    known = set(used.loc[list(split["train"])])
-    for value in sorted(set(used) - known):
-        raise ValueError(f"class {value!r} of column {label!r} has no training sample")
-    return sorted(known)
 
 
 def column(table: pd.DataFrame, name: str) -> pd.Series:

@@ -169,8 +169,6 @@ def _spectrograms(config: SpectrogramConfig, file: Path, checksum: str) -> tuple
         return str(error)
     if sha256_of(file) != checksum:
         raise ValueError(f"{file}: changed since the manifest was made (its checksum differs); make the manifest again")
-    if len(audio) < config.window:
-        return f"{file}: {len(audio)} samples, fewer than one window of {config.window}"
     cuts = cut(audio, config).contiguous().numpy()
     sounding = min(config.frames, -(-len(audio) // config.hop) + 1)
     return cuts, [sounding] * len(cuts)

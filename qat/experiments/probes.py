@@ -34,7 +34,7 @@ def analyse(run: Path) -> dict[str, float]:
     checkpoint = load_checkpoint(run, "classifier")
     experiment = from_plain(Experiment, checkpoint.record["experiment"])
     predictions = pd.read_csv(run / "predictions.csv")
-    data = load_data(experiment, checkpoint.record["normalisation"]["kind"], quiet=True)
+    data = load_data(experiment, checkpoint.record["normalisation"]["kind"], trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()
     config = experiment.anti_transfer
     tap = tap_name(config.layers[-1], config.position)

@@ -315,7 +315,7 @@ class Study:
         """
         folders = [self.folder / path for path in trainings]
         peaks = [0]
-        with ordered_map(self.workers, __name__, torch.set_num_threads, (1,), chunk=1) as run, bar(True) as progress:
+        with ordered_map(self.workers, __name__, torch.set_num_threads, (1,), long=True) as run, bar(True) as progress:
             task = progress.add_task("trainings", total=len(folders))
             for peak in run(train, list(trainings.values()), folders):
                 peaks.append(peak)

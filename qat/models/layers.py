@@ -32,14 +32,8 @@ class Layers:
 
 
 def layers_of(config: NetworkConfig) -> Layers:
-    """The layers that ``config.domain`` and ``config.init`` ask for.
-
-    Raises:
-        ValueError: PyTorch's default initialisation was asked for quaternion layers, which have none.
-    """
+    """The layers that ``config.domain`` and ``config.init`` ask for."""
     if config.domain == "quaternion":
-        if config.init == "pytorch":
-            raise ValueError("network.init: 'pytorch' is for real networks; take 'default' or 'he' for quaternion")
         return _quaternion(config.init)
     return _real(config.init)
 

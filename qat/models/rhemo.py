@@ -91,9 +91,11 @@ class RHEmo(nn.Module):
             {"emotion": _head(hidden, CLASSES)} | {name: _head(hidden, 1) for name in DIMENSIONS}
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Embedding `[B, 4, 64, 64]`, reconstruction `[B, 1, 512, 128]` (mean over components), head logits."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding `[B, 4, 64, 64]` and reconstruction `[B, 1, 512, 128]`, the mean over the decoder's components."""
         embedding = self.encoder(x)
-        reconstruction = self.decoder(embedding).mean(1, keepdim=True)
-        logits = {name: head(embedding[:, c : c + 1]) for c, (name, head) in enumerate(self.heads.items())}
-        return embedding, reconstruction, logits
+        return embedding, self.decoder(embedding).mean(1, keepdim=True)
+
+    def classify(self, embedding: Tensor) -> dict[str, Tensor]:
+        """The heads' logits: `emotion` `[B, 5]`, `valence`, `arousal`, `dominance` `[B, 1]`."""
+        return {name: head(embedding[:, c : c + 1]) for c, (name, head) in enumerate(self.heads.items())}

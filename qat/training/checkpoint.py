@@ -58,7 +58,10 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, An
     """Write tensors and record to ``path`` at once; an interrupted write leaves the older file in place."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as draft:
+        draft.touch()  # with the mode of any other file; safetensors alone would let nobody else read it
+        mode = draft.stat().st_mode
         save_file(plain, draft, metadata={"record": json.dumps(record)})
+        draft.chmod(mode)
 
 
 def load_checkpoint(path: Path, kind: str) -> Checkpoint:
@@ -78,7 +81,7 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("record", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
     if record.get("kind") != kind:
         raise ValueError(f"{path}: a checkpoint of kind {record.get('kind')!r}, but {kind!r} is needed")

@@ -15,6 +15,7 @@ from qat.data.manifest import Manifest
 from qat.data.spectrogram import Normalisation, place_words, to_input, word_offsets
 from qat.data.store import SpectrogramStore, prepare
 from qat.training import distributed
+from qat.training.checkpoint import Checkpoint
 
 LABEL_COLUMN = {"emotion": "emotion", "speaker": "speaker", "word": "text", "word-presence": "words"}
 
@@ -67,29 +68,35 @@ def labelled(manifest: Manifest, task: str) -> Manifest:
     return manifest.filter(manifest.table[column] != "")
 
 
-def load_data(experiment: AnyExperiment, normalisation: str, *, quiet: bool = False) -> Data:
+def load_data(
+    experiment: AnyExperiment, normalisation: str, *, trained: Checkpoint | None = None, quiet: bool = False
+) -> Data:
     """Read, prepare and split what ``experiment`` names. Rank 0 prepares; the others then read.
 
     Args:
         experiment: what to load.
         normalisation: kind, ``max``, ``standard`` or ``log``.
+        trained: take the parts and the normalisation that this checkpoint was trained with.
         quiet: no progress bar.
 
     Raises:
-        ValueError: whatever is wrong with the corpus, the files or the split.
+        ValueError: whatever is wrong with the corpus, the files or the split; or the corpus has lost files of
+            ``trained``.
     """
     manifest = read_corpus(experiment.corpus)
     if isinstance(experiment, Experiment):
         manifest = labelled(manifest, experiment.task)
+    if distributed.rank() > 0:
+        distributed.barrier()
+    store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
     if distributed.rank() == 0:
-        prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
-    distributed.barrier()
-    store = prepare(manifest, experiment.features, experiment.cache, progress=False)
-    parts = divide(store.index, experiment.split)
-    for name in ("train", "validation"):
-        if not parts[name]:
-            raise ValueError(f"split.rule {experiment.split.rule}: no sample in the {name} part")
-    fitted = Normalisation.fit(normalisation, store.magnitudes, parts["train"])  # type: ignore[arg-type]
+        distributed.barrier()
+    if trained is None:
+        parts = divide(store.index, experiment.split)
+        fitted = Normalisation.fit(normalisation, store.magnitudes, parts["train"])  # type: ignore[arg-type]
+    else:
+        parts = _recorded_parts(store.index, trained)
+        fitted = Normalisation(**trained.record["normalisation"])
     return Data(store.index, parts, fitted, inputs_of(store, fitted, experiment), experiment.features.cut == "word")
 
 
@@ -97,14 +104,32 @@ def divide(index: pd.DataFrame, config: SplitConfig) -> splits.Split:
     """Sample numbers of each part by the rule of ``config``.
 
     Raises:
-        ValueError: the rule does not fit the corpus, or the confounded rule was given no speakers.
+        ValueError: the rule does not fit the corpus, leaves a part empty, or was not given the speakers it needs.
     """
     listed = {"train": config.train, "validation": config.validation, "test": config.test}
     if config.rule == "random":
-        return splits.random(index, config.seed)
-    if config.rule == "speaker":
-        return splits.by_speaker(index, config.seed, listed if any(listed.values()) else None)
-    return splits.confounded(index, config.seed, listed, config.leak)
+        parts = splits.random(index, config.seed)
+    elif config.rule == "speaker":
+        parts = splits.by_speaker(index, config.seed, listed if any(listed.values()) else None)
+    else:
+        parts = splits.confounded(index, config.seed, listed, config.leak)
+    for name in splits.PARTS:
+        if not parts[name]:
+            raise ValueError(f"split.rule {config.rule}: no sample in the {name} part")
+    return {name: rows for name, rows in parts.items() if rows}
+
+
+def _recorded_parts(index: pd.DataFrame, trained: Checkpoint) -> splits.Split:
+    rows = index.groupby("path").indices
+    parts = {}
+    for name, files in trained.record["files"].items():
+        if absent := [file for file in files if file not in rows]:
+            raise ValueError(
+                f"{trained.path}: the corpus has changed since: {len(absent)} files of the {name} part are not usable "
+                f"now, the first being {absent[0]}"
+            )
+        parts[name] = [int(row) for file in files for row in rows[file]]
+    return parts
 
 
 def inputs_of(store: SpectrogramStore, normalisation: Normalisation, experiment: AnyExperiment) -> Inputs:
@@ -158,12 +183,18 @@ def class_targets(
     return classes, torch.tensor([number.get(label, -1) for label in labels])
 
 
-_RHEMO_CLASSES = {"neutral": 0, "neu": 0, "angry": 1, "ang": 1, "happy": 2, "hap": 2, "sad": 3}
+_RHEMO_CLASSES = (("neutral", "neu"), ("angry", "anger", "ang"), ("happy", "happiness", "hap"), ("sad", "sadness"))
 
 
 def rhemo_targets(index: pd.DataFrame) -> Tensor:
-    """RH-Emo's targets `[n, 4]`: emotion class; valence, arousal, dominance as 0 (<= 2.5) or 1; NaN where unknown."""
-    emotion = torch.tensor([float(_RHEMO_CLASSES.get(label, 4)) if label else torch.nan for label in index["emotion"]])
+    """RH-Emo's targets `[n, 4]`: emotion class; valence, arousal, dominance as 0 (<= 2.5) or 1; NaN where unknown.
+
+    Classes are neutral 0, angry 1, happy 2, sad 3 (any case, also anger, happiness, sadness), everything else 4.
+    Valence, arousal and dominance are on IEMOCAP's scale from 1 to 5.
+    """
+    number = {name: float(k) for k, names in enumerate(_RHEMO_CLASSES) for name in names}
+    labels = [label.casefold() for label in index["emotion"]]
+    emotion = torch.tensor([number.get(label, 4.0) if label else torch.nan for label in labels])
     columns = [emotion]
     for name in ("valence", "arousal", "dominance"):
         if name in index:

@@ -35,7 +35,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     Raises:
         ValueError: the device is unknown or absent.
     """
-    chosen = _device(device)
+    chosen = device_of(device)
     joined = "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if joined:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
@@ -46,16 +46,21 @@ def process_group(device: str) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device called ``name``, ``auto`` meaning CUDA where there is one.
+
+    Raises:
+        ValueError: unknown or absent.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"training.device: {name!r} is not a device: {error}") from None
+        raise ValueError(f"device: {name!r} is not one of PyTorch's: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"training.device: {name!r} asked for, but PyTorch sees no CUDA device")
+            raise ValueError(f"device: {name!r} asked for, but PyTorch sees no CUDA device")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

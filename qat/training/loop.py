@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,11 +57,18 @@ class Examples:
         return Examples(self.inputs, self.targets, torch.as_tensor(indices, dtype=torch.long))
 
     def batch(
-        self, indices: Tensor, device: torch.device, generator: torch.Generator | None = None
+        self,
+        indices: Tensor,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        share: slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the samples ``indices`` on ``device``."""
-        inputs = self.inputs(indices, generator).to(device, non_blocking=True)
-        return inputs, self.targets[indices].to(device, non_blocking=True)
+        """Inputs and targets of the samples ``indices`` on ``device``, or of this process's share of them.
+
+        What is drawn anew is drawn for the whole batch, so that it does not depend on the number of processes.
+        """
+        inputs = self.inputs(indices, generator)[share].to(device, non_blocking=True)
+        return inputs, self.targets[indices][share].to(device, non_blocking=True)
 
 
 def fit(
@@ -151,25 +158,29 @@ def evaluate(
     objective.eval()
     mine = examples.indices[distributed.rank() :: distributed.world_size()]
     sums: dict[str, float] = {}
-    outputs, targets = [], []
+    outputs: list[Tensor] = []
+    targets: list[Tensor] = []
     with torch.no_grad():
-        for indices in mine.split(batch):
+        for indices in mine.split(batch) if len(mine) else ():
             x, y = examples.batch(indices, device)
             losses: Losses = objective(x, y)
             for name, value in {"total": losses.total, **losses.parts}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
             outputs.append(losses.outputs.float().cpu())
             targets.append(y.cpu())
-    shares = distributed.gather((sums, torch.cat(outputs), torch.cat(targets)))
-    total = {name: sum(s[0].get(name, 0.0) for s in shares) / len(examples) for name in shares[0][0]}
-    return total, _interleave([s[1] for s in shares]), _interleave([s[2] for s in shares])
+    return _means(sums, len(examples)), _interleaved(outputs), _interleaved(targets)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by PyTorch's allocator on a GPU, by the whole process on a CPU."""
+    """Most bytes held so far: by PyTorch's allocator on a GPU, by the whole process on a CPU (0 where nobody knows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _train_epoch(
@@ -188,18 +199,17 @@ def _train_epoch(
     order = train.indices[torch.randperm(len(train), generator=order_generator)]
     sums: dict[str, Tensor] = {}
     for everyones in order.split(config.batch):
-        mine = everyones[rank::processes]
+        mine = len(everyones[rank::processes])
         # A process without a share of a short last batch still takes part in the averaging, with weight 0.
-        share = len(mine) * processes / len(everyones)
-        x, y = train.batch(mine if len(mine) else everyones[:1], device, order_generator)
+        share = slice(rank, None, processes) if mine else slice(1)
+        x, y = train.batch(everyones, device, order_generator, share)
         losses: Losses = objective(x, y)
         optimizer.zero_grad(set_to_none=True)
-        (losses.total * share).backward()
+        (losses.total * (mine * processes / len(everyones))).backward()
         optimizer.step()
         for name, value in {"total": losses.total.detach(), **losses.parts}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value * len(mine)
-    shares = distributed.gather({name: value.item() for name, value in sums.items()})
-    means = {name: sum(s[name] for s in shares) / len(train) for name in sums}
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value * mine
+    means = _means({name: value.item() for name, value in sums.items()}, len(train))
     if not torch.isfinite(torch.tensor(means["total"])):
         raise FloatingPointError(
             f"training loss is {means['total']} in epoch {epoch}; a lower training.lr than {config.lr:g} may help"
@@ -215,11 +225,19 @@ def _finished(history: History, config: TrainingConfig) -> bool:
     return bool(history) and should_stop(_losses(history), config.patience, config.stopping)
 
 
-def _interleave(shares: list[Tensor]) -> Tensor:
-    """Undo ``[rank::world_size]``."""
+def _means(sums: dict[str, float], samples: int) -> dict[str, float]:
+    """Mean per sample, from every process's sums over its own samples."""
+    everyones = distributed.gather(sums)
+    names = dict.fromkeys(name for one in everyones for name in one)
+    return {name: sum(one.get(name, 0.0) for one in everyones) / samples for name in names}
+
+
+def _interleaved(batches: list[Tensor]) -> Tensor:
+    """All processes' rows in the order of the samples, undoing ``[rank::world_size]``."""
+    shares = [torch.cat(share) for share in distributed.gather(batches) if share]
     whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
     for rank, share in enumerate(shares):
-        whole[rank :: len(shares)] = share
+        whole[rank :: distributed.world_size()] = share
     return whole
 
 

@@ -109,12 +109,13 @@ class RHEmoObjective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Losses:
-        _, reconstruction, logits = self.model(inputs)
-        per_sample = F.binary_cross_entropy(reconstruction, inputs, reduction="none").flatten(1).mean(1)
+        embedding, reconstruction = self.model(inputs)
+        # Clips outside the training part may be louder than its maximum, which stands for 1.
+        per_sample = F.binary_cross_entropy(reconstruction, inputs.clamp(0, 1), reduction="none").flatten(1).mean(1)
         total = per_sample.mean()
         parts = {"reconstruction": total.detach()}
         if self.config.beta > 0:
-            total = total + self.config.beta * self._supervised(logits, targets, parts)
+            total = total + self.config.beta * self._supervised(self.model.classify(embedding), targets, parts)
         return Losses(total, parts, per_sample.detach())
 
     def _supervised(self, logits: dict[str, Tensor], targets: Tensor, parts: dict[str, Tensor]) -> Tensor:

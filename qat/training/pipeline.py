@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import qat
 from qat.anti_transfer import AntiTransfer
 from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, from_plain, to_plain
 from qat.data.audio import load_audio
 from qat.data.spectrogram import Normalisation, cut, place_words, to_input, word_offsets
 from qat.data.store import prepare
 from qat.files import replacing, write_json, write_text
-from qat.models import VGG16, RHEmo
+from qat.models import VGG16, RHEmo, RHEmoEncoder
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, load_checkpoint
 from qat.training.data import (
@@ -70,16 +72,14 @@ def train_classifier(
     with _run_folder(experiment, folder, resume) as (device, finished):
         if finished is not None:
             return finished
+        pretrained = _Pretrained.load(experiment)
         data = load_data(experiment, _normalisation(experiment), quiet=quiet)
         classes, targets = class_targets(data.index, data.parts, experiment.task)
         torch.manual_seed(experiment.training.seed)
-        classifier = _initial_classifier(experiment, len(classes)).to(device)
+        classifier = pretrained.classifier(classes).to(device)
         inputs, embedded = _network_inputs(classifier, data, device)
         objective = ClassificationObjective(
-            classifier,
-            _anti_transfer(experiment, classifier),
-            embedded=embedded,
-            multi_label=_multi_label(experiment),
+            classifier, pretrained.anti_transfer(), embedded=embedded, multi_label=_multi_label(experiment)
         ).to(device)
         record = {"kind": "classifier", "classes": classes}
         run = _Run(experiment, folder, name or folder.name, data, record, device, quiet)
@@ -109,11 +109,14 @@ def pretrain_rhemo(
     with _run_folder(experiment, folder, resume) as (device, finished):
         if finished is not None:
             return finished
-        data = load_data(experiment, experiment.normalisation, quiet=quiet)
+        _one_process("RH-Emo, whose batch norm mixes the samples of a batch,")
         torch.manual_seed(experiment.training.seed)
         model = RHEmo(experiment.rhemo)
         if experiment.training.initial is not None:
-            load_checkpoint(experiment.training.initial, "rhemo").load_into(model)
+            first = load_checkpoint(experiment.training.initial, "rhemo")
+            _same_inputs(experiment, first, "training.initial")
+            first.load_into(model)
+        data = load_data(experiment, experiment.normalisation, quiet=quiet)
         objective = RHEmoObjective(model, experiment.rhemo).to(device)
         run = _Run(experiment, folder, name or folder.name, data, {"kind": "rhemo"}, device, quiet)
         examples = Examples(data.spectrograms, rhemo_targets(data.index), torch.arange(0))
@@ -144,7 +147,7 @@ def evaluate_run(
     with distributed.process_group(device) as where:
         inputs: Inputs
         if corpus is None:
-            data = load_data(experiment, normalisation.kind, quiet=quiet)
+            data = load_data(experiment, normalisation.kind, trained=checkpoint, quiet=quiet)
             index, parts, inputs = data.index, data.parts, data.spectrograms
         else:
             manifest = labelled(read_corpus(corpus), experiment.task)
@@ -179,19 +182,17 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFram
     """
     checkpoint = load_checkpoint(run, "classifier")
     experiment, normalisation = _settings(checkpoint)
-    classifier = load_classifier(checkpoint).eval().to(device)
+    where = distributed.device_of(device)
+    classifier = load_classifier(checkpoint).eval().to(where)
     classes = checkpoint.record["classes"]
     rows = []
     with torch.no_grad():
         for path in files:
             audio = load_audio(path, experiment.features.sample_rate)
-            try:
-                cuts = normalisation(cut(audio, experiment.features))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            cuts = normalisation(cut(audio, experiment.features))
             word = experiment.features.cut == "word"
             x = place_words(cuts, word_offsets(len(cuts), "centre")) if word else to_input(cuts)
-            p = _probabilities(classifier(x.to(device)), experiment).mean(0)
+            p = _probabilities(classifier(x.to(where)), experiment).mean(0)
             chosen = {"path": str(path), "predicted": classes[int(p.argmax())]}
             rows.append(chosen | dict(zip(classes, p.tolist(), strict=True)))
     return pd.DataFrame(rows)
@@ -226,12 +227,13 @@ class _Run:
         resume: bool,
     ) -> tuple[Metrics, dict[str, Tensor]]:
         parts, training = self.data.parts, self.experiment.training
+        files = {part: self.data.index["path"].iloc[rows].unique().tolist() for part, rows in parts.items()}
         record = self.record | {
             "experiment": to_plain(self.experiment),
             "normalisation": to_plain(self.data.normalisation),
+            "files": files,
         }
         if distributed.rank() == 0:
-            files = {part: self.data.index["path"].iloc[rows].tolist() for part, rows in parts.items()}
             write_json(self.folder / "split.json", files)
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(record["experiment"], sort_keys=False))
         history = fit(
@@ -270,7 +272,7 @@ class _Run:
             "peak_memory": peak_memory(self.device),
             "device": _device_name(self.device),
             "processes": distributed.world_size(),
-            "versions": {"torch": torch.__version__},
+            "versions": {"qat": qat.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
         return result, outputs
 
@@ -288,7 +290,7 @@ def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterat
         raise ValueError(f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one")
     else:
         result = None
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if experiment.training.deterministic:
         # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -299,7 +301,7 @@ def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterat
         with distributed.process_group(experiment.training.device) as device:
             yield device, result
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Experiment, Normalisation]:
@@ -307,70 +309,109 @@ def _settings(checkpoint: Checkpoint) -> tuple[Experiment, Normalisation]:
     return from_plain(Experiment, record["experiment"]), Normalisation(**record["normalisation"])
 
 
-def _normalisation(experiment: Experiment) -> str:
-    if experiment.normalisation != "paper":
-        return experiment.normalisation
-    return "max" if experiment.network.embeds else "standard"
+def _normalisation(experiment: AnyExperiment) -> str:
+    if isinstance(experiment, Experiment) and experiment.normalisation == "paper":
+        return "max" if experiment.network.embeds else "standard"
+    return experiment.normalisation
 
 
 def _multi_label(experiment: Experiment) -> bool:
     return experiment.task == "word-presence"
 
 
-def _initial_classifier(experiment: Experiment, num_classes: int) -> SpeechClassifier:
-    """A new classifier with RH-Emo's encoder, and the VGG16 weights of ``training.initial`` if that is set."""
-    network, initial = experiment.network, experiment.training.initial
-    classifier = SpeechClassifier(network, num_classes)
-    if classifier.encoder is not None:
-        if network.rhemo is None:
+@dataclass(frozen=True)
+class _Pretrained:
+    """The checkpoints that a training builds on, found to fit before anything expensive starts."""
+
+    experiment: Experiment
+    rhemo: Checkpoint | None
+    initial: Checkpoint | None
+    twin: Checkpoint | None
+
+    @classmethod
+    def load(cls, experiment: Experiment) -> _Pretrained:
+        """Read and check them.
+
+        Raises:
+            ValueError: one is missing, of another kind or network, or was trained on other inputs.
+        """
+        network, at = experiment.network, experiment.anti_transfer
+        if network.rhemo_mode == "batch-statistics":
+            _one_process("network.rhemo_mode batch-statistics, which mixes the samples of a batch,")
+        if at.semantics == "folded-rowwise":
+            _one_process("anti_transfer.semantics folded-rowwise, which mixes the samples of a batch,")
+        if network.embeds and network.rhemo is None:
             raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is named")
-        load_checkpoint(network.rhemo, "rhemo").load_into(classifier.encoder, "encoder")
-    if initial is not None:
-        checkpoint = load_checkpoint(initial, "classifier")
-        source = _same_network(experiment, checkpoint, "training.initial")
-        if len(checkpoint.record["classes"]) == num_classes:
+        found = cls(
+            experiment,
+            load_checkpoint(network.rhemo, "rhemo") if network.embeds and network.rhemo else None,
+            load_checkpoint(experiment.training.initial, "classifier") if experiment.training.initial else None,
+            load_checkpoint(at.twin, "classifier") if at.twin else None,
+        )
+        if found.rhemo is not None:
+            _same_inputs(experiment, found.rhemo, "network.rhemo")
+        for checkpoint, setting in ((found.initial, "training.initial"), (found.twin, "anti_transfer.twin")):
+            if checkpoint is not None:
+                found._check_network(checkpoint, setting)
+        return found
+
+    def classifier(self, classes: list[str]) -> SpeechClassifier:
+        """A new classifier with RH-Emo's encoder, and the VGG16 weights of ``training.initial`` if that is set."""
+        classifier = SpeechClassifier(self.experiment.network, len(classes))
+        if classifier.encoder is not None and self.rhemo is not None:
+            self.rhemo.load_into(classifier.encoder, "encoder")
+        if self.initial is not None:
+            source = self._vgg(self.initial)
+            if self.initial.record["classes"] != classes:
+                source.classifier[-1] = classifier.net.classifier[-1]
             classifier.net.load_state_dict(source.state_dict())
-        else:
-            classifier.net.convs.load_state_dict(source.convs.state_dict())
-            hidden = classifier.net.classifier[:-1]
-            hidden.load_state_dict(source.classifier[:-1].state_dict())
-    return classifier
+        return classifier
 
+    def anti_transfer(self) -> AntiTransfer | None:
+        """The anti-transfer term, if there is a twin."""
+        config = self.experiment.anti_transfer
+        if config.random_twin:
+            return AntiTransfer(config, VGG16(self.experiment.network, num_classes=2))
+        return None if self.twin is None else AntiTransfer(config, self._vgg(self.twin))
 
-def _same_network(experiment: Experiment, checkpoint: Checkpoint, setting: str) -> VGG16:
-    """The VGG16 of a checkpoint, which must have the shape of the experiment's.
+    def _vgg(self, checkpoint: Checkpoint) -> VGG16:
+        net = VGG16(self.experiment.network, len(checkpoint.record["classes"]))
+        checkpoint.load_into(net, "net")
+        return net
 
-    Raises:
-        ValueError: another domain, width or pooling.
-    """
-    own, other = experiment.network, _settings(checkpoint)[0].network
-    for field in ("domain", "width", "adaptive_pool"):
-        if getattr(own, field) != getattr(other, field):
-            raise ValueError(
-                f"{setting}: {checkpoint.path} has network.{field} {getattr(other, field)}, "
-                f"this experiment has {getattr(own, field)}; they must be equal"
-            )
-    net = VGG16(other, len(checkpoint.record["classes"]))
-    checkpoint.load_into(net, "net")
-    return net
-
-
-def _anti_transfer(experiment: Experiment, classifier: SpeechClassifier) -> AntiTransfer | None:
-    config = experiment.anti_transfer
-    if config.random_twin:
-        return AntiTransfer(config, VGG16(experiment.network, num_classes=2))
-    if config.twin is None:
-        return None
-    checkpoint = load_checkpoint(config.twin, "classifier")
-    twin = _same_network(experiment, checkpoint, "anti_transfer.twin")
-    if classifier.encoder is not None:
-        encoder = checkpoint.part("encoder")
-        for name, tensor in classifier.encoder.state_dict().items():
-            if not torch.equal(tensor.cpu(), encoder[name]):
+    def _check_network(self, checkpoint: Checkpoint, setting: str) -> None:
+        own, other = self.experiment.network, _settings(checkpoint)[0].network
+        for field in ("domain", "width", "adaptive_pool"):
+            if getattr(own, field) != getattr(other, field):
                 raise ValueError(
-                    f"anti_transfer.twin: {checkpoint.path} was trained on the embedding of another RH-Emo"
+                    f"{setting}: {checkpoint.path} has network.{field} {getattr(other, field)}, "
+                    f"this experiment has {getattr(own, field)}; they must be equal"
                 )
-    return AntiTransfer(config, twin)
+        _same_inputs(self.experiment, checkpoint, setting)
+        if self.rhemo is None or "trainable" in (own.rhemo_mode, other.rhemo_mode):
+            return
+        theirs, ours = checkpoint.part("encoder"), self.rhemo.part("encoder")
+        for name, _ in RHEmoEncoder().named_parameters():
+            if not torch.equal(theirs[name], ours[name]):
+                raise ValueError(f"{setting}: {checkpoint.path} was trained on the embedding of another RH-Emo")
+
+
+def _same_inputs(experiment: AnyExperiment, checkpoint: Checkpoint, setting: str) -> None:
+    """All stages must hear alike: only the cut may differ (words are shorter), and the fitted statistics."""
+    own = to_plain(experiment.features) | {"normalisation": _normalisation(experiment)}
+    record = checkpoint.record
+    other = record["experiment"]["features"] | {"normalisation": record["normalisation"]["kind"]}
+    for field, value in own.items():
+        if field != "cut" and value != other[field]:
+            raise ValueError(
+                f"{setting}: {checkpoint.path} was trained with {field} {other[field]}, this experiment has {value}; "
+                "they must be equal"
+            )
+
+
+def _one_process(what: str) -> None:
+    if distributed.world_size() > 1:
+        raise ValueError(f"{what} is trained by one process only; run it without torchrun")
 
 
 def _network_inputs(classifier: SpeechClassifier, data: Data, device: torch.device) -> tuple[Inputs, bool]:
@@ -447,7 +488,7 @@ def _embedding_health(model: RHEmo, examples: Examples, device: torch.device) ->
     model.eval()
     with torch.no_grad():
         for indices in examples.indices.split(64):
-            x, _ = examples.batch(indices, device)
+            x = examples.batch(indices, device)[0].clamp(0, 1)
             pixels.append(x.double().mean((1, 2, 3)).cpu())
             embeddings.append(model.encoder(x).cpu())
     mean = torch.cat(pixels).mean()

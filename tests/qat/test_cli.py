@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 
 from qat import cli
 from qat.config import Experiment, RHEmoExperiment
@@ -96,14 +98,18 @@ def test_defaults_are_the_papers():
     [
         (["train", "--out", "x", "--network.width", "wide"], "network.width"),
         (["train", "--out", "x", "--network.widht", "1"], "network.widht"),
-        (["train", "--out", "x", "--corpus.name", "iemocap"], "unknown corpus 'iemocap'; known are demo, fillets"),
-        (["train", "--out", "x", "--corpus.folder", "/nowhere"], "/nowhere: empty or no folder"),
+        (["prepare", "--corpus.name", "iemocap"], "unknown corpus 'iemocap'; known are demo, fillets"),
+        (["prepare", "--corpus.folder", "/nowhere"], "/nowhere: empty or no folder"),
         (["evaluate", "/nowhere"], "/nowhere: no such checkpoint"),
         (["predict", "/nowhere", "a.wav"], "/nowhere: no such checkpoint"),
         (["report", "/nowhere"], "/nowhere"),
         (["corpus", "make", "fillets", "--folder", "x"], "use `qat corpus fetch fillets`"),
         (["corpus", "fetch", "demo", "--folder", "x"], "use `qat corpus make demo`"),
         (["demo", "--seeds", "0"], "--seeds 0"),
+        (["train", "--out", "x", "--training.batch", "0"], "training.batch: 0 must be at least 1"),
+        (["train", "--out", "x", "--features.hop", "0"], "hop=0 must be positive"),
+        (["train", "--out", "x", "--network.rhemo", "/nowhere"], "/nowhere: no such checkpoint"),
+        (["train", "--out", "x", "--training.device", "abacus"], "'abacus' is not one of PyTorch's"),
         (["sing"], "'sing'"),
     ],
 )
@@ -117,14 +123,16 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interruption_is_told_and_has_its_own_exit_code(monkeypatch, capsys):
+@pytest.mark.parametrize(("words", "resumes"), [(["train", "--out", "x"], True), (["demo"], False)])
+def test_interruption_is_told_and_has_its_own_exit_code(words, resumes, monkeypatch, capsys):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupted)
-    code, _, err = run(capsys, "doctor")
+    monkeypatch.setattr(cli, f"_{words[0]}", interrupted)
+    code, _, err = run(capsys, *words)
     assert code == 130
-    assert "--resume" in err
+    assert "goes on" in err
+    assert ("--resume" in err) == resumes
 
 
 def test_failed_training_exits_with_1(options, tmp_path, capsys):
@@ -143,6 +151,19 @@ def test_doctor_and_corpus_list(capsys):
     code, out, _ = run(capsys, "corpus", "list")
     assert code == 0
     assert "hedgewars" in out
+
+
+def test_corpus_check_tells_what_cannot_be_used(corpus, tmp_path, capsys):
+    for path in corpus.table["path"][:3]:
+        (tmp_path / path).write_bytes((corpus.root / path).read_bytes())
+    corpus.table[:3].drop(columns=["checksum", "duration"]).to_csv(tmp_path / "some.csv", index=False)
+    (tmp_path / corpus.table["path"][1]).write_text("no audio")
+    soundfile.write(tmp_path / corpus.table["path"][2], np.ones(100), 16000)
+    code, out, _ = run(capsys, "corpus", "check", "csv", "--folder", tmp_path / "some.csv", "--json")
+    assert code == 1
+    assert json.loads(out)["unusable"] == 2
+    assert ["cannot be decoded" in p["problem"] for p in json.loads(out)["problems"]] == [True, False]
+    assert "fewer than one window" in json.loads(out)["problems"][1]["problem"]
 
 
 def test_every_command_explains_itself(capsys):

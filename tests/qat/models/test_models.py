@@ -107,8 +107,8 @@ def test_nothing_deeper_than_the_tap_is_computed(monkeypatch):
 
 
 def test_dropped_init_option_is_refused_for_quaternions():
-    with pytest.raises(ValueError, match="pytorch"):
-        VGG16(NetworkConfig(width=0.01, init="pytorch"), 2)
+    with pytest.raises(ValueError, match="'pytorch' must be 'default' or 'he' in the quaternion domain"):
+        NetworkConfig(init="pytorch")
 
 
 def test_he_keeps_activations_alive_where_glorot_lets_them_die():
@@ -123,7 +123,8 @@ def test_he_keeps_activations_alive_where_glorot_lets_them_die():
 
 def test_rhemo_shapes_and_ranges():
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
-    embedding, reconstruction, logits = model(torch.rand(2, 1, 512, 128))
+    embedding, reconstruction = model(torch.rand(2, 1, 512, 128))
+    logits = model.classify(embedding)
     assert embedding.shape == (2, 4, 64, 64)
     assert (embedding >= 0).all()
     assert reconstruction.shape == (2, 1, 512, 128)
@@ -140,7 +141,8 @@ def test_rhemo_shapes_and_ranges():
 def test_rhemo_heads_read_one_channel_each():
     torch.manual_seed(0)
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
-    embedding, _, logits = model(torch.rand(2, 1, 512, 128))
+    embedding, _ = model(torch.rand(2, 1, 512, 128))
+    logits = model.classify(embedding)
     for channel, name in enumerate(("emotion", "valence", "arousal", "dominance")):
         torch.testing.assert_close(logits[name], model.heads[name](embedding[:, [channel]]))
 
@@ -150,7 +152,8 @@ def test_rhemo_loss_is_the_published_sum():
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
     x, targets = torch.rand(3, 1, 512, 128), torch.tensor([[0, 1, 0, 1], [4, 0, 0, 1], [2, 1, 1, 0]]).float()
     config = RHEmoConfig(beta=0.01, beta_class=1.0, beta_vad=100.0)
-    _, reconstruction, logits = model(x)
+    embedding, reconstruction = model(x)
+    logits = model.classify(embedding)
     bce = torch.nn.BCELoss()
     expected = bce(reconstruction, x) + 0.01 * (
         torch.nn.CrossEntropyLoss()(logits["emotion"], targets[:, 0].long())
