@@ -306,10 +306,11 @@ def _print(result: Any, as_json: bool) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich import box
     from rich.table import Table
 
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, no_wrap=column == columns[0])
     for row in rows:
