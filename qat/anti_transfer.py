@@ -54,7 +54,9 @@ class AntiTransfer(nn.Module):
         weight = self.config.beta**2 if folded else self.config.beta
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
             losses = {
-                f"similarity_{layer}": anti_transfer_loss(features[tap], frozen[tap], semantics=self.config.semantics)
+                f"similarity_{layer}": anti_transfer_loss(
+                    features[tap], frozen[tap], semantics=self.config.semantics, clamp=self.config.clamp
+                )
                 for tap, layer in self.taps.items()
             }
         total = weight * torch.stack(list(losses.values())).sum()

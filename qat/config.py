@@ -114,6 +114,8 @@ class AntiTransferConfig:
             ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
             in the released code).
         semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss.
+        clamp: of ``folded-rowwise``: the norms' lower bound, on ``each`` of two (newer PyTorch) or on their ``product``
+            (PyTorch 1.7, with which the code ran).
         random_twin: keep the twin's random initialisation: the control that shows what the twin's knowledge adds.
     """
 
@@ -122,6 +124,7 @@ class AntiTransferConfig:
     beta: float = 1.0
     position: Literal["relu", "pre-relu", "slice", "pool5"] = "relu"
     semantics: Literal["paper", "folded-rowwise"] = "paper"
+    clamp: Literal["each", "product"] = "each"
     random_twin: bool = False
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class AntiTransferConfig:
         valid = bool(layers) and all(1 <= layer <= 13 for layer in layers) and len(set(layers)) == len(layers)
         _require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
         _require(self.beta >= 0, "anti_transfer.beta", self.beta, "at least 0")
+        if self.semantics == "paper":
+            _require(self.clamp == "each", "anti_transfer.clamp", self.clamp, "'each' with semantics 'paper'")
         if self.position == "pool5":
             _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
         if self.random_twin:

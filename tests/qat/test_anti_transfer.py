@@ -5,6 +5,7 @@ from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, NetworkConfig
 from qat.models import VGG16, tap_name
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qkernels import anti_transfer_loss
 
 TINY = NetworkConfig(width=0.05, init="he", dropout=0.0)
 
@@ -83,6 +84,21 @@ def test_folded_rowwise_is_weighted_by_beta_squared(nets):
         _, features = net(x, ["relu7"])
         values[beta] = AntiTransfer(config, twin)(x, features)[0].item()
     assert values[3.0] == pytest.approx(9 * values[1.0], rel=1e-5)
+
+
+def test_clamp_of_folded_rowwise_reaches_the_loss(nets):
+    """Where row norms are about 1e-8, clamping each or their product makes a difference."""
+    net, twin, x = nets
+    _, features = net(x, ["relu7"])
+    tiny = {"relu7": 1e-3 * features["relu7"]}
+    values = []
+    for clamp in ("each", "product"):
+        config = AntiTransferConfig(layers=[7], semantics="folded-rowwise", clamp=clamp)
+        values.append(AntiTransfer(config, twin)(x, tiny)[0].item())
+        frozen = twin.features_at(x, ["relu7"])["relu7"]
+        expected = anti_transfer_loss(tiny["relu7"], frozen, semantics="folded-rowwise", clamp=clamp)
+        assert values[-1] == pytest.approx(expected.item(), rel=1e-6)
+    assert values[0] != pytest.approx(values[1], rel=0.01)
 
 
 def test_total_loss_is_equation_2_and_its_parts_are_told_apart():

@@ -430,6 +430,7 @@ def test_the_order_of_samples_changes_with_the_epoch(experiment, tmp_path, monke
         (lambda: AntiTransferConfig(layers=[2, 2]), "each once"),
         (lambda: AntiTransferConfig(layers=[2, 7], position="pool5"), "pool5"),
         (lambda: AntiTransferConfig(twin=Path("x"), random_twin=True), "random_twin"),
+        (lambda: AntiTransferConfig(clamp="product"), "anti_transfer.clamp"),
         (lambda: AntiTransferConfig(beta=float("nan")), "anti_transfer.beta"),
         (lambda: TrainingConfig(batch=0), "training.batch"),
         (lambda: TrainingConfig(epochs=0), "training.epochs"),
