@@ -1,0 +1,45 @@
+"""What the README tells people to type must work."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat import cli
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    loss, layer = names["loss"], names["layer"]
+    assert isinstance(loss, torch.Tensor)
+    assert isinstance(layer, torch.nn.Module)
+    assert 0 < loss.item() <= 1
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+
+
+COMMANDS = [line for line in README.replace("\\\n", " ").splitlines() if line.startswith("    qat ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("corpus: {name: csv, folder: my.csv}\n")
+    parser, _ = cli._parser()
+    options = parser.instantiate(parser.parse_args(shlex.split(command)[1:]))
+    if "--config my.yaml" in command and "--corpus.where" in command:
+        pretraining = options.pretrain[options.pretrain.subcommand]
+        assert (pretraining.corpus.name, pretraining.corpus.where) == ("csv", {"speaker": ["ann", "ben", "cem"]})
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 5
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"\b[A-Z]+_(?:TABLE|TIME)\b", README)
