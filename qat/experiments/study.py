@@ -297,8 +297,9 @@ class Study:
         return _own_memory()
 
     def _prepare(self) -> int:
-        everything: list[AnyExperiment] = [self.rhemo(1), self.twin("word"), self.twin("voice")]
-        for experiment in everything + list(self.trainings().values()):
+        one_of_each: list[AnyExperiment] = [self.rhemo(1), self.twin("word"), self.twin("voice")]
+        one_of_each += list(self.trainings().values())[:1]
+        for experiment in one_of_each:
             prepare(read_corpus(experiment.corpus), experiment.features, experiment.cache, workers=self.workers)
         return _own_memory()
 

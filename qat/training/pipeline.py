@@ -85,10 +85,11 @@ def train_classifier(
         run = _Run(experiment, folder, name or folder.name, data, record, device, quiet)
         judge = _judge(experiment, classes)
         result, outputs = run.execute(objective, classifier, Examples(inputs, targets, torch.arange(0)), judge, resume)
+        result["parameters"] = _count(classifier.net)
         if distributed.rank() == 0:
             _write_predictions(folder / "predictions.csv", data, outputs, classes, experiment)
-            write_json(folder / "result.json", result | {"parameters": _count(classifier.net)})
-        return result | {"parameters": _count(classifier.net)}
+            write_json(folder / "result.json", result)
+        return result
 
 
 def pretrain_rhemo(
@@ -123,9 +124,10 @@ def pretrain_rhemo(
         result, _ = run.execute(objective, model, examples, lambda outputs, targets: {}, resume)
         for part, indices in data.parts.items():
             result["parts"][part] |= _embedding_health(model, examples.part(indices), device)
+        result["parameters"] = _count(model)
         if distributed.rank() == 0:
-            write_json(folder / "result.json", result | {"parameters": _count(model)})
-        return result | {"parameters": _count(model)}
+            write_json(folder / "result.json", result)
+        return result
 
 
 def evaluate_run(
@@ -233,7 +235,8 @@ class _Run:
             "normalisation": to_plain(self.data.normalisation),
             "files": files,
         }
-        if distributed.rank() == 0:
+        # A run that is resumed wrote these already; `fit` is yet to find out whether it is the same run.
+        if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
             write_json(self.folder / "split.json", files)
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(record["experiment"], sort_keys=False))
         history = fit(

@@ -107,6 +107,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(experiment, twin, tmp_path,
         train_classifier(experiment, tmp_path / "broken", quiet=True)
     with pytest.raises(ValueError, match="state of another experiment"):
         train_classifier(trained(experiment, lr=1e-4), tmp_path / "broken", resume=True, quiet=True)
+    assert yaml.safe_load((tmp_path / "broken/experiment.yaml").read_text()) == to_plain(experiment)
     train_classifier(experiment, tmp_path / "broken", resume=True, quiet=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     whole, broken = (
