@@ -17,6 +17,7 @@ from qkernels.ops.hamilton_linear import reference as linear_reference
 
 Pair = tuple[int, int]
 ACTIVATIONS = (None, "relu")
+POOLS = (None, 2)
 REDUCTIONS = ("mean", "none", "sum")
 SEMANTICS = ("paper", "folded-rowwise")
 CLAMPS = ("each", "product")
@@ -32,8 +33,10 @@ def hamilton_conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
-) -> Tensor:
-    """Quaternion convolution, y = activation(weight (x) x + bias), a Hamilton product from the left.
+    pool: int | None = None,
+    tap: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Quaternion convolution, y = pool(activation(weight (x) x + bias)), a Hamilton product from the left.
 
     Args:
         x: `[B, 4 Q, H, W]`, channels planar `[r | i | j | k]`.
@@ -42,16 +45,24 @@ def hamilton_conv2d(
         stride, padding, dilation: pixels, one number or (vertical, horizontal).
         groups: groups of the quaternion channels, each component alike.
         activation: None or "relu".
+        pool: None, or 2 for the maxima of 2x2 windows, as `torch.nn.functional.max_pool2d(y, 2)`.
+        tap: with a pool, return the map in front of it too.
 
     Returns:
-        `[B, 4 P, Ho, Wo]`, contiguous.
+        `[B, 4 P, Ho, Wo]`, or the pooled `[B, 4 P, Ho // 2, Wo // 2]`; with `tap` both, (map, pooled). On the Triton
+        backend dense NHWC (`torch.channels_last`), else contiguous.
 
     Raises:
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.conv2d` does. Saved for the backward: x, weight, and the
-        output where there is a ReLU. Differentiable to any order.
+        Casts under autocast as `torch.nn.functional.conv2d` does. Saved for the backward: x, weight, and the output where
+        there is a ReLU; with a pool on the Triton backend, one byte for each of its outputs instead of the map.
+        Differentiable to any order; on the Triton backend behind a ReLU or pool to the first.
+
+        On the Triton backend sums are in float32, results the same in every run, and float32 operands are multiplied as
+        such unless PyTorch's switch for convolutions allows tf32 (`torch.backends.cudnn.allow_tf32`, which PyTorch sets by
+        default), to which they are rounded.
 
     >>> x = torch.zeros(1, 4, 2, 2)
     >>> x[:, 2] = 1  # j
@@ -68,17 +79,29 @@ def hamilton_conv2d(
     _check_channels(x.shape[1], 4 * weight.shape[2] * groups, "4 * weight.shape[2] * groups")
     _check_bias(bias, 4 * weight.shape[1])
     _check_option("activation", activation, ACTIVATIONS)
+    _check_option("pool", pool, POOLS)
+    if tap and not pool:
+        raise ValueError("tap=True needs pool=2: without a pool the map is what is returned")
     size = [
         conv_reference.conv_output_size(*sizes)
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
     ]
-    _check_output_size(size, x)
+    _check_output_size([length // pool for length in size] if pool else size, x)
     x, weight, bias = _same_type(x, weight, bias)
-    form = runtime.form_of("hamilton_conv2d", x, weight)
-    if form == "einsum":
-        y = conv_reference.hamilton_conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return y.relu() if activation else y
-    return conv_op.hamilton_conv2d(x, weight, bias, stride, padding, dilation, groups, activation == "relu", form)
+    backend, form = runtime.plan_of("hamilton_conv2d", x, weight)
+    relu, window = activation == "relu", (stride, padding, dilation, groups)
+    if pool and backend == "triton":
+        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, *window, relu, tap, form)
+        return (y, pooled) if tap else pooled
+    if backend == "reference":
+        y = conv_reference.hamilton_conv2d(x, weight, bias, *window)
+        y = y.relu() if relu else y
+    else:
+        y = conv_op.hamilton_conv2d(x, weight, bias, *window, relu, backend, form)
+    if not pool:
+        return y
+    pooled = torch.nn.functional.max_pool2d(y, pool)
+    return (y, pooled) if tap else pooled
 
 
 def hamilton_conv_transpose2d(
@@ -104,7 +127,7 @@ def hamilton_conv_transpose2d(
         groups: groups of the quaternion channels, each component alike.
 
     Returns:
-        `[B, 4 P, Ho, Wo]`, contiguous; Ho = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding +
+        `[B, 4 P, Ho, Wo]`, dense NHWC on the Triton backend, else contiguous; Ho = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding +
         1.
 
     Raises:
@@ -131,12 +154,13 @@ def hamilton_conv_transpose2d(
     ]
     _check_output_size(size, x)
     x, weight, bias = _same_type(x, weight, bias)
-    form = runtime.form_of("hamilton_conv_transpose2d", x, weight)
-    if form == "einsum":
+    backend, form = runtime.plan_of("hamilton_conv_transpose2d", x, weight)
+    if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation
         )
-    return conv_op.hamilton_conv2d_dx(x, weight, bias, size, stride, padding, dilation, groups, form)
+    window = (stride, padding, dilation, groups)
+    return conv_op.hamilton_conv2d_dx(x, None, None, None, weight, bias, size, *window, backend, form)
 
 
 def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
@@ -155,7 +179,9 @@ def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ac
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.linear` does. Differentiable to any order.
+        Casts under autocast as `torch.nn.functional.linear` does. Differentiable to any order; on the Triton backend
+        behind a ReLU to the first. There float32 follows PyTorch's switch for matrix products
+        (`torch.backends.cuda.matmul.allow_tf32`, off by default).
 
     (WASPAA 2023, section 2.1; Parcollet et al. 2019.)
     """
@@ -166,12 +192,12 @@ def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ac
     _check_bias(bias, 4 * weight.shape[1])
     _check_option("activation", activation, ACTIVATIONS)
     x, weight, bias = _same_type(x, weight, bias)
-    form = runtime.form_of("hamilton_linear", x, weight)
-    if form == "einsum":
+    backend, form = runtime.plan_of("hamilton_linear", x, weight)
+    if backend == "reference":
         y = linear_reference.hamilton_linear(x, weight, bias)
         return y.relu() if activation else y
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = linear_op.hamilton_linear(rows, weight, bias, activation == "relu", form)
+    y = linear_op.hamilton_linear(rows, weight, bias, activation == "relu", backend, form)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -290,7 +316,7 @@ def _window(stride: int | Pair, padding: int | Pair, dilation: int | Pair) -> tu
     return _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
 
 
-def _check_option(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+def _check_option(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 

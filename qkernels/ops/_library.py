@@ -51,3 +51,16 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
     """The gradient behind a ReLU whose output was `y`; `dy` itself where there was none."""
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+
+
+def refuse_second_derivative(fused: bool) -> None:
+    """Raises where a product of the Triton kernels took a fused ReLU or pool along.
+
+    Raises:
+        NotImplementedError: there was one.
+    """
+    if fused:
+        raise NotImplementedError(
+            "the Triton kernels have no second derivative behind a fused ReLU or pool; compute it under "
+            "qkernels.set_backend('reference')"
+        )

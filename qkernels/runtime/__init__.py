@@ -1,10 +1,11 @@
 """Which backend and which form compute an operator.
 
 A setting belongs to the current thread, as with `torch.set_grad_enabled`; new threads start from the
-defaults. The environment variable QKERNELS_BACKEND sets the default backend of all threads. No device is
-queried here.
+defaults. The environment variable QKERNELS_BACKEND sets the default backend of all threads. A device is queried only where a tensor
+lies on it.
 """
 
+import importlib.util
 import math
 import os
 import threading
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.ops import _launch
 from qkernels.ops.gram_cosine.config import gram_form
-from qkernels.ops.hamilton_conv.config import cpu_form
+from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
+from qkernels.ops.hamilton_conv.config import cpu_form, triton_form
 
 BACKENDS = ("auto", "reference", "triton")
-FORMS = ("auto", "dense", "q16", "q8")
+FORMS = ("auto", *KERNEL_FORMS)
 OPERATORS = (
     "hamilton_conv2d",
     "hamilton_conv_transpose2d",
@@ -27,6 +30,9 @@ OPERATORS = (
     "gram_cosine",
     "anti_transfer_loss",
 )
+HAMILTON = OPERATORS[:3]
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -108,18 +114,40 @@ def backend_of(op: str | Callable[..., Any], *args: Any) -> str:
         args: its arguments, tensors first.
 
     Returns:
-        "reference" (einsum) or "torch" (plain PyTorch).
+        "reference" (einsum), "torch" (plain PyTorch) or "triton" (fused kernels).
 
     Raises:
         ValueError: unknown operator, or the backend "triton" where it cannot be honoured.
     """
     name = _name_of(op)
+    if _settings.backend == "reference":
+        return "reference"
+    obstacle = _obstacle(name, args[0])
     if _settings.backend == "triton":
-        raise ValueError(
-            f"backend 'triton' was asked for, but {name} has no Triton kernel yet: "
-            "use the backend 'auto' (fastest plain PyTorch) or 'reference'"
-        )
-    return "reference" if _settings.backend == "reference" else "torch"
+        if obstacle:
+            raise ValueError(
+                f"backend 'triton' was asked for, but {obstacle}: use the backend 'auto' (the fastest that there is) or "
+                "'reference'"
+            )
+        return "triton"
+    # The interpreter is for tests: nobody is sent there unasked.
+    return "torch" if obstacle or not args[0].is_cuda else "triton"
+
+
+def _obstacle(name: str, x: Tensor) -> str | None:
+    """Why the Triton kernels cannot compute this."""
+    if name not in HAMILTON:
+        return f"{name} has no Triton kernel yet"
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
+    if x.is_cuda:
+        major = torch.cuda.get_device_properties(x.device).major
+        return None if major >= 8 else f"the kernels need a GPU of compute capability 8.0 or more, and {x.device} has {major}"
+    if x.device.type == "cpu" and _launch.INTERPRETED:
+        return None
+    return f"x is on {x.device}: the kernels run on CUDA devices, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1)"
 
 
 def form_of(op: str | Callable[..., Any], *args: Any) -> str:
@@ -141,15 +169,35 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
         return "einsum"
     if name in ("gram_cosine", "anti_transfer_loss"):
         return gram_form(args[0].shape[1], args[0].shape[2:].numel())
-    if _settings.form == "q16":
+    backend, form = plan_of(name, *args)
+    if backend == "triton" and form == "auto":
+        kind = "matmul" if name == "hamilton_linear" else "conv"
+        return triton_form(args[1].shape[1], args[1].shape[2], _launch.precision_of(args[0].dtype, kind))
+    return form
+
+
+def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
+    """Backend and form for the operator of a Hamilton product.
+
+    The form stays "auto" for "triton", which decides at each launch, since PyTorch's TF32 switches may change until then.
+
+    Raises:
+        ValueError: as `backend_of` and `form_of`.
+    """
+    backend, form = backend_of(name, x, weight), _settings.form
+    if backend == "reference":
+        return backend, "einsum"
+    if backend == "torch" and form == "q16":
         raise ValueError(
-            f"form 'q16' was asked for, but it needs a Triton kernel, which {name} has not yet: "
-            "use 'dense', 'q8' or 'auto'"
+            f"form 'q16' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
+            f"({_obstacle(name, x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
-    return _automatic_form(name, args[0], args[1]) if _settings.form == "auto" else _settings.form
+    if backend == "torch" and form == "auto":
+        return backend, _automatic_form(x, weight)
+    return backend, form
 
 
-def _automatic_form(name: str, x: Tensor, weight: Tensor) -> str:
+def _automatic_form(x: Tensor, weight: Tensor) -> str:
     # Half types keep the operands as stored; q8 would have to widen them. On a GPU eight thin products only
     # cost launches.
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
