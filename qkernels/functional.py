@@ -1,7 +1,7 @@
 """The public functions: validation, autocast, and the choice of what computes them."""
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,38 @@ POOLS = (None, 2)
 REDUCTIONS = ("mean", "none", "sum")
 SEMANTICS = ("paper", "folded-rowwise")
 CLAMPS = ("each", "product")
+
+
+@overload
+def hamilton_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    stride: int | Pair = ...,
+    padding: int | Pair = ...,
+    dilation: int | Pair = ...,
+    groups: int = ...,
+    *,
+    activation: str | None = ...,
+    pool: int | None = ...,
+    tap: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def hamilton_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    stride: int | Pair = ...,
+    padding: int | Pair = ...,
+    dilation: int | Pair = ...,
+    groups: int = ...,
+    *,
+    activation: str | None = ...,
+    pool: int | None = ...,
+    tap: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def hamilton_conv2d(

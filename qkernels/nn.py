@@ -44,7 +44,7 @@ class _QuaternionLayer(nn.Module):
 
 
 class QuaternionConv2d(_QuaternionLayer):
-    """Quaternion convolution, y = activation(weight (x) x + bias).
+    """Quaternion convolution, y = pool(activation(weight (x) x + bias)).
 
     Args:
         in_channels: real channels of the input, 4 per quaternion.
@@ -53,6 +53,7 @@ class QuaternionConv2d(_QuaternionLayer):
         groups: groups of the quaternion channels.
         bias: whether there is a real bias per output channel.
         activation: None or "relu".
+        pool: None, or 2 for the maxima of 2x2 windows.
         init: "glorot" or "he" (`qkernels.init`).
         generator: source of randomness of the initialisation.
         device: device of the parameters.
@@ -60,7 +61,7 @@ class QuaternionConv2d(_QuaternionLayer):
 
     Shapes:
         x `[B, in_channels, H, W]`; weight `[4, out_channels/4, in_channels/4/groups, kh, kw]`; bias
-        `[out_channels]`; y `[B, out_channels, Ho, Wo]`.
+        `[out_channels]`; y `[B, out_channels, Ho, Wo]`, or half as high and wide behind a pool.
 
     Raises:
         ValueError: channels not divisible by 4, or by 4 * groups; unknown options.
@@ -83,6 +84,7 @@ class QuaternionConv2d(_QuaternionLayer):
         bias: bool = True,
         *,
         activation: str | None = None,
+        pool: int | None = None,
         init: str = "glorot",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -93,11 +95,12 @@ class QuaternionConv2d(_QuaternionLayer):
             _quaternions("in_channels", in_channels, groups),
         )
         F._check_option("activation", activation, F.ACTIVATIONS)
+        F._check_option("pool", pool, F.POOLS)
         kernel = F._pair("kernel_size", kernel_size, 1)
         super().__init__((4, p, q // groups, *kernel), out_channels, bias, init, generator, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride, self.padding, self.dilation = F._window(stride, padding, dilation)
-        self.groups, self.activation = groups, activation
+        self.groups, self.activation, self.pool = groups, activation, pool
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hamilton_conv2d(
@@ -109,11 +112,19 @@ class QuaternionConv2d(_QuaternionLayer):
             self.dilation,
             self.groups,
             activation=self.activation,
+            pool=self.pool,
         )
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, " + _settings(
-            self, kernel_size=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, activation=None
+            self,
+            kernel_size=None,
+            stride=(1, 1),
+            padding=(0, 0),
+            dilation=(1, 1),
+            groups=1,
+            activation=None,
+            pool=None,
         )
 
 

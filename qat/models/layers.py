@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,13 +23,15 @@ class Layers:
         conv: ``(in_channels, out_channels) -> module``, 3x3, padding 1, initialised.
         linear: ``(in_features, out_features) -> module``, initialised.
         head: the same for the last layer, which is real in every domain.
-        run: ``(module, x, activation) -> y`` with activation ``"relu"`` (fused where it can be) or ``None``.
+        run: ``(module, x, activation, pool, tap) -> (y, pooled)`` with activation ``"relu"`` or ``None``; ``pooled`` is
+            y behind a 2x2 max pool where asked for, else ``None``. Both are fused where they can be: then y is ``None``
+            unless there is no pool or a ``tap`` needs it.
     """
 
     conv: Callable[[int, int], nn.Module]
     linear: Callable[[int, int], nn.Module]
     head: Callable[[int, int], nn.Module]
-    run: Callable[[nn.Module, Tensor, str | None], Tensor]
+    run: Callable[..., tuple[Any, Any]]
 
 
 def layers_of(config: NetworkConfig) -> Layers:
@@ -45,9 +48,15 @@ def _quaternion(init: str) -> Layers:
             quaternion_he_(module.weight)
         return module
 
-    def run(module: nn.Module, x: Tensor, activation: str | None) -> Tensor:
+    def run(
+        module: nn.Module, x: Tensor, activation: str | None, pool: bool = False, tap: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
-        return hamilton_conv2d(x, module.weight, module.bias, padding=1, activation=activation)
+        arguments = (x, module.weight, module.bias, 1, 1)
+        if pool and tap:
+            return hamilton_conv2d(*arguments, activation=activation, pool=2, tap=True)
+        y = hamilton_conv2d(*arguments, activation=activation, pool=2 if pool else None)
+        return (None, y) if pool else (y, None)
 
     return Layers(conv, QuaternionLinear, nn.Linear, run)
 
@@ -70,8 +79,11 @@ def _real(init: str) -> Layers:
     def linear(inputs: int, outputs: int) -> nn.Module:
         return initialised(nn.Linear(inputs, outputs))
 
-    def run(module: nn.Module, x: Tensor, activation: str | None) -> Tensor:
+    def run(
+        module: nn.Module, x: Tensor, activation: str | None, pool: bool = False, tap: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         y = module(x)
-        return F.relu(y) if activation == "relu" else y
+        y = F.relu(y) if activation == "relu" else y
+        return y, F.max_pool2d(y, 2) if pool else None
 
     return Layers(conv, linear, linear, run)

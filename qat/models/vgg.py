@@ -107,15 +107,18 @@ class VGG16(nn.Module):
         for n, conv in enumerate(self.convs, 1):
             if stop and len(tapped) == len(wanted):
                 break
-            if f"conv{n}" in wanted:
-                x = self._run(conv, x, None)
-                tap(f"conv{n}", x)
-                x = F.relu(x)
+            relu, conv_name = f"relu{n}", f"conv{n}"
+            pool = n in POOL_AFTER and not (stop and wanted <= {*tapped, relu})
+            if conv_name in wanted:
+                y, _ = self._run(conv, x, None)
+                tap(conv_name, y)
+                y = F.relu(y)
+                pooled = F.max_pool2d(y, 2) if pool else y
             else:
-                x = self._run(conv, x, "relu")
-            tap(f"relu{n}", x)
-            if n in POOL_AFTER:
+                y, pooled = self._run(conv, x, "relu", pool, relu in wanted)
+            tap(relu, y)
+            x = pooled if pool else y
+            if pool:
                 pools += 1
-                x = F.max_pool2d(x, 2)
                 tap(f"pool{pools}", x)
         return x, tapped

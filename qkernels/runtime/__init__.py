@@ -144,7 +144,11 @@ def _obstacle(name: str, x: Tensor) -> str | None:
         return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
     if x.is_cuda:
         major = torch.cuda.get_device_properties(x.device).major
-        return None if major >= 8 else f"the kernels need a GPU of compute capability 8.0 or more, and {x.device} has {major}"
+        return (
+            None
+            if major >= 8
+            else f"the kernels need a GPU of compute capability 8.0 or more, and {x.device} has {major}"
+        )
     if x.device.type == "cpu" and _launch.INTERPRETED:
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1)"
@@ -172,7 +176,8 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
     backend, form = plan_of(name, *args)
     if backend == "triton" and form == "auto":
         kind = "matmul" if name == "hamilton_linear" else "conv"
-        return triton_form(args[1].shape[1], args[1].shape[2], _launch.precision_of(args[0].dtype, kind))
+        x, (_, p, q, *kernel) = args[0], args[1].shape
+        return triton_form(p, q, math.prod(kernel), _launch.precision_of(x.dtype, kind), _launch.arch_of(x))
     return form
 
 

@@ -2,15 +2,15 @@
 
 import functools
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FORMS = ("dense", "q16", "q8")
-# A summed or written dimension below this many quaternion channels leaves a tile of 16 products too small for tensor cores.
-Q16_CHANNELS = 32
-Q8_CHANNELS = 16
+PRODUCTS = {"dense": 1, "q16": 16, "q8": 8}
 
 
 def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
@@ -35,25 +35,32 @@ def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
     return "q8" if p * q * kernel_area >= products_per_map * (p + q) else "dense"
 
 
-def triton_form(p: int, q: int, precision: str) -> str:
-    """The form that Triton kernels take by themselves, computed from the model of `_clocks`, not measured yet.
+def triton_form(p: int, q: int, taps: int, precision: str, arch: int) -> str:
+    """The form that the Triton kernels take by themselves: of the weight's shape alone, so that no batch size changes it.
+
+    A measured form (`python -m qkernels.tune`) comes first. Without one, "q16" for half types and tf32, where q8 would round
+    sums of components; "q8" for accurate float32, where products and not loads take the time; "dense" for so few channels
+    that tiles of quaternions would be empty. This rule is computed from the model of `_clocks`, not measured.
 
     Args:
-        p: quaternion channels of the output, per group.
-        q: quaternion channels of the input, per group.
-        precision: "half", "tf32", "ieee" or "tf32x3", see `Plan`.
+        p: rows of quaternions of the weight.
+        q: columns of quaternions of the weight, those of one group.
+        taps: kernel positions, kh kw.
+        precision: "half", "tf32" or "ieee", see `Plan`.
+        arch: compute capability, 90 for 9.0.
 
     Returns:
-        "q16" for half types and tf32, whose q8 would round sums of components; "q8" for accurate float32, where
-        products, not loads, take the time; "dense" for few channels.
+        "dense", "q16" or "q8".
 
-    >>> triton_form(128, 128, "half"), triton_form(128, 128, "ieee"), triton_form(16, 1, "ieee")
+    >>> triton_form(128, 128, 9, "half", 90), triton_form(128, 128, 9, "ieee", 90), triton_form(16, 1, 9, "ieee", 90)
     ('q16', 'q8', 'dense')
     """
-    accurate = precision in ("ieee", "tf32x3")
-    if min(p, q) < (Q8_CHANNELS if accurate else Q16_CHANNELS):
+    measured = _table(arch)["forms"].get((precision, p, q, taps))
+    if measured:
+        return measured
+    if min(p, q) < (16 if precision == "ieee" else 32):
         return "dense"
-    return "q8" if accurate else "q16"
+    return "q8" if precision == "ieee" else "q16"
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,9 @@ class Tile:
     """Launch settings of one program.
 
     Args:
-        m: rows: pixels of a gather, output channels of a weight gradient.
-        n: columns: output channels of a gather, input channels (under one tap) of a weight gradient.
-        k: summed per step: input channels of a gather, pixels of a weight gradient.
+        m: rows: pixels of a gather, input channels of a weight gradient.
+        n: columns: output channels.
+        k: summed in one step: input channels of a gather, pixels of a weight gradient.
         warps: warps of a program.
         stages: depth of the software pipeline.
     """
@@ -81,8 +88,8 @@ class Plan:
 
     Args:
         form: "dense", "q16" or "q8".
-        precision: of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32), "tf32x3" (three tf32 products
-            for one of float32).
+        precision: of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three tf32 products
+            for one of float32, where it was measured to be as accurate).
         tile: launch settings.
         splits: programs that share one sum; more than one costs a second kernel that adds their parts.
     """
@@ -99,7 +106,7 @@ class Problem:
 
     Args:
         kernel: "gather" (convolution, data gradient, transposed convolution) or "dw" (weight gradient).
-        rows: pixels of one class of the output; for "dw" pixels that are summed.
+        pixels: of one class of the output: rows of a gather, the sum of a weight gradient.
         n: quaternion channels of a group that are written; for "dw" those of the output.
         k: quaternion channels of a group that are summed; for "dw" those of the input.
         taps: kernel positions.
@@ -107,28 +114,125 @@ class Problem:
     """
 
     kernel: str
-    rows: int
+    pixels: int
     n: int
     k: int
     taps: int
     copies: int = 1
 
+    @property
+    def key(self) -> tuple[str, int, int, int, int, int]:
+        """What a measurement is looked up by: pixels to the next power of two."""
+        return self.kernel, self.pixels.bit_length(), self.n, self.k, self.taps, self.copies
 
-# Tiles per (kernel, form, precision), of which each architecture takes those that compile for it without spills, within its
-# shared and tensor memory and with tensor-core instructions (tests/compile_only).
-TILES: dict[int, dict[tuple[str, str, str], tuple[Tile, ...]]] = {
-    90: {
-        ("gather", "dense", "half"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4)),
-        ("gather", "q16", "half"): (Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 8, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
-        ("gather", "q8", "half"): (Tile(128, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3)),
-        ("dw", "dense", "half"): (Tile(64, 64, 64, 4, 3),),
-        ("dw", "q16", "half"): (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3)),
-        ("dw", "q8", "half"): (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3)),
-    }
+    def grid(self, form: str, tile: Tile) -> tuple[int, int]:
+        """Programs of one split, and steps of their sum."""
+        parts = 4 if form == "dense" else 1
+        n, k = parts * self.n, parts * self.k
+        if self.kernel == "dw":
+            return _cdiv(n, tile.n) * _cdiv(k * self.taps, tile.m) * self.copies, _cdiv(self.pixels, tile.k)
+        steps = _cdiv(k * self.taps, tile.k) if form == "dense" and k % tile.k else self.taps * _cdiv(k, tile.k)
+        return _cdiv(self.pixels, tile.m) * _cdiv(n, tile.n) * self.copies, steps
+
+
+def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
+    """Launch settings: the measured ones of a table, else those which `_clocks` finds fastest among `candidates`.
+
+    Args:
+        problem: the product's size.
+        form: "dense", "q16" or "q8".
+        precision: "half", "tf32" or "ieee".
+        arch: compute capability, 90 for 9.0; one without tiles of its own takes those of the next lower one.
+        multiprocessors: of the GPU.
+
+    >>> plan(Problem("gather", 320, 128, 128, 9), "q16", "half", 90, 132).splits > 1  # few pixels: share their sums
+    True
+    """
+    measured = _table(arch)["plans"].get((*problem.key, form, precision))
+    if measured:
+        return measured
+    return min(
+        candidates(problem, form, precision, arch), key=lambda option: _clocks(problem, option, arch, multiprocessors)
+    )
+
+
+def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
+    """Every plan that the architecture's tiles allow, with 1, 2, 4 ... splits of the sum, none of them empty."""
+    for tile in tiles(problem.kernel, form, precision, arch):
+        _, steps = problem.grid(form, tile)
+        for exponent in range(min(max(steps, 1), MOST_SPLITS).bit_length()):
+            yield Plan(form, precision, tile, whole_splits(steps, 2**exponent))
+
+
+def whole_splits(steps: int, splits: int) -> int:
+    """The number of splits of equal length, but for the last, that are left when none is empty.
+
+    >>> whole_splits(9, 4), whole_splits(9, 8)
+    (3, 5)
+    """
+    return _cdiv(steps, _cdiv(steps, splits)) if steps else 1
+
+
+def _clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
+    """A model of the time in clock cycles: a step waits for its products or its operands, a multiprocessor for its programs.
+
+    The rates of products are the data sheets'; L2_BYTES is the assumption of the design notes; the fixed costs are rough.
+    """
+    tile, parts = plan.tile, 1 if plan.form == "dense" else 4
+    programs, steps = problem.grid(plan.form, tile)
+    rate = PRODUCTS_PER_CLOCK[_known(arch)][plan.precision]
+    passes, size = 2 if plan.form == "q8" else 1, 2 if plan.precision == "half" else 4
+    products = PRODUCTS[plan.form] * tile.m * tile.n * tile.k / rate
+    operands = passes * parts * (tile.m + tile.n) * tile.k * size / L2_BYTES
+    programs *= plan.splits
+    side_by_side = max(1, 8 // tile.warps)
+    time = _cdiv(programs, multiprocessors) * _cdiv(steps, plan.splits) * (max(products, operands) + STEP_CLOCKS)
+    time += _cdiv(programs, side_by_side * multiprocessors) * PROGRAM_CLOCKS
+    if plan.splits > 1:
+        elements = programs * parts * tile.m * tile.n
+        time += LAUNCH_CLOCKS + 8 * elements / (multiprocessors * L2_BYTES)
+    return time
+
+
+# Multiply-adds of a multiprocessor per clock (data sheets of A100, H100, B200); bytes it loads from L2.
+PRODUCTS_PER_CLOCK = {
+    80: {"half": 1024, "tf32": 512, "tf32x3": 170, "ieee": 64},
+    90: {"half": 2048, "tf32": 1024, "tf32x3": 341, "ieee": 128},
+    100: {"half": 4096, "tf32": 2048, "tf32x3": 682, "ieee": 128},
 }
+L2_BYTES = 36
+STEP_CLOCKS, PROGRAM_CLOCKS, LAUNCH_CLOCKS = 50, 1500, 5000
+MOST_SPLITS = 64
+
+TILES: dict[int, dict[tuple[str, str, str], tuple[tuple[int, int, int, int, int], ...]]] = {}
 
 
-def plan(problem, form, precision, arch, multiprocessors):
-    form = triton_form(problem.n, problem.k, precision) if form == "auto" else form
-    import os
-    return Plan(form, precision, Tile(int(os.environ.get("TM", 32)), 16, 16, 4, 3), int(os.environ.get("SPLITS", 1)))
+def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
+    """The tiles of an architecture: those of its table, all of which compile without spills (tests/compile_only)."""
+    return tuple(Tile(*numbers) for numbers in TILES[_known(arch)][kernel, form, precision])
+
+
+def _known(arch: int) -> int:
+    return max(known for known in TILES if known <= max(arch, min(TILES)))
+
+
+@functools.cache
+def _table(arch: int) -> dict[str, dict[Any, Any]]:
+    """What `python -m qkernels.tune` measured on this architecture; QKERNELS_TABLES names the folder of your own."""
+    folder = Path(os.environ.get("QKERNELS_TABLES") or Path(__file__).parent / "tables")
+    path = folder / f"sm_{arch}.json"
+    if not path.exists():
+        return {"forms": {}, "plans": {}}
+    rows = json.loads(path.read_text())
+    forms = {(row["precision"], row["p"], row["q"], row["taps"]): row["form"] for row in rows["forms"]}
+    plans = {
+        (*row["problem"], row["form"], row["asked"]): Plan(
+            row["form"], row["precision"], Tile(*row["tile"]), row["splits"]
+        )
+        for row in rows["plans"]
+    }
+    return {"forms": forms, "plans": plans}
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

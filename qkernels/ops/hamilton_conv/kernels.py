@@ -572,7 +572,9 @@ def _hamilton_finish_dw_kernel(
     for split in range(splits):
         if FORM == "dense":
             group_ptr = (
-                dw_partial_ptr + tl.cast(split, tl.int64) * (4 * count) + (tap * groups + p // P).to(tl.int64) * (16 * P * Q)
+                dw_partial_ptr
+                + tl.cast(split, tl.int64) * (4 * count)
+                + (tap * groups + p // P).to(tl.int64) * (16 * P * Q)
             )
             for c in tl.static_range(4):
                 a = b ^ c

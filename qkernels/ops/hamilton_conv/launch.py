@@ -5,9 +5,10 @@ allocates the weight as its form reads it (none for a 1x1 kernel in form q16, wh
 several programs share a sum, the parts in float32.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qkernels import algebra
 from qkernels.ops import _launch
+from qkernels.ops._library import relu_mask
 from qkernels.ops.hamilton_conv import config, kernels
 from qkernels.ops.hamilton_conv.config import Plan, Problem
 from qkernels.ops.hamilton_conv.reference import conv_output_size
@@ -44,6 +46,19 @@ class Source(NamedTuple):
         assert tensor is not None
         return tensor
 
+    def whole(self, size: Ints) -> "Source":
+        """The same as one map of `size`, put together by PyTorch."""
+        if self.kind == "map":
+            return self
+        total = None if self.map is None else relu_mask(self.map, self.gate)
+        if self.pooled is not None and self.code is not None:
+            position = torch.arange(4, device=self.code.device).view(2, 1, 2)
+            routed = self.pooled[:, :, :, None, :, None].where(self.code[:, :, :, None, :, None] == position, 0)
+            routed = routed.flatten(4, 5).flatten(2, 3)
+            routed = torch.nn.functional.pad(routed, (0, size[1] - routed.shape[3], 0, size[0] - routed.shape[2]))
+            total = routed if total is None else total + routed
+        return Source(total)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -60,7 +75,9 @@ class Window:
     @classmethod
     def of(cls, x_size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> "Window":
         y_size = [conv_output_size(*sizes) for sizes in zip(x_size, kernel, stride, padding, dilation, strict=True)]
-        return cls((x_size[0], x_size[1]), (y_size[0], y_size[1]), (kernel[0], kernel[1]), stride, padding, dilation, groups)
+        return cls(
+            (x_size[0], x_size[1]), (y_size[0], y_size[1]), (kernel[0], kernel[1]), stride, padding, dilation, groups
+        )
 
     @property
     def taps(self) -> int:
@@ -154,19 +171,21 @@ def weight_gradient(
     pixels = batch * math.prod(window.y_size)
     if pixels == 0:
         return dw.zero_(), db.zero_()
-    plan = _plan(Problem("dw", pixels, p, q, window.taps, groups), x, form, kind)
+    problem = Problem("dw", pixels, p, q, window.taps, groups)
+    plan, source = _plan(problem, source, (p * groups, q), window.y_size, form, kind)
     tile, dense = plan.tile, plan.form == "dense"
     parts = dense or plan.splits > 1
     factor = 4 if dense else 1
     flat = dense and (groups > 1 or factor * q % tile.m != 0)
-    if dense:  # [split, tap, group, 4 P, 4 Q]
+    shape: tuple[int, ...] = ()
+    if dense:
         shape = (plan.splits, window.taps, groups, 4 * p, 4 * q)
-        stride_s, stride_t, stride_g, stride_p, stride_q, stride_c = *_strides(shape), 0
-    elif parts:  # [split, component, tap, group, P, Q]
+        stride_s, stride_t, stride_g, stride_p, stride_q = _strides(shape)
+        stride_c = 0
+    elif parts:
         shape = (plan.splits, 4, window.taps, groups, p, q)
         stride_s, stride_c, stride_t, stride_g, stride_p, stride_q = _strides(shape)
     else:
-        shape = ()
         stride_s, stride_c, stride_g, stride_p, stride_q, stride_t = _strides((1, 4, groups, p, q, window.taps))
     out = x.new_empty(shape, dtype=torch.float32) if parts else dw
     out_bias = x.new_empty(plan.splits * db.numel(), dtype=torch.float32) if parts else db
@@ -215,7 +234,8 @@ def weight_gradient(
                 "BLOCK_Q": tile.m,
             },
             tile.warps,
-            tile.stages,
+            # Four maps at each stage are more than shared memory holds.
+            min(tile.stages, 2) if "+" in source.kind else tile.stages,
         )
         if parts:
             block = ELEMENTWISE_BLOCK
@@ -273,7 +293,8 @@ def _gather(
     else:
         grid = list(out_size)
     rows = out.shape[0] * math.prod(grid) * (4 if pool else 1)
-    plan = _plan(Problem("gather", rows, n, k, window.taps, groups * classes), x, form, kind)
+    problem = Problem("gather", rows, n, k, window.taps, groups * classes)
+    plan, source = _plan(problem, source, weight.shape[1:3], source_size, form, kind)
     tile, dense, split = plan.tile, plan.form == "dense", plan.splits > 1
     factor = 4 if dense else 1
     w, (stride_c, stride_t, stride_g, stride_p, stride_q) = _packed(weight, plan, groups)
@@ -334,7 +355,7 @@ def _gather(
                 "FLAT": dense and (groups > 1 or factor * k % tile.k != 0),
                 "EVEN_K": factor * k % tile.k == 0,
                 "EVEN_N": factor * n % tile.n == 0,
-                "MAYBE_EMPTY": False,
+                "MAYBE_EMPTY": classes > 1 and _some_split_is_empty(window, problem, plan),
                 "SPLIT": split,
                 "PRECISION": _input_precision(plan),
                 "UPCAST": _upcast(x),
@@ -343,7 +364,8 @@ def _gather(
                 "BLOCK_K": tile.k,
             },
             tile.warps,
-            tile.stages,
+            # Four maps at each stage are more than shared memory holds.
+            min(tile.stages, 2) if "+" in source.kind else tile.stages,
         )
         if partial is not None:
             block_m, block_n = 16, 64
@@ -390,7 +412,9 @@ def _packed(weight: Tensor, plan: Plan, groups: int) -> tuple[Tensor, tuple[int,
                 "kernel_w": kernel[1],
                 "P": p,
                 "Q": q,
-                **dict(zip(("stride_wc", "stride_wp", "stride_wq", "stride_wh", "stride_ww"), weight.stride(), strict=True)),
+                **dict(
+                    zip(("stride_wc", "stride_wp", "stride_wq", "stride_wh", "stride_ww"), weight.stride(), strict=True)
+                ),
                 "FORM": plan.form,
                 "NEGATIVE": NEGATIVE,
                 "PRECISION": plan.precision,
@@ -400,9 +424,35 @@ def _packed(weight: Tensor, plan: Plan, groups: int) -> tuple[Tensor, tuple[int,
     return packed, strides
 
 
-def _plan(problem: Problem, x: Tensor, form: str, kind: str) -> Plan:
-    precision = _launch.precision_of(x.dtype, kind)
-    return config.plan(problem, form, precision, _launch.arch_of(x), _launch.multiprocessors_of(x))
+def _plan(
+    problem: Problem, source: Source, weight_size: Ints, source_size: Ints, form: str, kind: str
+) -> tuple[Plan, Source]:
+    """Form and launch settings, and the source as that form reads it."""
+    x = source.any
+    precision, arch = _launch.precision_of(x.dtype, kind), _launch.arch_of(x)
+    if form == "auto":
+        form = config.triton_form(weight_size[0], weight_size[1], problem.taps, precision, arch)
+    if form == "q8" and precision != "ieee":
+        # ptxas serialises products whose operands meet a gate between the two passes of q8 (C7513).
+        source = source.whole(source_size)
+    return config.plan(problem, form, precision, arch, _launch.multiprocessors_of(x)), source
+
+
+def _some_split_is_empty(window: Window, problem: Problem, plan: Plan) -> bool:
+    """Whether a class of the adjoint has fewer taps than it takes to give each split a step."""
+    counts = []
+    for kernel, stride, padding, dilation in zip(
+        window.kernel, window.stride, window.padding, window.dilation, strict=True
+    ):
+        taps = range(kernel)
+        counts.append(
+            {sum((phase + padding - tap * dilation) % stride == 0 for tap in taps) for phase in range(stride)}
+        )
+    for taps_h, taps_w in itertools.product(*counts):
+        _, steps = replace(problem, taps=taps_h * taps_w).grid(plan.form, plan.tile)
+        if (plan.splits - 1) * _cdiv(steps, plan.splits) >= steps:
+            return True
+    return False
 
 
 def _map(like: Tensor, channels: int, size: Ints, dtype: torch.dtype | None = None) -> Tensor:

@@ -19,7 +19,9 @@ from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.reference import conv_output_size
 
 
-def _empty_map(like: Tensor, channels: int, size: Sequence[int], backend: str, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_map(
+    like: Tensor, channels: int, size: Sequence[int], backend: str, dtype: torch.dtype | None = None
+) -> Tensor:
     layout = torch.channels_last if backend == "triton" else torch.contiguous_format
     shape = (like.shape[0], channels, *size)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
