@@ -1,7 +1,7 @@
 """Compiles recorded launches for GPUs that are not there, and reads what the machine code uses.
 
-Triton's own wheel brings ptxas and cuobjdump. A launch is specialised as Triton's launcher would do it: an integer of 1 is a
-constant, integers and addresses divisible by 16 are known to be.
+Triton's own wheel brings ptxas and cuobjdump. A launch is specialised as Triton's launcher would do it: an integer of
+1 is a constant, integers and addresses divisible by 16 are known to be.
 """
 
 import re

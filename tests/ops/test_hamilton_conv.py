@@ -348,10 +348,70 @@ def test_opcheck(form, name):
     window = case[6:]
     y = hamilton_conv2d(x, weight, bias, *window).detach().requires_grad_()
     ops = torch.ops.qkernels
-    torch.library.opcheck(ops.hamilton_conv2d, (x, weight, bias, *window, True, form))
-    torch.library.opcheck(ops.hamilton_conv2d, (x.detach(), weight, None, *window, False, form))
-    torch.library.opcheck(ops.hamilton_conv2d_dx, (y, weight, None, x.shape[2:], *window, form))
-    torch.library.opcheck(ops.hamilton_conv2d_dw, (y, x, weight.shape[3:], *window, form))
+    source, how = (y, None, None, None), ("torch", form)
+    torch.library.opcheck(ops.hamilton_conv2d, (x, weight, bias, *window, True, *how))
+    torch.library.opcheck(ops.hamilton_conv2d, (x.detach(), weight, None, *window, False, *how))
+    torch.library.opcheck(ops.hamilton_conv2d_dx, (*source, weight, None, x.shape[2:], *window, *how))
+    shift = torch.randn(x.shape[1], requires_grad=True)
+    torch.library.opcheck(ops.hamilton_conv2d_dx, (*source, weight, shift, x.shape[2:], *window, *how))
+    for with_bias in (False, True):
+        torch.library.opcheck(ops.hamilton_conv2d_dw, (*source, x, weight.shape[3:], *window, with_bias, *how))
+
+
+@all_forms
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_weight_gradient_sums_the_bias_gradient_too(form, with_bias):
+    x, weight, bias = operands(CASES["grouped"], requires_grad=True)
+    y = reference(hamilton_conv2d, x, weight, bias, *CASES["grouped"][6:])
+    dy = torch.randn_like(y)
+    arguments = (dy, None, None, None, x.detach(), weight.shape[3:], *CASES["grouped"][6:], with_bias, "torch", form)
+    dw, db = torch.ops.qkernels.hamilton_conv2d_dw(*arguments)
+    exact_dw, exact_db = torch.autograd.grad(y, (weight, bias), dy)
+    torch.testing.assert_close(dw, exact_dw)
+    torch.testing.assert_close(db, exact_db if with_bias else db.new_empty(0))
+
+
+@all_forms
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_pool_is_torchs(form, activation):
+    """Of maps of odd size too; with the map in front of it where a tap is asked for, and the gradients of both."""
+    x, weight, bias = operands((2, 2, 3, 6, 8, (2, 2), (1, 1), (0, 0), (1, 1), 1), requires_grad=True)
+    tensors = (x, weight, bias)
+    with qkernels.set_form(form):
+        y = hamilton_conv2d(*tensors, activation=activation)
+        pooled = hamilton_conv2d(*tensors, activation=activation, pool=2)
+        tapped, tapped_pool = hamilton_conv2d(*tensors, activation=activation, pool=2, tap=True)
+    assert pooled.shape == (2, 12, 2, 3)
+    assert pooled.is_contiguous()
+    assert torch.equal(pooled, torch.nn.functional.max_pool2d(y, 2))
+    assert torch.equal(tapped, y)
+    assert torch.equal(tapped_pool, pooled)
+    expected = reference(hamilton_conv2d, *tensors, activation=activation, pool=2, tap=True)
+    for value, truth in zip((tapped, tapped_pool), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+    dys = [torch.randn_like(t) for t in expected]
+    for used in ([0], [1], [0, 1]):
+        actual, exact = (
+            torch.autograd.grad([pair[i] for i in used], tensors, [dys[i] for i in used], retain_graph=True)
+            for pair in ((tapped, tapped_pool), expected)
+        )
+        for value, truth in zip(actual, exact, strict=True):
+            torch.testing.assert_close(value, truth)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_pool_and_tap_compile_to_one_graph(dynamic):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(hamilton_conv2d, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch in (5, 7, 9) if dynamic else (5, 5):  # no size twice: they would be tied
+        x, weight, bias = operands((batch, 1, 2, 11, 10, (3, 3), None, None, None, 1), torch.float32)
+        options = {"activation": "relu", "pool": 2, "tap": True}
+        for value, truth in zip(
+            compiled(x, weight, bias, **options), hamilton_conv2d(x, weight, bias, **options), strict=True
+        ):
+            torch.testing.assert_close(value, truth)
+    assert counter.frame_count == 1
 
 
 class Net(torch.nn.Module):
@@ -428,7 +488,7 @@ def test_autocast_leaves_float64_alone(form):
 @all_forms
 def test_operator_itself_ignores_autocast(form):
     x, weight, _ = operands(CASES["3x3"], torch.float32)
-    arguments = (x, weight, None, [1, 1], [0, 0], [1, 1], 1, False, form)
+    arguments = (x, weight, None, [1, 1], [0, 0], [1, 1], 1, False, "torch", form)
     y = torch.ops.qkernels.hamilton_conv2d(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.ops.qkernels.hamilton_conv2d(*arguments), y)
@@ -459,6 +519,24 @@ def test_checkpointing_changes_nothing():
 def test_meta_tensors_give_shapes():
     x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
     assert hamilton_conv2d(x, weight, stride=2).shape == (2, 20, 4, 4)
+    assert [t.shape for t in hamilton_conv2d(x, weight, pool=2, tap=True)] == [(2, 20, 7, 7), (2, 20, 3, 3)]
+
+
+def test_layout_of_the_triton_operators():
+    """Their fakes promise dense NHWC, of a pool also its codes and an empty map where there is no tap."""
+    x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
+    window, ops = ([1, 1], [0, 0], [1, 1], 1), torch.ops.qkernels
+    y = ops.hamilton_conv2d(x, weight, None, *window, True, "triton", "auto")
+    dx = ops.hamilton_conv2d_dx(y, y, None, None, weight, None, [9, 9], *window, "triton", "auto")
+    pooled, code, tapped = ops.hamilton_conv2d_pool(x, weight, None, *window, True, True, "auto")
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx, pooled, code, tapped))
+    assert (y.shape, dx.shape, pooled.shape) == ((2, 20, 7, 7), x.shape, (2, 20, 3, 3))
+    assert (tapped.shape, code.shape, code.dtype) == (y.shape, pooled.shape, torch.uint8)
+    assert ops.hamilton_conv2d_pool(x, weight, None, *window, True, False, "auto")[2].shape == (0,)
+    source = (None, None, pooled, code)
+    assert ops.hamilton_conv2d_dx(*source, weight, None, [9, 9], *window, "triton", "auto").shape == x.shape
+    dw, db = ops.hamilton_conv2d_dw(*source, x, [3, 3], *window, True, "triton", "auto")
+    assert (dw.shape, db.shape) == (weight.shape, (20,))
 
 
 @pytest.mark.parametrize("p", [16, 32, 64, 128])
@@ -512,6 +590,14 @@ def test_bad_input(arguments, message):
 
 
 def test_bad_options():
+    for pool in (0, 1, 3, (2, 2), "max"):
+        with pytest.raises(ValueError, match="pool must be one of None, 2; got "):
+            hamilton_conv2d(X, W, pool=pool)
+    with pytest.raises(ValueError, match="tap=True needs pool=2"):
+        hamilton_conv2d(X, W, tap=True)
+    for backend in ("auto", "reference"):
+        with qkernels.set_backend(backend), pytest.raises(ValueError, match="the output would be empty, 1 x 0 pixels"):
+            hamilton_conv2d(X[..., :3], W, pool=2)
     with pytest.raises(ValueError, match="activation must be one of None, 'relu'; got 'gelu'"):
         hamilton_conv2d(X, W, activation="gelu")
     with pytest.raises(ValueError, match="output_padding must be smaller than stride or dilation; got \\(1, 1\\)"):

@@ -138,11 +138,12 @@ def test_types_against_float64(form, dtype, tolerance):
 def test_opcheck(form):
     x, weight, bias = operands(((3,), 2, 3), torch.float32, requires_grad=True)
     dy = torch.randn(3, 12, requires_grad=True)
-    ops = torch.ops.qkernels
-    torch.library.opcheck(ops.hamilton_linear, (x, weight, bias, True, form))
-    torch.library.opcheck(ops.hamilton_linear, (x, weight.detach(), None, False, form))
-    torch.library.opcheck(ops.hamilton_linear_dx, (dy, weight, form))
-    torch.library.opcheck(ops.hamilton_linear_dw, (dy, x, form))
+    ops, how = torch.ops.qkernels, ("torch", form)
+    torch.library.opcheck(ops.hamilton_linear, (x, weight, bias, True, *how))
+    torch.library.opcheck(ops.hamilton_linear, (x, weight.detach(), None, False, *how))
+    torch.library.opcheck(ops.hamilton_linear_dx, (dy, None, weight, *how))
+    for with_bias in (False, True):
+        torch.library.opcheck(ops.hamilton_linear_dw, (dy, None, x, with_bias, *how))
 
 
 @all_forms

@@ -1,6 +1,7 @@
 """Settings: who computes what, in which thread, and the errors of requests that cannot be honoured."""
 
 import doctest
+import functools
 import importlib
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 import qkernels
 from qkernels import runtime
+from qkernels.ops import _launch
 
 CONV = torch.zeros(1, 4, 3, 3), torch.zeros(4, 1, 1, 3, 3)
 LINEAR = torch.zeros(1, 2048), torch.zeros(4, 512, 512)
@@ -46,16 +48,70 @@ def test_backend_and_form_of_each_operator(op, args):
         assert qkernels.form_of(op, *args) == "einsum"
 
 
-@all_calls
-def test_triton_that_cannot_be_honoured(op, args):
+all_products = pytest.mark.parametrize(("op", "args"), CALLS[:3], ids=[op.__name__ for op, _ in CALLS[:3]])
+not_interpreted = pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
+
+
+def refused(op, args, reason):
+    """An explicit request names what is in its way, whether something is computed or only asked."""
     with qkernels.set_backend("triton"):
-        with pytest.raises(ValueError, match=r"backend 'triton' was asked for, but .*has no Triton kernel yet"):
-            op(*args)
-        with pytest.raises(ValueError, match="backend 'triton' was asked for"):
-            qkernels.backend_of(op, *args)
+        for call in (op, functools.partial(qkernels.backend_of, op), functools.partial(qkernels.form_of, op)):
+            with pytest.raises(
+                ValueError, match=f"backend 'triton' was asked for, but .*{reason}.*use the backend 'auto'"
+            ):
+                call(*args)
 
 
-@pytest.mark.parametrize(("op", "args"), CALLS[:3], ids=[op.__name__ for op, _ in CALLS[:3]])
+@all_products
+@not_interpreted
+def test_triton_needs_a_gpu_or_the_interpreter(op, args):
+    refused(op, args, r"x is on cpu: .* CUDA devices, and on the CPU in .*\(TRITON_INTERPRET=1\)")
+
+
+@all_products
+def test_triton_does_not_compute_float64(op, args):
+    refused(op, [t.double() for t in args], "compute float32, float16 and bfloat16, and x is of torch.float64")
+
+
+@all_products
+def test_triton_must_be_installed(op, args, monkeypatch):
+    monkeypatch.setattr(runtime, "HAS_TRITON", False)
+    refused(op, args, "the package triton is not installed")
+
+
+@pytest.mark.parametrize(("op", "args"), CALLS[3:], ids=[op.__name__ for op, _ in CALLS[3:]])
+def test_triton_without_a_kernel(op, args):
+    refused(op, args, "has no Triton kernel yet")
+
+
+@all_products
+@not_interpreted
+def test_meta_tensors_run_nowhere_but_on_plain_pytorch(op, args):
+    meta = [t.to("meta") for t in args]
+    assert qkernels.backend_of(op, *meta) == "torch"
+    assert qkernels.form_of(op, *meta) == "dense"
+    with qkernels.set_form("q8"):
+        assert qkernels.form_of(op, *meta) == "q8"
+    with qkernels.set_backend("reference"):
+        assert qkernels.form_of(op, *meta) == "einsum"
+    refused(op, meta, "x is on meta: the kernels run on CUDA devices")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("form", ["auto", "dense", "q8"])
+@all_calls
+def test_forced_forms(op, args, backend, form):
+    """A forced form is reported, but by the reference, which has one, and by Gram cosines, which have their own."""
+    default = {"hamilton_linear": "q8", "gram_cosine": "channel", "anti_transfer_loss": "channel"}.get(
+        op.__name__, "dense"
+    )
+    with qkernels.set_backend(backend), qkernels.set_form(form):
+        expected = default if form == "auto" or default == "channel" else form
+        assert qkernels.form_of(op, *args) == ("einsum" if backend == "reference" else expected)
+        assert qkernels.backend_of(op, *args) == ("reference" if backend == "reference" else "torch")
+
+
+@all_products
 def test_q16_needs_a_kernel(op, args):
     with qkernels.set_form("q16"):
         with pytest.raises(ValueError, match=f"form 'q16' was asked for, but it needs a Triton kernel.*{op.__name__}"):

@@ -1,11 +1,12 @@
 """What computes a Hamilton product and with which launch settings: pure functions of shape, type and architecture."""
 
+import contextlib
+import contextvars
 import functools
 import json
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
 
 
 def triton_form(p: int, q: int, taps: int, precision: str, arch: int) -> str:
-    """The form that the Triton kernels take by themselves: of the weight's shape alone, so that no batch size changes it.
+    """The form that the Triton kernels take by themselves: of the weight's shape alone, so that no batch size changes
+    it.
 
-    A measured form (`python -m qkernels.tune`) comes first. Without one, "q16" for half types and tf32, where q8 would round
-    sums of components; "q8" for accurate float32, where products and not loads take the time; "dense" for so few channels
-    that tiles of quaternions would be empty. This rule is computed from the model of `_clocks`, not measured.
+    A measured form (`python -m qkernels.tune`) comes first. Without one, "q16" for half types and tf32, where q8 would
+    round sums of components; "q8" for accurate float32, where products and not loads take the time; "dense" for so few
+    channels that tiles of quaternions would be empty. This rule is computed from the model of `clocks`, not measured.
 
     Args:
         p: rows of quaternions of the weight.
@@ -88,8 +90,8 @@ class Plan:
 
     Args:
         form: "dense", "q16" or "q8".
-        precision: of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three tf32 products
-            for one of float32, where it was measured to be as accurate).
+        precision: of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three tf32
+            products for one of float32, where it was measured to be as accurate).
         tile: launch settings.
         splits: programs that share one sum; more than one costs a second kernel that adds their parts.
     """
@@ -136,7 +138,7 @@ class Problem:
 
 
 def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
-    """Launch settings: the measured ones of a table, else those which `_clocks` finds fastest among `candidates`.
+    """Launch settings: the measured ones of a table, else those which `clocks` finds fastest among `candidates`.
 
     Args:
         problem: the product's size.
@@ -148,12 +150,26 @@ def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors
     >>> plan(Problem("gather", 320, 128, 128, 9), "q16", "half", 90, 132).splits > 1  # few pixels: share their sums
     True
     """
-    measured = _table(arch)["plans"].get((*problem.key, form, precision))
-    if measured:
-        return measured
+    option = _forced.get() or _table(arch)["plans"].get((*problem.key, form, precision))
+    if option:
+        _, steps = problem.grid(option.form, option.tile)
+        return replace(option, splits=whole_splits(steps, option.splits))
     return min(
-        candidates(problem, form, precision, arch), key=lambda option: _clocks(problem, option, arch, multiprocessors)
+        candidates(problem, form, precision, arch), key=lambda option: clocks(problem, option, arch, multiprocessors)
     )
+
+
+@contextlib.contextmanager
+def force(option: Plan) -> Iterator[None]:
+    """Within the block every plan is this one: for the search of launch settings and for tests."""
+    token = _forced.set(option)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+_forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", default=None)
 
 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
@@ -173,10 +189,12 @@ def whole_splits(steps: int, splits: int) -> int:
     return _cdiv(steps, _cdiv(steps, splits)) if steps else 1
 
 
-def _clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
-    """A model of the time in clock cycles: a step waits for its products or its operands, a multiprocessor for its programs.
+def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
+    """A model of the time in clock cycles: a step waits for its products or its operands, a multiprocessor for its
+    programs.
 
-    The rates of products are the data sheets'; L2_BYTES is the assumption of the design notes; the fixed costs are rough.
+    The rates of products are the data sheets'; L2_BYTES is the assumption of the design notes; the fixed costs are
+    rough.
     """
     tile, parts = plan.tile, 1 if plan.form == "dense" else 4
     programs, steps = problem.grid(plan.form, tile)
@@ -204,12 +222,55 @@ L2_BYTES = 36
 STEP_CLOCKS, PROGRAM_CLOCKS, LAUNCH_CLOCKS = 50, 1500, 5000
 MOST_SPLITS = 64
 
-TILES: dict[int, dict[tuple[str, str, str], tuple[tuple[int, int, int, int, int], ...]]] = {}
+# m, n, k, warps, stages of each architecture's tiles, by form and precision; both kernels take them unless "dw" has
+# its own.
+TILES: dict[int, dict[tuple[str, ...], tuple[tuple[int, int, int, int, int], ...]]] = {
+    80: {
+        ("dense", "half"): ((64, 64, 32, 4, 3), (32, 32, 64, 4, 3)),
+        ("q16", "half"): ((128, 32, 32, 8, 2), (64, 16, 32, 4, 3), (32, 16, 32, 4, 3)),
+        ("q8", "half"): ((64, 32, 32, 8, 2), (64, 16, 32, 4, 2), (32, 16, 32, 4, 2)),
+        ("dense", "tf32"): ((64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
+        ("q16", "tf32"): ((64, 16, 16, 4, 3), (32, 16, 16, 4, 3)),
+        ("q8", "tf32"): ((64, 16, 16, 4, 2), (32, 16, 16, 4, 2)),
+        ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
+        ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
+        ("q8", "ieee"): ((64, 32, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("dense", "tf32x3"): ((64, 32, 16, 4, 2),),
+        ("q8", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
+    },
+    90: {
+        ("dense", "half"): ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3)),
+        ("q16", "half"): ((128, 64, 32, 8, 3), (128, 32, 32, 8, 3), (64, 32, 32, 4, 3), (32, 16, 32, 4, 3)),
+        ("q8", "half"): ((128, 32, 32, 8, 2), (64, 32, 32, 8, 3)),
+        ("dense", "tf32"): ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
+        ("q16", "tf32"): ((128, 32, 16, 8, 3), (64, 32, 16, 4, 3), (64, 16, 16, 4, 3), (32, 16, 16, 4, 3)),
+        ("q8", "tf32"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
+        ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
+        ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
+        ("q8", "ieee"): ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("dense", "tf32x3"): ((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
+        ("q8", "tf32x3"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
+    },
+    100: {
+        ("dense", "half"): ((128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3)),
+        ("q16", "half"): ((64, 32, 32, 8, 3), (64, 16, 32, 4, 3), (32, 16, 32, 4, 3)),
+        ("q8", "half"): ((64, 32, 32, 8, 2), (64, 16, 32, 4, 2), (32, 16, 32, 4, 2)),
+        ("dense", "tf32"): ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
+        ("q16", "tf32"): ((64, 32, 16, 4, 3), (32, 16, 16, 4, 3)),
+        ("q8", "tf32"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
+        ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
+        ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
+        ("q8", "ieee"): ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("dense", "tf32x3"): ((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
+        ("q8", "tf32x3"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
+    },
+}
 
 
 def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
     """The tiles of an architecture: those of its table, all of which compile without spills (tests/compile_only)."""
-    return tuple(Tile(*numbers) for numbers in TILES[_known(arch)][kernel, form, precision])
+    table = TILES[_known(arch)]
+    return tuple(Tile(*numbers) for numbers in table.get((kernel, form, precision)) or table[form, precision])
 
 
 def _known(arch: int) -> int:

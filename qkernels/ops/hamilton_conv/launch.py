@@ -432,10 +432,11 @@ def _plan(
     precision, arch = _launch.precision_of(x.dtype, kind), _launch.arch_of(x)
     if form == "auto":
         form = config.triton_form(weight_size[0], weight_size[1], problem.taps, precision, arch)
-    if form == "q8" and precision != "ieee":
+    plan = config.plan(problem, form, precision, arch, _launch.multiprocessors_of(x))
+    if plan.form == "q8" and plan.precision != "ieee":
         # ptxas serialises products whose operands meet a gate between the two passes of q8 (C7513).
         source = source.whole(source_size)
-    return config.plan(problem, form, precision, arch, _launch.multiprocessors_of(x)), source
+    return plan, source
 
 
 def _some_split_is_empty(window: Window, problem: Problem, plan: Plan) -> bool:

@@ -1,0 +1,240 @@
+"""`python -m qkernels.tune`: searches launch settings on this machine's GPU, prints what it tried, writes the table.
+
+Nothing searches by itself: without a table the settings come from a model (`config.clocks`). The table holds, for each
+product of the quaternion VGG16 (WASPAA 2023) at the batch sizes asked for, the fastest plan of every form, and for
+each weight's shape the form whose plans are the fastest in sum. Copy it into the package to ship it, or name its
+folder in the environment variable QKERNELS_TABLES.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from qkernels.ops import _launch
+from qkernels.ops.hamilton_conv import config, forms, launch
+from qkernels.ops.hamilton_conv.config import Plan, Problem
+from qkernels.ops.hamilton_conv.launch import Source
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Which forms a precision may take by itself, and in which precisions their products are computed.
+OPTIONS = {
+    "half": [("dense", "half"), ("q16", "half")],
+    "tf32": [("dense", "tf32"), ("q16", "tf32")],
+    "ieee": [("dense", "ieee"), ("q8", "ieee"), ("dense", "tf32x3"), ("q8", "tf32x3")],
+}
+# Relative Frobenius errors against float64, of results in float32; a plan beyond them is refused.
+TOLERANCES = {"half": 1e-5, "tf32": 6e-4, "ieee": 2e-6}
+
+
+class Layer(NamedTuple):
+    """Real channels, kernel size and side of the square map."""
+
+    channels_in: int
+    channels_out: int
+    kernel: int
+    side: int
+
+
+LAYERS = [
+    Layer(4, 64, 3, 64),
+    Layer(64, 64, 3, 64),
+    Layer(64, 128, 3, 32),
+    Layer(128, 128, 3, 32),
+    Layer(128, 256, 3, 16),
+    Layer(256, 256, 3, 16),
+    Layer(256, 512, 3, 8),
+    Layer(512, 512, 3, 8),
+    Layer(512, 512, 3, 4),
+    Layer(2048, 4096, 1, 1),
+    Layer(4096, 4096, 1, 1),
+]
+
+
+class Product(NamedTuple):
+    """One product of a layer: its size, and how it is computed."""
+
+    name: str
+    problem: Problem
+    run: Callable[[torch.dtype | None], Tensor]
+    exact: Tensor
+
+
+def products(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device | str) -> Iterator[Product]:
+    """Forward, data gradient behind a ReLU and weight gradient of a layer, on random operands."""
+    p, q, kernel, side = layer.channels_out // 4, layer.channels_in // 4, layer.kernel, layer.side
+    window = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
+    size, kernel_size = [side, side], [kernel, kernel]
+    pixels, taps = batch * side * side, kernel * kernel
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def maps(channels: int) -> Tensor:
+        return draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+    x, dy, y = maps(4 * q), maps(4 * p), maps(4 * p)
+    weight, bias = draw(4, p, q, kernel, kernel), draw(4 * p)
+    kind = "matmul" if side == 1 else "conv"
+    gated = (dy * (y > 0)).double()
+    yield Product(
+        "forward",
+        Problem("gather", pixels, p, q, taps),
+        lambda to: launch.forward(x, weight, bias, *window, False, "auto", kind=kind, dtype=to),
+        forms.forward(x.double(), weight.double(), bias.double(), *window, "dense"),
+    )
+    yield Product(
+        "dx",
+        Problem("gather", pixels, q, p, taps),
+        lambda to: launch.data_gradient(Source(dy, y), weight, None, size, *window, "auto", kind=kind, dtype=to),
+        forms.data_gradient(gated, weight.double(), size, *window, "dense"),
+    )
+    yield Product(
+        "dw",
+        Problem("dw", pixels, p, q, taps),
+        lambda to: launch.weight_gradient(Source(dy, y), x, kernel_size, *window, True, "auto", kind=kind, dtype=to)[0],
+        forms.weight_gradient(gated, x.double(), kernel_size, *window, "dense"),
+    )
+
+
+def search(
+    layers: Iterable[Layer],
+    batches: Iterable[int],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device | str,
+    time_of: Callable[[Callable[[], Any]], float],
+    most: int,
+    say: Callable[[str], None] = print,
+) -> dict[str, list[dict[str, Any]]]:
+    """Times the `most` plans that the model finds fastest, for every product and form.
+
+    Args:
+        layers, batches, dtypes: which products.
+        device: where.
+        time_of: milliseconds of a call.
+        most: plans to try per product and form.
+        say: takes a line for each plan tried.
+
+    Returns:
+        The rows "plans" and "forms" of a table.
+    """
+    plans: dict[tuple[Any, ...], dict[str, Any]] = {}
+    totals: dict[tuple[str, int, int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for dtype in dtypes:
+        for layer in layers:
+            p, q, taps = layer.channels_out // 4, layer.channels_in // 4, layer.kernel**2
+            asked = _launch.precision_of(dtype, "matmul" if layer.side == 1 else "conv")
+            for batch in batches:
+                for product in products(layer, batch, dtype, device):
+                    where = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
+                    where += f"{layer.side}, batch {batch}, {str(dtype)[6:]}, {product.name}"
+                    best = _fastest(product, asked, device, time_of, most, lambda line, at=where: say(f"{at}: {line}"))
+                    for form, (time, plan) in best.items():
+                        totals[asked, p, q, taps][form] += time
+                        row = {
+                            "problem": product.problem.key,
+                            "form": form,
+                            "asked": asked,
+                            "precision": plan.precision,
+                            "tile": dataclasses.astuple(plan.tile),
+                            "splits": plan.splits,
+                            "microseconds": round(1e3 * time, 2),
+                        }
+                        key = (product.problem.key, form, asked)
+                        if key not in plans or row["microseconds"] < plans[key]["microseconds"]:
+                            plans[key] = row
+    chosen = [
+        {"precision": precision, "p": p, "q": q, "taps": taps, "form": min(times, key=lambda form: times[form])}
+        for (precision, p, q, taps), times in totals.items()
+    ]
+    return {"forms": chosen, "plans": list(plans.values())}
+
+
+def _fastest(
+    product: Product,
+    asked: str,
+    device: torch.device | str,
+    time_of: Callable[[Callable[[], Any]], float],
+    most: int,
+    say: Callable[[str], None],
+) -> dict[str, tuple[float, Plan]]:
+    """The fastest plan of each form that is accurate enough, with its milliseconds."""
+    probe = torch.empty(0, device=device)
+    arch, multiprocessors = _launch.arch_of(probe), _launch.multiprocessors_of(probe)
+    best: dict[str, tuple[float, Plan]] = {}
+    for form, precision in OPTIONS[asked]:
+        options = config.candidates(product.problem, form, precision, arch)
+        ranked = sorted(set(options), key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
+        for plan in ranked[:most]:
+            with config.force(plan):
+                error = ((product.run(torch.float32).double() - product.exact).norm() / product.exact.norm()).item()
+                accurate = error <= TOLERANCES[asked]
+                time = time_of(lambda: product.run(None)) if accurate else float("inf")
+            result = f"{1e3 * time:.1f} us" if accurate else "refused"
+            tile = plan.tile
+            say(
+                f"{form} {precision} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, "
+                f"{plan.splits} splits: {result}, error {error:.1e}"
+            )
+            if accurate and (form not in best or time < best[form][0]):
+                best[form] = time, plan
+    return best
+
+
+def write(table: dict[str, list[dict[str, Any]]], folder: Path, arch: int) -> Path:
+    """Writes the table of an architecture with where it comes from; whole or not at all."""
+    provenance = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    path = folder / f"sm_{arch}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f'"provenance": {json.dumps(provenance)}']
+    for name, rows in table.items():
+        lines.append(f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
+    draft = path.with_suffix(".draft")
+    draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    draft.replace(path)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m qkernels.tune", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[20, 256], help="batch sizes (default: 20 256)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--most", type=int, default=8, help="plans to try per product and form (default: 8)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(config.__file__).parent / "tables",
+        help="folder of the table (default: the package's)",
+    )
+    options = parser.parse_args(arguments)
+    if min([*options.batch, options.most]) < 1:
+        parser.error(f"--batch and --most must be at least 1; got {options.batch} and {options.most}")
+    if not torch.cuda.is_available():
+        parser.exit(2, "qkernels.tune times kernels on a CUDA GPU, and PyTorch sees none\n")
+
+    def time_of(call: Callable[[], Any]) -> float:
+        return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+
+    table = search(LAYERS, options.batch, [DTYPES[name] for name in options.dtype], "cuda", time_of, options.most)
+    path = write(table, options.out, _launch.arch_of(torch.empty(0, device="cuda")))
+    print(f"{path}: {len(table['plans'])} plans", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
