@@ -88,13 +88,13 @@ def hamilton_conv2d(
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.conv2d` does. Saved for the backward: x, weight, and the output where
-        there is a ReLU; with a pool on the Triton backend, one byte for each of its outputs instead of the map.
+        Casts under autocast as `torch.nn.functional.conv2d` does. Saved for the backward: x, weight, and the output
+        where there is a ReLU; with a pool on the Triton backend, one byte for each of its outputs instead of the map.
         Differentiable to any order; on the Triton backend behind a ReLU or pool to the first.
 
-        On the Triton backend sums are in float32, results the same in every run, and float32 operands are multiplied as
-        such unless PyTorch's switch for convolutions allows tf32 (`torch.backends.cudnn.allow_tf32`, which PyTorch sets by
-        default), to which they are rounded.
+        On the Triton backend sums are in float32, results the same in every run, and float32 operands are multiplied
+        as such unless PyTorch's switch for convolutions allows tf32 (`torch.backends.cudnn.allow_tf32`, which PyTorch
+        sets by default), to which they are rounded.
 
     >>> x = torch.zeros(1, 4, 2, 2)
     >>> x[:, 2] = 1  # j
@@ -159,8 +159,8 @@ def hamilton_conv_transpose2d(
         groups: groups of the quaternion channels, each component alike.
 
     Returns:
-        `[B, 4 P, Ho, Wo]`, dense NHWC on the Triton backend, else contiguous; Ho = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding +
-        1.
+        `[B, 4 P, Ho, Wo]`, dense NHWC on the Triton backend, else contiguous; Ho = (H - 1) stride - 2 padding +
+        dilation (kh - 1) + output_padding + 1.
 
     Raises:
         ValueError: shapes, types or options that do not fit.

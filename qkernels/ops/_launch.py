@@ -42,7 +42,7 @@ _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def record(arch: int) -> Iterator[Recording]:
-    """Kernels are planned as for a GPU of compute capability `arch` (90 is 9.0) and noted, not run; for meta tensors."""
+    """Plans kernels as for a GPU of compute capability `arch` (90 is 9.0), and notes them; for meta tensors."""
     recording = Recording(arch)
     token = _recording.set(recording)
     try:

@@ -1,7 +1,7 @@
 """Which backend and which form compute an operator.
 
-A setting belongs to the current thread, as with `torch.set_grad_enabled`; new threads start from the
-defaults. The environment variable QKERNELS_BACKEND sets the default backend of all threads. A device is queried only where a tensor
+A setting belongs to the current thread, as with `torch.set_grad_enabled`; new threads start from the defaults. The
+environment variable QKERNELS_BACKEND sets the default backend of all threads. A device is queried only where a tensor
 lies on it.
 """
 
@@ -126,8 +126,8 @@ def backend_of(op: str | Callable[..., Any], *args: Any) -> str:
     if _settings.backend == "triton":
         if obstacle:
             raise ValueError(
-                f"backend 'triton' was asked for, but {obstacle}: use the backend 'auto' (the fastest that there is) or "
-                "'reference'"
+                f"backend 'triton' was asked for, but {obstacle}: use the backend 'auto' (the fastest there is) "
+                "or 'reference'"
             )
         return "triton"
     # The interpreter is for tests: nobody is sent there unasked.
@@ -144,14 +144,10 @@ def _obstacle(name: str, x: Tensor) -> str | None:
         return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
     if x.is_cuda:
         major = torch.cuda.get_device_properties(x.device).major
-        return (
-            None
-            if major >= 8
-            else f"the kernels need a GPU of compute capability 8.0 or more, and {x.device} has {major}"
-        )
+        return None if major >= 8 else f"the kernels need compute capability 8.0 or more, and {x.device} has {major}"
     if x.device.type == "cpu" and _launch.INTERPRETED:
         return None
-    return f"x is on {x.device}: the kernels run on CUDA devices, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1)"
+    return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
 
 
 def form_of(op: str | Callable[..., Any], *args: Any) -> str:
@@ -184,7 +180,8 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
 def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
     """Backend and form for the operator of a Hamilton product.
 
-    The form stays "auto" for "triton", which decides at each launch, since PyTorch's TF32 switches may change until then.
+    The form stays "auto" for "triton", which decides at each launch, since PyTorch's TF32 switches may change until
+    then.
 
     Raises:
         ValueError: as `backend_of` and `form_of`.

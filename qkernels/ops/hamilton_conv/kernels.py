@@ -1,11 +1,12 @@
-"""The convolution's kernels. A map is dense NHWC; its channels are planar [r | i | j | k], each component [group, channel].
+"""The convolution's kernels. A map is dense NHWC; its channels are planar, (component, group, channel).
 
 Letters: b image; h, w pixel; c component; k channel that is summed over, n channel that is written.
 
-A *gather* covers both directions. For the tap (u, v), output pixel (i, j) reads the source pixel (i * scale + shift(u),
-j * scale + shift(v)). A convolution is one gather, with scale = stride and shift(u) = u * dilation - padding. Its adjoint
-is one for each class of output pixels with the same remainder by the stride, `phase`: pixel phase + i * stride reads i +
-(phase + padding - u * dilation) / stride, from the taps for which that is whole. No tap is read in vain.
+A *gather* covers both directions. For the tap (u, v), output pixel (i, j) reads the source pixel (i * scale +
+shift(u), j * scale + shift(v)). A convolution is one gather, with scale = stride and shift(u) = u * dilation -
+padding. Its adjoint is one for each class of output pixels with the same remainder by the stride, `phase`: pixel phase
++ i * stride reads i + (phase + padding - u * dilation) / stride, from the taps for which that is whole. No tap is read
+in vain.
 
 A *source* is the map that is gathered, or the gradient in front of an epilogue, put together while it is loaded:
 
@@ -63,7 +64,7 @@ def _first_tap(phase, padding, dilation, stride, kernel):
 
 @triton.jit
 def _pixels(m, height, width, batch, POOL: tl.constexpr):
-    """Image and pixel of row m, and whether there is one. POOL: four rows are a 2x2 window of height x width windows."""
+    """Image and pixel of row m, and whether there is one. POOL: four rows are one of height x width 2x2 windows."""
     if POOL:
         row = m // 4
         h = row // width % height * 2 + m % 4 // 2
@@ -78,8 +79,8 @@ def _pixels(m, height, width, batch, POOL: tl.constexpr):
 
 @triton.jit
 def _source_rows(b, h, w, ok, source_h, source_w, channels, SOURCE: tl.constexpr):
-    """Where the pixels (h, w) of a map of source_h x source_w lie: offsets and masks of the map and of its 2x2 windows, and
-    the position in the window.
+    """Where the pixels (h, w) of a map of source_h x source_w lie: offsets and masks of the map and of its 2x2
+    windows, and the position in the window.
     """
     inside = ok & (h >= 0) & (h < source_h) & (w >= 0) & (w < source_w)
     pixel = (b.to(tl.int64) * source_h * source_w + h * source_w + w) * channels
@@ -94,7 +95,7 @@ def _source_rows(b, h, w, ok, source_h, source_w, channels, SOURCE: tl.constexpr
 
 @triton.jit
 def _load(source, rows, channels, channels_ok, SOURCE: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile [pixels, channels] of the source; rows [pixels, 1] or, with a tap of its own for each column, of the tile."""
+    """A tile [pixels, channels] of the source; rows [pixels, 1], or of the tile where each column has its own tap."""
     map_ptr, gate_ptr, pooled_ptr, code_ptr = source
     pixel, inside, window, windowed, position = rows
     if SOURCE != "pool":
@@ -110,7 +111,7 @@ def _load(source, rows, channels, channels_ok, SOURCE: tl.constexpr, PRECISION: 
         code = tl.load(code_ptr + at, mask=mask, other=4).to(tl.int32)
         routed = tl.load(pooled_ptr + at, mask=mask, other=0.0)
         routed = tl.where(code == position, routed, 0.0)
-        if SOURCE == "pool":
+        if SOURCE == "pool":  # noqa: SIM108 (Triton has no value yet in the other branch)
             value = routed
         else:
             value = (value.to(tl.float32) + routed.to(tl.float32)).to(routed.dtype)
@@ -172,7 +173,7 @@ def _store_output(
     acc, target, bias_ptr, rows, n, n_ok,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, WRITE_MAP: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a tile [pixels, channels]: + bias, ReLU, the map, the maxima of its 2x2 windows with their codes."""
+    """The epilogue of a tile [pixels, channels]: + bias, ReLU, the map, the maxima of its windows with their codes."""
     y_ptr, pooled_ptr, code_ptr = target
     pixel, pixel_ok, window, window_ok = rows
     if HAS_BIAS:
@@ -216,8 +217,90 @@ def _gather(tap, place, window, SOURCE: tl.constexpr, ADJOINT: tl.constexpr):
 
 @triton.jit
 def _planar(channel, size, group, groups):
-    """Where the channel (component, channel) of one group, of `size` quaternion channels, lies in a map of all groups."""
+    """Where the (component, channel) of one group, of `size` quaternion channels, lies in a map of all groups."""
     return channel // size * (groups * size) + group * size + channel % size
+
+
+@triton.jit
+def _quaternion_operands(
+    step, source, place, window, weight, k_tile, n, n_ok, K, first_channel, size,
+    SOURCE: tl.constexpr, ADJOINT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in one step of the sum."""
+    w_ptr, stride_wc, stride_wt, stride_wk, stride_wn = weight
+    k_chunks = tl.cdiv(K, k_tile.shape[0])
+    k = step % k_chunks * k_tile.shape[0] + k_tile
+    k_ok = (k < K) | EVEN_K
+    rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
+    x = _load_quaternions(source, rows, (first_channel + k)[None, :], k_ok[None, :], size, SOURCE, PRECISION)
+    at = w_ptr + tap * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
+    ok = k_ok[:, None] & n_ok[None, :]
+    w0 = tl.load(at, mask=ok, other=0.0)
+    w1 = tl.load(at + stride_wc, mask=ok, other=0.0)
+    w2 = tl.load(at + 2 * stride_wc, mask=ok, other=0.0)
+    w3 = tl.load(at + 3 * stride_wc, mask=ok, other=0.0)
+    return x, (w0, w1, w2, w3)
+
+
+@triton.jit
+def _dense_operands(
+    step, source, place, window, weight, k_tile, n, n_ok, K, group, groups, taps, size,
+    SOURCE: tl.constexpr, ADJOINT: tl.constexpr, FLAT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the source and of the expanded weight; FLAT: of (tap, channel) pairs, not of one tap's channels."""
+    w_ptr, _, stride_wt, stride_wk, stride_wn = weight
+    if FLAT:
+        e = step * k_tile.shape[0] + k_tile
+        k, k_ok = e % K, e < taps * K
+        rows, tap = _gather((e // K)[None, :], place, window, SOURCE, ADJOINT)
+        channels = _planar(k, K // 4, group, groups)
+        at = w_ptr + tl.trans(tap) * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
+    else:
+        k_chunks = tl.cdiv(K, k_tile.shape[0])
+        k = step % k_chunks * k_tile.shape[0] + k_tile
+        k_ok = (k < K) | EVEN_K
+        rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
+        channels = k
+        at = w_ptr + tap * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
+    x = _load(source, rows, channels[None, :], k_ok[None, :], SOURCE, PRECISION)
+    return x, tl.load(at, mask=k_ok[:, None] & n_ok[None, :], other=0.0)
+
+
+@triton.jit
+def _q16_products(acc, x, w, ADJOINT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + M(w) x, for the adjoint acc + (M(w) - 2 w_r I) x; each accumulator in one run, which ptxas pipelines."""
+    acc_r, acc_i, acc_j, acc_k = acc
+    xr, xi, xj, xk = x
+    w0, w1, w2, w3 = w
+    nr, ni, nj, nk = _negated(xr), _negated(xi), _negated(xj), _negated(xk)
+    tr, ti, tj, tk = (nr, ni, nj, nk) if ADJOINT else (xr, xi, xj, xk)
+    acc_r = _dot(tr, w0, acc_r, PRECISION, UPCAST)
+    acc_r = _dot(ni, w1, acc_r, PRECISION, UPCAST)
+    acc_r = _dot(nj, w2, acc_r, PRECISION, UPCAST)
+    acc_r = _dot(nk, w3, acc_r, PRECISION, UPCAST)
+    acc_i = _dot(ti, w0, acc_i, PRECISION, UPCAST)
+    acc_i = _dot(xr, w1, acc_i, PRECISION, UPCAST)
+    acc_i = _dot(xk, w2, acc_i, PRECISION, UPCAST)
+    acc_i = _dot(nj, w3, acc_i, PRECISION, UPCAST)
+    acc_j = _dot(tj, w0, acc_j, PRECISION, UPCAST)
+    acc_j = _dot(nk, w1, acc_j, PRECISION, UPCAST)
+    acc_j = _dot(xr, w2, acc_j, PRECISION, UPCAST)
+    acc_j = _dot(xi, w3, acc_j, PRECISION, UPCAST)
+    acc_k = _dot(tk, w0, acc_k, PRECISION, UPCAST)
+    acc_k = _dot(xj, w1, acc_k, PRECISION, UPCAST)
+    acc_k = _dot(ni, w2, acc_k, PRECISION, UPCAST)
+    acc_k = _dot(xr, w3, acc_k, PRECISION, UPCAST)
+    return acc_r, acc_i, acc_j, acc_k
+
+
+@triton.jit
+def _four_products(acc, x, w, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + x w, component by component."""
+    acc_r = _dot(x[0], w[0], acc[0], PRECISION, UPCAST)
+    acc_i = _dot(x[1], w[1], acc[1], PRECISION, UPCAST)
+    acc_j = _dot(x[2], w[2], acc[2], PRECISION, UPCAST)
+    acc_k = _dot(x[3], w[3], acc[3], PRECISION, UPCAST)
+    return acc_r, acc_i, acc_j, acc_k
 
 
 @triton.jit
@@ -233,15 +316,16 @@ def _hamilton_conv_kernel(
 ):  # fmt: skip
     """y = epilogue(w (x) source), or its adjoint: the convolution, and its data gradient or transposed convolution.
 
-    One program owns BLOCK_M pixels of one class, BLOCK_N channels of one group, and one of `splits` parts of the sum over
-    taps and channels; a part goes to `partial` [split, class, pixel, channel] in float32, for `_hamilton_finish_kernel`.
-    K and N count the quaternion channels of a group, and a program has all four components; for "dense", the real ones.
+    One program owns BLOCK_M pixels of one class, BLOCK_N channels of one group, and one of `splits` parts of the sum
+    over taps and channels; a part goes to `partial` [split, class, pixel, channel] in float32, for
+    `_hamilton_finish_kernel`. K and N count the quaternion channels of a group, and a program has all four components;
+    for "dense", the real ones.
 
-    "q16": the 16 products of algebra.SIGNS. M(w)^T = 2 r I - M(w), so the adjoint changes the sign of the tiles that meet
-    r, and of the result. "q8": y = C ((A w) * (B x)), the adjoint B^T ((A w) * (C^T dy)), with w_ptr on [H w; -2 w]; the
-    factor 1/4 of A goes to the source, which keeps half types in range (Howell & Lafon 1975). It reads the source twice:
-    four accumulators at a time fit the registers, eight spill. "dense": w_ptr on the expanded weight; FLAT sums over
-    single (tap, channel) pairs, for few channels and for groups.
+    "q16": the 16 products of algebra.SIGNS. M(w)^T = 2 r I - M(w), so the adjoint changes the sign of the tiles that
+    meet r, and of the result. "q8": y = C ((A w) * (B x)), the adjoint B^T ((A w) * (C^T dy)), with w_ptr on [H w; -2
+    w]; the factor 1/4 of A goes to the source, which keeps half types in range (Howell & Lafon 1975). It reads the
+    source twice: four accumulators at a time fit the registers, eight spill. "dense": w_ptr on the expanded weight;
+    FLAT sums over single (tap, channel) pairs, for few channels and for groups.
     """
     group = tl.program_id(1) % groups
     phase = tl.program_id(1) // groups
@@ -267,10 +351,9 @@ def _hamilton_conv_kernel(
     window = (taps_w, kernel_w, (first_u, first_v), (step_h, step_w), (phase_h, phase_w), (padding_h, padding_w),
               (dilation_h, dilation_w), (stride_h, stride_w))  # fmt: skip
 
-    w_ptr += group * stride_wg
+    weight = (w_ptr + group * stride_wg, stride_wc, stride_wt, stride_wk, stride_wn)
     k_tile = tl.arange(0, BLOCK_K)
-    k_chunks = tl.cdiv(K, BLOCK_K)
-    steps = tl.cdiv(taps * K, BLOCK_K) if FLAT else taps * k_chunks
+    steps = tl.cdiv(taps * K, BLOCK_K) if FLAT else taps * tl.cdiv(K, BLOCK_K)
     split_steps = tl.cdiv(steps, splits)
     first_step = split * split_steps
     last_step = tl.minimum(first_step + split_steps, steps)
@@ -279,92 +362,34 @@ def _hamilton_conv_kernel(
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if FORM == "dense":
         for step in range(first_step, last_step):
-            if FLAT:
-                e = step * BLOCK_K + k_tile
-                k, k_ok = e % K, e < taps * K
-                rows, tap = _gather((e // K)[None, :], place, window, SOURCE, ADJOINT)
-                channels = _planar(k, K // 4, group, groups)
-                w_rows = tl.trans(tap) * stride_wt + k[:, None] * stride_wk
-            else:
-                k = step % k_chunks * BLOCK_K + k_tile
-                k_ok = (k < K) | EVEN_K
-                rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
-                channels = k
-                w_rows = tap * stride_wt + k[:, None] * stride_wk
-            x = _load(source, rows, channels[None, :], k_ok[None, :], SOURCE, PRECISION)
-            w_ok = k_ok[:, None] & n_ok[None, :]
-            acc_r = _dot(
-                x, tl.load(w_ptr + w_rows + n[None, :] * stride_wn, mask=w_ok, other=0.0), acc_r, PRECISION, UPCAST
-            )
+            x, w = _dense_operands(step, source, place, window, weight, k_tile, n, n_ok, K, group, groups, taps, size,
+                                   SOURCE, ADJOINT, FLAT, EVEN_K, PRECISION)  # fmt: skip
+            acc_r = _dot(x, w, acc_r, PRECISION, UPCAST)
     else:
         acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
         for step in range(first_step, last_step):
-            k = step % k_chunks * BLOCK_K + k_tile
-            k_ok = (k < K) | EVEN_K
-            rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
-            xr, xi, xj, xk = _load_quaternions(
-                source, rows, (group * K + k)[None, :], k_ok[None, :], size, SOURCE, PRECISION
-            )
-            w_at = w_ptr + tap * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
-            w_ok = k_ok[:, None] & n_ok[None, :]
-            w0 = tl.load(w_at, mask=w_ok, other=0.0)
-            w1 = tl.load(w_at + stride_wc, mask=w_ok, other=0.0)
-            w2 = tl.load(w_at + 2 * stride_wc, mask=w_ok, other=0.0)
-            w3 = tl.load(w_at + 3 * stride_wc, mask=w_ok, other=0.0)
+            x, w = _quaternion_operands(step, source, place, window, weight, k_tile, n, n_ok, K, group * K, size,
+                                        SOURCE, ADJOINT, EVEN_K, PRECISION)  # fmt: skip
+            acc = (acc_r, acc_i, acc_j, acc_k)
             if FORM == "q16":
-                nr, ni, nj, nk = _negated(xr), _negated(xi), _negated(xj), _negated(xk)
-                tr, ti, tj, tk = (nr, ni, nj, nk) if ADJOINT else (xr, xi, xj, xk)
-                acc_r = _dot(tr, w0, acc_r, PRECISION, UPCAST)
-                acc_r = _dot(ni, w1, acc_r, PRECISION, UPCAST)
-                acc_r = _dot(nj, w2, acc_r, PRECISION, UPCAST)
-                acc_r = _dot(nk, w3, acc_r, PRECISION, UPCAST)
-                acc_i = _dot(ti, w0, acc_i, PRECISION, UPCAST)
-                acc_i = _dot(xr, w1, acc_i, PRECISION, UPCAST)
-                acc_i = _dot(xk, w2, acc_i, PRECISION, UPCAST)
-                acc_i = _dot(nj, w3, acc_i, PRECISION, UPCAST)
-                acc_j = _dot(tj, w0, acc_j, PRECISION, UPCAST)
-                acc_j = _dot(nk, w1, acc_j, PRECISION, UPCAST)
-                acc_j = _dot(xr, w2, acc_j, PRECISION, UPCAST)
-                acc_j = _dot(xi, w3, acc_j, PRECISION, UPCAST)
-                acc_k = _dot(tk, w0, acc_k, PRECISION, UPCAST)
-                acc_k = _dot(xj, w1, acc_k, PRECISION, UPCAST)
-                acc_k = _dot(ni, w2, acc_k, PRECISION, UPCAST)
-                acc_k = _dot(xr, w3, acc_k, PRECISION, UPCAST)
+                acc_r, acc_i, acc_j, acc_k = _q16_products(acc, x, w, ADJOINT, PRECISION, UPCAST)
             else:
-                if ADJOINT:
-                    xr = _negated(xr)
-                h0, h1, h2, h3 = _hadamard_operands(xr, xi, xj, xk, 0.25)
-                acc_r = _dot(h0, w0, acc_r, PRECISION, UPCAST)
-                acc_i = _dot(h1, w1, acc_i, PRECISION, UPCAST)
-                acc_j = _dot(h2, w2, acc_j, PRECISION, UPCAST)
-                acc_k = _dot(h3, w3, acc_k, PRECISION, UPCAST)
+                h = _hadamard_operands(_negated(x[0]) if ADJOINT else x[0], x[1], x[2], x[3], 0.25)
+                acc_r, acc_i, acc_j, acc_k = _four_products(acc, h, w, PRECISION, UPCAST)
         if FORM == "q8":
+            # C = S [H | I] and B^T = [H | I by algebra.INPUT_ORDER]: the plain products join the transformed ones.
             acc_r, acc_i, acc_j, acc_k = _hadamard(acc_r, acc_i, acc_j, acc_k)
-            if ADJOINT:
-                acc_r = -acc_r
+            acc_r = -acc_r if ADJOINT else acc_r
+            weight = (w_ptr + group * stride_wg + 4 * stride_wc, stride_wc, stride_wt, stride_wk, stride_wn)
             for step in range(first_step, last_step):
-                k = step % k_chunks * BLOCK_K + k_tile
-                k_ok = (k < K) | EVEN_K
-                rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
-                xr, xi, xj, xk = _load_quaternions(
-                    source, rows, (group * K + k)[None, :], k_ok[None, :], size, SOURCE, PRECISION
-                )
-                w_at = w_ptr + 4 * stride_wc + tap * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
-                w_ok = k_ok[:, None] & n_ok[None, :]
-                w0 = tl.load(w_at, mask=w_ok, other=0.0)
-                w1 = tl.load(w_at + stride_wc, mask=w_ok, other=0.0)
-                w2 = tl.load(w_at + 2 * stride_wc, mask=w_ok, other=0.0)
-                w3 = tl.load(w_at + 3 * stride_wc, mask=w_ok, other=0.0)
+                x, w = _quaternion_operands(step, source, place, window, weight, k_tile, n, n_ok, K, group * K, size,
+                                            SOURCE, ADJOINT, EVEN_K, PRECISION)  # fmt: skip
                 if ADJOINT:
-                    acc_r = _dot(xr, w0, acc_r, PRECISION, UPCAST)
-                    acc_j = _dot(xi, w1, acc_j, PRECISION, UPCAST)
-                    acc_k = _dot(xj, w2, acc_k, PRECISION, UPCAST)
-                    acc_i = _dot(xk, w3, acc_i, PRECISION, UPCAST)
+                    acc = (acc_r, acc_j, acc_k, acc_i)
+                    acc_r, acc_j, acc_k, acc_i = _four_products(acc, x, w, PRECISION, UPCAST)
                 else:
-                    acc_r = _dot(xr, w0, acc_r, PRECISION, UPCAST)
-                    acc_i = _dot(xj, w1, acc_i, PRECISION, UPCAST)
-                    acc_j = _dot(xk, w2, acc_j, PRECISION, UPCAST)
-                    acc_k = _dot(xi, w3, acc_k, PRECISION, UPCAST)
+                    acc = (acc_r, acc_i, acc_j, acc_k)
+                    acc_r, acc_i, acc_j, acc_k = _four_products(acc, (x[0], x[2], x[3], x[1]), w, PRECISION, UPCAST)
             acc_r = -acc_r
         elif ADJOINT:
             acc_r, acc_i, acc_j, acc_k = -acc_r, -acc_i, -acc_j, -acc_k
@@ -384,8 +409,8 @@ def _hamilton_conv_kernel(
             tl.store(at + 3 * spread, acc_k, mask=mask)
     else:
         target = (y_ptr, pooled_ptr, code_ptr)
-        rows = _output_rows(m, (batch, grid_h, grid_w), (phase_h, phase_w), (stride_h, stride_w), (y_h, y_w, y_channels),
-                            ADJOINT, POOL)  # fmt: skip
+        rows = _output_rows(m, (batch, grid_h, grid_w), (phase_h, phase_w), (stride_h, stride_w),
+                            (y_h, y_w, y_channels), ADJOINT, POOL)  # fmt: skip
         _store_output(acc_r, target, bias_ptr, rows, column, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
         if FORM != "dense":
             _store_output(acc_i, target, bias_ptr, rows, column + spread, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
@@ -428,6 +453,37 @@ def _pixel_pairs(m, place, window, SOURCE: tl.constexpr):
 
 
 @triton.jit
+def _transposed(x):
+    return tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2]), tl.trans(x[3])
+
+
+@triton.jit
+def _q16_weight_products(acc, x, y, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + the 16 products of algebra.SIGNS that make dw: dw_b is the sum over c of SIGNS[b ^ c][c] x_c y_(b ^ c)."""
+    acc_r, acc_i, acc_j, acc_k = acc
+    xr, xi, xj, xk = x
+    yr, yi, yj, yk = y
+    ni, nj, nk = _negated(xi), _negated(xj), _negated(xk)
+    acc_r = _dot(xr, yr, acc_r, PRECISION, UPCAST)
+    acc_r = _dot(xi, yi, acc_r, PRECISION, UPCAST)
+    acc_r = _dot(xj, yj, acc_r, PRECISION, UPCAST)
+    acc_r = _dot(xk, yk, acc_r, PRECISION, UPCAST)
+    acc_i = _dot(xr, yi, acc_i, PRECISION, UPCAST)
+    acc_i = _dot(ni, yr, acc_i, PRECISION, UPCAST)
+    acc_i = _dot(xj, yk, acc_i, PRECISION, UPCAST)
+    acc_i = _dot(nk, yj, acc_i, PRECISION, UPCAST)
+    acc_j = _dot(xr, yj, acc_j, PRECISION, UPCAST)
+    acc_j = _dot(ni, yk, acc_j, PRECISION, UPCAST)
+    acc_j = _dot(nj, yr, acc_j, PRECISION, UPCAST)
+    acc_j = _dot(xk, yi, acc_j, PRECISION, UPCAST)
+    acc_k = _dot(xr, yk, acc_k, PRECISION, UPCAST)
+    acc_k = _dot(xi, yj, acc_k, PRECISION, UPCAST)
+    acc_k = _dot(nj, yi, acc_k, PRECISION, UPCAST)
+    acc_k = _dot(nk, yr, acc_k, PRECISION, UPCAST)
+    return acc_r, acc_i, acc_j, acc_k
+
+
+@triton.jit
 def _hamilton_conv_dw_kernel(
     map_ptr, gate_ptr, pooled_ptr, code_ptr, x_ptr, dw_ptr, db_ptr,
     batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q, splits,
@@ -439,10 +495,11 @@ def _hamilton_conv_dw_kernel(
 ):  # fmt: skip
     """dw = sum over pixels of source (x) conj(x under the tap), db = sum over pixels of the source.
 
-    One program owns BLOCK_P channels of the output, BLOCK_Q of the input, one tap, one group and one of `splits` ranges of
-    pixels, in steps of BLOCK_M; FLAT: BLOCK_Q (tap, channel) pairs. P and Q count quaternion channels of a group, for
-    "dense" real ones. Where there is a bias, the first column of programs sums the source alone. With several splits, and for
-    "dense" always, dw_ptr and db_ptr are float32 parts for `_hamilton_finish_dw_kernel`; else the gradients themselves.
+    One program owns BLOCK_P channels of the output, BLOCK_Q of the input, one tap, one group and one of `splits`
+    ranges of pixels, in steps of BLOCK_M; FLAT: BLOCK_Q (tap, channel) pairs. P and Q count quaternion channels of a
+    group, for "dense" real ones. Where there is a bias, the first column of programs sums the source alone. With
+    several splits, and for "dense" always, dw_ptr and db_ptr are float32 parts for `_hamilton_finish_dw_kernel`; else
+    the gradients themselves.
 
     "q8": dw = A^T [(B x) * (C^T dy)], as -2 (-H z / 8 + plain products); half of 1/4 goes to each operand.
     """
@@ -465,7 +522,7 @@ def _hamilton_conv_dw_kernel(
     last_step = tl.minimum(first_step + split_steps, steps)
     dw_ptr += tl.cast(split, tl.int64) * stride_ds
 
-    if HAS_BIAS:
+    if HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
             for c in tl.static_range(parts):
                 db = tl.zeros((BLOCK_P,), tl.float32)
@@ -507,45 +564,24 @@ def _hamilton_conv_dw_kernel(
         acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
         for step in range(first_step, last_step):
             rows, x_rows = _pixel_pairs(step * BLOCK_M + pixels, place, window, SOURCE)
-            xr, xi, xj, xk = _load_quaternions(x_source, x_rows, columns, q_ok[None, :], size_q, "map", PRECISION)
-            yr, yi, yj, yk = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
+            x = _load_quaternions(x_source, x_rows, columns, q_ok[None, :], size_q, "map", PRECISION)
+            y = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
+            acc = (acc_r, acc_i, acc_j, acc_k)
             if FORM == "q16":
-                xr, xi, xj, xk = tl.trans(xr), tl.trans(xi), tl.trans(xj), tl.trans(xk)
-                ni, nj, nk = _negated(xi), _negated(xj), _negated(xk)
-                acc_r = _dot(xr, yr, acc_r, PRECISION, UPCAST)
-                acc_r = _dot(xi, yi, acc_r, PRECISION, UPCAST)
-                acc_r = _dot(xj, yj, acc_r, PRECISION, UPCAST)
-                acc_r = _dot(xk, yk, acc_r, PRECISION, UPCAST)
-                acc_i = _dot(xr, yi, acc_i, PRECISION, UPCAST)
-                acc_i = _dot(ni, yr, acc_i, PRECISION, UPCAST)
-                acc_i = _dot(xj, yk, acc_i, PRECISION, UPCAST)
-                acc_i = _dot(nk, yj, acc_i, PRECISION, UPCAST)
-                acc_j = _dot(xr, yj, acc_j, PRECISION, UPCAST)
-                acc_j = _dot(ni, yk, acc_j, PRECISION, UPCAST)
-                acc_j = _dot(nj, yr, acc_j, PRECISION, UPCAST)
-                acc_j = _dot(xk, yi, acc_j, PRECISION, UPCAST)
-                acc_k = _dot(xr, yk, acc_k, PRECISION, UPCAST)
-                acc_k = _dot(xi, yj, acc_k, PRECISION, UPCAST)
-                acc_k = _dot(nj, yi, acc_k, PRECISION, UPCAST)
-                acc_k = _dot(nk, yr, acc_k, PRECISION, UPCAST)
+                acc_r, acc_i, acc_j, acc_k = _q16_weight_products(acc, _transposed(x), y, PRECISION, UPCAST)
             else:
-                h0, h1, h2, h3 = _hadamard_operands(xr, xi, xj, xk, 0.5)
-                g0, g1, g2, g3 = _hadamard_operands(_negated(yr), yi, yj, yk, 0.5)
-                acc_r = _dot(tl.trans(h0), g0, acc_r, PRECISION, UPCAST)
-                acc_i = _dot(tl.trans(h1), g1, acc_i, PRECISION, UPCAST)
-                acc_j = _dot(tl.trans(h2), g2, acc_j, PRECISION, UPCAST)
-                acc_k = _dot(tl.trans(h3), g3, acc_k, PRECISION, UPCAST)
+                h = _transposed(_hadamard_operands(x[0], x[1], x[2], x[3], 0.5))
+                g = _hadamard_operands(_negated(y[0]), y[1], y[2], y[3], 0.5)
+                acc_r, acc_i, acc_j, acc_k = _four_products(acc, h, g, PRECISION, UPCAST)
         if FORM == "q8":
             acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
             acc_r = -acc_r
             for step in range(first_step, last_step):
                 rows, x_rows = _pixel_pairs(step * BLOCK_M + pixels, place, window, SOURCE)
                 xr, xi, xj, xk = _load_quaternions(x_source, x_rows, columns, q_ok[None, :], size_q, "map", PRECISION)
-                yr, yi, yj, yk = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
-                acc_r = _dot(tl.trans(xr), yr, acc_r, PRECISION, UPCAST)
-                acc_k = _dot(tl.trans(xj), yi, acc_k, PRECISION, UPCAST)
-                acc_i = _dot(tl.trans(xk), yj, acc_i, PRECISION, UPCAST)
-                acc_j = _dot(tl.trans(xi), yk, acc_j, PRECISION, UPCAST)
+                y = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
+                acc, x = (acc_r, acc_k, acc_i, acc_j), _transposed((xr, xj, xk, xi))
+                acc_r, acc_k, acc_i, acc_j = _four_products(acc, x, y, PRECISION, UPCAST)
             acc_r, acc_i, acc_j, acc_k = 2 * acc_r, -2 * acc_i, -2 * acc_j, -2 * acc_k
         dtype = dw_ptr.dtype.element_ty
         tl.store(dw_at, acc_r.to(dtype), mask=dw_ok)
@@ -561,9 +597,9 @@ def _hamilton_finish_dw_kernel(
 ):  # fmt: skip
     """dw `[4, groups P, Q, taps]` and db `[4 groups P]`, the parts summed in their order.
 
-    Parts of dw are `[split, 4, tap, groups P, Q]`, or for "dense" those of the real weight, `[split, tap, group, 4 P, 4 Q]`:
-    dw_b is the sum over c of SIGNS[b ^ c][c] times block (b ^ c, c). One program owns BLOCK elements of dw in the order of
-    its parts; the last ones own those of db.
+    Parts of dw are `[split, 4, tap, groups P, Q]`, or for "dense" those of the real weight, `[split, tap, group, 4 P,
+    4 Q]`: dw_b is the sum over c of SIGNS[b ^ c][c] times block (b ^ c, c). One program owns BLOCK elements of dw in
+    the order of its parts; the last ones own those of db.
     """
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = 4 * taps * groups * P * Q

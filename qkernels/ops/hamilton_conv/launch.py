@@ -1,8 +1,8 @@
 """Plans and launches the convolution's kernels: plain tensors in and out, the counterpart of forms.py.
 
-Every map becomes dense NHWC (`torch.channels_last`) before it is read, and every result is. Besides its results each call
-allocates the weight as its form reads it (none for a 1x1 kernel in form q16, whose weight is read in place) and, where
-several programs share a sum, the parts in float32.
+Every map becomes dense NHWC (`torch.channels_last`) before it is read, and every result is. Besides its results each
+call allocates the weight as its form reads it (none for a 1x1 kernel in form q16, whose weight is read in place) and,
+where several programs share a sum, the parts in float32.
 """
 
 import itertools
@@ -171,6 +171,7 @@ def weight_gradient(
     pixels = batch * math.prod(window.y_size)
     if pixels == 0:
         return dw.zero_(), db.zero_()
+    _check_pixels(pixels)
     problem = Problem("dw", pixels, p, q, window.taps, groups)
     plan, source = _plan(problem, source, (p * groups, q), window.y_size, form, kind)
     tile, dense = plan.tile, plan.form == "dense"
@@ -273,7 +274,7 @@ def _gather(
     relu: bool = False,
     kind: str = "conv",
 ) -> None:
-    """Fills `target` (map, maxima of its 2x2 windows, their codes) with the convolution of the source, or its adjoint."""
+    """Fills `target` (map, maxima of its windows, their codes) with the convolution of the source, or its adjoint."""
     y, pooled, code = target
     pool = pooled is not None
     out = pooled if y is None else y
@@ -293,6 +294,7 @@ def _gather(
     else:
         grid = list(out_size)
     rows = out.shape[0] * math.prod(grid) * (4 if pool else 1)
+    _check_pixels(rows)
     problem = Problem("gather", rows, n, k, window.taps, groups * classes)
     plan, source = _plan(problem, source, weight.shape[1:3], source_size, form, kind)
     tile, dense, split = plan.tile, plan.form == "dense", plan.splits > 1
@@ -388,7 +390,7 @@ def _gather(
 
 
 def _packed(weight: Tensor, plan: Plan, groups: int) -> tuple[Tensor, tuple[int, ...]]:
-    """The weight as the kernel reads it, and its strides by component, tap, group, and channel of the output and input."""
+    """The weight as the kernel reads it, and its strides by component, tap, group, output and input channel."""
     _, rows, q, *kernel = weight.shape
     p, taps = rows // groups, math.prod(kernel)
     if plan.form == "q16" and taps == 1 and plan.precision != "tf32":
@@ -437,6 +439,13 @@ def _plan(
         # ptxas serialises products whose operands meet a gate between the two passes of q8 (C7513).
         source = source.whole(source_size)
     return plan, source
+
+
+def _check_pixels(count: int) -> None:
+    if count >= 2**31:
+        raise ValueError(
+            f"x must have fewer than 2**31 output pixels over the batch on the Triton backend; got {count}"
+        )
 
 
 def _some_split_is_empty(window: Window, problem: Problem, plan: Plan) -> bool:

@@ -1,9 +1,9 @@
 """The Hamilton convolution as operators.
 
-<dy, weight (x) x> is linear in each of dy, weight and x. Its gradients by dy, x and weight are the
-convolution, its data gradient (the transposed convolution) and its weight gradient, so the derivative of each
-of the three is made of the other two, to any order. The Triton kernels fuse a ReLU or a 2x2 pool into these products: there
-dy arrives as the four tensors of `launch.Source`, and behind a fused epilogue derivatives end at the first order.
+<dy, weight (x) x> is linear in each of dy, weight and x. Its gradients by dy, x and weight are the convolution, its
+data gradient (the transposed convolution) and its weight gradient, so the derivative of each of the three is made of
+the other two, to any order. The Triton kernels fuse a ReLU or a 2x2 pool into these products: there dy arrives as the
+four tensors of `launch.Source`, and behind a fused epilogue derivatives end at the first order.
 
 `backend` says what computes: "torch" (forms.py) or "triton" (launch.py); `form` how.
 """
@@ -63,7 +63,7 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _gradients(
     ctx: Any, source: tuple[Tensor | None, ...], x: Tensor, weight: Tensor, bias_alone: Callable[[], Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by x, weight and bias; `bias_alone` gives the last where the weight has none, whose kernel sums it too."""
+    """Gradients by x, weight and bias; `bias_alone` gives the last where the kernel of the second does not run."""
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     rest = (*ctx.window, ctx.groups)
     dx, dw, db = None, None, None
@@ -156,7 +156,7 @@ def hamilton_conv2d_pool(
     tap: bool,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maxima of y's 2x2 windows, which pixel each came from (0..3; 4 none), and y (empty without `tap`); Triton only."""
+    """The maxima of y's 2x2 windows, whence each came (0..3; 4 nowhere), and y (empty without `tap`); Triton only."""
     from qkernels.ops.hamilton_conv import launch
 
     return launch.forward_pool(x, weight, bias, stride, padding, dilation, groups, relu, tap, form)
@@ -229,7 +229,8 @@ def hamilton_conv2d_dx(
         source = launch.Source(dy, gate, dpooled, code)
         return launch.data_gradient(source, weight, bias, size, stride, padding, dilation, groups, form)
     assert dy is not None
-    assert gate is None and dpooled is None
+    assert gate is None
+    assert dpooled is None
     dx = forms.data_gradient(dy, weight, size, stride, padding, dilation, groups, form)
     return dx if bias is None else dx.add_(bias.view(-1, 1, 1))
 
@@ -298,6 +299,7 @@ def hamilton_conv2d_dw(
         source = launch.Source(dy, gate, dpooled, code)
         return launch.weight_gradient(source, x, kernel_size, stride, padding, dilation, groups, with_bias, form)
     assert dy is not None
-    assert gate is None and dpooled is None
+    assert gate is None
+    assert dpooled is None
     dw = forms.weight_gradient(dy, x, kernel_size, stride, padding, dilation, groups, form)
     return dw, dy.sum((0, 2, 3)) if with_bias else dy.new_empty(0)

@@ -1,4 +1,4 @@
-"""The linear map on the convolution's kernels: rows are images of one pixel, and float32 follows the switch of matmuls."""
+"""The linear map on the convolution's kernels: rows are images of one pixel; float32 follows the switch of matmuls."""
 
 import torch
 from torch import Tensor
