@@ -7,8 +7,11 @@ folder in the environment variable QKERNELS_TABLES.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -25,8 +28,8 @@ from qkernels.ops.hamilton_conv import config, forms, launch
 from qkernels.ops.hamilton_conv.config import Plan, Problem
 from qkernels.ops.hamilton_conv.launch import Source
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Which forms a precision may take by itself, and in which precisions their products are computed.
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+# Which forms a precision may take by itself, and how their products are computed.
 OPTIONS = {
     "half": [("dense", "half"), ("q16", "half")],
     "tf32": [("dense", "tf32"), ("q16", "tf32")],
@@ -110,7 +113,7 @@ def products(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device 
 def search(
     layers: Iterable[Layer],
     batches: Iterable[int],
-    dtypes: Iterable[torch.dtype],
+    precisions: Iterable[str],
     device: torch.device | str,
     time_of: Callable[[Callable[[], Any]], float],
     most: int,
@@ -119,7 +122,7 @@ def search(
     """Times the `most` plans that the model finds fastest, for every product and form.
 
     Args:
-        layers, batches, dtypes: which products.
+        layers, batches, precisions: which products; "half", "tf32" and "ieee" as in `config.Plan`.
         device: where.
         time_of: milliseconds of a call.
         most: plans to try per product and form.
@@ -129,35 +132,53 @@ def search(
         The rows "plans" and "forms" of a table.
     """
     plans: dict[tuple[Any, ...], dict[str, Any]] = {}
-    totals: dict[tuple[str, int, int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for dtype in dtypes:
-        for layer in layers:
-            p, q, taps = layer.channels_out // 4, layer.channels_in // 4, layer.kernel**2
-            asked = _launch.precision_of(dtype, "matmul" if layer.side == 1 else "conv")
-            for batch in batches:
-                for product in products(layer, batch, dtype, device):
-                    where = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
-                    where += f"{layer.side}, batch {batch}, {str(dtype)[6:]}, {product.name}"
-                    best = _fastest(product, asked, device, time_of, most, lambda line, at=where: say(f"{at}: {line}"))
-                    for form, (time, plan) in best.items():
-                        totals[asked, p, q, taps][form] += time
-                        row = {
-                            "problem": product.problem.key,
-                            "form": form,
-                            "asked": asked,
-                            "precision": plan.precision,
-                            "tile": dataclasses.astuple(plan.tile),
-                            "splits": plan.splits,
-                            "microseconds": round(1e3 * time, 2),
-                        }
-                        key = (product.problem.key, form, asked)
-                        if key not in plans or row["microseconds"] < plans[key]["microseconds"]:
-                            plans[key] = row
-    chosen = [
-        {"precision": precision, "p": p, "q": q, "taps": taps, "form": min(times, key=lambda form: times[form])}
-        for (precision, p, q, taps), times in totals.items()
-    ]
-    return {"forms": chosen, "plans": list(plans.values())}
+    times: dict[tuple[str, int, int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for precision, layer, batch in itertools.product(precisions, layers, batches):
+        weight = (precision, layer.channels_out // 4, layer.channels_in // 4, layer.kernel**2)
+        with _switched(precision):
+            for product in products(layer, batch, DTYPES[precision], device):
+                name = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
+                prefix = f"{name}{layer.side}, batch {batch}, {precision}, {product.name}: "
+                best = _fastest(product, precision, device, time_of, most, functools.partial(_say, say, prefix))
+                for form, (time, plan) in best.items():
+                    times[weight][form].append(time)
+                    row = {
+                        "problem": product.problem.key,
+                        "form": form,
+                        "asked": precision,
+                        "precision": plan.precision,
+                        "tile": dataclasses.astuple(plan.tile),
+                        "splits": plan.splits,
+                        "microseconds": round(1e3 * time, 2),
+                    }
+                    key = (product.problem.key, form, precision)
+                    if key not in plans or row["microseconds"] < plans[key]["microseconds"]:
+                        plans[key] = row
+    forms_of = []
+    for (precision, p, q, taps), by_form in times.items():
+        measured = max(map(len, by_form.values()))
+        totals = {form: sum(each) for form, each in by_form.items() if len(each) == measured}
+        form = min(totals, key=totals.__getitem__)
+        forms_of.append({"precision": precision, "p": p, "q": q, "taps": taps, "form": form})
+    return {"forms": forms_of, "plans": list(plans.values())}
+
+
+def _say(say: Callable[[str], None], prefix: str, line: str) -> None:
+    say(prefix + line)
+
+
+@contextlib.contextmanager
+def _switched(precision: str) -> Iterator[None]:
+    """PyTorch's switches for float32 as the precision asks for."""
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def _fastest(
@@ -173,18 +194,17 @@ def _fastest(
     arch, multiprocessors = _launch.arch_of(probe), _launch.multiprocessors_of(probe)
     best: dict[str, tuple[float, Plan]] = {}
     for form, precision in OPTIONS[asked]:
-        options = config.candidates(product.problem, form, precision, arch)
-        ranked = sorted(set(options), key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
+        options = set(config.candidates(product.problem, form, precision, arch))
+        ranked = sorted(options, key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
         for plan in ranked[:most]:
             with config.force(plan):
                 error = ((product.run(torch.float32).double() - product.exact).norm() / product.exact.norm()).item()
                 accurate = error <= TOLERANCES[asked]
                 time = time_of(lambda: product.run(None)) if accurate else float("inf")
-            result = f"{1e3 * time:.1f} us" if accurate else "refused"
             tile = plan.tile
             say(
                 f"{form} {precision} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, "
-                f"{plan.splits} splits: {result}, error {error:.1e}"
+                f"{plan.splits} splits: {f'{1e3 * time:.1f} us' if accurate else 'refused'}, error {error:.1e}"
             )
             if accurate and (form not in best or time < best[form][0]):
                 best[form] = time, plan
@@ -214,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m qkernels.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[20, 256], help="batch sizes (default: 20 256)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     parser.add_argument("--most", type=int, default=8, help="plans to try per product and form (default: 8)")
     parser.add_argument(
         "--out",
@@ -231,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     def time_of(call: Callable[[], Any]) -> float:
         return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
 
-    table = search(LAYERS, options.batch, [DTYPES[name] for name in options.dtype], "cuda", time_of, options.most)
+    table = search(LAYERS, options.batch, options.precision, "cuda", time_of, options.most)
     path = write(table, options.out, _launch.arch_of(torch.empty(0, device="cuda")))
     print(f"{path}: {len(table['plans'])} plans", file=sys.stderr)
 
