@@ -1,15 +1,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= bench/results/gpu
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/qat demo
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -n 2 -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not slow" tests/interpreter
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 -m slow
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m slow tests/interpreter
+
+# On a machine with a GPU, with the packages of $(PYTHON); installs nothing, takes under 9 minutes, goes on after a failed test.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	status=0; \
+	$(PYTHON) -m bench.gate --out $(OUT) --seconds 240 || status=1; \
+	timeout 290 $(PYTHON) -m bench.gpu --out $(OUT) --budget 240 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
+	exit $$status
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -21,4 +32,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[$*]"
 	touch $@
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow gpu lint

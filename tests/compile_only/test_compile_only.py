@@ -12,6 +12,7 @@ from qkernels.ops.hamilton_conv.config import Plan
 from qkernels.ops.hamilton_conv.launch import Source
 
 WINDOW = ([1, 1], [1, 1], [1, 1], 1)
+LINEAR = ([1, 1], [0, 0], [1, 1], 1)
 DTYPES = {"half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "ieee": (torch.float32,)}
 DTYPES["tf32x3"] = DTYPES["ieee"]
 BATCH, CHANNELS, SIDE = 20, 512, 8
@@ -59,16 +60,40 @@ def relu_and_pool(dtype):
     return Source(maps(dtype), maps(dtype), *pooled(dtype))
 
 
+def linear_operands(dtype):
+    x = torch.empty(BATCH, 2048, 1, 1, dtype=dtype, device="meta")
+    y = torch.empty(BATCH, 4096, 1, 1, dtype=dtype, device="meta")
+    return x, torch.empty(4, 1024, 512, 1, 1, dtype=dtype, device="meta"), y
+
+
+def linear(dtype):
+    x, w, y = linear_operands(dtype)
+    launch.forward(x, w, y[0, :, 0, 0], *LINEAR, True, "auto", kind="matmul")
+
+
+def linear_adjoint(dtype):
+    _, w, y = linear_operands(dtype)
+    launch.data_gradient(Source(y, y), w, None, [1, 1], *LINEAR, "auto", kind="matmul")
+
+
+def linear_dw(dtype):
+    x, _, y = linear_operands(dtype)
+    launch.weight_gradient(Source(y, y), x, [1, 1], *LINEAR, True, "auto", kind="matmul")
+
+
 VARIANTS = {
     "gather": {
         "forward": forward,
         "forward and pool": forward_pool,
         "adjoint behind a ReLU": adjoint(relu),
         "adjoint behind both": adjoint(relu_and_pool),
+        "linear": linear,
+        "linear adjoint": linear_adjoint,
     },
     "dw": {
         "dw behind a ReLU": gradient(relu),
         "dw behind both": gradient(relu_and_pool),
+        "linear dw": linear_dw,
     },
 }
 MAIN = {"gather": "_hamilton_conv_kernel", "dw": "_hamilton_conv_dw_kernel"}
@@ -106,3 +131,52 @@ def test_tile(arch, kernel, form, precision, dtype, tile, variant, tmp_path):
     (main,) = [entry for entry in launches if entry.kernel.__name__ == MAIN[kernel]]
     usage = compile_launch(main, arch, tmp_path)
     assert usage.problems(arch, tensor_cores=precision != "ieee") == []
+
+
+def first_layer(dtype):
+    x = torch.empty(BATCH, 4, 64, 64, dtype=dtype, device="meta")
+    w = torch.empty(4, 16, 1, 3, 3, dtype=dtype, device="meta")
+    y = torch.empty(BATCH, 64, 64, 64, dtype=dtype, device="meta")
+    launch.forward(x, w, y[0, :, 0, 0], *WINDOW, True, "auto")
+    launch.weight_gradient(Source(y, y), x, [3, 3], *WINDOW, True, "auto")
+
+
+def decoder_layer(dtype):
+    x = torch.empty(BATCH, 4, 64, 64, dtype=dtype, device="meta")
+    w = torch.empty(4, 1, 1, 3, 3, dtype=dtype, device="meta")
+    launch.data_gradient(Source(x), w, x[0, :, 0, 0], [128, 64], [2, 1], [1, 1], [1, 1], 1, "auto")
+
+
+def shared_sums(dtype):
+    option = Plan("q16", "ieee" if dtype == torch.float32 else "half", config.Tile(16, 16, 16, 4, 1), 2)
+    with config.force(option):
+        forward(dtype)
+        forward_pool(dtype)
+        gradient(relu)(dtype)
+
+
+@pytest.mark.parametrize("arch", config.TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("call", [first_layer, decoder_layer, shared_sums])
+def test_other_kernels(call, dtype, arch, tmp_path):
+    """Few channels, the classes of a stride, and all the small kernels, with the settings that these calls take."""
+    with _launch.record(arch) as recording:
+        call(dtype)
+    seen, problems = set(), []
+    for entry in recording.launches:
+        main = entry.kernel.__name__ in MAIN.values()
+        if main and call is shared_sums:
+            continue
+        seen.add(entry.kernel.__name__)
+        tensor_cores = main and (dtype == torch.bfloat16 or entry.arguments["PRECISION"] == "tf32")
+        found = compile_launch(entry, arch, tmp_path).problems(arch, tensor_cores)
+        problems += [(entry.kernel.__name__, entry.options, *found)] if found else []
+    assert problems == []
+    assert (
+        seen
+        == {
+            first_layer: {"_hamilton_pack_kernel", *MAIN.values(), "_hamilton_finish_dw_kernel"},
+            decoder_layer: {"_hamilton_pack_kernel", "_hamilton_conv_kernel"},
+            shared_sums: {"_hamilton_pack_kernel", "_hamilton_finish_kernel", "_hamilton_finish_dw_kernel"},
+        }[call]
+    )

@@ -28,7 +28,7 @@ def tables(tmp_path, monkeypatch):
 
 
 def test_form_without_a_measurement(tables):
-    """Few channels of input or output are dense, accurate float32 is q8, the rest q16; there is no batch to ask about."""
+    """Few channels of input or output are dense, accurate float32 is q8, the rest q16."""
     for arch, taps in itertools.product(ARCHS, (1, 9, 121)):
         for p, q in ((128, 128), (32, 512), (512, 32)):
             assert [triton_form(p, q, taps, precision, arch) for precision in PRECISIONS] == ["q16", "q16", "q8"]

@@ -150,13 +150,23 @@ def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors
     >>> plan(Problem("gather", 320, 128, 128, 9), "q16", "half", 90, 132).splits > 1  # few pixels: share their sums
     True
     """
-    option = _forced.get() or _table(arch)["plans"].get((*problem.key, form, precision))
-    if option:
-        _, steps = problem.grid(option.form, option.tile)
-        return replace(option, splits=whole_splits(steps, option.splits))
-    return min(
-        candidates(problem, form, precision, arch), key=lambda option: clocks(problem, option, arch, multiprocessors)
-    )
+    forced = _forced.get()
+    return _fitted(forced, problem) if forced else _best(problem, form, precision, arch, multiprocessors)
+
+
+@functools.cache
+def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
+    measured = _table(arch)["plans"].get((*problem.key, form, precision))
+    if measured:
+        return _fitted(measured, problem)
+    options = candidates(problem, form, precision, arch)
+    return min(options, key=lambda option: clocks(problem, option, arch, multiprocessors))
+
+
+def _fitted(option: Plan, problem: Problem) -> Plan:
+    """The same plan with no empty split: measurements are looked up by the rounded number of pixels."""
+    _, steps = problem.grid(option.form, option.tile)
+    return replace(option, splits=whole_splits(steps, option.splits))
 
 
 @contextlib.contextmanager
