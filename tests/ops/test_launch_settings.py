@@ -18,13 +18,19 @@ ARCHS = tuple(config.TILES)
 VGG = [(1, 16, 64), (16, 16, 64), (16, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16), (64, 128, 8), (128, 128, 8)]
 
 
+def forget():
+    """Plans and tables are remembered; a test changes what they come from."""
+    config._table.cache_clear()
+    config._best.cache_clear()
+
+
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     """An empty folder in place of the committed measurements; the cache forgets it afterwards."""
     monkeypatch.setenv("QKERNELS_TABLES", str(tmp_path))
-    config._table.cache_clear()
+    forget()
     yield tmp_path
-    config._table.cache_clear()
+    forget()
 
 
 def test_form_without_a_measurement(tables):
@@ -118,7 +124,7 @@ def test_measured_form_and_plan_come_first(tables):
     }
     form = {"precision": "half", "p": 64, "q": 64, "taps": 9, "form": "q8"}
     (tables / "sm_90.json").write_text(json.dumps({"forms": [form], "plans": [row]}))
-    config._table.cache_clear()
+    forget()
     assert triton_form(64, 64, 9, "half", 90) == "q8"
     assert triton_form(64, 64, 1, "half", 90) == "q16"
     assert triton_form(64, 64, 9, "half", 100) == "q16"
@@ -127,7 +133,7 @@ def test_measured_form_and_plan_come_first(tables):
     assert plan(problem, "q16", "half", 80, 132) != option
     assert plan(problem, "q16", "ieee", 90, 132).precision == "ieee"
     (tables / "sm_90.json").unlink()
-    config._table.cache_clear()
+    forget()
     assert plan(problem, "q16", "half", 90, 132) == modelled
 
 

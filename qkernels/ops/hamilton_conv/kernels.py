@@ -136,10 +136,12 @@ def _hadamard(r, i, j, k):
 
 
 @triton.jit
-def _hadamard_operands(r, i, j, k, scale):
-    """scale H (r, i, j, k), summed in float32 and rounded once."""
-    a, b, c, d = _hadamard(r.to(tl.float32), i.to(tl.float32), j.to(tl.float32), k.to(tl.float32))
-    return (a * scale).to(r.dtype), (b * scale).to(r.dtype), (c * scale).to(r.dtype), (d * scale).to(r.dtype)
+def _hadamard_operands(x, scale, PRECISION: tl.constexpr):
+    """scale H x, summed in float32 and rounded once to the type of x, or to tf32."""
+    h0, h1, h2, h3 = _hadamard(x[0].to(tl.float32), x[1].to(tl.float32), x[2].to(tl.float32), x[3].to(tl.float32))
+    h0, h1 = _rounded((h0 * scale).to(x[0].dtype), PRECISION), _rounded((h1 * scale).to(x[0].dtype), PRECISION)
+    h2, h3 = _rounded((h2 * scale).to(x[0].dtype), PRECISION), _rounded((h3 * scale).to(x[0].dtype), PRECISION)
+    return h0, h1, h2, h3
 
 
 @triton.jit
@@ -374,7 +376,8 @@ def _hamilton_conv_kernel(
             if FORM == "q16":
                 acc_r, acc_i, acc_j, acc_k = _q16_products(acc, x, w, ADJOINT, PRECISION, UPCAST)
             else:
-                h = _hadamard_operands(_negated(x[0]) if ADJOINT else x[0], x[1], x[2], x[3], 0.25)
+                x = (_negated(x[0]) if ADJOINT else x[0], x[1], x[2], x[3])
+                h = _hadamard_operands(x, 0.25, PRECISION)
                 acc_r, acc_i, acc_j, acc_k = _four_products(acc, h, w, PRECISION, UPCAST)
         if FORM == "q8":
             # C = S [H | I] and B^T = [H | I by algebra.INPUT_ORDER]: the plain products join the transformed ones.
@@ -570,8 +573,8 @@ def _hamilton_conv_dw_kernel(
             if FORM == "q16":
                 acc_r, acc_i, acc_j, acc_k = _q16_weight_products(acc, _transposed(x), y, PRECISION, UPCAST)
             else:
-                h = _transposed(_hadamard_operands(x[0], x[1], x[2], x[3], 0.5))
-                g = _hadamard_operands(_negated(y[0]), y[1], y[2], y[3], 0.5)
+                h = _transposed(_hadamard_operands(x, 0.5, PRECISION))
+                g = _hadamard_operands((_negated(y[0]), y[1], y[2], y[3]), 0.5, PRECISION)
                 acc_r, acc_i, acc_j, acc_k = _four_products(acc, h, g, PRECISION, UPCAST)
         if FORM == "q8":
             acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
@@ -662,11 +665,11 @@ def _hamilton_pack_kernel(
         k = tl.load(at + 3 * stride_wc, mask=ok, other=0.0)
         out = out_ptr + e
         if FORM == "q8":
-            h0, h1, h2, h3 = _hadamard_operands(r, i, j, k, 1.0)
-            tl.store(out, _rounded(h0, PRECISION), mask=ok)
-            tl.store(out + count, _rounded(h1, PRECISION), mask=ok)
-            tl.store(out + 2 * count, _rounded(h2, PRECISION), mask=ok)
-            tl.store(out + 3 * count, _rounded(h3, PRECISION), mask=ok)
+            h0, h1, h2, h3 = _hadamard_operands((r, i, j, k), 1.0, PRECISION)
+            tl.store(out, h0, mask=ok)
+            tl.store(out + count, h1, mask=ok)
+            tl.store(out + 2 * count, h2, mask=ok)
+            tl.store(out + 3 * count, h3, mask=ok)
             out += 4 * count
             r, i, j, k = -2 * r.to(tl.float32), -2 * k.to(tl.float32), -2 * i.to(tl.float32), -2 * j.to(tl.float32)
         dtype = out_ptr.dtype.element_ty

@@ -305,7 +305,7 @@ def _gather(
     tiles_n = _cdiv(factor * n, tile.n)
     pointers = _source_pointers(source)
     outputs: dict[str, Any] = {
-        "bias_ptr": out if bias is None else bias,
+        "bias_ptr": out if bias is None else bias.contiguous(),
         "y_ptr": out if y is None else y,
         "pooled_ptr": out if pooled is None else pooled,
         "code_ptr": out if code is None else code,

@@ -1,0 +1,172 @@
+"""What the tests in Triton's interpreter share: launch settings, a check of memory, errors against float64.
+
+The interpreter runs one program after the other in NumPy, and a step of a kernel costs some 20 ms: shapes are tiny, and
+tiles made to measure.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from qkernels.ops import _launch
+from qkernels.ops.hamilton_conv import config
+from qkernels.ops.hamilton_conv.config import Plan, Tile
+
+FORMS = ("dense", "q16", "q8")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Relative Frobenius errors against the exact result of the operands as stored: one rounding of the result, in q8 of the
+# Hadamard operands too. The interpreter cuts float32 off where hardware rounds it to bfloat16
+# (test_interpreter_cuts_bfloat16_off): an error of up to one unit instead of half of one, so twice the bound.
+TOLERANCE = {
+    (torch.float32, "dense"): 2e-6,
+    (torch.float32, "q16"): 2e-6,
+    (torch.float32, "q8"): 2e-6,
+    (torch.float16, "dense"): 4e-4,
+    (torch.float16, "q16"): 4e-4,
+    (torch.float16, "q8"): 6e-4,
+    (torch.bfloat16, "dense"): 2 * 2.1e-3,
+    (torch.bfloat16, "q16"): 2 * 2.1e-3,
+    (torch.bfloat16, "q8"): 2 * 4.5e-3,
+}
+# The largest error of a single element, in RMS + its size, may be this many times the Frobenius figure.
+OF_ONE_ELEMENT = 6
+# The figures are root mean squares; an even spread of errors ends at sqrt(3) times that, where all of a few may lie.
+FEW_ELEMENTS, OF_FEW_ELEMENTS = 100, 3**0.5
+
+
+class Tiles:
+    """Replaces `config.plan`: few programs as large as the problem ("whole"), or several along each axis ("cut").
+
+    Args:
+        monkeypatch: pytest's.
+
+    Attributes:
+        style: "whole", "cut" or a `Tile`.
+        splits: programs that share one sum, or as many as have a step.
+    """
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.style: str | Tile = "whole"
+        self.splits = 1
+        monkeypatch.setattr(config, "plan", self.plan)
+
+    def plan(self, problem: config.Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
+        tile = self.style if isinstance(self.style, Tile) else self._tile(problem, form)
+        _, steps = problem.grid(form, tile)
+        return Plan(form, precision, tile, config.whole_splits(steps, self.splits))
+
+    def _tile(self, problem: config.Problem, form: str) -> Tile:
+        parts = 4 if form == "dense" else 1
+        n, k, pixels = parts * problem.n, parts * problem.k, problem.pixels
+        least = 8 if form == "dense" else 2
+        if problem.kernel == "dw":
+            # Half the pixels at most with splits: a sum of one step cannot be shared.
+            pixels = pixels if self.splits == 1 else -(-pixels // (self.splits + 1))
+            if self.style == "whole":
+                return Tile(_power_of_two(k, 4, 64), _power_of_two(n, 4, 64), _power_of_two(pixels, 16, 512), 4, 1)
+            return Tile(_half(k, least), _half(n, least), _half(pixels, 8), 4, 1)
+        if self.style == "whole":
+            # A dense sum of few channels has one step for several taps.
+            k = k * problem.taps if form == "dense" and self.splits == 1 else k
+            return Tile(_power_of_two(pixels, 16, 512), _power_of_two(n, 4, 64), _power_of_two(k, 4, 64), 4, 1)
+        return Tile(_half(pixels, 16), _half(n, least), _half(k, least), 4, 1)
+
+
+def _power_of_two(size: int, least: int, most: int) -> int:
+    return min(max(1 << (size - 1).bit_length(), least), most)
+
+
+def _half(size: int, least: int) -> int:
+    """The largest power of two below `size`: two tiles, the second one with a tail."""
+    return min(max(1 << max((size - 1).bit_length() - 1, 0), least), 64)
+
+
+class MemoryCheck:
+    """Compute-sanitizer's memcheck and a part of its racecheck, for the interpreter.
+
+    A masked-out element may point anywhere; every other one must lie within one tensor of the launch. Programs of a
+    launch run in no order, so none may write what another writes. Atomics, which are not deterministic, find no method.
+
+    Args:
+        monkeypatch: pytest's.
+    """
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.launches = 0
+        self.tensors: list[tuple[int, int, str]] = []
+        self.written: list[np.ndarray] = []
+        self.kernel = ""
+        self._run, self._load, self._store = _launch.run, interpreter._interpreter.load, interpreter._interpreter.store
+        monkeypatch.setattr(_launch, "run", self.run)
+        monkeypatch.setattr(interpreter, "_interpreter", self)
+        # For each call of a device function Triton makes all of its language interpretable again, a third of the time.
+        self.patched: set[tuple[str, ...]] = set()
+        self._patch = interpreter._patch_lang
+        monkeypatch.setattr(interpreter, "_patch_lang", self.patch)
+
+    def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *options: int) -> None:
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors.items()]
+        self.written, self.kernel = [], kernel.fn.__name__
+        self.patched.clear()
+        self.launches += 1
+        self._run(kernel, grid, arguments, *options)
+        addresses = np.concatenate(self.written) if self.written else np.zeros(0, np.uint64)
+        assert len(np.unique(addresses)) == len(addresses), f"{self.kernel} writes elements twice"
+
+    def patch(self, function: Any) -> Any:
+        languages = tuple(name for name, value in function.__globals__.items() if value in (tl, tl.core))
+        if languages in self.patched:
+            return None
+        self.patched.add(languages)
+        return self._patch(function)
+
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> np.ndarray:
+        self._check("reads", pointers[mask], np.dtype(dtype).itemsize)
+        return self._load(pointers, mask, other, dtype)
+
+    def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
+        self._check("writes", pointers[mask], value.itemsize)
+        self.written.append(pointers[mask].ravel())
+        return self._store(pointers, value, mask)
+
+    def _check(self, verb: str, addresses: np.ndarray, size: int) -> None:
+        if not self.tensors or addresses.size == 0:
+            return
+        first, last = int(addresses.min()), int(addresses.max()) + size
+        if not any(start <= first and last <= end for start, end, _ in self.tensors):
+            names = [name for start, end, name in self.tensors if start <= int(np.median(addresses)) < end]
+            raise AssertionError(f"{self.kernel} {verb} outside of its tensors, near {names or 'none of them'}")
+
+
+def _extent(x: torch.Tensor) -> int:
+    """Bytes from the first element to behind the last one."""
+    if x.numel() == 0:
+        return 0
+    return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
+
+
+def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    """Both norms of section 4 of the tolerances: Frobenius, and of a single element."""
+    assert actual.shape == exact.shape
+    assert actual.isfinite().all()
+    error, size = (actual.double() - exact).abs(), exact.norm()
+    if exact.numel() < FEW_ELEMENTS:
+        tolerance *= OF_FEW_ELEMENTS
+    assert error.norm() <= tolerance * size, f"relative error {error.norm() / size:.2e}"
+    rms = size / max(exact.numel(), 1) ** 0.5
+    worst = (error / (rms + exact.abs()).clamp_min(1e-300)).max() if exact.numel() else torch.zeros(())
+    assert worst <= OF_ONE_ELEMENT * tolerance, f"error of one element {worst:.2e}"
+
+
+def in_nan(x: torch.Tensor) -> torch.Tensor:
+    """A copy as the images 1 .. B of a larger batch whose others are NaN, in dense NHWC, which is read in place."""
+    fill = float("nan") if x.is_floating_point() else 3
+    batch, channels, *size = x.shape
+    larger = torch.full((batch + 2, channels, *size), fill, dtype=x.dtype).to(memory_format=torch.channels_last)
+    larger[1:-1] = x
+    return larger[1:-1].detach()

@@ -1,0 +1,578 @@
+"""The public functions on the Triton backend: autograd, layouts, autocast, compilation, all against the reference."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from interpreted import FORMS, OF_ONE_ELEMENT, TOLERANCE, assert_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qkernels
+from qkernels import hamilton_conv2d, hamilton_conv_transpose2d, hamilton_linear
+
+# B, Q, P, H, W, kernel, stride, padding, dilation, groups
+CASE = (2, 2, 3, 4, 5, (2, 2), (1, 1), (1, 0), (1, 1), 1)
+CASES = {
+    "plain": CASE,
+    "strided": (2, 1, 2, 6, 5, (2, 1), (2, 1), (1, 0), (1, 1), 1),
+    "grouped": (1, 2, 4, 4, 4, (1, 2), (1, 1), (0, 1), (1, 2), 2),
+}
+EPILOGUES = [(None, None, False), ("relu", None, False), ("relu", 2, False), ("relu", 2, True), (None, 2, True)]
+FEW = 4 * OF_ONE_ELEMENT * TOLERANCE[torch.float32, "q8"]  # of one element: atol and rtol of float32
+
+
+@pytest.fixture(autouse=True)
+def backend(memory):
+    """The Triton backend; a test that launched no kernel tests nothing."""
+    with qkernels.set_backend("triton"):
+        yield
+    assert memory.launches > 0
+
+
+all_forms = pytest.mark.parametrize("form", FORMS)
+
+
+def operands(case, dtype=torch.float32, requires_grad=False):
+    batch, q, p, height, width, kernel, *_, groups = case
+    shapes = (batch, 4 * q, height, width), (4, p, q // groups, *kernel), (4 * p,)
+    return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def reference(function, *args, **kwargs):
+    with qkernels.set_backend("reference"):
+        return function(*args, **kwargs)
+
+
+def exactly(tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def close(actual, exact):
+    for value, truth in zip(actual, exact, strict=True):
+        torch.testing.assert_close(value.double(), truth.double(), rtol=FEW, atol=FEW)
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@all_forms
+@pytest.mark.parametrize(("activation", "pool", "tap"), EPILOGUES)
+def test_convolution_equals_the_reference(form, activation, pool, tap):
+    """Values and all gradients; which case goes with which epilogue is rotated."""
+    index = EPILOGUES.index((activation, pool, tap)) + FORMS.index(form)
+    case = list(CASES.values())[index % len(CASES)]
+    tensors = operands(case, requires_grad=True)
+    exact = exactly(tensors)
+    options = {"activation": activation, "pool": pool, "tap": tap}
+    with qkernels.set_form(form):
+        outputs = as_tuple(hamilton_conv2d(*tensors, *case[6:], **options))
+    expected = as_tuple(reference(hamilton_conv2d, *exact, *case[6:], **options))
+    for output, truth in zip(outputs, expected, strict=True):
+        assert_accurate(output, truth.detach(), TOLERANCE[torch.float32, form])
+        assert output.is_contiguous(memory_format=torch.channels_last)
+    gradients = [torch.randn_like(output) for output in outputs]
+    close(
+        torch.autograd.grad(outputs, tensors, gradients),
+        torch.autograd.grad(expected, exact, [g.double() for g in gradients]),
+    )
+
+
+DECODER = [((2, 1), (1, 0)), ((2, 1), (1, 0)), ((2, 2), (1, 1))]
+
+
+@all_forms
+def test_decoder_of_rh_emo(form):
+    """Its three transposed convolutions in a row, of one quaternion channel each."""
+    x = torch.randn(2, 4, 2, 3, requires_grad=True)
+    layers = [(torch.randn(4, 1, 1, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)) for _ in DECODER]
+
+    def decode(x, layers):
+        for (weight, bias), (stride, output_padding) in zip(layers, DECODER, strict=True):
+            x = hamilton_conv_transpose2d(x, weight, bias, stride, 1, output_padding).tanh()
+        return x
+
+    leaves = [x, *itertools.chain(*layers)]
+    exact = exactly(leaves)
+    with qkernels.set_form(form):
+        y = decode(x, layers)
+        gradients = torch.autograd.grad(y.sum(), leaves)
+    expected = reference(decode, exact[0], list(zip(exact[1::2], exact[2::2], strict=True)))
+    assert y.shape == (2, 4, 16, 6)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    close([y], [expected])
+    close(gradients, torch.autograd.grad(expected.sum(), exact))
+
+
+def test_transposed_groups_and_unequal_window():
+    x, weight, bias = torch.randn(2, 16, 3, 2), torch.randn(4, 4, 1, 2, 3), torch.randn(8)
+    arguments = ((2, 3), (0, 1), (1, 0), 2, (1, 2))
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = exactly(tensors)
+    y = hamilton_conv_transpose2d(*tensors, *arguments)
+    expected = reference(hamilton_conv_transpose2d, *exact, *arguments)
+    dy = torch.randn_like(y)
+    close([y], [expected])
+    close(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, exact, dy.double()))
+
+
+@all_forms
+@pytest.mark.parametrize("leading", [(), (5,), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_linear_equals_the_reference(form, leading, activation):
+    tensors = [torch.randn(*leading, 12), torch.randn(4, 5, 3), torch.randn(20)]
+    exact = exactly(tensors)
+    tensors = [t.requires_grad_() for t in tensors]
+    with qkernels.set_form(form):
+        y = hamilton_linear(*tensors, activation=activation)
+    expected = reference(hamilton_linear, *exact, activation=activation)
+    assert y.shape == (*leading, 20)
+    assert y.is_contiguous()
+    dy = torch.randn_like(y)
+    close([y], [expected])
+    close(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, exact, dy.double()))
+
+
+def test_ties_at_zero_are_torchs():
+    """A ReLU at exactly 0 passes no gradient, a pool gives all of it to the first of equal pixels."""
+    # Windows: equal positives; zeros only; the maximum last; negatives only.
+    x = torch.zeros(1, 4, 2, 8)
+    x[0, 0] = torch.tensor([[3.0, 3, 0, 0, 1, 1, -2, -2], [3, 3, 0, 0, 1, 2, -1, -2]])
+    one = torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1, 1, 1)
+    for options in ({}, {"pool": 2}, {"pool": 2, "tap": True}):
+        for activation in (None, "relu"):
+            leaves = [t.clone().requires_grad_() for t in (x, one)]
+            exact = [t.clone().requires_grad_() for t in (x, one)]
+            outputs = as_tuple(hamilton_conv2d(*leaves, activation=activation, **options))
+            expected = as_tuple(reference(hamilton_conv2d, *exact, activation=activation, **options))
+            gradients = [torch.arange(1.0, 1 + o.numel()).view(o.shape) for o in outputs]
+            for value, truth in zip(outputs, expected, strict=True):
+                assert torch.equal(value, truth)
+            values = torch.autograd.grad(outputs, leaves, gradients)
+            for value, truth in zip(values, torch.autograd.grad(expected, exact, gradients), strict=True):
+                assert torch.equal(value, truth)
+
+
+def test_nan_reaches_what_it_would_in_torch():
+    """Through the convolution, a ReLU and a pool; where there is none, nothing is NaN."""
+    x, weight, bias = operands(CASE)
+    x[1, 0, 2, 1] = float("nan")
+    y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, tap=True)
+    expected = reference(hamilton_conv2d, x, weight, bias, padding=1, activation="relu")
+    assert y.isnan().any()
+    assert not y[0].isnan().any()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(pooled.isnan(), torch.nn.functional.max_pool2d(expected, 2).isnan())
+    alone = hamilton_conv2d(x, weight, bias, padding=1, pool=2)
+    assert torch.equal(alone.isnan(), pooled.isnan())
+
+
+class Calls(TorchDispatchMode):
+    """The names of this package's operators, in the order of their calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "qkernels":
+            self.names.append(func._schema.name.rpartition("hamilton_")[2].partition("_")[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3))[:-1])
+@pytest.mark.parametrize("name", ["conv", "pool", "linear"])
+def test_frozen_operands_cost_nothing_and_change_nothing(needed, name):
+    def function(*tensors):
+        if name == "linear":
+            return (hamilton_linear(*tensors, activation="relu"),)
+        tap = name == "pool"
+        return as_tuple(hamilton_conv2d(*tensors, activation="relu", pool=2 if tap else None, tap=tap))
+
+    tensors = [torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)] if name == "linear" else operands(CASE)
+    full = [t.clone().requires_grad_() for t in tensors]
+    outputs = function(*full)
+    dys = [torch.randn_like(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, full, dys)
+    some = [t.clone().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+    with Calls() as calls:
+        frozen = function(*some)
+        torch.autograd.backward(frozen, dys)
+    for value, truth in zip(frozen, outputs, strict=True):
+        assert torch.equal(value, truth)
+    forward = {"conv": "", "pool": "pool", "linear": ""}[name]
+    assert [n.removeprefix("conv2d_") for n in calls.names] == [forward] + ["dx"] * needed[0] + ["dw"] * needed[1]
+    for i, (tensor, gradient, need) in enumerate(zip(some, gradients, needed, strict=True)):
+        if i == 2 and need and not needed[1]:
+            # Without dw, in whose kernel it is summed, the gradient of the bias is a sum of torch.
+            torch.testing.assert_close(tensor.grad, gradient)
+        else:
+            assert torch.equal(tensor.grad, gradient) if need else tensor.grad is None
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
+    options = {"activation": "relu" if relu else None, "pool": 2, "tap": True}
+    tensors = operands(CASES["grouped"], requires_grad=True)
+    exact = exactly(tensors)
+    window = CASES["grouped"][6:]
+    outputs = hamilton_conv2d(*tensors, *window, **options)
+    expected = reference(hamilton_conv2d, *exact, *window, **options)
+    dys = [torch.randn_like(y) for y in outputs]
+    for used in ([0], [1], [0, 1]):
+        actual = torch.autograd.grad([outputs[i] for i in used], tensors, [dys[i] for i in used], retain_graph=True)
+        truth = [[expected[i] for i in used], exact, [dys[i].double() for i in used]]
+        close(actual, torch.autograd.grad(*truth, retain_graph=True))
+        if used != [0, 1]:  # the bias alone is summed by torch, from the same two sources
+            (alone,) = torch.autograd.grad(
+                [outputs[i] for i in used], tensors[2:], [dys[i] for i in used], retain_graph=True
+            )
+            close([alone], actual[2:])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "tap": True}], ids=str
+)
+def test_expanded_and_strided_gradients(options):
+    tensors = operands(CASE, requires_grad=True)
+
+    def gradients(dy):
+        outputs = as_tuple(hamilton_conv2d(*tensors, *CASE[6:], **options))
+        return torch.autograd.grad(outputs, tensors, [dy(y) for y in outputs])
+
+    expected = gradients(torch.ones_like)
+    for dy in (
+        lambda y: torch.ones(()).expand_as(y),
+        lambda y: torch.ones(y.shape),
+        lambda y: torch.ones(*y.shape[:3], 2 * y.shape[3])[..., ::2],
+        lambda y: torch.ones(y.shape[::-1]).permute(3, 2, 1, 0),
+    ):
+        close(gradients(dy), expected)
+    y = as_tuple(hamilton_conv2d(*tensors, *CASE[6:], **options))
+    close(torch.autograd.grad(sum(t.sum() for t in y), tensors), expected)
+
+
+def test_expanded_and_strided_gradients_of_the_linear_map():
+    tensors = [torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)]
+    tensors = [t.requires_grad_() for t in tensors]
+    y = hamilton_linear(*tensors, activation="relu")
+    expected = torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True)
+    for dy in (torch.ones(()).expand_as(y), torch.ones(12, 3).t(), torch.ones(3, 24)[:, ::2]):
+        close(torch.autograd.grad(y, tensors, dy, retain_graph=True), expected)
+
+
+@pytest.mark.parametrize("form", ["dense", "q16"])
+@pytest.mark.parametrize("kernel", [(2, 2), (1, 1)])
+def test_operands_of_any_stride_are_left_alone(form, kernel):
+    """q16 reads the weight of a 1x1 kernel in place."""
+    x, weight, bias = operands((*CASE[:5], kernel, *CASE[6:]))
+    strided_x = (
+        x.to(memory_format=torch.channels_last),
+        x.repeat(1, 2, 1, 1)[:, : x.shape[1]],
+        x.repeat(1, 1, 1, 2)[..., : x.shape[3]].transpose(2, 3).contiguous().transpose(2, 3),
+    )
+    strided_weights = (
+        weight.transpose(0, 2).contiguous().transpose(0, 2),
+        weight.repeat(1, 1, 1, 2, 1)[:, :, :, : kernel[0]],
+    )
+    strided_bias = torch.stack([bias, bias], 1)[:, 0]
+    with qkernels.set_form(form):
+        expected = hamilton_conv2d(x, weight, bias, activation="relu")
+        exact = torch.autograd.grad(
+            hamilton_conv2d(
+                *(leaves := [t.clone().requires_grad_() for t in (x, weight, bias)]), activation="relu"
+            ).sum(),
+            leaves,
+        )
+        for moved in (*((s, weight) for s in strided_x), *((x, s) for s in strided_weights)):
+            leaves = [t.detach().requires_grad_() for t in (*moved, strided_bias)]
+            assert not all(t.is_contiguous() for t in leaves)
+            before = [t.detach().clone() for t in leaves]
+            y = hamilton_conv2d(*leaves, activation="relu")
+            assert torch.equal(y, expected)
+            close(torch.autograd.grad(y.sum(), leaves), exact)
+            for tensor, value in zip(leaves, before, strict=True):
+                assert torch.equal(tensor, value)
+
+
+def test_linear_operands_of_any_stride():
+    x, weight, bias = torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)
+    with qkernels.set_form("q16"):
+        expected = hamilton_linear(x, weight, bias)
+        for strided in (x.t().contiguous().t(), x.repeat(1, 2)[:, :8], x.repeat_interleave(2, 1)[:, ::2]):
+            assert torch.equal(hamilton_linear(strided, weight.mT.contiguous().mT, bias), expected)
+        expanded = hamilton_linear(x[:1].expand(3, 8), weight, bias)
+    assert torch.equal(expanded, expected[:1].expand(3, 12))
+
+
+def test_empty_batch_and_no_kernel_is_needed(memory):
+    """No launch: there is no pixel. The gradients of weight and bias are zeros."""
+    for options in ({}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "tap": True}):
+        tensors = operands((0, *CASE[1:]), requires_grad=True)
+        outputs = as_tuple(hamilton_conv2d(*tensors, *CASE[6:], **options))
+        sum(y.sum() for y in outputs).backward()
+        assert outputs[0].shape == (0, 12, 5, 4)
+        assert tensors[0].grad.shape == tensors[0].shape
+        assert all(t.grad.eq(0).all() for t in tensors[1:])
+    _, weight, bias = operands((0, *CASE[1:]), requires_grad=True)
+    z = hamilton_conv_transpose2d(torch.zeros(0, 12, 3, 3), weight)
+    assert z.shape == (0, 8, 4, 4)
+    y = hamilton_linear(torch.zeros(0, 8), torch.randn(4, 3, 2, requires_grad=True), bias, activation="relu")
+    y.sum().backward()
+    assert y.shape == (0, 12)
+    assert bias.grad.eq(0).all()
+    assert memory.launches == 0
+    memory.launches = 1
+
+
+def second_order(function, tensors):
+    """Gradients of a scalar made of the gradients, by everything."""
+    y = function(*tensors)
+    torch.manual_seed(1)
+    dy = torch.randn(y.shape).to(y.dtype).requires_grad_()
+    first = torch.autograd.grad(y, tensors, dy, create_graph=True)
+    scalar = sum((g * torch.linspace(-1, 1, g.numel()).view(g.shape).to(g.dtype)).sum() for g in first)
+    return torch.autograd.grad(scalar, [*tensors, dy], allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["conv", "transposed", "linear"])
+def test_second_derivatives_equal_the_reference(name):
+    window = CASES["strided"][6:]
+    function, tensors = {
+        "conv": (lambda *t: hamilton_conv2d(*t, *window), operands(CASES["strided"])),
+        "transposed": (
+            lambda *t: hamilton_conv_transpose2d(*t, 2, 1, 1),
+            [torch.randn(2, 8, 2, 2), torch.randn(4, 2, 1, 2, 1), torch.randn(4)],
+        ),
+        "linear": (hamilton_linear, [torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)]),
+    }[name]
+    exact = exactly(tensors)
+    actual = second_order(function, [t.requires_grad_() for t in tensors])
+    expected = reference(second_order, function, exact)
+    for value, truth in zip(actual, expected, strict=True):
+        # The bias enters linearly: no second derivative, which autograd may leave out.
+        if truth is None or value is None:
+            assert all(t is None or t.eq(0).all() for t in (value, truth))
+        else:
+            torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), activation="relu"),
+        lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), pool=2),
+        lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), activation="relu", pool=2, tap=True)[0],
+        lambda x: hamilton_linear(x.flatten(2).mT, torch.randn(4, 1, 2), activation="relu"),
+    ],
+    ids=["relu", "pool", "tap", "linear"],
+)
+def test_second_derivative_behind_an_epilogue_says_where_it_is(function):
+    x = torch.randn(1, 8, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative behind.*set_backend\('reference'\)"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("options", [{"activation": "relu"}, {"activation": "relu", "pool": 2}], ids=str)
+def test_checkpointing_changes_nothing(options):
+    tensors = operands(CASE, requires_grad=True)
+
+    def function(*tensors):
+        return hamilton_conv2d(*tensors, **options)
+
+    plain = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+    y = torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)
+    for actual, exact in zip(torch.autograd.grad(y.square().sum(), tensors), plain, strict=True):
+        assert torch.equal(actual, exact)
+
+
+@pytest.mark.parametrize("name", ["conv", "pool", "transposed", "linear"])
+def test_autocast_is_that_of_torch(name):
+    function, tensors = {
+        "conv": (lambda *t: hamilton_conv2d(*t, activation="relu"), operands(CASE)),
+        "pool": (lambda *t: hamilton_conv2d(*t, activation="relu", pool=2), operands(CASE)),
+        "transposed": (
+            hamilton_conv_transpose2d,
+            [torch.randn(1, 8, 3, 2), torch.randn(4, 2, 1, 2, 1), torch.randn(4)],
+        ),
+        "linear": (
+            lambda *t: hamilton_linear(*t, activation="relu"),
+            [torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)],
+        ),
+    }[name]
+    tensors = [t.requires_grad_() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = function(*tensors)
+    expected = function(*(t.bfloat16() for t in tensors))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    exact = torch.autograd.grad(expected, tensors, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(y, tensors, dy)
+    for value, truth in zip(actual, exact, strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, truth)
+
+
+OPS = torch.ops.qkernels
+WINDOW = ([2, 1], [1, 0], [1, 1], 1)
+HOW = ("triton", "dense")
+
+
+def conv_samples():
+    """Arguments of each operator, with every kind of source."""
+    x, weight, bias = operands((2, 1, 2, 4, 3, (2, 1), None, None, None, 1), requires_grad=True)
+    y = OPS.hamilton_conv2d(x, weight, bias, *WINDOW, True, *HOW).detach()
+    pooled, code, _ = (t.detach() for t in OPS.hamilton_conv2d_pool(x, weight, bias, *WINDOW, True, True, HOW[1]))
+    dy, dpooled = torch.randn_like(y), torch.randn_like(pooled)
+    yield "conv2d", (x, weight, bias, *WINDOW, True, *HOW)
+    yield "conv2d", (x.detach(), weight.detach(), None, *WINDOW, False, *HOW)
+    yield "conv2d_pool", (x, weight, bias, *WINDOW, True, True, HOW[1])
+    yield "conv2d_pool", (x.detach(), weight.detach(), None, *WINDOW, False, False, HOW[1])
+    plain = dy.clone().requires_grad_(), None, None, None
+    yield "conv2d_dx", (*plain, weight, torch.randn(4, requires_grad=True), x.shape[2:], *WINDOW, *HOW)
+    yield "conv2d_dw", (*plain, x, [2, 1], *WINDOW, True, *HOW)
+    # Behind an epilogue there is a derivative of the first order only: nothing wants one.
+    x, weight = x.detach(), weight.detach()
+    for gate, source in ((y, (None, None)), (None, (dpooled, code)), (y, (dpooled, code))):
+        yield "conv2d_dx", (dy, gate, *source, weight, None, x.shape[2:], *WINDOW, *HOW)
+        yield "conv2d_dw", (dy, gate, *source, x, [2, 1], *WINDOW, True, *HOW)
+    yield "conv2d_dx", (None, None, dpooled, code, weight, None, x.shape[2:], *WINDOW, *HOW)
+    yield "conv2d_dw", (None, None, dpooled, code, x, [2, 1], *WINDOW, False, *HOW)
+
+
+def linear_samples():
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((3, 8), (4, 3, 2), (12,)))
+    y = OPS.hamilton_linear(x, weight, bias, True, *HOW).detach()
+    dy = torch.randn(3, 12, requires_grad=True)
+    yield "linear", (x, weight, bias, True, *HOW)
+    yield "linear", (x.detach(), weight.detach(), None, False, *HOW)
+    yield "linear_dx", (dy, None, weight, *HOW)
+    yield "linear_dx", (dy.detach(), y, weight.detach(), *HOW)
+    yield "linear_dw", (dy, None, x, True, *HOW)
+    yield "linear_dw", (dy.detach(), y, x.detach(), False, *HOW)
+
+
+def opcheck(samples, *checks):
+    for name, arguments in samples():
+        torch.library.opcheck(getattr(OPS, f"hamilton_{name}"), arguments, test_utils=checks)
+
+
+all_samples = pytest.mark.parametrize("samples", [conv_samples, linear_samples])
+
+
+@all_samples
+def test_opcheck(samples):
+    opcheck(samples, "test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.slow
+@all_samples
+def test_opcheck_of_compilation(samples):
+    opcheck(samples, "test_aot_dispatch_dynamic")
+
+
+@all_samples
+def test_layout_is_the_fakes(samples):
+    """Compiled code believes the fake: sizes, types and strides, channels_last or not."""
+    for name, arguments in samples():
+        operator = getattr(OPS, f"hamilton_{name}")
+        meta = [t.detach().to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
+        for value, fake in zip(as_tuple(operator(*arguments)), as_tuple(operator(*meta)), strict=True):
+            assert (value.shape, value.dtype, value.stride()) == (fake.shape, fake.dtype, fake.stride()), name
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = qkernels.nn.QuaternionConv2d(4, 8, (1, 2), padding=1, activation="relu", pool=2)
+        self.up = qkernels.nn.QuaternionConvTranspose2d(8, 4, (2, 1), (2, 1))
+        self.linear = qkernels.nn.QuaternionLinear(4, 8, activation="relu")
+
+    def forward(self, x):
+        return self.linear(self.up(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    torch._dynamo.reset()
+    net = Net()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend=counter)
+    with qkernels.set_form("dense"):
+        for batch in (2, 3) if dynamic else (2, 2):
+            x = torch.randn(batch, 4, 4, 3)
+            expected = net(x)
+            y = compiled(x)
+            torch.testing.assert_close(y, expected)
+            actual = torch.autograd.grad(y.square().sum(), net.parameters())
+            close(actual, torch.autograd.grad(expected.square().sum(), net.parameters()))
+    assert counter.frame_count == 1
+
+
+def test_tap_compiles_to_one_graph():
+    torch._dynamo.reset()
+    x, weight, bias = operands(CASE, requires_grad=True)
+
+    def function(x, weight, bias):
+        return hamilton_conv2d(x, weight, bias, activation="relu", pool=2, tap=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with qkernels.set_form("dense"):
+        outputs, expected = compiled(x, weight, bias), function(x, weight, bias)
+        dys = [torch.randn_like(y) for y in outputs]
+        for value, truth in zip(outputs, expected, strict=True):
+            assert torch.equal(value, truth)
+            assert value.stride() == truth.stride()
+        close(
+            torch.autograd.grad(outputs, (x, weight, bias), dys), torch.autograd.grad(expected, (x, weight, bias), dys)
+        )
+
+
+def test_uninitialised_memory_is_poisoned():
+    """What the fixture `poison` promises of the two ways in which the launchers allocate."""
+    like = hamilton_linear(torch.ones(1, 4), torch.ones(4, 1, 1))
+    assert torch.empty(3).isnan().all()
+    assert torch.empty((1, 2, 3, 4), memory_format=torch.channels_last, dtype=torch.bfloat16).isnan().all()
+    assert like.new_empty(5).isnan().all()
+    assert torch.empty(3, dtype=torch.uint8).tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_two_runs_are_bitwise_equal(splits, tiles):
+    tiles.splits = splits
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(2)
+        tensors = operands(CASE, requires_grad=True)
+        with qkernels.set_form("q16"):
+            outputs = hamilton_conv2d(*tensors, activation="relu", pool=2, tap=True)
+        runs.append([*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), tensors)])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_settings_of_the_backend(memory):
+    """What an explicit request computes, and that nobody is sent into the interpreter unasked."""
+    x, weight, _ = operands(CASE)
+    hamilton_linear(torch.ones(1, 4), torch.ones(4, 1, 1))
+    assert qkernels.backend_of(hamilton_conv2d, x, weight) == "triton"
+    assert qkernels.form_of(hamilton_conv2d, x, weight) == "dense"
+    assert qkernels.form_of(hamilton_conv2d, torch.ones(1, 512, 3, 3), torch.ones(4, 128, 128, 3, 3)) == "q8"
+    assert qkernels.form_of(hamilton_conv2d, torch.ones(1, 512, 3, 3).half(), torch.ones(4, 128, 128, 3, 3)) == "q16"
+    torch.backends.cudnn.allow_tf32 = True
+    assert qkernels.form_of(hamilton_conv2d, torch.ones(1, 512, 3, 3), torch.ones(4, 128, 128, 3, 3)) == "q16"
+    assert qkernels.form_of(hamilton_linear, torch.ones(1, 512), torch.ones(4, 128, 128)) == "q8"
+    with qkernels.set_form("q16"):
+        assert qkernels.form_of(hamilton_conv2d, x, weight) == "q16"
+    with qkernels.set_backend("auto"):
+        assert qkernels.backend_of(hamilton_conv2d, x, weight) == "torch"
+    launches = memory.launches
+    with pytest.raises(ValueError, match=r"'triton' was asked for, but the kernels compute .* x is of torch.float64"):
+        hamilton_conv2d(x.double(), weight.double())
+    with pytest.raises(ValueError, match="'triton' was asked for, but gram_cosine has no Triton kernel yet"):
+        qkernels.gram_cosine(x, x)
+    assert memory.launches == launches
