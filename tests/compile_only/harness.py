@@ -1,7 +1,7 @@
 """Compiles recorded launches for GPUs that are not there, and reads what the machine code uses.
 
 Triton's own wheel brings ptxas and cuobjdump. A launch is specialised as Triton's launcher would do it: an integer of
-1 is a constant, integers and addresses divisible by 16 are known to be.
+1 is a constant, integers and addresses divisible by 16 are known to be, but for those that a kernel excepts.
 """
 
 import re
@@ -66,11 +66,11 @@ def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value == 1:
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)

@@ -17,6 +17,8 @@ A *source* is the map that is gathered, or the gradient in front of an epilogue,
     "map+pool"  dy                           d pooled          position   the sum of "map" and "pool"
     "relu+pool" dy            y behind ReLU  d pooled          position   the sum of "relu" and "pool"
 
+`do_not_specialize` names the sizes that change from call to call: one binary serves them all.
+
 `code` says which pixel of a 2x2 window its maximum came from, 0 to 3 in reading order; 4: none, behind a ReLU.
 """
 
@@ -305,7 +307,7 @@ def _four_products(acc, x, w, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return acc_r, acc_i, acc_j, acc_k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "source_h", "source_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits"])
 def _hamilton_conv_kernel(
     map_ptr, gate_ptr, pooled_source_ptr, code_source_ptr, w_ptr, bias_ptr, y_ptr, pooled_ptr, code_ptr, partial_ptr,
     batch, source_h, source_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n, splits,
@@ -421,7 +423,7 @@ def _hamilton_conv_kernel(
             _store_output(acc_k, target, bias_ptr, rows, column + 3 * spread, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits"])
 def _hamilton_finish_kernel(
     partial_ptr, bias_ptr, y_ptr, pooled_ptr, code_ptr,
     batch, y_h, y_w, grid_h, grid_w, stride_h, stride_w, channels, tiles_n, splits,
@@ -486,7 +488,7 @@ def _q16_weight_products(acc, x, y, PRECISION: tl.constexpr, UPCAST: tl.constexp
     return acc_r, acc_i, acc_j, acc_k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits"])
 def _hamilton_conv_dw_kernel(
     map_ptr, gate_ptr, pooled_ptr, code_ptr, x_ptr, dw_ptr, db_ptr,
     batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q, splits,
@@ -593,7 +595,7 @@ def _hamilton_conv_dw_kernel(
         tl.store(dw_at + 3 * stride_dc, acc_k.to(dtype), mask=dw_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _hamilton_finish_dw_kernel(
     dw_partial_ptr, db_partial_ptr, dw_ptr, db_ptr, groups, taps, P, Q, splits,
     FORM: tl.constexpr, NEGATIVE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
