@@ -23,6 +23,9 @@ def test_modules_call_their_function():
     conv = QuaternionConv2d(8, 16, (3, 2), 2, 1, (1, 2), 2, activation="relu")
     expected = F.hamilton_conv2d(x, conv.weight, conv.bias, 2, 1, (1, 2), 2, activation="relu")
     assert torch.equal(conv(x), expected)
+    conv.pool = 2
+    assert torch.equal(conv(x), torch.nn.functional.max_pool2d(expected, 2))
+    assert repr(conv).endswith("activation='relu', pool=2)")
     up = QuaternionConvTranspose2d(8, 16, 3, (2, 1), 1, (1, 0), 2, dilation=2)
     assert torch.equal(
         up(x), F.hamilton_conv_transpose2d(x, up.weight, up.bias, (2, 1), 1, (1, 0), groups=2, dilation=2)
@@ -85,6 +88,7 @@ def test_representations_show_what_is_not_default():
     ("build", "message"),
     [
         (lambda: QuaternionConv2d(6, 8, 3), "in_channels must be a positive multiple of 4; got 6"),
+        (lambda: QuaternionConv2d(8, 8, 3, pool=3), "pool must be one of None, 2; got 3"),
         (lambda: QuaternionConv2d(8, 0, 3), "out_channels must be a positive multiple of 4; got 0"),
         (
             lambda: QuaternionConv2d(8, 12, 3, groups=2),

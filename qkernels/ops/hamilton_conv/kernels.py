@@ -458,15 +458,20 @@ def _pixel_pairs(m, place, window, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def _transposed(x):
-    return tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2]), tl.trans(x[3])
+def _four_weight_products(acc, x, y, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + x^T y, component by component; each tile is transposed just before it is used, or float32 spills."""
+    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], PRECISION, UPCAST)
+    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], PRECISION, UPCAST)
+    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], PRECISION, UPCAST)
+    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], PRECISION, UPCAST)
+    return acc_r, acc_i, acc_j, acc_k
 
 
 @triton.jit
 def _q16_weight_products(acc, x, y, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + the 16 products of algebra.SIGNS that make dw: dw_b is the sum over c of SIGNS[b ^ c][c] x_c y_(b ^ c)."""
+    """acc + the 16 products of algebra.SIGNS in dw: dw_b is the sum over c of SIGNS[b ^ c][c] x_c^T y_(b ^ c)."""
     acc_r, acc_i, acc_j, acc_k = acc
-    xr, xi, xj, xk = x
+    xr, xi, xj, xk = tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2]), tl.trans(x[3])
     yr, yi, yj, yk = y
     ni, nj, nk = _negated(xi), _negated(xj), _negated(xk)
     acc_r = _dot(xr, yr, acc_r, PRECISION, UPCAST)
@@ -573,11 +578,11 @@ def _hamilton_conv_dw_kernel(
             y = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
             acc = (acc_r, acc_i, acc_j, acc_k)
             if FORM == "q16":
-                acc_r, acc_i, acc_j, acc_k = _q16_weight_products(acc, _transposed(x), y, PRECISION, UPCAST)
+                acc_r, acc_i, acc_j, acc_k = _q16_weight_products(acc, x, y, PRECISION, UPCAST)
             else:
-                h = _transposed(_hadamard_operands(x, 0.5, PRECISION))
+                h = _hadamard_operands(x, 0.5, PRECISION)
                 g = _hadamard_operands((_negated(y[0]), y[1], y[2], y[3]), 0.5, PRECISION)
-                acc_r, acc_i, acc_j, acc_k = _four_products(acc, h, g, PRECISION, UPCAST)
+                acc_r, acc_i, acc_j, acc_k = _four_weight_products(acc, h, g, PRECISION, UPCAST)
         if FORM == "q8":
             acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
             acc_r = -acc_r
@@ -585,8 +590,8 @@ def _hamilton_conv_dw_kernel(
                 rows, x_rows = _pixel_pairs(step * BLOCK_M + pixels, place, window, SOURCE)
                 xr, xi, xj, xk = _load_quaternions(x_source, x_rows, columns, q_ok[None, :], size_q, "map", PRECISION)
                 y = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
-                acc, x = (acc_r, acc_k, acc_i, acc_j), _transposed((xr, xj, xk, xi))
-                acc_r, acc_k, acc_i, acc_j = _four_products(acc, x, y, PRECISION, UPCAST)
+                acc, x = (acc_r, acc_k, acc_i, acc_j), (xr, xj, xk, xi)
+                acc_r, acc_k, acc_i, acc_j = _four_weight_products(acc, x, y, PRECISION, UPCAST)
             acc_r, acc_i, acc_j, acc_k = 2 * acc_r, -2 * acc_i, -2 * acc_j, -2 * acc_k
         dtype = dw_ptr.dtype.element_ty
         tl.store(dw_at, acc_r.to(dtype), mask=dw_ok)

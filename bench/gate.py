@@ -1,0 +1,81 @@
+"""The tests of tests/gpu, one process a file at the same time: `python -m bench.gate --out DIR --seconds 240`.
+
+They spend most of their time compiling and on the host, so side by side they take as long as the longest. Writes
+tests.log and tests.csv, the verdict of each file; returns 1 where a test failed or the time was up.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# The configuration of the repository names plugins that a GPU machine need not have.
+OPTIONS = [
+    "-c",
+    os.devnull,
+    "--rootdir",
+    str(ROOT),
+    "-p",
+    "no:cacheprovider",
+    "-v",
+    "-ra",
+    "--tb=short",
+    "--durations=5",
+]
+
+
+def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
+    """What became of each file: "passed", "skipped" (all of it), "FAILED" or "out of time"."""
+    deadline = time.monotonic() + seconds
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    verdicts: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        started = []
+        for file in files:
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [sys.executable, "-m", "pytest", *OPTIONS, str(file)]
+            # A group of its own, so that its compiling processes end with it.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            started.append((file, process, log))
+        whole = stack.enter_context((out / "tests.log").open("w"))
+        for file, process, log in started:
+            try:
+                code = process.wait(max(0.0, deadline - time.monotonic()))
+                verdicts[file.stem] = "FAILED" if code else ""
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, 9)
+                process.wait()
+                verdicts[file.stem] = "out of time"
+            log.seek(0)
+            text = log.read()
+            verdicts[file.stem] = verdicts[file.stem] or ("passed" if " passed" in text.splitlines()[-1] else "skipped")
+            whole.write(f"{file.name}: {verdicts[file.stem]}\n{text}\n")
+            print(f"{file.name}: {verdicts[file.stem]}", *text.splitlines()[-12:], sep="\n", flush=True)
+    return verdicts
+
+
+def main() -> int:
+    """Prints the end of every log."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the log")
+    parser.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    verdicts = run(sorted((ROOT / "tests" / "gpu").glob("test_*.py")), options.seconds, options.out)
+    with (options.out / "tests.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("file", "verdict"), *verdicts.items()])
+    return int(any(verdict not in ("passed", "skipped") for verdict in verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

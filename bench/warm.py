@@ -1,0 +1,75 @@
+"""Compiles kernels in parallel before they are tested or timed.
+
+Triton compiles a kernel at its first launch, for 1 to 9 s, and keeps it on disk where every process finds it. So
+recorded launches (`qkernels.ops._launch.record`) are compiled in as many processes as there are cores; the launches
+themselves then only load what is there.
+"""
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from qkernels.ops._launch import Launch
+
+COMPILE_CRASHED = "a compiling process died"
+
+
+class Spec(NamedTuple):
+    """What Triton compiles once: kernel, arguments by position, launch options. Tensors are given by their type."""
+
+    module: str
+    kernel: str
+    arguments: tuple[Any, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def spec_of(launch: Launch) -> Spec:
+    """The launch, its integers replaced by one of the same specialisation: 1, divisible by 16, neither or none."""
+    kernel = launch.kernel
+    arguments = []
+    for parameter, name in zip(kernel.params, kernel.arg_names, strict=True):
+        value = launch.arguments[name]
+        if isinstance(value, torch.Tensor):
+            value = value.dtype
+        elif parameter.do_not_specialize or (not parameter.is_constexpr and value != 1):
+            divisible = value % 16 == 0 and not parameter.do_not_specialize
+            value = (0 if value < 2**31 else 2**32) + (16 if divisible else 3)
+        arguments.append(value)
+    return Spec(kernel.module, kernel.__name__, tuple(arguments), tuple(launch.options.items()))
+
+
+def compile_all(launches: Iterable[Launch]) -> tuple[int, list[str]]:
+    """Compiles every kernel among `launches` once, for the present GPU.
+
+    Returns:
+        How many kernels there were, and what went wrong: a broken kernel is for its test to report.
+    """
+    # Longest first: a product of four components takes several times as long as a kernel that adds or copies.
+    specs = sorted({spec_of(launch) for launch in launches}, key=lambda spec: -len(spec.arguments))
+    if not specs:
+        return 0, []
+    workers = min(len(specs), os.cpu_count() or 1)
+    # Spawned, since CUDA does not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            errors = list(pool.map(_compile, specs))
+        except RuntimeError as error:  # BrokenProcessPool
+            errors = [f"{COMPILE_CRASHED}: {error}"]
+    return len(specs), [error for error in errors if error]
+
+
+def _compile(spec: Spec) -> str | None:
+    from triton.runtime.jit import MockTensor
+
+    kernel = getattr(importlib.import_module(spec.module), spec.kernel)
+    arguments = [MockTensor(value) if isinstance(value, torch.dtype) else value for value in spec.arguments]
+    try:
+        kernel.warmup(*arguments, grid=(1,), **dict(spec.options))
+    except Exception as error:  # whatever the compiler raises
+        return f"{spec.kernel}: {type(error).__name__}: {error}"
+    return None

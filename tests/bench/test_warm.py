@@ -1,0 +1,25 @@
+"""Recorded launches as Triton would compile them."""
+
+import pytest
+import torch
+
+from bench.warm import spec_of
+
+pytest.importorskip("triton")
+
+
+def test_no_batch_size_is_compiled_anew():
+    from qkernels.ops import _launch
+    from qkernels.ops.hamilton_conv import launch
+
+    def specs(batch, dtype=torch.float16):
+        x, weight = (
+            torch.empty(batch, 64, 8, 8, dtype=dtype, device="meta"),
+            torch.empty(4, 16, 16, 3, 3, device="meta"),
+        )
+        with _launch.record(90) as recording:
+            launch.forward(x, weight.to(dtype), None, (1, 1), (1, 1), (1, 1), 1, False, "q16")
+        return [spec_of(one) for one in recording.launches]
+
+    assert specs(1) == specs(3) == specs(16)
+    assert specs(3) != specs(3, torch.bfloat16)

@@ -1,0 +1,73 @@
+"""The search for launch settings, with a clock that the test winds, and the table that it writes."""
+
+import itertools
+
+import pytest
+import torch
+
+from qkernels import tune
+from qkernels.ops.hamilton_conv import config
+
+
+@pytest.fixture(autouse=True)
+def tiles():
+    """The search forces plans of its own: `config.plan` stays."""
+
+
+@pytest.fixture
+def forget():
+    yield
+    config._table.cache_clear()
+    config._best.cache_clear()
+
+
+def test_search_and_table(tmp_path, monkeypatch, forget):
+    """The first option takes 1 ms, each later one more; the third product of q8 is too wrong to be taken."""
+    clock = itertools.count(1)
+    products = tune.products
+
+    def spoilt(*args):
+        for product in products(*args):
+            yield product._replace(exact=-product.exact) if product.name == "dw" else product
+
+    lines = []
+    arguments = ([tune.Layer(8, 8, 1, 1)], [2], ["ieee"], "cpu", lambda call: float(next(clock)), 1, lines.append)
+    table = tune.search(*arguments)
+    assert table["forms"] == [{"precision": "ieee", "p": 2, "q": 2, "taps": 1, "form": "dense"}]
+    assert {(row["form"], row["problem"][0]) for row in table["plans"]} == set(
+        itertools.product(("dense", "q8"), ("gather", "dw"))
+    )
+    assert len(lines) == 3 * len(tune.OPTIONS["ieee"])
+    assert lines[0].startswith("8->8 1x1 on 1x1, batch 2, ieee, forward: dense ieee ")
+
+    assert tune.write(table, tmp_path, 90) == tmp_path / "sm_90.json"
+    monkeypatch.setenv("QKERNELS_TABLES", str(tmp_path))
+    config._table.cache_clear()
+    config._best.cache_clear()
+    assert config.triton_form(2, 2, 1, "ieee", 90) == "dense"
+    (row,) = [row for row in table["plans"] if (row["form"], row["problem"][0]) == ("q8", "dw")]
+    plan = config.plan(config.Problem("dw", 2, 2, 2, 1), "q8", "ieee", 90, 132)
+    assert (plan.precision, plan.tile) == (row["precision"], config.Tile(*row["tile"]))
+
+    monkeypatch.setattr(tune, "products", spoilt)
+    refused = tune.search(*arguments)
+    assert all(row["problem"][0] == "gather" for row in refused["plans"])
+    assert sum("refused" in line for line in lines) == len(tune.OPTIONS["ieee"])
+
+
+def test_switches_are_as_they_were():
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    with tune._switched("tf32"):
+        assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["--batch", "20"])
+    assert ended.value.code == 2
+    assert "PyTorch sees none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["--most", "0"])
+    assert "--batch and --most must be at least 1" in capsys.readouterr().err
