@@ -81,6 +81,15 @@ def multiprocessors_of(x: Tensor) -> int:
     return MULTIPROCESSORS[max(known for known in MULTIPROCESSORS if known <= arch_of(x))]
 
 
+def arch_of_device(device: torch.device) -> int:
+    """Compute capability of a CUDA device, as 10 major + minor; a constant to `torch.compile`."""
+    return _properties(device)[0]
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of Dynamo here.
+arch_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _properties(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)

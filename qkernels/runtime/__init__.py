@@ -143,8 +143,8 @@ def _obstacle(name: str, x: Tensor) -> str | None:
     if x.dtype not in KERNEL_DTYPES:
         return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
     if x.is_cuda:
-        major = torch.cuda.get_device_properties(x.device).major
-        return None if major >= 8 else f"the kernels need compute capability 8.0 or more, and {x.device} has {major}"
+        arch = _launch.arch_of_device(x.device)
+        return None if arch >= 80 else f"the kernels need compute capability 8.0, and {x.device} has {arch / 10}"
     if x.device.type == "cpu" and _launch.INTERPRETED:
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"

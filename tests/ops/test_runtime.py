@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def refused(op, args, reason):
 @all_products
 @not_interpreted
 def test_triton_needs_a_gpu_or_the_interpreter(op, args):
-    refused(op, args, r"x is on cpu: .* CUDA devices, and on the CPU in .*\(TRITON_INTERPRET=1\)")
+    refused(op, args, r"x is on cpu: .* CUDA devices, or in Triton's interpreter \(TRITON_INTERPRET=1\)")
 
 
 @all_products
@@ -225,3 +226,13 @@ def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_device_is_a_constant_to_the_compiler(monkeypatch):
+    """Its properties are no type that Dynamo could trace."""
+    torch._dynamo.reset()
+    properties = types.SimpleNamespace(major=7, minor=5, multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(_launch, "_properties", _launch._properties.__wrapped__)
+    compiled = torch.compile(lambda x: x + _launch.arch_of_device(x.device), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 75
