@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 
-from bench import gpu
+from bench import cases, gpu
 from bench.cpu_forms import Layer
 
-TINY = gpu.Case("tiny", Layer("conv 2", 8, 12, 3, 4), 2, "float32", gpu.STEP, ("graph",))
+TINY = cases.Case("tiny", Layer("conv 2", 8, 12, 3, 4), 2, "float32", cases.STEP, ("graph",))
 PROVENANCE = {"device", "commit", "torch", "triton", "cuda", "cudnn", "date"}
 
 
@@ -25,7 +25,7 @@ class Watch:
 
 
 def rows_of(provider, case=TINY, clock=None):
-    return gpu.measure(case, [provider], gpu.operands_of(case, torch.device("cpu")), clock, None)
+    return gpu.measure(case, [provider], cases.operands_of(case, torch.device("cpu")), clock, None)
 
 
 def test_smoke_checks_every_provider_and_claims_no_time(tmp_path, capsys):
@@ -35,10 +35,10 @@ def test_smoke_checks_every_provider_and_claims_no_time(tmp_path, capsys):
     assert set(rows[0]) == {*gpu.Row._fields, *PROVENANCE}
     assert all(row["status"] == "smoke" and row["median_us"] == row["percent_of_roof"] == "" for row in rows)
     assert {(row["suite"], row["product"]) for row in rows} == {
-        (suite, case.product) for suite, (cases, _) in gpu.SUITES.items() for case in cases
+        (suite, case.product) for suite, (listed, _) in cases.SUITES.items() for case in listed
     }
     assert {row["provider"] for row in rows} == {
-        provider.name for _, providers in gpu.SUITES.values() for provider in providers if provider.form != "q16"
+        provider.name for _, providers in cases.SUITES.values() for provider in providers if provider.form != "q16"
     }
     with (tmp_path / "targets.csv").open() as file:
         targets = list(csv.DictReader(file))
@@ -54,11 +54,11 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("product", [gpu.STEP, *gpu.OPERATORS])
+@pytest.mark.parametrize("product", [cases.STEP, *cases.OPERATORS])
 @pytest.mark.parametrize("part", range(4))
 def test_a_wrong_result_is_given_no_time(product, part):
     case = TINY._replace(product=product)
-    right = gpu.AUTO
+    right = cases.AUTO
 
     def build(case, operands):
         run = right.build(case, operands)
@@ -83,11 +83,11 @@ def test_a_wrong_result_is_given_no_time(product, part):
 
 def test_nan_is_refused():
     def build(case, operands):
-        results = gpu.AUTO.build(case, operands)()
+        results = cases.AUTO.build(case, operands)()
         results[1][0] = float("nan")
         return lambda: results
 
-    assert rows_of(gpu.AUTO._replace(build=build))[0].status == "REFUSED"
+    assert rows_of(cases.AUTO._replace(build=build))[0].status == "REFUSED"
 
 
 def test_flops_are_those_of_a_count():
@@ -105,7 +105,7 @@ def test_flops_are_those_of_a_count():
 def test_flops_are_pytorchs_for_the_real_layer():
     from torch.utils.flop_counter import FlopCounterMode
 
-    run = gpu.REAL[0].build(TINY, gpu.operands_of(TINY, torch.device("cpu")))
+    run = cases.REAL[0].build(TINY, cases.operands_of(TINY, torch.device("cpu")))
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == TINY.flops
@@ -120,7 +120,7 @@ def test_targets_weigh_layers_by_their_number():
         return gpu.Row(case.suite, *shape, "graph", provider, "ok", 0.0, 0.0, *times)
 
     rows = []
-    for case in gpu.SUITES["conv, batch 20"][0]:
+    for case in cases.SUITES["conv, batch 20"][0]:
         slow = 14.0 if case.layer.name == "conv 11-13" else 20.0
         rows += [
             row(case, "ours auto", 10.0),
@@ -140,5 +140,5 @@ def test_targets_weigh_layers_by_their_number():
 def test_the_budget_drops_what_is_left_and_says_so(capsys):
     assert list(gpu.run_suites(torch.device("cpu"), None, None, deadline=0.0)) == []
     assert capsys.readouterr().out.count("dropped, out of budget") == sum(
-        len(cases) for cases, _ in gpu.SUITES.values()
+        len(listed) for listed, _ in cases.SUITES.values()
     )
