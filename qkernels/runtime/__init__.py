@@ -142,6 +142,8 @@ def _obstacle(name: str, x: Tensor) -> str | None:
         return "the package triton is not installed"
     if x.dtype not in KERNEL_DTYPES:
         return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
+    if x.is_cuda and torch.version.hip:
+        return "the kernels are made for NVIDIA GPUs"
     if x.is_cuda:
         arch = _launch.arch_of_device(x.device)
         return None if arch >= 80 else f"the kernels need compute capability 8.0, and {x.device} has {arch / 10}"

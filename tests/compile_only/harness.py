@@ -17,7 +17,8 @@ from triton.compiler import ASTSource
 from qkernels.ops._launch import Launch
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that a block may use; Triton does not check
+# Shared memory that a block may use, which Triton does not check; the tiles of sm_80 serve sm_86, sm_89 and sm_120 too.
+SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100; above it Triton emits a bare trap
 MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTC")}
 TYPES = {

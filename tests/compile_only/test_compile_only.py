@@ -45,6 +45,11 @@ def adjoint(source):
     return run
 
 
+def strided_adjoint(dtype):
+    """Four classes; with a 1x1 kernel three of them have no tap, and their loop may not run."""
+    launch.data_gradient(relu(dtype), weight(dtype), None, [2 * SIDE, 2 * SIDE], [2, 2], [1, 1], [1, 1], 1, "auto")
+
+
 def gradient(source):
     def run(dtype):
         launch.weight_gradient(source(dtype), maps(dtype), [3, 3], *WINDOW, True, "auto")
@@ -87,6 +92,7 @@ VARIANTS = {
         "forward and pool": forward_pool,
         "adjoint behind a ReLU": adjoint(relu),
         "adjoint behind both": adjoint(relu_and_pool),
+        "adjoint of stride 2": strided_adjoint,
         "linear": linear,
         "linear adjoint": linear_adjoint,
     },

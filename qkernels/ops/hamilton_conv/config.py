@@ -112,7 +112,8 @@ class Problem:
         n: quaternion channels of a group that are written; for "dw" those of the output.
         k: quaternion channels of a group that are summed; for "dw" those of the input.
         taps: kernel positions.
-        copies: groups times classes.
+        groups: of the channels.
+        classes: of the output's pixels, see kernels.py.
     """
 
     kernel: str
@@ -120,21 +121,28 @@ class Problem:
     n: int
     k: int
     taps: int
-    copies: int = 1
+    groups: int = 1
+    classes: int = 1
 
     @property
-    def key(self) -> tuple[str, int, int, int, int, int]:
+    def key(self) -> tuple[str, int, int, int, int, int, int]:
         """What a measurement is looked up by: pixels to the next power of two."""
-        return self.kernel, self.pixels.bit_length(), self.n, self.k, self.taps, self.copies
+        return self.kernel, self.pixels.bit_length(), self.n, self.k, self.taps, self.groups, self.classes
+
+    def flat(self, form: str, tile: Tile) -> bool:
+        """Whether "dense" has to take (tap, channel) pairs one by one: blocks of the input's channels do not fit."""
+        block = tile.m if self.kernel == "dw" else tile.k
+        return form == "dense" and (self.groups > 1 or 4 * self.k % block != 0)
 
     def grid(self, form: str, tile: Tile) -> tuple[int, int]:
         """Programs of one split, and steps of their sum."""
         parts = 4 if form == "dense" else 1
-        n, k = parts * self.n, parts * self.k
+        n, k, copies, flat = parts * self.n, parts * self.k, self.groups * self.classes, self.flat(form, tile)
+        block = tile.m if self.kernel == "dw" else tile.k
+        blocks = _cdiv(k * self.taps, block) if flat else self.taps * _cdiv(k, block)
         if self.kernel == "dw":
-            return _cdiv(n, tile.n) * _cdiv(k * self.taps, tile.m) * self.copies, _cdiv(self.pixels, tile.k)
-        steps = _cdiv(k * self.taps, tile.k) if form == "dense" and k % tile.k else self.taps * _cdiv(k, tile.k)
-        return _cdiv(self.pixels, tile.m) * _cdiv(n, tile.n) * self.copies, steps
+            return _cdiv(n, tile.n) * blocks * copies, _cdiv(self.pixels, tile.k)
+        return _cdiv(self.pixels, tile.m) * _cdiv(n, tile.n) * copies, blocks
 
 
 def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
@@ -184,19 +192,20 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
     """Every plan that the architecture's tiles allow, with 1, 2, 4 ... splits of the sum, none of them empty."""
-    for tile in tiles(problem.kernel, form, precision, arch):
+    fitting = [tile for tile in tiles(problem.kernel, form, precision, arch) if not problem.flat(form, tile)]
+    for tile in fitting or [Tile(*numbers) for numbers in FLAT_TILES[precision]]:
         _, steps = problem.grid(form, tile)
         for exponent in range(min(max(steps, 1), MOST_SPLITS).bit_length()):
             yield Plan(form, precision, tile, whole_splits(steps, 2**exponent))
 
 
 def whole_splits(steps: int, splits: int) -> int:
-    """The number of splits of equal length, but for the last, that are left when none is empty.
+    """As many of the splits as can have a step of the sum each; one at least.
 
-    >>> whole_splits(9, 4), whole_splits(9, 8)
-    (3, 5)
+    >>> whole_splits(9, 4), whole_splits(9, 16)
+    (4, 9)
     """
-    return _cdiv(steps, _cdiv(steps, splits)) if steps else 1
+    return max(1, min(steps, splits))
 
 
 def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
@@ -249,6 +258,7 @@ TILES: dict[int, dict[tuple[str, ...], tuple[tuple[int, int, int, int, int], ...
         ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
         ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
         ("q8", "ieee"): ((64, 32, 16, 8, 2), (32, 16, 16, 4, 1)),
+        ("dw", "q8", "ieee"): ((64, 32, 16, 8, 1), (32, 16, 16, 4, 1)),
         ("dense", "tf32x3"): ((64, 32, 16, 4, 2),),
         ("q8", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 8, 2)),
     },
@@ -264,6 +274,7 @@ TILES: dict[int, dict[tuple[str, ...], tuple[tuple[int, int, int, int, int], ...
         ("q8", "ieee"): ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (32, 16, 16, 4, 2)),
         ("dense", "tf32x3"): ((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
         ("q8", "tf32x3"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
+        ("dw", "q8", "tf32x3"): ((64, 32, 16, 8, 2),),
     },
     100: {
         ("dense", "half"): ((128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3)),
@@ -276,6 +287,7 @@ TILES: dict[int, dict[tuple[str, ...], tuple[tuple[int, int, int, int, int], ...
         ("q8", "tf32"): ((64, 32, 16, 8, 2),),
         ("dw", "q8", "tf32"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
         ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
+        ("dw", "dense", "ieee"): ((32, 32, 16, 4, 2),),
         ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
         ("q8", "ieee"): ((64, 32, 16, 8, 1), (32, 16, 16, 8, 1)),
         ("dw", "q8", "ieee"): ((64, 32, 16, 8, 2), (32, 16, 16, 4, 1)),
@@ -286,6 +298,15 @@ TILES: dict[int, dict[tuple[str, ...], tuple[tuple[int, int, int, int, int], ...
 }
 
 
+# For "dense" where it is flat, on every architecture: an address of its own for each element leaves few registers.
+FLAT_TILES = {
+    "half": ((64, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
+    "tf32": ((32, 32, 32, 4, 1),),
+    "tf32x3": ((32, 32, 16, 4, 1),),
+    "ieee": ((32, 32, 16, 4, 1),),
+}
+
+
 def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
     """The tiles of an architecture: those of its table, all of which compile without spills (tests/compile_only)."""
     table = TILES[_known(arch)]
@@ -293,7 +314,11 @@ def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]
 
 
 def _known(arch: int) -> int:
-    return max(known for known in TILES if known <= max(arch, min(TILES)))
+    """The table that an architecture takes: the next lower one's, but 12.0 is built like sm_80, not like sm_100.
+
+    The tiles of sm_80 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, too.
+    """
+    return 80 if arch >= 120 else max(known for known in TILES if known <= max(arch, min(TILES)))
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def _load(source, rows, channels, channels_ok, SOURCE: tl.constexpr, PRECISION: 
         value = tl.load(map_ptr + at, mask=mask, other=0.0)
         if SOURCE == "relu" or SOURCE == "relu+pool":
             gate = tl.load(gate_ptr + at, mask=mask, other=0.0)
-            value = tl.where(gate.to(tl.float32) > 0, value, 0.0)
+            value = tl.where(gate.to(tl.float32) <= 0, 0.0, value)  # NaN lets pass, as in PyTorch
     if SOURCE == "pool" or SOURCE == "map+pool" or SOURCE == "relu+pool":
         at = window + channels
         mask = windowed & channels_ok
@@ -358,9 +358,7 @@ def _hamilton_conv_kernel(
     weight = (w_ptr + group * stride_wg, stride_wc, stride_wt, stride_wk, stride_wn)
     k_tile = tl.arange(0, BLOCK_K)
     steps = tl.cdiv(taps * K, BLOCK_K) if FLAT else taps * tl.cdiv(K, BLOCK_K)
-    split_steps = tl.cdiv(steps, splits)
-    first_step = split * split_steps
-    last_step = tl.minimum(first_step + split_steps, steps)
+    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
     if not MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
         tl.assume(first_step < last_step)
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -525,24 +523,32 @@ def _hamilton_conv_dw_kernel(
     p_columns, p_columns_ok = p_channels[None, :], p_ok[None, :]
     source = (map_ptr, gate_ptr, pooled_ptr, code_ptr)
     x_source = (x_ptr, x_ptr, x_ptr, x_ptr)
+    place = (batch, y_h, y_w, x_h, x_w, 4 * size_p, 4 * size_q)
     pixels = tl.arange(0, BLOCK_M)
     steps = tl.cdiv(batch * y_h * y_w, BLOCK_M)
-    split_steps = tl.cdiv(steps, splits)
-    first_step = split * split_steps
-    last_step = tl.minimum(first_step + split_steps, steps)
+    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
     dw_ptr += tl.cast(split, tl.int64) * stride_ds
 
     if HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
-            for c in tl.static_range(parts):
-                db = tl.zeros((BLOCK_P,), tl.float32)
-                for step in range(first_step, last_step):
-                    b, h, w, ok = _pixels((step * BLOCK_M + pixels)[:, None], y_h, y_w, batch, False)
-                    rows = _source_rows(b, h, w, ok, y_h, y_w, 4 * size_p, SOURCE)
-                    dy = _load(source, rows, p_columns + c * size_p, p_columns_ok, SOURCE, "ieee")
-                    db += tl.sum(dy.to(tl.float32), 0)
-                at = db_ptr + split * 4 * size_p + p_channels + c * size_p
-                tl.store(at, db.to(db_ptr.dtype.element_ty), mask=p_ok)
+            db_r = tl.zeros((BLOCK_P,), tl.float32)
+            db_i, db_j, db_k = db_r, db_r, db_r
+            for step in range(first_step, last_step):
+                rows, _ = _pixel_pairs(step * BLOCK_M + pixels, place, (1, 1, 0, 0), SOURCE)
+                if FORM == "dense":
+                    db_r += tl.sum(_load(source, rows, p_columns, p_columns_ok, SOURCE, "ieee").to(tl.float32), 0)
+                else:
+                    yr, yi, yj, yk = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, "ieee")
+                    db_r += tl.sum(yr.to(tl.float32), 0)
+                    db_i += tl.sum(yi.to(tl.float32), 0)
+                    db_j += tl.sum(yj.to(tl.float32), 0)
+                    db_k += tl.sum(yk.to(tl.float32), 0)
+            at = db_ptr + split * 4 * size_p + p_channels
+            tl.store(at, db_r.to(db_ptr.dtype.element_ty), mask=p_ok)
+            if FORM != "dense":
+                tl.store(at + size_p, db_i.to(db_ptr.dtype.element_ty), mask=p_ok)
+                tl.store(at + 2 * size_p, db_j.to(db_ptr.dtype.element_ty), mask=p_ok)
+                tl.store(at + 3 * size_p, db_k.to(db_ptr.dtype.element_ty), mask=p_ok)
             return
     tl.assume(first_step < last_step)
 
@@ -558,7 +564,6 @@ def _hamilton_conv_dw_kernel(
         q_ok = (q < Q) | EVEN_Q
         columns = (q if FORM == "dense" else group * Q + q)[None, :]
         u, v = tap // kernel_w, tap % kernel_w
-    place = (batch, y_h, y_w, x_h, x_w, 4 * size_p, 4 * size_q)
     window = (stride_h, stride_w, u * dilation_h - padding_h, v * dilation_w - padding_w)
     dw_at = dw_ptr + group * stride_dg + (tap * stride_dt + q * stride_dq)[:, None] + p[None, :] * stride_dp
     dw_ok = q_ok[:, None] & p_ok[None, :]

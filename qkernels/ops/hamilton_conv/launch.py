@@ -1,14 +1,14 @@
 """Plans and launches the convolution's kernels: plain tensors in and out, the counterpart of forms.py.
 
 Every map becomes dense NHWC (`torch.channels_last`) before it is read, and every result is. Besides its results each
-call allocates the weight as its form reads it (none for a 1x1 kernel in form q16, whose weight is read in place) and,
+call allocates the weight as its form reads it (q16 without tf32 reads that of a 1x1 kernel in place) and,
 where several programs share a sum, the parts in float32.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from qkernels.ops.hamilton_conv.reference import conv_output_size
 Ints = Sequence[int]
 NEGATIVE = sum(1 << (4 * a + c) for a in range(4) for c in range(4) if algebra.SIGNS[a][c] < 0)
 ELEMENTWISE_BLOCK = 256
+# Pixels are counted in 32 bits, up to the end of the last tile.
+MOST_PIXELS = 2**31 - 1024
 
 
 class Source(NamedTuple):
@@ -177,7 +179,7 @@ def weight_gradient(
     tile, dense = plan.tile, plan.form == "dense"
     parts = dense or plan.splits > 1
     factor = 4 if dense else 1
-    flat = dense and (groups > 1 or factor * q % tile.m != 0)
+    flat = problem.flat(plan.form, tile)
     shape: tuple[int, ...] = ()
     if dense:
         shape = (plan.splits, window.taps, groups, 4 * p, 4 * q)
@@ -295,7 +297,9 @@ def _gather(
         grid = list(out_size)
     rows = out.shape[0] * math.prod(grid) * (4 if pool else 1)
     _check_pixels(rows)
-    problem = Problem("gather", rows, n, k, window.taps, groups * classes)
+    # The class with the fewest taps says how many programs can share a sum; one without any is filled with the bias.
+    taps = _taps_of_classes(window) if classes > 1 else {window.taps}
+    problem = Problem("gather", rows, n, k, min(taps - {0}), groups, classes)
     plan, source = _plan(problem, source, weight.shape[1:3], source_size, form, kind)
     tile, dense, split = plan.tile, plan.form == "dense", plan.splits > 1
     factor = 4 if dense else 1
@@ -354,10 +358,10 @@ def _gather(
                 **epilogue,
                 "FORM": plan.form,
                 "SOURCE": source.kind,
-                "FLAT": dense and (groups > 1 or factor * k % tile.k != 0),
+                "FLAT": problem.flat(plan.form, tile),
                 "EVEN_K": factor * k % tile.k == 0,
                 "EVEN_N": factor * n % tile.n == 0,
-                "MAYBE_EMPTY": classes > 1 and _some_split_is_empty(window, problem, plan),
+                "MAYBE_EMPTY": 0 in taps,
                 "SPLIT": split,
                 "PRECISION": _input_precision(plan),
                 "UPCAST": _upcast(x),
@@ -448,8 +452,8 @@ def _check_pixels(count: int) -> None:
         )
 
 
-def _some_split_is_empty(window: Window, problem: Problem, plan: Plan) -> bool:
-    """Whether a class of the adjoint has fewer taps than it takes to give each split a step."""
+def _taps_of_classes(window: Window) -> set[int]:
+    """How many taps the classes of the adjoint's output have."""
     counts = []
     for kernel, stride, padding, dilation in zip(
         window.kernel, window.stride, window.padding, window.dilation, strict=True
@@ -458,11 +462,7 @@ def _some_split_is_empty(window: Window, problem: Problem, plan: Plan) -> bool:
         counts.append(
             {sum((phase + padding - tap * dilation) % stride == 0 for tap in taps) for phase in range(stride)}
         )
-    for taps_h, taps_w in itertools.product(*counts):
-        _, steps = replace(problem, taps=taps_h * taps_w).grid(plan.form, plan.tile)
-        if (plan.splits - 1) * _cdiv(steps, plan.splits) >= steps:
-            return True
-    return False
+    return {taps_h * taps_w for taps_h, taps_w in itertools.product(*counts)}
 
 
 def _map(like: Tensor, channels: int, size: Ints, dtype: torch.dtype | None = None) -> Tensor:

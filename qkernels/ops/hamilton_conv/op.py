@@ -55,7 +55,9 @@ def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    if ctx.backend != "triton":
+    if ctx.backend == "triton":
+        dy = dy.contiguous(memory_format=torch.channels_last)  # once for both gradients
+    else:
         dy, y = relu_mask(dy, y), None
     return *_gradients(ctx, (dy, y, None, None), x, weight, lambda: relu_mask(dy, y).sum((0, 2, 3))), *[None] * 7
 
@@ -133,6 +135,9 @@ def _pool_backward(ctx: Any, dpooled: Tensor | None, _: Any, dy: Tensor | None) 
     dy = dy if ctx.tap else None
     if dpooled is None and dy is None:
         return (None,) * 10
+    dpooled, dy = (
+        None if grad is None else grad.contiguous(memory_format=torch.channels_last) for grad in (dpooled, dy)
+    )
 
     def bias_alone() -> Tensor:
         parts = [] if dpooled is None else [dpooled.where(code < 4, 0)]
