@@ -13,6 +13,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config, forms, launch
@@ -170,15 +172,12 @@ def _say(say: Callable[[str], None], prefix: str, line: str) -> None:
 @contextlib.contextmanager
 def _switched(precision: str) -> Iterator[None]:
     """PyTorch's switches for float32 as the precision asks for."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _fastest(
@@ -197,16 +196,21 @@ def _fastest(
         options = set(config.candidates(product.problem, form, precision, arch))
         ranked = sorted(options, key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
         for plan in ranked[:most]:
-            with config.force(plan):
-                error = ((product.run(torch.float32).double() - product.exact).norm() / product.exact.norm()).item()
-                accurate = error <= TOLERANCES[asked]
-                time = time_of(lambda: product.run(None)) if accurate else float("inf")
-            tile = plan.tile
+            tile, time = plan.tile, math.inf
+            try:
+                with config.force(plan):
+                    result = product.run(torch.float32).double()
+                    error = ((result - product.exact).norm() / product.exact.norm()).item()
+                    if error <= TOLERANCES[asked]:
+                        time = time_of(lambda: product.run(None))
+                verdict = f"{f'{1e3 * time:.1f} us' if time < math.inf else 'refused'}, error {error:.1e}"
+            except (TritonError, torch.OutOfMemoryError) as problem:
+                verdict = f"refused, {type(problem).__name__}"
             say(
                 f"{form} {precision} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, "
-                f"{plan.splits} splits: {f'{1e3 * time:.1f} us' if accurate else 'refused'}, error {error:.1e}"
+                f"{plan.splits} splits: {verdict}"
             )
-            if accurate and (form not in best or time < best[form][0]):
+            if time < best.get(form, (math.inf, plan))[0]:
                 best[form] = time, plan
     return best
 

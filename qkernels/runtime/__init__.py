@@ -1,8 +1,9 @@
 """Which backend and which form compute an operator.
 
-A setting belongs to the current thread, as with `torch.set_grad_enabled`; new threads start from the defaults. The
-environment variable QKERNELS_BACKEND sets the default backend of all threads. A device is queried only where a tensor
-lies on it.
+A setting belongs to the current thread; new threads start from the defaults. The environment variable
+QKERNELS_BACKEND sets the default backend of all threads. A backward pass takes what its forward took; but activation
+checkpointing on a GPU computes the forward again in a thread of autograd's own, where only the defaults hold. A device is
+queried only where a tensor lies on it.
 """
 
 import importlib.util
@@ -92,8 +93,8 @@ def set_form(form: str) -> _Restore:
     """Chooses how Hamilton products are computed, from now on or for a `with` block; for the current thread.
 
     Args:
-        form: "auto" is a pure function of the shape; "dense" expands the weight to a real one; "q16" takes
-            the 16 component products, "q8" the 8 of the fast algorithm. The reference backend ignores it.
+        form: "auto" is a pure function of shape, type and architecture; "dense" expands the weight to a real one;
+            "q16" takes the 16 component products, "q8" the 8 of the fast algorithm. The reference backend ignores it.
 
     Returns:
         A context manager that restores the previous form.
@@ -160,7 +161,7 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
         args: its arguments, tensors first.
 
     Returns:
-        "einsum" for the reference backend; "dense" or "q8" for a Hamilton product; "channel" (C x C) or
+        "einsum" for the reference backend; "dense", "q16" or "q8" for a Hamilton product; "channel" (C x C) or
         "position" (N x N) for the Gram cosine.
 
     Raises:

@@ -56,10 +56,10 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
 
 
 def test_switches_are_as_they_were():
-    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     with tune._switched("tf32"):
         assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "tf32"
-    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
