@@ -2,8 +2,8 @@
 
 A setting belongs to the current thread; new threads start from the defaults. The environment variable
 QKERNELS_BACKEND sets the default backend of all threads. A backward pass takes what its forward took; but activation
-checkpointing on a GPU computes the forward again in a thread of autograd's own, where only the defaults hold. A device is
-queried only where a tensor lies on it.
+checkpointing on a GPU computes the forward again in a thread of autograd's own, where only the defaults hold. A device
+is queried only where a tensor lies on it.
 """
 
 import importlib.util

@@ -269,3 +269,20 @@ def geometries(draw):
 )
 def test_random_geometries(tiles, case, form, dtype, splits, style, biased):
     check_products(case, form, dtype, splits, style, biased, tiles)
+
+
+def test_nan_lets_a_gradient_pass():
+    """As PyTorch's ReLU does: zeros behind a NaN would hide where it came from."""
+    dy, x, weight = torch.randn(1, 8, 3, 3), torch.randn(1, 4, 3, 3), torch.randn(4, 2, 1, 3, 3)
+    open_gate, nan_gate = torch.ones_like(dy), torch.ones_like(dy)
+    nan_gate[0, 3, 1, 1] = float("nan")
+    window = ([1, 1], [1, 1], [1, 1], 1)
+    for form in FORMS:
+        for gate in (open_gate, nan_gate):
+            source = launch.Source(dy, gate)
+            dx = launch.data_gradient(source, weight, None, [3, 3], *window, form)
+            dw, _ = launch.weight_gradient(source, x, [3, 3], *window, False, form)
+            if gate is open_gate:
+                expected = dx, dw
+        assert torch.equal(dx, expected[0])
+        assert torch.equal(dw, expected[1])
