@@ -14,7 +14,7 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 -m slow
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m slow tests/interpreter
 
-# On a machine with a GPU, with the packages of $(PYTHON); installs nothing, takes under 9 minutes, goes on after a failed test.
+# On a machine with a GPU, with the packages of $(PYTHON); installs nothing, is given under 9 minutes, goes on after a failed test.
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	status=0; \
