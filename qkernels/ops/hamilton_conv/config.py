@@ -200,12 +200,12 @@ def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterat
 
 
 def whole_splits(steps: int, splits: int) -> int:
-    """As many of the splits as can have a step of the sum each; one at least.
+    """As many of the splits as can have a step of the sum each, and whose edges fit 32 bits; one at least.
 
     >>> whole_splits(9, 4), whole_splits(9, 16)
     (4, 9)
     """
-    return max(1, min(steps, splits))
+    return max(1, min(steps, splits, (2**31 - 1) // max(steps, 1)))
 
 
 def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:

@@ -175,7 +175,7 @@ def weight_gradient(
         return dw.zero_(), db.zero_()
     _check_pixels(pixels)
     problem = Problem("dw", pixels, p, q, window.taps, groups)
-    plan, source = _plan(problem, source, (p * groups, q), window.y_size, form, kind)
+    plan, source = _plan(problem, source, (p * groups, q, window.taps), window.y_size, form, kind)
     tile, dense = plan.tile, plan.form == "dense"
     parts = dense or plan.splits > 1
     factor = 4 if dense else 1
@@ -300,7 +300,7 @@ def _gather(
     # The class with the fewest taps says how many programs can share a sum; one without any is filled with the bias.
     taps = _taps_of_classes(window) if classes > 1 else {window.taps}
     problem = Problem("gather", rows, n, k, min(taps - {0}), groups, classes)
-    plan, source = _plan(problem, source, weight.shape[1:3], source_size, form, kind)
+    plan, source = _plan(problem, source, (*weight.shape[1:3], window.taps), source_size, form, kind)
     tile, dense, split = plan.tile, plan.form == "dense", plan.splits > 1
     factor = 4 if dense else 1
     w, (stride_c, stride_t, stride_g, stride_p, stride_q) = _packed(weight, plan, groups)
@@ -431,13 +431,13 @@ def _packed(weight: Tensor, plan: Plan, groups: int) -> tuple[Tensor, tuple[int,
 
 
 def _plan(
-    problem: Problem, source: Source, weight_size: Ints, source_size: Ints, form: str, kind: str
+    problem: Problem, source: Source, weight_size: tuple[int, int, int], source_size: Ints, form: str, kind: str
 ) -> tuple[Plan, Source]:
     """Form and launch settings, and the source as that form reads it."""
     x = source.any
     precision, arch = _launch.precision_of(x.dtype, kind), _launch.arch_of(x)
     if form == "auto":
-        form = config.triton_form(weight_size[0], weight_size[1], problem.taps, precision, arch)
+        form = config.triton_form(*weight_size, precision, arch)
     plan = config.plan(problem, form, precision, arch, _launch.multiprocessors_of(x))
     if plan.form == "q8" and plan.precision != "ieee":
         # ptxas serialises products whose operands meet a gate between the two passes of q8 (C7513).
@@ -446,10 +446,8 @@ def _plan(
 
 
 def _check_pixels(count: int) -> None:
-    if count >= 2**31:
-        raise ValueError(
-            f"x must have fewer than 2**31 output pixels over the batch on the Triton backend; got {count}"
-        )
+    if count > MOST_PIXELS:
+        raise ValueError(f"x must have at most {MOST_PIXELS} pixels over the batch on the Triton backend; got {count}")
 
 
 def _taps_of_classes(window: Window) -> set[int]:
