@@ -8,23 +8,31 @@ torch.Size([1, 8, 16, 16])
 
 from qkernels import init, nn, reference
 from qkernels.functional import (
+    GramTarget,
     anti_transfer_loss,
+    anti_transfer_tap,
     gram_cosine,
+    gram_target,
     hamilton_conv2d,
     hamilton_conv_transpose2d,
     hamilton_linear,
+    linear_cka,
 )
 from qkernels.runtime import backend_of, form_of, set_backend, set_form
 
 __all__ = [
+    "GramTarget",
     "anti_transfer_loss",
+    "anti_transfer_tap",
     "backend_of",
     "form_of",
     "gram_cosine",
+    "gram_target",
     "hamilton_conv2d",
     "hamilton_conv_transpose2d",
     "hamilton_linear",
     "init",
+    "linear_cka",
     "nn",
     "reference",
     "set_backend",

@@ -1,7 +1,9 @@
 """The public functions: validation, autocast, and the choice of what computes them."""
 
+from __future__ import annotations
+
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from qkernels import runtime
 from qkernels.ops._library import autocast_dtype
 from qkernels.ops.gram_cosine import op as gram_op
 from qkernels.ops.gram_cosine import reference as gram_reference
+from qkernels.ops.gram_cosine.config import GRAMS
 from qkernels.ops.hamilton_conv import op as conv_op
 from qkernels.ops.hamilton_conv import reference as conv_reference
 from qkernels.ops.hamilton_linear import op as linear_op
@@ -233,52 +236,145 @@ def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ac
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def gram_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the Gram matrices G = F F^T of two feature maps, per sample: <G_a, G_b> / (|G_a| |G_b|).
+class GramTarget(NamedTuple):
+    """What the anti-transfer loss needs of the frozen features: made by `gram_target`, for any number of uses.
+
+    Both tensors have one entry per sample along one axis, so that samples can be stored, and picked by number.
+
+    Attributes:
+        values: the features `[B, C, *spatial]`; or, where they are smaller, the upper triangles of their Gram matrices,
+            row by row, `[B, rows (rows + 1) / 2]`, each multiplied by the square of its scale.
+        stats: `[2, B]`, the squared norm of the scaled Gram matrix, and the scale, a power of two.
+        packed: whether `values` are Gram matrices.
+        gram, centred: whose.
+    """
+
+    values: Tensor
+    stats: Tensor
+    packed: bool
+    gram: str
+    centred: bool
+
+    def of(self, index: Tensor) -> GramTarget:
+        """The targets of the samples with these numbers, `[b]`."""
+        return self._replace(values=self.values.index_select(0, index), stats=self.stats.index_select(1, index))
+
+
+def gram_target(frozen: Tensor, *, gram: str = "channel", centred: bool = False) -> GramTarget:
+    """What `anti_transfer_loss` and `anti_transfer_tap` take in place of features that never change.
+
+    Args:
+        frozen: `[B, C, *spatial]`, features of the frozen network.
+        gram, centred: as in `gram_cosine`; not "batch", whose matrix is not the samples' own.
+
+    Returns:
+        The features themselves, detached and in their type, or packed Gram matrices (float32, summed in float64),
+        whichever takes less memory; and the statistics of both. The loss is that of the features, bit for bit where
+        they are kept, else within 1e-6.
+
+    Raises:
+        ValueError: features or options that do not fit.
+
+    >>> target = gram_target(torch.rand(5, 4, 8, 8))
+    >>> target.values.shape, target.of(torch.tensor([3, 1])).values.shape
+    (torch.Size([5, 10]), torch.Size([2, 10]))
+    """
+    _check_features(frozen, frozen, "frozen", "frozen")
+    _check_option("gram", gram, ("channel", "position"))
+    pack = _packs(frozen, gram)
+    with torch.no_grad():
+        values, stats = gram_op.target(frozen.detach(), gram, centred, pack)
+    return GramTarget(values, stats, pack, gram, centred)
+
+
+def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = False) -> Tensor:
+    """Cosine of the Gram matrices G = F F^T of two feature maps: <G_a, G_b> / (|G_a| |G_b|).
 
     Args:
         a: `[B, C, *spatial]`, any strides.
         b: `[B, C, *spatial]`.
+        gram: whose matrix it is. "channel" (the paper's): F `[C, N]`, one per sample. "position": F `[N, C]`, one per
+            sample, which no rotation of the channels changes. "batch": one, F `[B, C N]`, over the samples.
+        centred: subtract from each column of F its mean over the rows; the batch's cosine is then linear CKA.
 
     Returns:
-        `[B]` in [0, 1], in float32 (float64 for float64 features), under autocast too. An all-zero sample has
-        cosine 0 and gradient 0; NaN gives NaN.
+        `[B]`, for "batch" a scalar, in [0, 1], in float32 (float64 for float64 features), under autocast too. Where a
+        matrix is all zero, cosine and gradient are 0; NaN gives NaN.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: shapes, types or options that do not fit.
 
     Notes:
-        The Gram matrices are those of the channels or of the positions, whichever are smaller: the three
-        scalars that are needed are the same. Samples are scaled by a power of two first, so features of any
-        size do. Saved for the backward: a, b, five scalars a sample. A second derivative needs the backend
-        "reference".
+        The products of the rows or of the columns of F are summed, whichever are fewer: the three scalars that are
+        needed are the same. Features are scaled by a power of two first, so any size does. Saved for the backward: a,
+        b, five scalars an item. A second derivative needs the backend "reference".
 
     >>> a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # G = I
     >>> gram_cosine(a, torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]))  # 1 / sqrt(2)
     tensor([0.7071])
 
-    (WASPAA 2023, equation 1; Guizzo et al. 2021.)
+    (WASPAA 2023, equation 1; Guizzo et al. 2021. Linear CKA: Kornblith et al. 2019.)
     """
     _check_features(a, b, "a", "b")
+    _check_option("gram", gram, GRAMS)
     if runtime.backend_of("gram_cosine", a, b) == "reference":
-        return _in_float32(gram_reference.gram_cosine, a, b)
-    return gram_op.gram_cosine(a, b)[0]
+        cosine = _in_float32(gram_reference.gram_cosine, a, b, gram, centred)
+    else:
+        cosine = gram_op.gram_cosine(*_operands(a, b, gram, centred))[0]
+    return cosine[0] if gram == "batch" else cosine
+
+
+def linear_cka(a: Tensor, b: Tensor) -> Tensor:
+    """Linear centred kernel alignment of two representations of the same samples.
+
+    The cosine of the centred Gram matrices over the samples: |A^T B|^2 / (|A^T A| |B^T B|) with centred columns.
+
+    Args:
+        a: `[B, ...]`, one row of features per sample.
+        b: `[B, ...]`, of any number of features.
+
+    Returns:
+        A scalar in [0, 1], differentiable by both.
+
+    Raises:
+        ValueError: other numbers of samples, or types that do not fit.
+
+    >>> a = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    >>> rotated = a @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    >>> linear_cka(a, rotated)
+    tensor(1.)
+
+    (Kornblith et al. 2019, section 3.)
+    """
+    for name, value in (("a", a), ("b", b)):
+        if value.dim() < 2:
+            raise ValueError(f"{name} must have dimensions [B, ...]; got shape {tuple(value.shape)}")
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"b must have as many samples as a; got {b.shape[0]} and {a.shape[0]}")
+    if a.shape != b.shape:
+        # Features of zero change no Gram matrix over the samples.
+        a, b = a.flatten(1), b.flatten(1)
+        size = max(a.shape[1], b.shape[1])
+        a, b = (torch.nn.functional.pad(x, (0, size - x.shape[1])) for x in (a, b))
+    return gram_cosine(a, b, gram="batch", centred=True)
 
 
 def anti_transfer_loss(
     trained: Tensor,
-    frozen: Tensor,
+    frozen: Tensor | GramTarget,
     *,
     beta: float = 1.0,
     reduction: str = "mean",
     semantics: str = "paper",
     clamp: str = "each",
+    gram: str = "channel",
+    centred: bool = False,
 ) -> Tensor:
     """Anti-transfer loss, beta cos^2 of the Gram matrices: the similarity to the frozen network's features.
 
     Args:
         trained: `[B, C, *spatial]`, features of the network in training.
-        frozen: `[B, C, *spatial]`, features of the frozen network of the orthogonal task.
+        frozen: `[B, C, *spatial]`, features of the frozen network of the orthogonal task; or their `gram_target`.
         beta: weight of the loss.
         reduction: "mean", "none" or "sum" over the batch.
         semantics: "paper" is one cosine per sample. "folded-rowwise" is what the released research code
@@ -286,13 +382,14 @@ def anti_transfer_loss(
             (B C) Gram matrix are averaged and then squared, beta is applied twice; one scalar per batch.
         clamp: of "folded-rowwise" only: "each" clamps each row norm at 1e-8 (torch >= 1.12), "product" the
             product of two (torch 1.7, with which the paper's code ran).
+        gram, centred: of "paper" only: as in `gram_cosine`. "batch" has one cosine for the batch.
 
     Returns:
         A scalar, or `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too.
 
     Raises:
-        ValueError: shapes, types or options that do not fit; reduction "none" with "folded-rowwise"; clamp
-            with "paper".
+        ValueError: shapes, types or options that do not fit; reduction "none" where the batch has one cosine; clamp
+            with "paper"; another Gram matrix than the target's.
 
     >>> f = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     >>> anti_transfer_loss(f, f, beta=0.5)
@@ -300,12 +397,98 @@ def anti_transfer_loss(
 
     (WASPAA 2023, equation 1.)
     """
-    _check_features(trained, frozen, "trained", "frozen")
-    _check_loss_options(reduction, semantics, clamp)
+    _check_loss_options(reduction, semantics, clamp, gram, centred)
+    _check_frozen(trained, frozen, "trained", semantics, gram, centred)
     if semantics == "folded-rowwise":
+        assert not isinstance(frozen, GramTarget)
         return beta**2 * _in_float32(gram_reference.folded_rowwise, trained, frozen, clamp)
-    loss = beta * gram_cosine(trained, frozen).square()
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if not isinstance(frozen, GramTarget) and _backend(trained, frozen) == "reference":
+        cosine = _in_float32(gram_reference.gram_cosine, trained, frozen, gram, centred)
+        squares = beta * cosine.square()
+        return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()
+    operands = _operands(trained, frozen, gram, centred, beta, reduction == "mean")
+    cosine, loss, *_ = gram_op.gram_cosine(*operands)
+    return beta * cosine.square() if reduction == "none" else loss
+
+
+def anti_transfer_tap(
+    features: Tensor,
+    frozen: Tensor | GramTarget,
+    *,
+    beta: float = 1.0,
+    reduction: str = "mean",
+    gram: str = "channel",
+    centred: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The features, unchanged, and their anti-transfer loss: the gradients of both are added while they are computed.
+
+    Feed the returned features to the next layer. The backward then reads the incoming gradient and writes the sum in
+    one pass, instead of writing the loss's gradient and adding it in a second one.
+
+    Args:
+        features: `[B, C, *spatial]`, features of the network in training.
+        frozen: `[B, C, *spatial]`, features of the frozen network; or their `gram_target`.
+        beta: weight of the loss.
+        reduction: "mean" or "sum" over the batch.
+        gram, centred: as in `gram_cosine`.
+
+    Returns:
+        (features, loss): a view of the features, and a scalar. Gradients of the loss may be scaled, accumulated or
+        absent.
+
+    Raises:
+        ValueError: as `anti_transfer_loss`.
+
+    >>> features = torch.rand(2, 4, 3, 3, requires_grad=True)
+    >>> same, loss = anti_transfer_tap(features, torch.rand(2, 4, 3, 3), beta=0.5)
+    >>> (same.sum() + loss).backward()
+
+    (WASPAA 2023, equation 2.)
+    """
+    _check_option("reduction", reduction, ("mean", "sum"))
+    _check_option("gram", gram, GRAMS)
+    _check_frozen(features, frozen, "features", "paper", gram, centred)
+    if not isinstance(frozen, GramTarget) and _backend(features, frozen) == "reference":
+        loss = anti_transfer_loss(features, frozen, beta=beta, reduction=reduction, gram=gram, centred=centred)
+        return features, loss
+    return _Tap.apply(*_operands(features, frozen, gram, centred, beta, reduction == "mean"))
+
+
+class _Tap(torch.autograd.Function):
+    """An identity on the first operand beside the loss; an operator of `torch.library` cannot return its input."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        output = gram_op.gram_cosine(features, *rest)
+        gram_op.remember(ctx, (features, *rest), output)
+        return features.view_as(features), output[1]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor | None, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *gram_op.gradients(ctx, None, dloss, incoming), *[None] * 8
+
+
+def _operands(
+    a: Tensor, b: Tensor | GramTarget, gram: str, centred: bool, beta: float = 1.0, mean: bool = True
+) -> tuple[Any, ...]:
+    """Arguments of the operator."""
+    how, backend = (gram, centred, beta, mean), _backend(a, b)
+    if isinstance(b, GramTarget):
+        return a, b.values, b.stats, b.packed, *how, False, backend
+    return a, b, None, False, *how, torch.is_grad_enabled() and b.requires_grad, backend
+
+
+def _backend(a: Tensor, b: Tensor | GramTarget) -> str:
+    backend = runtime.backend_of("gram_cosine", a, b.values if isinstance(b, GramTarget) else b)
+    return "torch" if backend == "reference" and isinstance(b, GramTarget) else backend
+
+
+def _packs(features: Tensor, gram: str) -> bool:
+    """Whether packed Gram matrices in float32 take less memory than the features."""
+    channels, positions = features.shape[1], features.shape[2:].numel()
+    rows = channels if gram == "channel" else positions
+    size = 8 if features.dtype == torch.float64 else 4
+    return rows * (rows + 1) // 2 * size < channels * positions * features.element_size()
 
 
 def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
@@ -353,14 +536,46 @@ def _check_option(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _check_loss_options(reduction: str, semantics: str, clamp: str) -> None:
+def _check_loss_options(reduction: str, semantics: str, clamp: str, gram: str, centred: bool) -> None:
     _check_option("reduction", reduction, REDUCTIONS)
     _check_option("semantics", semantics, SEMANTICS)
     _check_option("clamp", clamp, CLAMPS)
+    _check_option("gram", gram, GRAMS)
     if semantics == "folded-rowwise" and reduction == "none":
         raise ValueError("reduction 'none' has no meaning for semantics 'folded-rowwise': it is one scalar per batch")
+    if gram == "batch" and reduction == "none":
+        raise ValueError("reduction 'none' has no meaning for gram 'batch': it is one cosine per batch")
     if semantics == "paper" and clamp != "each":
         raise ValueError(f"clamp {clamp!r} needs semantics 'folded-rowwise': 'paper' clamps nothing")
+    if semantics == "folded-rowwise" and (gram, centred) != ("channel", False):
+        raise ValueError(
+            f"semantics 'folded-rowwise' has gram 'channel', not centred; got gram {gram!r}, centred {centred}"
+        )
+
+
+def _check_frozen(
+    trained: Tensor, frozen: Tensor | GramTarget, name: str, semantics: str, gram: str, centred: bool
+) -> None:
+    if not isinstance(frozen, GramTarget):
+        _check_features(trained, frozen, name, "frozen")
+        return
+    _check_features(trained, trained, name, name)
+    if semantics != "paper" or (frozen.gram, frozen.centred) != (gram, centred):
+        raise ValueError(
+            f"frozen is a target of gram {frozen.gram!r}, centred {frozen.centred}, semantics 'paper'; got gram "
+            f"{gram!r}, centred {centred}, semantics {semantics!r}"
+        )
+    expected = trained.shape
+    if frozen.packed:
+        rows = trained.shape[1] if gram == "channel" else trained.shape[2:].numel()
+        expected = torch.Size((trained.shape[0], rows * (rows + 1) // 2))
+    if frozen.values.shape != expected:
+        raise ValueError(
+            f"frozen.values must have shape {tuple(expected)} for {name} of shape {tuple(trained.shape)}; got "
+            f"{tuple(frozen.values.shape)}"
+        )
+    if frozen.values.device != trained.device:
+        raise ValueError(f"frozen must be on the device of {name}; got {frozen.values.device} and {trained.device}")
 
 
 def _check_rank(name: str, value: Tensor, layout: tuple[str, ...]) -> None:

@@ -324,9 +324,10 @@ class AntiTransferLoss(nn.Module):
         reduction: "mean", "none" or "sum" over the batch.
         semantics: "paper" or "folded-rowwise".
         clamp: "each" or "product", of "folded-rowwise" only.
+        gram: "channel", "position" or "batch"; centred: of centred columns; both of "paper" only.
 
     Shapes:
-        trained, frozen `[B, C, *spatial]`; loss scalar, or `[B]` for reduction "none".
+        trained, frozen `[B, C, *spatial]` (or frozen a `GramTarget`); loss scalar, or `[B]` for reduction "none".
 
     Raises:
         ValueError: unknown options, or options that exclude each other.
@@ -341,12 +342,15 @@ class AntiTransferLoss(nn.Module):
         reduction: str = "mean",
         semantics: str = "paper",
         clamp: str = "each",
+        gram: str = "channel",
+        centred: bool = False,
     ) -> None:
         super().__init__()
-        F._check_loss_options(reduction, semantics, clamp)
+        F._check_loss_options(reduction, semantics, clamp, gram, centred)
         self.beta, self.reduction, self.semantics, self.clamp = beta, reduction, semantics, clamp
+        self.gram, self.centred = gram, centred
 
-    def forward(self, trained: Tensor, frozen: Tensor) -> Tensor:
+    def forward(self, trained: Tensor, frozen: Tensor | F.GramTarget) -> Tensor:
         return F.anti_transfer_loss(
             trained,
             frozen,
@@ -354,10 +358,13 @@ class AntiTransferLoss(nn.Module):
             reduction=self.reduction,
             semantics=self.semantics,
             clamp=self.clamp,
+            gram=self.gram,
+            centred=self.centred,
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{key}={getattr(self, key)!r}" for key in ("beta", "reduction", "semantics", "clamp"))
+        options = ("beta", "reduction", "semantics", "clamp", "gram", "centred")
+        return ", ".join(f"{key}={getattr(self, key)!r}" for key in options)
 
 
 def _quaternions(name: str, channels: int, groups: int = 1) -> int:

@@ -171,7 +171,8 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
     if backend_of(name, *args) == "reference":
         return "einsum"
     if name in ("gram_cosine", "anti_transfer_loss"):
-        return gram_form(args[0].shape[1], args[0].shape[2:].numel())
+        samples, channels, *positions = args[0].shape
+        return gram_form("channel", samples, channels, math.prod(positions))
     backend, form = plan_of(name, *args)
     if backend == "triton" and form == "auto":
         kind = "matmul" if name == "hamilton_linear" else "conv"

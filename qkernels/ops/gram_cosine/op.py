@@ -1,12 +1,16 @@
 """The Gram cosine as an operator that keeps three scalars per sample.
 
-With F `[C, N]` of one sample, n = <G_a, G_b> = |F_a^T F_b|^2, aa = |G_a|^2, bb = |G_b|^2 and cosine = n /
+With F `[rows, columns]` of one item, n = <G_a, G_b> = |F_a^T F_b|^2, aa = |G_a|^2, bb = |G_b|^2 and cosine = n /
 sqrt(aa bb):
 
     dcosine/dF_a = 2 ( G_b F_a / sqrt(aa bb) - cosine G_a F_a / aa ),    G_b F_a = F_b (F_b^T F_a)
 
-Each sample of a and of b is first scaled by a power of two that brings its largest feature into [1, 2):
-fourth powers leave the range of float32 at features of 1e-10 and 1e10.
+Each item of a and of b is scaled by a power of two that brings its products near 1: fourth powers leave the range of
+float32 at features of 1e-10 and 1e10. Centred, F is F less its columns' means; as every G then has rows that sum to 0,
+the derivative above is the one by the features too.
+
+The second operand may be a target that was computed before: `b` its features, or its Gram matrices packed, and `known`
+what the first computation said of them.
 """
 
 import math
@@ -16,46 +20,139 @@ import torch
 from torch import Tensor
 
 from qkernels.ops._library import define
-from qkernels.ops.gram_cosine.config import gram_form
+from qkernels.ops.gram_cosine.config import is_direct
+from qkernels.ops.gram_cosine.reference import matrices
 
 
-def _forward_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(a, b)
-    stats = a.new_empty(2, a.shape[0], dtype=dtype)
-    return a.new_empty(a.shape[0], dtype=dtype), stats, torch.empty_like(stats)
+def items_of(a: Tensor, gram: str) -> int:
+    """How many Gram matrices these features have."""
+    return 1 if gram == "batch" else a.shape[0]
 
 
-def _forward_save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs, *output)
+def _forward_fake(
+    a: Tensor,
+    b: Tensor,
+    known: Tensor | None,
+    packed: bool,
+    gram: str,
+    centred: bool,
+    beta: float,
+    mean: bool,
+    both: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    items, dtype = items_of(a, gram), _compute_dtype(a, b)
+    stats = a.new_empty(2, items, dtype=dtype)
+    cosine, loss = a.new_empty(items, dtype=dtype), a.new_empty((), dtype=dtype)
+    return cosine, loss, stats, torch.empty_like(stats), a.new_empty(0, dtype=dtype)
 
 
-def _forward_backward(ctx: Any, dcosine: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    a, b, cosine, stats_a, stats_b = ctx.saved_tensors
-    need_a, need_b = ctx.needs_input_grad
-    da = gram_cosine_da(dcosine, cosine, a, b, stats_a, stats_b) if need_a else None
-    db = gram_cosine_da(dcosine, cosine, b, a, stats_b, stats_a) if need_b else None
+def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    remember(ctx, inputs, output)
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Stores in `ctx` what `gradients` needs of a call of the operator."""
+    a, b, _, *ctx.how, _, ctx.backend = inputs
+    cosine, _, *rest = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, cosine, *rest)
+
+
+def _forward_backward(
+    ctx: Any, dcosine: Tensor | None, dloss: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return *gradients(ctx, dcosine, dloss, None), *[None] * 8
+
+
+def gradients(
+    ctx: Any, dcosine: Tensor | None, dloss: Tensor | None, incoming: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by a and by b, as far as they are needed; `incoming` is added to the first."""
+    a, b, cosine, stats_a, stats_b, workspace = ctx.saved_tensors
+    need_a, need_b, *_ = ctx.needs_input_grad
+    da, db = incoming, None
+    if dcosine is None and dloss is None:
+        return da, db
+    if need_a:
+        parts = (dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, 0)
+        da = gram_cosine_da(*parts, *ctx.how, ctx.backend)
+    if need_b:
+        parts = (dcosine, dloss, None, cosine, b, a, stats_b, stats_a, workspace, 1)
+        db = gram_cosine_da(*parts, *ctx.how, ctx.backend)
     return da, db
 
 
 @define("gram_cosine", fake=_forward_fake, save=_forward_save, backward=_forward_backward)
-def gram_cosine(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine `[B]`, and for each operand `[2, B]`: |G|^2 of the scaled sample, and its scale."""
+def gram_cosine(
+    a: Tensor,
+    b: Tensor,
+    known: Tensor | None,
+    packed: bool,
+    gram: str,
+    centred: bool,
+    beta: float,
+    mean: bool,
+    both: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The cosine of every item, the loss beta cos^2, and what the derivative needs.
+
+    Args:
+        a: `[B, C, *spatial]`.
+        b: the same, or `packed`: the upper triangles of scaled Gram matrices, `[items, rows (rows + 1) / 2]`.
+        known: the statistics of `b`, where they are known; packed matrices need them.
+        gram, centred: as in `reference.gram_cosine`.
+        beta: weight of the loss.
+        mean: the loss is the mean over the items, or else the sum.
+        both: whether the derivative by `b` will be asked for.
+        backend: "torch".
+
+    Returns:
+        cosine `[items]`; loss `[]`; for each operand statistics `[2, items]`: |G|^2 of the scaled item, and its scale;
+        a workspace.
+    """
     dtype = _compute_dtype(a, b)
-    scale_a, scale_b = _power_of_two(a, dtype), _power_of_two(b, dtype)
-    fa, fb = _matrix(a, scale_a), _matrix(b, scale_b)
-    if gram_form(fa.shape[1], fa.shape[2]) == "channel":
-        gram_a, gram_b = fa @ fa.mT, fb @ fb.mT
-        n = (gram_a * gram_b).sum((1, 2))
+    fa, scale_a = _scaled(a, gram, centred, dtype)
+    if packed:
+        assert known is not None
+        gram_a = fa @ fa.mT
+        n, aa, (bb, scale_b) = (gram_a * unpacked(b, fa.shape[1])).sum((1, 2)), _square(gram_a), known
     else:
-        gram_a, gram_b = fa.mT @ fa, fb.mT @ fb
-        n = (fa.mT @ fb).square().sum((1, 2))
-    aa, bb = gram_a.square().sum((1, 2)), gram_b.square().sum((1, 2))
-    return n * _inverse_norm(aa, bb), torch.stack([aa, scale_a]), torch.stack([bb, scale_b])
+        fb, scale_b = _scaled(b, gram, centred, dtype)
+        if is_direct(*fa.shape[1:]):
+            gram_a, gram_b = fa @ fa.mT, fb @ fb.mT
+            n = (gram_a * gram_b).sum((1, 2))
+        else:
+            gram_a, gram_b = fa.mT @ fa, fb.mT @ fb
+            n = _square(fa.mT @ fb)
+        aa, bb = _square(gram_a), _square(gram_b)
+    cosine = n * _inverse_norm(aa, bb)
+    squares = cosine.square()
+    loss = beta * (squares.mean() if mean else squares.sum())
+    return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), a.new_empty(0, dtype=dtype)
 
 
-def _da_fake(dcosine: Tensor, cosine: Tensor, a: Tensor, b: Tensor, stats_a: Tensor, stats_b: Tensor) -> Tensor:
-    return a.new_empty(a.shape)
+def _da_fake(
+    dcosine: Tensor | None,
+    dloss: Tensor | None,
+    incoming: Tensor | None,
+    cosine: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stats_a: Tensor,
+    stats_b: Tensor,
+    workspace: Tensor,
+    which: int,
+    packed: bool,
+    gram: str,
+    centred: bool,
+    beta: float,
+    mean: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(a)
 
 
 def _da_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -69,34 +166,104 @@ def _da_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @define("gram_cosine_da", fake=_da_fake, save=_da_save, backward=_da_backward)
-def gram_cosine_da(dcosine: Tensor, cosine: Tensor, a: Tensor, b: Tensor, stats_a: Tensor, stats_b: Tensor) -> Tensor:
-    """Gradient of the cosine by `a`; its two terms nearly cancel, so they are summed before any rounding."""
+def gram_cosine_da(
+    dcosine: Tensor | None,
+    dloss: Tensor | None,
+    incoming: Tensor | None,
+    cosine: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stats_a: Tensor,
+    stats_b: Tensor,
+    workspace: Tensor,
+    which: int,
+    packed: bool,
+    gram: str,
+    centred: bool,
+    beta: float,
+    mean: bool,
+    backend: str,
+) -> Tensor:
+    """Gradient by `a`, the operand number `which` of the forward, + `incoming`.
+
+    Its two terms nearly cancel, so they are summed before any rounding.
+    """
     (aa, scale_a), (bb, scale_b) = stats_a, stats_b
-    fa, fb = _matrix(a, scale_a), _matrix(b, scale_b)
+    fa, _ = _scaled(a, gram, centred, cosine.dtype, scale_a)
+    dcosine = torch.zeros_like(cosine) if dcosine is None else dcosine
+    if dloss is not None:
+        dcosine = dcosine + 2 * (beta / len(cosine) if mean else beta) * dloss * cosine
     factor = 2 * dcosine * scale_a
     cross = (factor * _inverse_norm(aa, bb)).view(-1, 1, 1)
     own = (factor * cosine / torch.where(aa == 0, 1, aa)).view(-1, 1, 1)
-    if gram_form(fa.shape[1], fa.shape[2]) == "channel":
-        da = (fb @ fb.mT * cross - fa @ fa.mT * own) @ fa
+    if packed:
+        df = (unpacked(b, fa.shape[1]) * cross - fa @ fa.mT * own) @ fa
     else:
-        da = fb @ (fb.mT @ fa * cross) - fa @ (fa.mT @ fa * own)
-    return da.view(a.shape).to(a.dtype)
+        fb, _ = _scaled(b, gram, centred, cosine.dtype, scale_b)
+        if is_direct(*fa.shape[1:]):
+            df = (fb @ fb.mT * cross - fa @ fa.mT * own) @ fa
+        else:
+            df = fb @ (fb.mT @ fa * cross) - fa @ (fa.mT @ fa * own)
+    df = df.mT if gram == "position" else df
+    da = torch.empty_like(a)
+    da.copy_(df.reshape(a.shape) if incoming is None else df.reshape(a.shape) + incoming)
+    return da
+
+
+def target(features: Tensor, gram: str, centred: bool, pack: bool) -> tuple[Tensor, Tensor]:
+    """What the operator takes as `b` and `known` of these features, which are given as they are or as packed Grams.
+
+    Packed, the Gram matrices are summed in float64, in parts of the batch.
+    """
+    dtype = _compute_dtype(features, features)
+    if not pack:
+        return features, gram_cosine(features, features, None, False, gram, centred, 1.0, True, False, "torch")[2]
+    rows = matrices(features, gram).shape[1]
+    i, j = torch.triu_indices(rows, rows, device=features.device).unbind()
+    grams, stats = [], []
+    for part in [features] if gram == "batch" else features.split(16):
+        f, scale = _scaled(part, gram, centred, torch.float64)
+        g = f @ f.mT
+        # As any operand: scaled by what float32 can hold.
+        grams.append(g[:, i, j].to(dtype))
+        stats.append(torch.stack([_square(g), scale]).to(dtype))
+    return torch.cat(grams), torch.cat(stats, 1)
+
+
+def unpacked(packed: Tensor, rows: int) -> Tensor:
+    """Symmetric matrices `[items, rows, rows]` of their upper triangles, row by row."""
+    whole = packed.new_empty(packed.shape[0], rows, rows)
+    i, j = torch.triu_indices(rows, rows, device=packed.device).unbind()
+    whole[:, i, j] = packed
+    whole[:, j, i] = packed
+    return whole
 
 
 def _compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
-def _power_of_two(f: Tensor, dtype: torch.dtype) -> Tensor:
-    """Per sample, what brings the largest |feature| into [1, 2), as far as the type's normal numbers reach."""
-    largest = f.flatten(1).abs().amax(1).to(dtype)
-    top = math.frexp(torch.finfo(dtype).max)[1]
+def _scaled(
+    features: Tensor, gram: str, centred: bool, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The matrices F `[items, rows, columns]`, and by what power of two each was multiplied."""
+    f = matrices(features, gram).to(dtype)
+    if scale is None:
+        scale = _power_of_two(f)
+    f = f * scale.view(-1, 1, 1)
+    return (f - f.mean(1, keepdim=True) if centred else f), scale
+
+
+def _power_of_two(f: Tensor) -> Tensor:
+    """Per item, what brings the largest |value| into [1, 2), as far as the type's normal numbers reach."""
+    largest = f.flatten(1).abs().amax(1)
+    top = math.frexp(torch.finfo(f.dtype).max)[1]
     exponent = torch.frexp(largest).exponent.clamp(3 - top, top - 1)
-    return torch.exp2((1 - exponent).to(dtype))
+    return torch.exp2((1 - exponent).to(f.dtype))
 
 
-def _matrix(f: Tensor, scale: Tensor) -> Tensor:
-    return f.reshape(*f.shape[:2], math.prod(f.shape[2:])).to(scale.dtype) * scale.view(-1, 1, 1)
+def _square(matrix: Tensor) -> Tensor:
+    return matrix.square().sum((1, 2))
 
 
 def _inverse_norm(aa: Tensor, bb: Tensor) -> Tensor:
