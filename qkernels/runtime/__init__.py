@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops import _launch
-from qkernels.ops.gram_cosine.config import gram_form
+from qkernels.ops.gram_cosine.config import DIRECT_ROWS, gram_form, mode_of, sizes
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
 from qkernels.ops.hamilton_conv.config import cpu_form, triton_form
 
@@ -123,7 +123,7 @@ def backend_of(op: str | Callable[..., Any], *args: Any) -> str:
     name = _name_of(op)
     if _settings.backend == "reference":
         return "reference"
-    obstacle = _obstacle(name, args[0])
+    obstacle = _obstacle(name, *args)
     if _settings.backend == "triton":
         if obstacle:
             raise ValueError(
@@ -135,12 +135,12 @@ def backend_of(op: str | Callable[..., Any], *args: Any) -> str:
     return "torch" if obstacle or not args[0].is_cuda else "triton"
 
 
-def _obstacle(name: str, x: Tensor) -> str | None:
+def _obstacle(name: str, x: Tensor, *rest: Any) -> str | None:
     """Why the Triton kernels cannot compute this."""
-    if name not in HAMILTON:
-        return f"{name} has no Triton kernel yet"
     if not HAS_TRITON:
         return "the package triton is not installed"
+    if name not in HAMILTON and (reason := _gram_obstacle(x, *rest)):
+        return reason
     if x.dtype not in KERNEL_DTYPES:
         return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
     if x.is_cuda and torch.version.hip:
@@ -151,6 +151,18 @@ def _obstacle(name: str, x: Tensor) -> str | None:
     if x.device.type == "cpu" and _launch.INTERPRETED:
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
+
+
+def _gram_obstacle(a: Tensor, b: Tensor | None = None, gram: str = "channel", packed: bool = False) -> str | None:
+    if b is not None and b.dtype not in KERNEL_DTYPES:
+        return f"the kernels compute float32, float16 and bfloat16, and b is of {b.dtype}"
+    _, rows, columns = sizes(gram, a.shape[0], a.shape[1], math.prod(a.shape[2:]))
+    if mode_of(rows, columns, packed) is None:
+        return (
+            f"the kernels keep Gram matrices of at most {DIRECT_ROWS} rows on chip, and these are of {rows} or "
+            f"{columns} rows"
+        )
+    return None
 
 
 def form_of(op: str | Callable[..., Any], *args: Any) -> str:
@@ -172,6 +184,8 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
         return "einsum"
     if name in ("gram_cosine", "anti_transfer_loss"):
         samples, channels, *positions = args[0].shape
+        if backend_of(name, *args) == "triton":
+            return "position" if mode_of(channels, math.prod(positions)) == "dual" else "channel"
         return gram_form("channel", samples, channels, math.prod(positions))
     backend, form = plan_of(name, *args)
     if backend == "triton" and form == "auto":

@@ -1,6 +1,48 @@
-"""Which product of the features is squared: a pure function of their shape."""
+"""What is multiplied in a Gram cosine, and with which launch settings: pure functions of shape, type, architecture."""
+
+import math
+from typing import NamedTuple
 
 GRAMS = ("channel", "position", "batch")
+
+# Symmetric products are cut into blocks of at most so many rows.
+BLOCK = 64
+# Up to so many rows a Gram matrix, in parts, goes through memory: the one-tile case.
+STORED_ROWS = 128
+# A program of the backward keeps its rows of one matrix (direct) or of two (dual) on chip.
+DIRECT_ROWS, DUAL_ROWS = 256, 256
+# Bytes of the parts of Gram matrices: a sixteenth of the features, within these bounds.
+PARTS_BYTES = (2 << 20, 8 << 20)
+MOST_PARTS = 256
+
+
+class Tile(NamedTuple):
+    """Elements that are summed in a step (k), columns that are written in one (c), warps, stages."""
+
+    k: int
+    c: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """Launch settings.
+
+    Attributes:
+        mode: "stored", "direct" or "dual", see kernels.py.
+        block: rows of a block.
+        forward: tile of the products.
+        splits: programs that share the sum of one block ("stored").
+        backward: tile of the derivative.
+        parts: programs that share the columns of the derivative.
+    """
+
+    mode: str
+    block: int
+    forward: Tile
+    splits: int
+    backward: Tile
+    parts: int
 
 
 def is_direct(rows: int, columns: int) -> bool:
@@ -19,3 +61,97 @@ def gram_form(gram: str, samples: int, channels: int, positions: int) -> str:
     if gram == "batch":
         return "batch" if is_direct(samples, channels * positions) else "feature"
     return "channel" if channels <= positions else "position"
+
+
+def sizes(gram: str, samples: int, channels: int, positions: int) -> tuple[int, int, int]:
+    """Items, rows and columns of the matrices F.
+
+    >>> sizes("position", 20, 512, 16)
+    (20, 16, 512)
+    """
+    if gram == "batch":
+        return 1, samples, channels * positions
+    return (samples, channels, positions) if gram == "channel" else (samples, positions, channels)
+
+
+def mode_of(rows: int, columns: int, packed: bool = False) -> str | None:
+    """How the kernels compute it; None where they do not.
+
+    >>> mode_of(64, 4096), mode_of(256, 256), mode_of(512, 64), mode_of(512, 1024)
+    ('stored', 'direct', 'dual', None)
+    """
+    direct = "stored" if rows <= STORED_ROWS else "direct" if rows <= DIRECT_ROWS else None
+    dual = "dual" if columns <= DUAL_ROWS and not packed else None
+    return direct or dual if is_direct(rows, columns) or packed else dual or direct
+
+
+def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool) -> tuple[int, ...]:
+    """Of what the forward leaves to the derivative: blocks of a symmetric matrix per item, where they are stored."""
+    if mode_of(rows, columns, packed) != "stored":
+        return (0,)
+    block = block_of(rows)
+    return (1 + both, items, pairs_of(rows, block), block, block)
+
+
+def block_of(rows: int) -> int:
+    """Rows of a block: a power of two."""
+    return min(max(_power_of_two(rows), 16), BLOCK)
+
+
+def pairs_of(rows: int, block: int) -> int:
+    """Blocks on and above the diagonal."""
+    blocks = -(-rows // block)
+    return blocks * (blocks + 1) // 2
+
+
+def plan(
+    items: int, rows: int, columns: int, half: bool, arch: int, multiprocessors: int, packed: bool = False
+) -> Plan:
+    """Launch settings for `items` matrices F, in a half type or in float32.
+
+    >>> plan(20, 64, 4096, True, 90, 132).splits
+    3
+    """
+    mode = mode_of(rows, columns, packed)
+    assert mode is not None
+    m, k = (columns, rows) if mode == "dual" else (rows, columns)
+    block = block_of(m)
+    forward, backward = _forward_tile(half, arch), _backward_tile(_power_of_two(m), half, arch)
+    splits = 1
+    if mode == "stored":
+        programs = items * (1 if packed else 2) * pairs_of(m, block)
+        part = programs * block * block * 4
+        least, most = PARTS_BYTES
+        room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // part
+        wanted = -(-2 * multiprocessors // programs)
+        splits = max(1, min(wanted, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
+    tiles, chunks = items * -(-m // block), -(-k // backward.c)
+    # Steps of one program, each of about the same time: the products over all k, which every part repeats, and its own.
+    fixed = 0 if mode == "stored" else 2 * -(-k // backward.k)
+    own = 2 if mode == "dual" else 1
+
+    def time(parts: int) -> tuple[int, int]:
+        waves = -(-tiles * parts // multiprocessors)
+        return waves * (fixed + own * -(-chunks // parts)), parts
+
+    parts = min(range(1, min(chunks, 64) + 1), key=time)
+    return Plan(mode, block, forward, splits, backward, parts)
+
+
+def _forward_tile(half: bool, arch: int) -> Tile:
+    return Tile(64, 0, 4, 3) if half else Tile(32, 0, 4, 2)
+
+
+def _backward_tile(n: int, half: bool, arch: int) -> Tile:
+    if n <= 128:
+        return Tile(64, 64, 4, 2) if half else Tile(32, 32, 4, 2)
+    return Tile(32, 64, 8, 2) if half else Tile(16, 32, 8, 2)
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that is not less.
+
+    >>> [_power_of_two(size) for size in (1, 5, 64)]
+    [1, 8, 64]
+    """
+    return 1 << math.ceil(math.log2(size))

@@ -20,13 +20,8 @@ import torch
 from torch import Tensor
 
 from qkernels.ops._library import define
-from qkernels.ops.gram_cosine.config import is_direct
+from qkernels.ops.gram_cosine.config import is_direct, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
-
-
-def items_of(a: Tensor, gram: str) -> int:
-    """How many Gram matrices these features have."""
-    return 1 if gram == "batch" else a.shape[0]
 
 
 def _forward_fake(
@@ -41,10 +36,12 @@ def _forward_fake(
     both: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    items, dtype = items_of(a, gram), _compute_dtype(a, b)
+    items, rows, columns = sizes(gram, a.shape[0], a.shape[1], a.shape[2:].numel())
+    dtype = _compute_dtype(a, b)
     stats = a.new_empty(2, items, dtype=dtype)
     cosine, loss = a.new_empty(items, dtype=dtype), a.new_empty((), dtype=dtype)
-    return cosine, loss, stats, torch.empty_like(stats), a.new_empty(0, dtype=dtype)
+    shape = workspace_size(rows, columns, items, packed, both) if backend == "triton" else (0,)
+    return cosine, loss, stats, torch.empty_like(stats), a.new_empty(shape, dtype=dtype)
 
 
 def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -107,12 +104,16 @@ def gram_cosine(
         beta: weight of the loss.
         mean: the loss is the mean over the items, or else the sum.
         both: whether the derivative by `b` will be asked for.
-        backend: "torch".
+        backend: "torch" or "triton" (launch.py).
 
     Returns:
         cosine `[items]`; loss `[]`; for each operand statistics `[2, items]`: |G|^2 of the scaled item, and its scale;
         a workspace.
     """
+    if backend == "triton":
+        from qkernels.ops.gram_cosine import launch
+
+        return launch.forward(a, b, known, packed, gram, centred, beta, mean, both)
     dtype = _compute_dtype(a, b)
     fa, scale_a = _scaled(a, gram, centred, dtype)
     if packed:
@@ -188,6 +189,11 @@ def gram_cosine_da(
 
     Its two terms nearly cancel, so they are summed before any rounding.
     """
+    if backend == "triton":
+        from qkernels.ops.gram_cosine import launch
+
+        how = (which, packed, gram, centred, beta, mean)
+        return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *how)
     (aa, scale_a), (bb, scale_b) = stats_a, stats_b
     fa, _ = _scaled(a, gram, centred, cosine.dtype, scale_a)
     dcosine = torch.zeros_like(cosine) if dcosine is None else dcosine
@@ -210,14 +216,14 @@ def gram_cosine_da(
     return da
 
 
-def target(features: Tensor, gram: str, centred: bool, pack: bool) -> tuple[Tensor, Tensor]:
+def target(features: Tensor, gram: str, centred: bool, pack: bool, backend: str) -> tuple[Tensor, Tensor]:
     """What the operator takes as `b` and `known` of these features, which are given as they are or as packed Grams.
 
     Packed, the Gram matrices are summed in float64, in parts of the batch.
     """
     dtype = _compute_dtype(features, features)
     if not pack:
-        return features, gram_cosine(features, features, None, False, gram, centred, 1.0, True, False, "torch")[2]
+        return features, gram_cosine(features, features, None, False, gram, centred, 1.0, True, False, backend)[2]
     rows = matrices(features, gram).shape[1]
     i, j = torch.triu_indices(rows, rows, device=features.device).unbind()
     grams, stats = [], []
