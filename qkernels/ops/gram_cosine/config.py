@@ -17,8 +17,9 @@ MOST_PARTS = 256
 
 
 class Tile(NamedTuple):
-    """Elements that are summed in a step (k), columns that are written in one (c), warps, stages."""
+    """Rows (m), elements that are summed in a step (k), columns that are written in one (c), warps, stages."""
 
+    m: int
     k: int
     c: int
     warps: int
@@ -30,7 +31,7 @@ class Plan(NamedTuple):
 
     Attributes:
         mode: "stored", "direct" or "dual", see kernels.py.
-        block: rows of a block.
+        block: rows of a block of a symmetric matrix.
         forward: tile of the products.
         splits: programs that share the sum of one block ("stored").
         backward: tile of the derivative.
@@ -95,7 +96,7 @@ def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool
 
 def block_of(rows: int) -> int:
     """Rows of a block: a power of two."""
-    return min(max(_power_of_two(rows), 16), BLOCK)
+    return min(padded(rows), BLOCK)
 
 
 def pairs_of(rows: int, block: int) -> int:
@@ -116,7 +117,7 @@ def plan(
     assert mode is not None
     m, k = (columns, rows) if mode == "dual" else (rows, columns)
     block = block_of(m)
-    forward, backward = _forward_tile(half, arch), _backward_tile(_power_of_two(m), half, arch)
+    forward, backward = _forward_tile(block, half, arch), _backward_tile(padded(m), half, arch)
     splits = 1
     if mode == "stored":
         programs = items * (1 if packed else 2) * pairs_of(m, block)
@@ -125,7 +126,7 @@ def plan(
         room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // part
         wanted = -(-2 * multiprocessors // programs)
         splits = max(1, min(wanted, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
-    tiles, chunks = items * -(-m // block), -(-k // backward.c)
+    tiles, chunks = items * -(-m // backward.m), -(-k // backward.c)
     # Steps of one program, each of about the same time: the products over all k, which every part repeats, and its own.
     fixed = 0 if mode == "stored" else 2 * -(-k // backward.k)
     own = 2 if mode == "dual" else 1
@@ -138,14 +139,19 @@ def plan(
     return Plan(mode, block, forward, splits, backward, parts)
 
 
-def _forward_tile(half: bool, arch: int) -> Tile:
-    return Tile(64, 0, 4, 3) if half else Tile(32, 0, 4, 2)
+def _forward_tile(block: int, half: bool, arch: int) -> Tile:
+    return Tile(block, 64, 0, 4, 3) if half else Tile(block, 32, 0, 4, 2)
 
 
 def _backward_tile(n: int, half: bool, arch: int) -> Tile:
     if n <= 128:
-        return Tile(64, 64, 4, 2) if half else Tile(32, 32, 4, 2)
-    return Tile(32, 64, 8, 2) if half else Tile(16, 32, 8, 2)
+        return Tile(min(n, 64), 64, 64, 4, 2) if half else Tile(min(n, 64), 32, 32, 4, 2)
+    return Tile(64, 32, 64, 8, 2) if half else Tile(32, 16, 32, 8, 2)
+
+
+def padded(rows: int) -> int:
+    """Rows of a whole matrix on chip: a power of two that the tensor cores multiply."""
+    return max(_power_of_two(rows), 16)
 
 
 def _power_of_two(size: int) -> int:

@@ -247,7 +247,7 @@ def _gram_finish_kernel(
     items, M, weight, splits, pairs,
     PACKED: tl.constexpr, BOTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """From the parts of G_a and G_b: cosine, weight * cosine^2, statistics, and the difference that the derivative needs,
+    """From the parts of G_a and G_b: cosine, weight * cosine^2, statistics, and what the derivative needs,
 
         D_a = G_b / (|G_a| |G_b|) - cosine G_a / |G_a|^2        `[item, pair, BLOCK_M, BLOCK_M]`
 
@@ -273,7 +273,7 @@ def _gram_finish_kernel(
     n, aa = 0.0, 0.0
     for pair in range(pairs):
         p, q = _pair(pair)
-        weight = tl.where(p == q, 1.0, 2.0)
+        count = tl.where(p == q, 1.0, 2.0)
         ga = _times_power_of_two(
             _block(a_gram_ptr, a_exponent_ptr, at, pair, splits, common_a, BLOCK_M), common_a + 2 * scale_a
         )
@@ -283,9 +283,9 @@ def _gram_finish_kernel(
             gb = _times_power_of_two(
                 _block(b_gram_ptr, b_exponent_ptr, at, pair, splits, common_b, BLOCK_M), common_b + 2 * scale_b
             )
-            bb += weight * _sum(gb * gb)
-        n += weight * _sum(ga * gb)
-        aa += weight * _sum(ga * ga)
+            bb += count * _sum(gb * gb)
+        n += count * _sum(ga * gb)
+        aa += count * _sum(ga * ga)
     norm = tl.sqrt(aa) * tl.sqrt(bb)
     cross = 1.0 / tl.where(norm == 0, 1.0, norm)
     cosine = n * cross
@@ -504,7 +504,7 @@ def _gram_backward_kernel(
     MODE: tl.constexpr, PACKED: tl.constexpr, HAS_DCOSINE: tl.constexpr, HAS_DLOSS: tl.constexpr,
     HAS_INCOMING: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_C: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dcosine/dF_a times dcosine + 2 weight cosine dloss, + the incoming gradient.
@@ -542,19 +542,19 @@ def _gram_backward_kernel(
     zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     ONE: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth == 32 or (CENTRED and DUAL)
     if MODE == "stored":
-        p, q = m[:, None] // BLOCK_M, n[None, :] // BLOCK_M
-        r, c = m[:, None] % BLOCK_M, n[None, :] % BLOCK_M
+        p, q = m[:, None] // BLOCK, n[None, :] // BLOCK
+        r, c = m[:, None] % BLOCK, n[None, :] % BLOCK
         pair = tl.where(p <= q, q * (q + 1) // 2 + p, p * (p + 1) // 2 + q)
-        at = pair * (BLOCK_M * BLOCK_M) + tl.where(p <= q, r * BLOCK_M + c, c * BLOCK_M + r)
+        element = pair * (BLOCK * BLOCK) + tl.where(p <= q, r * BLOCK + c, c * BLOCK + r)
         # Brought near 1, for the sake of float16's range.
-        d = aa * tl.load(difference_ptr + item * pairs * (BLOCK_M * BLOCK_M) + at)
+        d = aa * tl.load(difference_ptr + item * pairs * (BLOCK * BLOCK) + element)
         first_term = _split_in_two(d, a_ptr.dtype.element_ty, ONE)
     elif MODE == "direct":
         own = tl.maximum(own, cross * 2.0**-40)
         if PACKED:
             low, high = tl.minimum(m[:, None], n[None, :]), tl.maximum(m[:, None], n[None, :])
-            at = low * M - low * (low + 1) // 2 + high
-            acc = tl.load(b_ptr + item * (M * (M + 1) // 2) + at, mask=high < M, other=0.0)
+            element = low * M - low * (low + 1) // 2 + high
+            acc = tl.load(b_ptr + item * (M * (M + 1) // 2) + element, mask=high < M, other=0.0)
         else:
             b_rows, b_all = _rows(b, m, M, axes, EVEN_M, WIDE_M), _rows(b, n, M, axes, EVEN_N, WIDE_M)
             acc = _row_block(

@@ -74,9 +74,8 @@ def forward(
     if items == 0:
         loss.fill_(torch.nan if mean else 0.0)
         return cosine, loss, stats_a, stats_b, workspace
-    plan, view = _plan(a, gram, packed), _view([a] if packed else [a, b], gram, packed)
+    plan, view = _plan(a, gram, packed, centred), _view([a] if packed else [a, b], gram, packed)
     weight = beta / items if mean else beta
-    half = a.element_size() == 2
     block, tile, pairs = plan.block, plan.forward, config.pairs_of(view.m, plan.block)
     operands: dict[str, Any] = {
         "a_ptr": view.tensors[0],
@@ -87,7 +86,7 @@ def forward(
         "pairs": pairs,
         **view.axes,
         **view.named(0, "a"),
-        **view.named(0 if packed else 1, "b"),
+        **view.named(-1, "b"),
         "EVEN_M": view.m % block == 0,
         "EVEN_K": view.k % tile.k == 0,
         "CENTRED": centred,
@@ -114,7 +113,7 @@ def forward(
             _launch.run(
                 kernels._gram_kernel,
                 (items, count * pairs, plan.splits),
-                operands | {"gram_ptr": grams, "exponent_ptr": exponents, "splits": plan.splits},
+                operands | {"b_ptr": view.tensors[-1], "gram_ptr": grams, "exponent_ptr": exponents, "splits": plan.splits},
                 tile.warps,
                 tile.stages,
             )
@@ -189,19 +188,17 @@ def gradient(
     if da.numel() == 0:
         return da
     items, _, columns = _sizes(a, gram)
-    plan = _plan(a, gram, packed)
-    dual = plan.mode == "dual"
+    plan = _plan(a, gram, packed, centred)
     like, b = _same_type(a, b, packed)
     given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming])]
     view = _view([*given, da], gram, packed)
     out = view.tensors[-1]
-    block, tile = plan.block, plan.backward
-    whole = max(block, 1 << (view.m - 1).bit_length())
+    block, tile, whole = plan.block, plan.backward, config.padded(view.m)
     index_b, index_incoming = 0 if packed else 1, 0 if incoming is None else len(given) - 1
     with _launch.device_of(a):
         _launch.run(
             kernels._gram_backward_kernel,
-            (items, -(-view.m // block), plan.parts),
+            (items, -(-view.m // tile.m), plan.parts),
             {
                 "a_ptr": view.tensors[0],
                 "b_ptr": b if packed else view.tensors[1],
@@ -229,7 +226,7 @@ def gradient(
                 "HAS_DCOSINE": dcosine is not None,
                 "HAS_DLOSS": dloss is not None,
                 "HAS_INCOMING": incoming is not None,
-                "EVEN_M": view.m % block == 0,
+                "EVEN_M": view.m % tile.m == 0,
                 "EVEN_N": view.m == whole,
                 "EVEN_K": view.k % tile.k == 0,
                 "EVEN_C": view.k % tile.c == 0,
@@ -237,7 +234,8 @@ def gradient(
                 "SCALED": a.dtype != torch.float16,
                 "PRECISION": PRECISION,
                 "UPCAST": _upcast(like),
-                "BLOCK_M": block,
+                "BLOCK": block,
+                "BLOCK_M": tile.m,
                 "BLOCK_N": whole,
                 "BLOCK_K": tile.k,
                 "BLOCK_C": tile.c,
@@ -256,10 +254,9 @@ def _sizes(a: Tensor, gram: str) -> tuple[int, int, int]:
     return config.sizes(gram, a.shape[0], a.shape[1], a.shape[2:].numel())
 
 
-def _plan(a: Tensor, gram: str, packed: bool) -> Plan:
-    items, rows, columns = _sizes(a, gram)
-    half = a.element_size() == 2
-    return config.plan(items, rows, columns, half, _launch.arch_of(a), _launch.multiprocessors_of(a), packed)
+def _plan(a: Tensor, gram: str, packed: bool, centred: bool) -> Plan:
+    half = a.element_size() == 2 and not centred
+    return config.plan(*_sizes(a, gram), half, _launch.arch_of(a), _launch.multiprocessors_of(a), packed)
 
 
 def _same_type(a: Tensor, b: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
