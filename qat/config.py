@@ -109,35 +109,84 @@ class AntiTransferConfig:
     Args:
         twin: checkpoint of the network trained on the orthogonal task; absent means no anti-transfer.
         layers: convolution layers 1..13 to push apart; their losses are summed.
-        beta: weight of the loss; 0 only monitors the similarity.
+        beta: weight of the loss, of every layer or a list with one for each of ``layers``; 0 only monitors the
+            similarity.
         position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
             ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
             in the released code).
-        semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss.
+        semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss, with beta squared.
         clamp: of ``folded-rowwise``: the norms' lower bound, on ``each`` of two (newer PyTorch) or on their ``product``
             (PyTorch 1.7, with which the code ran).
+        gram: whose Gram matrix is compared: of the ``channel`` (the paper's); the ``position``, which no rotation of
+            the channels changes, so that it also sees what two unrelated networks have in common; or the samples of the
+            ``batch``, one cosine for all of them.
+        centred: centre the features first; with ``batch`` the cosine is then linear CKA.
+        aggregation: what is made of the features before they are compared: their ``gram`` matrix, or the older code's
+            other choices, one value per batch, see :class:`qkernels.nn.AntiTransferLoss`.
+        distance: ``cos_squared``, or the older code's ``mse_sigmoid``, -sigmoid(mean squared difference).
+        cache: compute what the twin gives of every sample once, before training, instead of in every step. It takes
+            effect where the network is given the same of a sample each time: in the ``real`` domain or with
+            ``network.rhemo_mode`` ``frozen``, unless words move in their canvas.
+        cache_mib: MiB that this may take of the device's memory; what takes more is kept in the host's.
         random_twin: keep the twin's random initialisation: the control that shows what the twin's knowledge adds.
     """
 
     twin: Path | None = None
     layers: list[int] = field(default_factory=lambda: [2])
-    beta: float = 1.0
+    beta: float | list[float] = 1.0
     position: Literal["relu", "pre-relu", "slice", "pool5"] = "relu"
     semantics: Literal["paper", "folded-rowwise"] = "paper"
     clamp: Literal["each", "product"] = "each"
+    gram: Literal["channel", "position", "batch"] = "channel"
+    centred: bool = False
+    aggregation: Literal["gram", "none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise"] = "gram"
+    distance: Literal["cos_squared", "mse_sigmoid"] = "cos_squared"
+    cache: bool = True
+    cache_mib: int = 256
     random_twin: bool = False
 
     def __post_init__(self) -> None:
         layers = self.layers
         valid = bool(layers) and all(1 <= layer <= 13 for layer in layers) and len(set(layers)) == len(layers)
         _require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
-        _require(self.beta >= 0, "anti_transfer.beta", self.beta, "at least 0")
+        number = not isinstance(self.beta, list) or len(self.beta) == len(layers)
+        _require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
+        _require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
         if self.semantics == "paper":
             _require(self.clamp == "each", "anti_transfer.clamp", self.clamp, "'each' with semantics 'paper'")
+        if (self.aggregation, self.distance) != ("gram", "cos_squared"):
+            rule = "'paper' with any aggregation but 'gram' and with distance 'mse_sigmoid'"
+            _require(self.semantics == "paper", "anti_transfer.semantics", self.semantics, rule)
+        if not self.is_gram_cosine:
+            rule = "only with semantics 'paper', aggregation 'gram' and distance 'cos_squared'"
+            _require(self.gram == "channel", "anti_transfer.gram", self.gram, f"'channel'; others are there {rule}")
+            _require(not self.centred, "anti_transfer.centred", self.centred, f"false; true is there {rule}")
+        if self.aggregation == "mul_comp":
+            rule = "behind a ReLU with aggregation 'mul_comp', which takes no negative features"
+            _require(self.position != "pre-relu", "anti_transfer.position", self.position, rule)
+        _require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
         if self.position == "pool5":
             _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
         if self.random_twin:
             _require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
+
+    @property
+    def betas(self) -> list[float]:
+        """The weight of each layer."""
+        return self.beta if isinstance(self.beta, list) else [self.beta] * len(self.layers)
+
+    @property
+    def is_gram_cosine(self) -> bool:
+        """Whether the loss is the squared cosine of Gram matrices, as in the paper."""
+        return (self.semantics, self.aggregation, self.distance) == ("paper", "gram", "cos_squared")
+
+    @property
+    def mixing(self) -> str | None:
+        """The setting that makes the loss one value of a batch, if any, instead of a mean over its samples."""
+        for name in ("semantics", "aggregation", "distance", "gram"):
+            if (value := getattr(self, name)) not in ("paper", "gram", "cos_squared", "channel", "position"):
+                return f"{name} {value}"
+        return None
 
 
 @dataclass(frozen=True)

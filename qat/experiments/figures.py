@@ -145,7 +145,7 @@ def similarities(groups: Sequence[Group]) -> str:
                 if run is group.first and len(run.layers) > 1:
                     axis.annotate(f"layer {layer}", (curve[0][-1], curve[1][-1]), fontsize=7, ha="right", va="bottom")
         first = group.first
-        note = f"from {first.start}, layer {'+'.join(map(str, first.layers))}, beta {first.beta:g}"
+        note = f"from {first.start}, layer {'+'.join(map(str, first.layers))}, beta {first.beta}"
         axis.text(
             0.97, 0.95, _short(note, 40), transform=axis.transAxes, fontsize=7.5, color=_DARK, ha="right", va="top"
         )

@@ -31,7 +31,11 @@ _POSITIONS = {
     "slice": "input of that convolution",
     "pool5": "last pool, whatever the layer",
 }
-_SEMANTICS = {"paper": "one cosine per sample", "folded-rowwise": "batch-folded, row-wise cosine"}
+_GRAMS = {
+    "channel": "one cosine per sample",
+    "position": "one cosine per sample, over positions",
+    "batch": "one cosine per batch, over samples",
+}
 _SEED = re.compile(r"(?:^|[-_./])seed[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
 
 
@@ -89,13 +93,19 @@ class Run:
         return bool(self.setting("anti_transfer.random_twin", False))
 
     @property
-    def beta(self) -> float:
-        return float(self.setting("anti_transfer.beta", 1.0))
+    def _betas(self) -> list[float]:
+        beta = self.setting("anti_transfer.beta", 1.0)
+        return [float(value) for value in (beta if isinstance(beta, list) else [beta])]
+
+    @property
+    def beta(self) -> str:
+        """The weight of all layers, or that of each."""
+        return "+".join(f"{beta:g}" for beta in self._betas)
 
     @property
     def transfers(self) -> bool:
         """Whether an anti-transfer loss took part; beta 0 only watches the similarity."""
-        return self.has_twin and self.beta != 0
+        return self.has_twin and any(self._betas)
 
     @property
     def layers(self) -> list[int]:
@@ -104,15 +114,27 @@ class Run:
 
     @property
     def anti_transfer(self) -> str:
-        """Layer, its convention, beta, twin and semantics, or ``none``."""
+        """Layer, its convention, beta, twin and what is compared, or ``none``."""
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {'+'.join(map(str, self.layers))}"
         if not self.transfers:
             return f"none ({layers} watched, beta 0)" if self.has_twin else "none"
         position = self.setting("anti_transfer.position", "relu")
-        semantics = self.setting("anti_transfer.semantics", "paper")
         twin = "random twin (control)" if self.random_twin else f"twin {_origin(self.setting('anti_transfer.twin'))}"
         place = f"{layers} ({_POSITIONS.get(position, position)})"
-        return f"{place}, beta {self.beta:g}, {twin}, {_SEMANTICS.get(semantics, semantics)}"
+        return f"{place}, beta {self.beta}, {twin}, {self._compared}"
+
+    @property
+    def _compared(self) -> str:
+        aggregation, distance = (
+            self.setting(f"anti_transfer.{name}", default)
+            for name, default in (("aggregation", "gram"), ("distance", "cos_squared"))
+        )
+        if (aggregation, distance) != ("gram", "cos_squared"):
+            return f"{aggregation} by {distance}"
+        if self.setting("anti_transfer.semantics", "paper") == "folded-rowwise":
+            return "batch-folded, row-wise cosine"
+        gram = self.setting("anti_transfer.gram", "channel")
+        return _GRAMS.get(gram, gram) + (", centred" if self.setting("anti_transfer.centred", False) else "")
 
     @cached_property
     def answers(self) -> pd.DataFrame | None:

@@ -24,8 +24,8 @@ class Layers:
         linear: ``(in_features, out_features) -> module``, initialised.
         head: the same for the last layer, which is real in every domain.
         run: ``(module, x, activation, pool, tap) -> (y, pooled)`` with activation ``"relu"`` or ``None``; ``pooled`` is
-            y behind a 2x2 max pool where asked for, else ``None``. Both are fused where they can be: then y is ``None``
-            unless there is no pool or a ``tap`` needs it.
+            y behind a 2x2 max pool where that is asked for and part of the convolution, else ``None``; beside it y is
+            ``None`` unless a ``tap`` needs it.
     """
 
     conv: Callable[[int, int], nn.Module]
@@ -81,9 +81,8 @@ def _real(init: str) -> Layers:
 
     def run(
         module: nn.Module, x: Tensor, activation: str | None, pool: bool = False, tap: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         y = module(x)
-        y = F.relu(y) if activation == "relu" else y
-        return y, F.max_pool2d(y, 2) if pool else None
+        return F.relu(y) if activation == "relu" else y, None
 
     return Layers(conv, linear, linear, run)

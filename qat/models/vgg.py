@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from qat.config import NetworkConfig
 from qat.models.layers import layers_of
+
+Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From features `[B, C, H, W]` to what the next layer is given in their place, and what is made of them."""
 
 CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 POOL_AFTER = (2, 4, 7, 10, 13)
@@ -86,39 +89,43 @@ class VGG16(nn.Module):
             layers.head(hidden, num_classes),
         )
 
-    def forward(self, x: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, K]` and the feature maps asked for, from one forward pass."""
-        x, tapped = self._features(x, set(taps), stop=False)
-        return self.classifier(torch.flatten(self.pool(x), 1)), tapped
+    def forward(self, x: Tensor, taps: Mapping[str, Tap] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits `[B, K]`, and what each tap made of its features, from one forward pass.
 
-    def features_at(self, x: Tensor, taps: Collection[str]) -> dict[str, Tensor]:
-        """The feature maps named by ``taps`` (see :func:`tap_name`); nothing deeper is computed."""
-        return self._features(x, set(taps), stop=True)[1]
+        Args:
+            x: the input.
+            taps: by the name of a feature map (see :func:`tap_name`), what it goes through.
+        """
+        x, made = self._features(x, taps or {}, stop=False)
+        return self.classifier(torch.flatten(self.pool(x), 1)), made
 
-    def _features(self, x: Tensor, wanted: set[str], stop: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        tapped: dict[str, Tensor] = {}
+    def features_at(self, x: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """The feature maps with these names (see :func:`tap_name`); nothing deeper is computed."""
+        return self._features(x, dict.fromkeys(names, lambda features: (features, features)), stop=True)[1]
 
-        def tap(name: str, value: Tensor) -> None:
-            if name in wanted:
-                tapped[name] = value
+    def _features(self, x: Tensor, taps: Mapping[str, Tap], stop: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        made: dict[str, Tensor] = {}
 
-        tap("input", x)
+        def tap(name: str, features: Tensor) -> Tensor:
+            if name in taps:
+                features, made[name] = taps[name](features)
+            return features
+
+        x = tap("input", x)
         pools = 0
         for n, conv in enumerate(self.convs, 1):
-            if stop and len(tapped) == len(wanted):
+            if stop and len(made) == len(taps):
                 break
             relu, conv_name = f"relu{n}", f"conv{n}"
-            pool = n in POOL_AFTER and not (stop and wanted <= {*tapped, relu})
-            if conv_name in wanted:
-                y, _ = self._run(conv, x, None)
-                tap(conv_name, y)
-                y = F.relu(y)
-                pooled = F.max_pool2d(y, 2) if pool else y
+            pool = n in POOL_AFTER and not (stop and taps.keys() <= {*made, relu})
+            if conv_name in taps:
+                y, pooled = F.relu(tap(conv_name, self._run(conv, x, None)[0])), None
             else:
-                y, pooled = self._run(conv, x, "relu", pool, relu in wanted)
-            tap(relu, y)
-            x = pooled if pool else y
+                y, pooled = self._run(conv, x, "relu", pool, relu in taps)
+            # With a fused pool nothing follows the tapped map: the convolution adds its gradient to the pool's.
+            y = tap(relu, y)
+            x = y if pooled is None else pooled
             if pool:
                 pools += 1
-                tap(f"pool{pools}", x)
-        return x, tapped
+                x = tap(f"pool{pools}", F.max_pool2d(y, 2) if pooled is None else pooled)
+        return x, made

@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_t
 from qat.training.objectives import Losses
 from qat.training.stopping import best_epoch, should_stop
 
-Batches = Iterator[tuple[Tensor, Tensor]]
 History = list[dict[str, float]]
 
 
@@ -62,13 +61,14 @@ class Examples:
         device: torch.device,
         generator: torch.Generator | None = None,
         share: slice = slice(None),
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the samples ``indices`` on ``device``, or of this process's share of them.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and targets of the samples ``indices`` on ``device``, or of this process's share, and their numbers.
 
         What is drawn anew is drawn for the whole batch, so that it does not depend on the number of processes.
         """
         inputs = self.inputs(indices, generator)[share].to(device, non_blocking=True)
-        return inputs, self.targets[indices][share].to(device, non_blocking=True)
+        samples = indices[share]
+        return inputs, self.targets[samples].to(device, non_blocking=True), samples
 
 
 def fit(
@@ -93,7 +93,7 @@ def fit(
     processes and gradients are weighted by samples, so that the global batch is the same with any number of them.
 
     Args:
-        objective: ``(inputs, targets) -> Losses``, already on ``device``.
+        objective: ``(inputs, targets, samples) -> Losses``, already on ``device``.
         state: the module inside ``objective`` whose state is saved.
         train, validation: the parts.
         config: learning rate, batch, epochs, patience, seed.
@@ -162,8 +162,8 @@ def evaluate(
     targets: list[Tensor] = []
     with torch.no_grad():
         for indices in mine.split(batch) if len(mine) else ():
-            x, y = examples.batch(indices, device)
-            losses: Losses = objective(x, y)
+            x, y, samples = examples.batch(indices, device)
+            losses: Losses = objective(x, y, samples)
             for name, value in {"total": losses.total, **losses.parts}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
             outputs.append(losses.outputs.float().cpu())
@@ -202,8 +202,8 @@ def _train_epoch(
         mine = len(everyones[rank::processes])
         # A process without a share of a short last batch still takes part in the averaging, with weight 0.
         share = slice(rank, None, processes) if mine else slice(1)
-        x, y = train.batch(everyones, device, order_generator, share)
-        losses: Losses = objective(x, y)
+        x, y, samples = train.batch(everyones, device, order_generator, share)
+        losses: Losses = objective(x, y, samples)
         optimizer.zero_grad(set_to_none=True)
         (losses.total * (mine * processes / len(everyones))).backward()
         optimizer.step()

@@ -1,4 +1,7 @@
-"""What is minimised: each objective turns a batch into a total loss, its parts and the outputs to be judged."""
+"""What is minimised: each objective turns a batch into a total loss, its parts and the outputs to be judged.
+
+Beside inputs and targets it may be given the samples' numbers, for what was computed of them before.
+"""
 
 from __future__ import annotations
 
@@ -80,16 +83,16 @@ class ClassificationObjective(nn.Module):
         self.classifier, self.anti_transfer = classifier, anti_transfer
         self.embedded, self.multi_label = embedded, multi_label
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Losses:
+    def forward(self, inputs: Tensor, targets: Tensor, samples: Tensor | None = None) -> Losses:
         x = inputs if self.embedded else self.classifier.embed(inputs)
-        logits, features = self.classifier.net(x, self.anti_transfer.taps if self.anti_transfer else ())
+        logits, made = self.classifier.net(x, self.anti_transfer(x, samples) if self.anti_transfer else None)
         if self.multi_label:
             total = F.binary_cross_entropy_with_logits(logits, targets)
         else:
             total = F.cross_entropy(logits, targets)
         parts = {"cross_entropy": total.detach()}
         if self.anti_transfer is not None:
-            loss, similarities = self.anti_transfer(x, features)
+            loss, similarities = self.anti_transfer.total(made)
             total = total + loss
             parts |= {"anti_transfer": loss.detach(), **similarities}
         return Losses(total, parts, logits.detach())
@@ -108,7 +111,7 @@ class RHEmoObjective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Losses:
+    def forward(self, inputs: Tensor, targets: Tensor, samples: Tensor | None = None) -> Losses:
         embedding, reconstruction = self.model(inputs)
         # Clips outside the training part may be louder than its maximum, which stands for 1.
         per_sample = F.binary_cross_entropy(reconstruction, inputs.clamp(0, 1), reduction="none").flatten(1).mean(1)

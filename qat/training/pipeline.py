@@ -78,9 +78,14 @@ def train_classifier(
         torch.manual_seed(experiment.training.seed)
         classifier = pretrained.classifier(classes).to(device)
         inputs, embedded = _network_inputs(classifier, data, device)
+        anti_transfer = pretrained.anti_transfer()
         objective = ClassificationObjective(
-            classifier, pretrained.anti_transfer(), embedded=embedded, multi_label=_multi_label(experiment)
+            classifier, anti_transfer, embedded=embedded, multi_label=_multi_label(experiment)
         ).to(device)
+        constant = not data.varies and (embedded or classifier.encoder is None)
+        if anti_transfer is not None and experiment.anti_transfer.cache and constant:
+            used = torch.tensor(sorted(set().union(*data.parts.values())))
+            anti_transfer.remember(lambda samples: inputs(samples, None).to(device), used, experiment.training.batch)
         record = {"kind": "classifier", "classes": classes}
         run = _Run(experiment, folder, name or folder.name, data, record, device, quiet)
         judge = _judge(experiment, classes)
@@ -256,6 +261,8 @@ class _Run:
         kept = load_checkpoint(self.folder / "model.safetensors", record["kind"])
         kept.load_into(state)
         metrics, outputs = {}, {}
+        # What an objective draws in evaluation must not depend on whether the run was resumed.
+        torch.manual_seed(training.seed)
         for part, indices in parts.items():
             metrics[part], outputs[part] = _judged(
                 objective, examples.part(indices), training.batch, judge, self.device
@@ -341,8 +348,8 @@ class _Pretrained:
         network, at = experiment.network, experiment.anti_transfer
         if network.rhemo_mode == "batch-statistics":
             _one_process("network.rhemo_mode batch-statistics, which mixes the samples of a batch,")
-        if at.semantics == "folded-rowwise":
-            _one_process("anti_transfer.semantics folded-rowwise, which mixes the samples of a batch,")
+        if at.mixing:
+            _one_process(f"anti_transfer.{at.mixing}, which mixes the samples of a batch,")
         if network.embeds and network.rhemo is None:
             raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is named")
         found = cls(

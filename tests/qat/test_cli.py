@@ -79,6 +79,9 @@ def test_settings_come_from_yaml_and_options_win(options, tmp_path, capsys):
     parser, _ = cli._parser()
     chosen = parser.instantiate(parser.parse_args(["train", *map(str, args)])).train
     assert (chosen.split.rule, chosen.split.seed, chosen.anti_transfer.beta) == ("speaker", 3, 0.25)
+    args = ["--anti_transfer.layers", "[2, 7]", "--anti_transfer.beta", "[1, 0.5]", "--out", tmp_path / "run"]
+    chosen = parser.instantiate(parser.parse_args(["train", *map(str, args)])).train
+    assert chosen.anti_transfer.betas == [1.0, 0.5]
 
 
 def test_defaults_are_the_papers():

@@ -282,6 +282,26 @@ def test_the_page_shows_what_summary_csv_holds(demo):
     assert any("watched, beta 0" in cells[2] for cells in page.rows if cells[0] == "from-voice")
 
 
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"layers": [2, 7], "beta": [1.0, 0.5]}, "layers 2+7 (after ReLU, before pooling), beta 1+0.5, "),
+        ({"layers": [2, 7], "beta": [0.0, 0.0]}, "none (layers 2+7 watched, beta 0)"),
+        ({"gram": "position", "centred": True}, "one cosine per sample, over positions, centred"),
+        ({"gram": "batch"}, "one cosine per batch, over samples"),
+        ({"semantics": "folded-rowwise"}, "batch-folded, row-wise cosine"),
+        ({"aggregation": "max", "distance": "mse_sigmoid"}, "max by mse_sigmoid"),
+    ],
+)
+def test_what_was_compared_is_said(settings, shown, tmp_path):
+    run = experiment(AntiTransferConfig(twin=Path("twins/voice"), **settings))
+    result = {"kind": "classifier", "seed": 1, "experiment": to_plain(run)}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (found,) = collect(tmp_path)
+    assert shown in found.anti_transfer
+    assert found.transfers == (settings.get("beta") != [0.0, 0.0])
+
+
 def test_confusions_are_summed_over_seeds(demo):
     _, answers, _, page = demo
     for name in SETTINGS:

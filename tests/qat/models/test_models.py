@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, tap_name
+from qat.models.vgg import POOL_AFTER
 from qat.training.objectives import RHEmoObjective, SpeechClassifier
 
 TABLE = {  # method, table 1.3 and item 9.24
@@ -13,6 +16,10 @@ TABLE = {  # method, table 1.3 and item 9.24
     ("real-on-embedding", False): {4: 39_905_668},
 }
 TINY = NetworkConfig(width=0.01, init="he", dropout=0.0)
+
+
+def keep(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return features, features
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -45,7 +52,7 @@ def test_rhemo_parameter_counts():
 def test_feature_shapes(domain, shape):
     net = VGG16(NetworkConfig(domain=domain, width=0.01, init="he"), 4)
     taps = ["input", *(f"relu{n}" for n in range(1, 14)), *(f"pool{n}" for n in range(1, 6))]
-    logits, tapped = net(torch.rand(2, *shape), taps)
+    logits, tapped = net(torch.rand(2, *shape), dict.fromkeys(taps, keep))
     assert logits.shape == (2, 4)
     pools = [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
     for n, halvings in enumerate(pools, 1):
@@ -82,13 +89,29 @@ def test_taps_are_the_values_that_the_forward_pass_goes_through():
     torch.manual_seed(0)
     net = VGG16(TINY, 3).eval()
     x = torch.rand(2, 4, 64, 64)
-    _, tapped = net(x, ["conv2", "relu2", "pool1", "relu3"])
+    _, tapped = net(x, dict.fromkeys(["conv2", "relu2", "pool1", "relu3"], keep))
     torch.testing.assert_close(tapped["conv2"].relu(), tapped["relu2"])
     torch.testing.assert_close(torch.nn.functional.max_pool2d(tapped["relu2"], 2), tapped["pool1"])
     assert (tapped["conv2"] < 0).any()
     plain, _ = net(x)
-    with_taps, _ = net(x, ["conv2"])
+    with_taps, _ = net(x, {"conv2": keep})
     torch.testing.assert_close(plain, with_taps)
+
+
+@pytest.mark.parametrize("domain", ["quaternion", "real-on-embedding"])
+def test_what_a_tap_returns_feeds_the_next_layer(domain):
+    """All but a map in front of a fused pool, whose pooled map is computed beside it."""
+    torch.manual_seed(0)
+    net = VGG16(replace(TINY, domain=domain), 3).eval()
+    x = torch.rand(2, 4, 64, 64)
+    plain, _ = net(x)
+    names = [
+        "input",
+        *(f"{kind}{n}" for kind in ("conv", "relu") for n in range(1, 14)),
+        *(f"pool{n}" for n in range(1, 6)),
+    ]
+    unread = [name for name in names if torch.equal(net(x, {name: lambda f: (torch.zeros_like(f), f)})[0], plain)]
+    assert unread == ([f"relu{n}" for n in POOL_AFTER] if domain == "quaternion" else [])
 
 
 def test_nothing_deeper_than_the_tap_is_computed(monkeypatch):
@@ -116,7 +139,7 @@ def test_he_keeps_activations_alive_where_glorot_lets_them_die():
     x = torch.rand(2, 4, 64, 64)
     rms = {}
     for init in ("default", "he"):
-        _, tapped = VGG16(NetworkConfig(width=0.25, init=init), 2)(x, ["relu13"])
+        tapped = VGG16(NetworkConfig(width=0.25, init=init), 2).features_at(x, ["relu13"])
         rms[init] = tapped["relu13"].square().mean().sqrt().item()
     assert rms["he"] > 30 * rms["default"] > 0
 

@@ -12,6 +12,7 @@ import soundfile
 import torch
 import yaml
 
+from qat.anti_transfer import AntiTransfer
 from qat.config import (
     AntiTransferConfig,
     CorpusConfig,
@@ -25,7 +26,8 @@ from qat.config import (
     to_plain,
 )
 from qat.data.manifest import write_manifest
-from qat.training import loop
+from qat.models import VGG16
+from qat.training import distributed, loop
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import class_targets, load_data, rhemo_targets
 from qat.training.pipeline import evaluate_run, load_classifier, predict, pretrain_rhemo, train_classifier
@@ -154,6 +156,81 @@ def test_dual_anti_transfer_starts_from_all_weights_of_the_first_half(experiment
     train_classifier(second, tmp_path / "second", quiet=True)
     before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.allclose(before[k], after[k], atol=1e-9) for k in before)
+
+
+def test_dual_anti_transfer_against_two_twins_at_several_layers(experiment, twin, tmp_path):
+    words = trained(replace(experiment, task="word-presence"), epochs=1)
+    train_classifier(words, tmp_path / "words", quiet=True)
+    how = {"layers": [2, 7], "beta": [1.0, 0.5]}
+    train_classifier(with_twin(experiment, twin, **how), tmp_path / "first", quiet=True)
+    halves = {}
+    for name, against in (("again", twin), ("second", tmp_path / "words")):
+        half = trained(with_twin(experiment, against, **how), initial=tmp_path / "first", lr=1e-12, epochs=1)
+        halves[name] = train_classifier(half, tmp_path / name, quiet=True)["parts"]
+    kept = json.loads((tmp_path / "first/result.json").read_text())["parts"]
+    for part, scores in kept.items():
+        again, second = halves["again"][part], halves["second"][part]
+        assert again["similarity_7"] == pytest.approx(scores["similarity_7"], rel=1e-4)
+        assert second["similarity_7"] != pytest.approx(scores["similarity_7"], rel=1e-2)
+        assert second["cross_entropy"] == pytest.approx(scores["cross_entropy"], rel=1e-4)
+        at = second["similarity_2"] + 0.5 * second["similarity_7"]
+        assert second["anti_transfer"] == pytest.approx(at, rel=1e-5)
+        assert second["total"] == pytest.approx(second["cross_entropy"] + at, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"layers": [2, 7]}, {"layers": [2], "gram": "position"}])
+def test_a_cached_twin_trains_the_same_network_and_runs_once(experiment, twin, settings, tmp_path, monkeypatch):
+    """Only the twin runs up to a layer; 25, 7 and 4 samples are trained on, validated, tested."""
+    runs: dict[bool, list[int]] = {True: [], False: []}
+    features_at = VGG16.features_at
+    for cache, ran in runs.items():
+        monkeypatch.setattr(
+            VGG16, "features_at", lambda net, x, names, ran=ran: ran.append(len(x)) or features_at(net, x, names)
+        )
+        run = trained(with_twin(experiment, twin, cache=cache, **settings), batch=9)
+        train_classifier(run, tmp_path / str(cache), quiet=True)
+    assert runs[True] == [9, 9, 9, 9]
+    assert sum(runs[False]) == 2 * (25 + 7) + 36
+    a, b = (pd.read_csv(tmp_path / str(cache) / "metrics.csv").drop(columns="seconds") for cache in (True, False))
+    pd.testing.assert_frame_equal(a, b, rtol=1e-5)
+    first, second = weights(tmp_path / "True"), weights(tmp_path / "False")
+    assert all(torch.allclose(first[k], second[k], rtol=0, atol=1e-6) for k in first)
+
+
+def test_the_twin_is_cached_only_where_samples_are_the_same_each_time(experiment, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(AntiTransfer, "remember", lambda term, inputs, samples, batch: asked.append(samples.tolist()))
+    network = replace(experiment.network, embedding_scale="none")
+    words = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
+    for name, change, cached in (
+        ("frozen", experiment, True),
+        ("off", experiment, False),
+        ("real", replace(experiment, network=replace(network, domain="real")), True),
+        ("trainable", replace(experiment, network=replace(network, rhemo_mode="trainable")), False),
+        ("batch", replace(experiment, network=replace(network, rhemo_mode="batch-statistics")), False),
+        ("words", replace(words, network=replace(network, domain="real")), False),
+    ):
+        at = AntiTransferConfig(layers=[1], random_twin=True, cache=name != "off")
+        train_classifier(trained(replace(change, anti_transfer=at), epochs=1), tmp_path / name, quiet=True)
+        assert bool(asked) == cached, name
+        assert not cached or asked.pop() == list(range(36)), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"semantics": "folded-rowwise"}, {"gram": "batch"}, {"aggregation": "max"}, {"distance": "mse_sigmoid"}],
+)
+def test_losses_of_whole_batches_take_one_process(experiment, twin, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"anti_transfer\.\w+ \S+, which mixes .* trained by one process only"):
+        train_classifier(with_twin(experiment, twin, **settings), tmp_path / "run", quiet=True)
+
+
+def test_what_evaluation_draws_does_not_depend_on_when_a_run_was_interrupted(experiment, twin, tmp_path):
+    run = with_twin(experiment, twin, layers=[13], aggregation="stochastic_pairwise")
+    result = train_classifier(run, tmp_path / "run", quiet=True)
+    (tmp_path / "run/result.json").unlink()
+    assert train_classifier(run, tmp_path / "run", resume=True, quiet=True)["parts"] == result["parts"]
 
 
 def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(experiment, twin, tmp_path):
@@ -433,6 +510,14 @@ def test_the_order_of_samples_changes_with_the_epoch(experiment, tmp_path, monke
         (lambda: AntiTransferConfig(twin=Path("x"), random_twin=True), "random_twin"),
         (lambda: AntiTransferConfig(clamp="product"), "anti_transfer.clamp"),
         (lambda: AntiTransferConfig(beta=float("nan")), "anti_transfer.beta"),
+        (lambda: AntiTransferConfig(layers=[2, 7], beta=[1.0, -1.0]), "anti_transfer.beta: .* at least 0"),
+        (lambda: AntiTransferConfig(layers=[2, 7], beta=[1.0]), "a list of 2, one for each layer"),
+        (lambda: AntiTransferConfig(semantics="folded-rowwise", gram="batch"), "anti_transfer.gram: 'batch'"),
+        (lambda: AntiTransferConfig(semantics="folded-rowwise", aggregation="max"), "anti_transfer.semantics"),
+        (lambda: AntiTransferConfig(aggregation="max", centred=True), "anti_transfer.centred: True"),
+        (lambda: AntiTransferConfig(distance="mse_sigmoid", gram="position"), "anti_transfer.gram: 'position'"),
+        (lambda: AntiTransferConfig(aggregation="mul_comp", position="pre-relu"), "anti_transfer.position"),
+        (lambda: AntiTransferConfig(cache_mib=-1), "anti_transfer.cache_mib"),
         (lambda: TrainingConfig(batch=0), "training.batch"),
         (lambda: TrainingConfig(epochs=0), "training.epochs"),
         (lambda: TrainingConfig(lr=-1), "training.lr"),
@@ -460,7 +545,7 @@ def test_missing_labels_columns_and_networks_are_refused(experiment, tmp_path):
 
 
 def test_configs_survive_yaml(experiment, twin):
-    config = with_twin(experiment, twin, layers=[1, 2])
+    config = with_twin(experiment, twin, layers=[1, 2], beta=[1.0, 0.5])
     assert from_plain(Experiment, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
 
 
@@ -483,7 +568,7 @@ train_classifier(from_plain(Experiment, json.loads(sys.argv[1])), Path(sys.argv[
 
 def test_two_processes_train_like_one_at_the_same_global_batch(experiment, twin, tmp_path):
     """Batch 11 over 25 samples leaves a last batch of 3: two samples for one process, one for the other."""
-    run = with_twin(trained(experiment, epochs=2, lr=1e-4, batch=11), twin, layers=[7])
+    run = with_twin(trained(experiment, epochs=2, lr=1e-4, batch=11), twin, layers=[2, 7], beta=[1.0, 0.5])
     run = replace(run, network=replace(run.network, dropout=0.0))
     alone = train_classifier(run, tmp_path / "one", quiet=True)
     (tmp_path / "ddp.py").write_text(DDP)
