@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qkernels import functional as F
 from qkernels.init import quaternion_glorot_, quaternion_he_
+from qkernels.ops.aggregation import AGGREGATIONS, DISTANCES, similarity
 
 INITS = {"glorot": quaternion_glorot_, "he": quaternion_he_}
 
@@ -317,7 +318,12 @@ class QuaternionBatchNorm2d(nn.Module):
 
 
 class AntiTransferLoss(nn.Module):
-    """`functional.anti_transfer_loss` with its options held.
+    """`functional.anti_transfer_loss` with its options held, and the research code's other losses.
+
+    Those compare aggregated maps by a distance, one scalar per batch, beta times:
+
+    - "cos_squared" flattens the positions, and squares the mean of the absolute cosines along the last axis;
+    - "mse_sigmoid" is -sigmoid(mean squared difference), in [-1, -1/2].
 
     Args:
         beta: weight of the loss.
@@ -325,14 +331,32 @@ class AntiTransferLoss(nn.Module):
         semantics: "paper" or "folded-rowwise".
         clamp: "each" or "product", of "folded-rowwise" only.
         gram: "channel", "position" or "batch"; centred: of centred columns; both of "paper" only.
+        aggregation: "gram"; with "mse_sigmoid" the research code's one matrix F F^T / (B C N) / 0.001 of the batch, F
+            `[B C, N]`. Or "none"; "mean", "sum" or "max" over the channels; "mul_comp", the product over the channels
+            of (x + 1e-10)^0.001, of features >= 0; "pairwise", every channel of one map beside every one of the other;
+            "stochastic_pairwise", that of a random run of C // B channels (one for B = 1 and for B > C).
+        distance: "cos_squared" or "mse_sigmoid".
+        generator: source of randomness of "stochastic_pairwise"; by default PyTorch's own, of the features' device.
+            `torch.compile(fullgraph=True)` takes no other.
+
+        reduction, semantics, clamp, gram and centred are of aggregation "gram" with distance "cos_squared" only.
 
     Shapes:
-        trained, frozen `[B, C, *spatial]` (or frozen a `GramTarget`); loss scalar, or `[B]` for reduction "none".
+        trained, frozen `[B, C, *spatial]` (or frozen a `GramTarget`, of "gram" with "cos_squared"); loss scalar, or
+        `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too.
 
     Raises:
-        ValueError: unknown options, or options that exclude each other.
+        ValueError: unknown options, or options that exclude each other; features that do not fit.
 
-    (WASPAA 2023, equation 1.)
+    Notes:
+        A cosine with zeros is 0, and features of any size have one: the research code's clamp of norms at 1e-8 is that
+        of "folded-rowwise" alone. "pairwise" is computed from the channels' sums, in the memory of the features.
+
+    >>> loss = AntiTransferLoss(aggregation="mean", beta=0.5)
+    >>> loss(torch.ones(2, 4, 3, 3), torch.ones(2, 4, 3, 3))
+    tensor(0.5000)
+
+    (WASPAA 2023, equation 1; Guizzo et al. 2021.)
     """
 
     def __init__(
@@ -344,26 +368,55 @@ class AntiTransferLoss(nn.Module):
         clamp: str = "each",
         gram: str = "channel",
         centred: bool = False,
+        aggregation: str = "gram",
+        distance: str = "cos_squared",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         F._check_loss_options(reduction, semantics, clamp, gram, centred)
+        F._check_option("aggregation", aggregation, AGGREGATIONS)
+        F._check_option("distance", distance, DISTANCES)
         self.beta, self.reduction, self.semantics, self.clamp = beta, reduction, semantics, clamp
         self.gram, self.centred = gram, centred
+        self.aggregation, self.distance, self.generator = aggregation, distance, generator
+        pair = f"aggregation {aggregation!r}, distance {distance!r}"
+        if not self._is_gram_cosine:
+            defaults = {"reduction": "mean", "semantics": "paper", "clamp": "each", "gram": "channel", "centred": False}
+            for name, default in defaults.items():
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name} {value!r} needs aggregation 'gram' with distance 'cos_squared'; got {pair}"
+                    )
+        if generator is not None and aggregation != "stochastic_pairwise":
+            raise ValueError(f"generator needs aggregation 'stochastic_pairwise'; got {pair}")
+
+    @property
+    def _is_gram_cosine(self) -> bool:
+        return (self.aggregation, self.distance) == ("gram", "cos_squared")
 
     def forward(self, trained: Tensor, frozen: Tensor | F.GramTarget) -> Tensor:
-        return F.anti_transfer_loss(
-            trained,
-            frozen,
-            beta=self.beta,
-            reduction=self.reduction,
-            semantics=self.semantics,
-            clamp=self.clamp,
-            gram=self.gram,
-            centred=self.centred,
-        )
+        if self._is_gram_cosine:
+            return F.anti_transfer_loss(
+                trained,
+                frozen,
+                beta=self.beta,
+                reduction=self.reduction,
+                semantics=self.semantics,
+                clamp=self.clamp,
+                gram=self.gram,
+                centred=self.centred,
+            )
+        if isinstance(frozen, F.GramTarget):
+            raise ValueError(
+                "frozen must be features: a target needs aggregation 'gram' with distance 'cos_squared'; got "
+                f"aggregation {self.aggregation!r}, distance {self.distance!r}"
+            )
+        F._check_features(trained, frozen, "trained", "frozen")
+        how = self.aggregation, self.distance, self.generator
+        return self.beta * F._in_float32(similarity, trained, frozen, *how)
 
     def extra_repr(self) -> str:
-        options = ("beta", "reduction", "semantics", "clamp", "gram", "centred")
+        options = ("beta", "reduction", "semantics", "clamp", "gram", "centred", "aggregation", "distance")
         return ", ".join(f"{key}={getattr(self, key)!r}" for key in options)
 
 

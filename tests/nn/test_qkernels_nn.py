@@ -39,6 +39,10 @@ def test_modules_call_their_function():
         loss(x, x + 1),
         F.anti_transfer_loss(x, x + 1, beta=0.5, reduction="sum", semantics="folded-rowwise", clamp="product"),
     )
+    how = {"beta": 0.5, "reduction": "none", "gram": "position", "centred": True}
+    assert torch.equal(AntiTransferLoss(**how)(x, x + 1), F.anti_transfer_loss(x, x + 1, **how))
+    target = F.gram_target(x.abs(), gram="position", centred=True)
+    assert torch.equal(AntiTransferLoss(**how)(x, target), F.anti_transfer_loss(x, target, **how))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,7 @@ def test_representations_show_what_is_not_default():
     assert repr(QuaternionLinear(4, 8)) == "QuaternionLinear(4, 8)"
     assert repr(QuaternionBatchNorm2d(8)) == "QuaternionBatchNorm2d(8, eps=1e-05, momentum=0.1)"
     assert "semantics='paper'" in repr(AntiTransferLoss())
+    assert repr(AntiTransferLoss(aggregation="max")).endswith("aggregation='max', distance='cos_squared')")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The Gram cosine and the anti-transfer loss: against materialised Grams, by their properties, at the extremes."""
 
+import functools
 import itertools
+import math
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,56 +12,92 @@ import torch._dynamo.testing
 from torch.autograd import gradcheck
 
 import qkernels
-from qkernels import anti_transfer_loss, gram_cosine
+from qkernels import anti_transfer_loss, gram_cosine, linear_cka
+from qkernels.functional import REDUCTIONS
 from qkernels.ops.gram_cosine.config import GRAMS, gram_form
 
-# Channel form where C <= N, position form elsewhere.
-SHAPES = [(3, 2, 3, 4), (2, 7, 2, 2), (1, 4, 4), (2, 5, 1), (2, 3), (1, 1, 1, 1)]
+# More rows than columns and fewer, of every Gram matrix; odd; one sample, one channel, one position, no position.
+SHAPES = [(3, 2, 3, 4), (2, 7, 2, 2), (5, 2, 2), (1, 4, 4), (3, 1, 5), (2, 5, 1), (2, 3), (1, 1, 1, 1)]
 all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_gram = pytest.mark.parametrize(
+    ("gram", "centred"), [(gram, centred) for gram in GRAMS for centred in (False, True)]
+)
 
 
 def features(shape, dtype=torch.float64, requires_grad=False):
-    """As after a ReLU: non-negative, so that Gram matrices are similar and gradients nearly cancel."""
-    return [torch.randn(shape, dtype=dtype).relu().add(0.01).requires_grad_(requires_grad) for _ in range(2)]
+    """As after a ReLU: non-negative, so that Gram matrices are similar and gradients nearly cancel; not all alike."""
+    maps = (torch.randn(shape, dtype=dtype).relu() + 0.1 * torch.rand(shape, dtype=dtype) + 0.01 for _ in range(2))
+    return [x.requires_grad_(requires_grad) for x in maps]
 
 
-def naive_cosine(a, b):
+def naive_cosine(a, b, gram="channel", centred=False):
+    """Sample by sample, with the Gram matrices in memory: centred H G H, H = I - 1 1^T / rows."""
     values = []
-    for sample_a, sample_b in zip(a.reshape(*a.shape[:2], -1), b.reshape(*b.shape[:2], -1), strict=True):
-        gram_a, gram_b = sample_a @ sample_a.T, sample_b @ sample_b.T
+    for sample_a, sample_b in zip(*([x] if gram == "batch" else x for x in (a, b)), strict=True):
+        grams = []
+        for sample in (sample_a, sample_b):
+            f = sample.reshape(sample.shape[0], -1)
+            f = f.T if gram == "position" else f
+            h = torch.eye(len(f), dtype=f.dtype) - torch.full((len(f), len(f)), 1 / len(f), dtype=f.dtype)
+            grams.append(h @ (f @ f.T) @ h if centred else f @ f.T)
+        gram_a, gram_b = grams
         values.append((gram_a * gram_b).sum() / (gram_a.norm() * gram_b.norm()))
-    return torch.stack(values)
+    return values[0] if gram == "batch" else torch.stack(values)
+
+
+def rows_of(shape, gram):
+    return {"channel": shape[1], "position": math.prod(shape[2:]), "batch": shape[0]}[gram]
 
 
 @all_shapes
-def test_values_and_gradients_equal_materialised_grams(shape):
+@every_gram
+def test_values_and_gradients_equal_materialised_grams(shape, gram, centred):
     a, b = features(shape, requires_grad=True)
-    cosine, expected = gram_cosine(a, b), naive_cosine(a, b)
-    torch.testing.assert_close(cosine, expected)
-    torch.testing.assert_close(qkernels.reference.gram_cosine(a, b), expected)
-    weight = torch.randn(shape[0], dtype=a.dtype)
+    cosine = gram_cosine(a, b, gram=gram, centred=centred)
+    weight = torch.randn(cosine.shape, dtype=a.dtype)
     actual = torch.autograd.grad(cosine, (a, b), weight)
+    if centred and rows_of(shape, gram) == 1:  # a row less itself
+        assert cosine.eq(0).all()
+        assert all(gradient.eq(0).all() for gradient in actual)
+        return
+    expected = naive_cosine(a, b, gram, centred)
+    torch.testing.assert_close(cosine, expected)
+    reference = qkernels.reference.gram_cosine(a, b, gram, centred)
+    torch.testing.assert_close(reference[0] if gram == "batch" else reference, expected)
     for gradient, exact in zip(actual, torch.autograd.grad(expected, (a, b), weight), strict=True):
         torch.testing.assert_close(gradient, exact, atol=1e-12, rtol=1e-9)
 
 
-@all_shapes
-def test_gradcheck(shape):
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 4, 2), (4, 3), (2, 2, 3, 1)], ids=str)
+@every_gram
+def test_gradcheck(shape, gram, centred):
     a, b = torch.randn(2, *shape, dtype=torch.float64).unbind(0)
     inputs = a.clone().requires_grad_(), b.clone().requires_grad_()
-    assert gradcheck(gram_cosine, inputs)
-    assert gradcheck(lambda a, b: anti_transfer_loss(a, b, beta=1.7), inputs)
+    how = {"gram": gram, "centred": centred}
+    assert gradcheck(lambda a, b: gram_cosine(a, b, **how), inputs)
+    assert gradcheck(lambda a, b: anti_transfer_loss(a, b, beta=1.7, **how), inputs)
 
 
-def test_forms_of_the_same_shape_agree(monkeypatch):
-    a, b = features((2, 5, 3, 2), requires_grad=True)
+@every_gram
+@pytest.mark.parametrize("shape", [(2, 5, 3, 2), (3, 2, 7), (4, 3, 3)])
+def test_forms_of_the_same_shape_agree(monkeypatch, gram, centred, shape):
+    a, b = features(shape, requires_grad=True)
     results = []
-    for form in ("channel", "position"):
-        monkeypatch.setattr("qkernels.ops.gram_cosine.op.is_direct", lambda *_, direct=form == "channel": direct)
-        cosine = gram_cosine(a, b)
+    for direct in (True, False):
+        monkeypatch.setattr("qkernels.ops.gram_cosine.op.is_direct", lambda *_, direct=direct: direct)
+        cosine = gram_cosine(a, b, gram=gram, centred=centred)
         results.append((cosine, *torch.autograd.grad(cosine.sum(), (a, b))))
-    for channel, position in zip(*results, strict=True):
-        torch.testing.assert_close(channel, position)
+    for direct, dual in zip(*results, strict=True):
+        torch.testing.assert_close(direct, dual)
+
+
+def test_form_is_the_smaller_of_every_gram():
+    sizes = ((4, 3, 8), (4, 8, 3), (40, 3, 8))
+    assert [gram_form(gram, *size) for gram in GRAMS for size in sizes] == [
+        *("channel", "position", "channel"),
+        *("channel", "position", "channel"),
+        *("batch", "batch", "feature"),
+    ]
 
 
 def test_form_is_the_smaller_matrix():
@@ -85,44 +123,80 @@ def test_frozen_features_get_no_gradient(needed):
 
 @st.composite
 def feature_maps(draw):
-    shape = draw(st.tuples(*(st.integers(1, n) for n in (3, 6, 3, 3))))
+    shape = draw(st.tuples(*(st.integers(1, n) for n in (4, 6, 3, 3))))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     a, b = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
     return a, b, generator
 
 
-properties = hypothesis.settings(max_examples=40, deadline=None)
+properties = hypothesis.settings(max_examples=60, deadline=None)
+how_drawn = st.fixed_dictionaries({"gram": st.sampled_from(GRAMS), "centred": st.booleans()})
+
+
+def rotation(size, generator):
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
 
 
 @properties
-@hypothesis.given(feature_maps())
-def test_cosine_lies_between_0_and_1_and_is_1_for_equals(maps):
+@hypothesis.given(feature_maps(), how_drawn)
+def test_cosine_lies_between_0_and_1_and_is_1_for_equals(maps, how):
     a, b, _ = maps
-    cosine = gram_cosine(a, b)
+    cosine = gram_cosine(a, b, **how)
     assert (cosine >= 0).all()
     assert (cosine <= 1 + 1e-12).all()
-    torch.testing.assert_close(gram_cosine(a, a), torch.ones_like(cosine))
-    torch.testing.assert_close(gram_cosine(b, a), cosine)
+    degenerate = how["centred"] and rows_of(a.shape, how["gram"]) == 1
+    torch.testing.assert_close(gram_cosine(a, a, **how), torch.full_like(cosine, 1 - degenerate))
+    torch.testing.assert_close(gram_cosine(b, a, **how), cosine)
 
 
 @properties
-@hypothesis.given(feature_maps())
-def test_cosine_ignores_positions_and_common_channel_order(maps):
+@hypothesis.given(feature_maps(), how_drawn)
+def test_cosine_ignores_a_common_order_of_the_rows(maps, how):
     a, b, generator = maps
-    cosine = gram_cosine(a, b)
-    channels = torch.randperm(a.shape[1], generator=generator)
-    torch.testing.assert_close(gram_cosine(a[:, channels], b[:, channels]), cosine)
-    positions = torch.randperm(a.shape[2] * a.shape[3], generator=generator)
-    moved = a.flatten(2)[..., positions].view(a.shape)
-    torch.testing.assert_close(gram_cosine(moved, b), cosine)
-    torch.testing.assert_close(gram_cosine(b, moved), cosine)
+    gram, cosine = how["gram"], gram_cosine(a, b, **how)
+    order = torch.randperm(rows_of(a.shape, gram), generator=generator)
+    if gram == "batch":
+        a, b = a[order], b[order]
+    elif gram == "channel":
+        a, b = a[:, order], b[:, order]
+    else:
+        a, b = (x.flatten(2)[..., order].view(x.shape) for x in (a, b))
+    torch.testing.assert_close(gram_cosine(a, b, **how), cosine)
 
 
 @properties
-@hypothesis.given(feature_maps(), st.floats(-140, 140), st.floats(-140, 140))
-def test_cosine_ignores_scale(maps, log_a, log_b):
+@hypothesis.given(feature_maps(), how_drawn)
+def test_cosine_ignores_order_and_rotation_of_the_columns_of_either(maps, how):
+    a, b, generator = maps
+    cosine = gram_cosine(a, b, **how)
+    shape, positions, features = a.shape, a[0, 0].numel(), a[0].numel()
+    if how["gram"] == "channel":
+        order, turn = torch.randperm(positions, generator=generator), rotation(positions, generator)
+        moves = [lambda x: x.flatten(2)[..., order].view(shape), lambda x: (x.flatten(2) @ turn).view(shape)]
+    elif how["gram"] == "position":
+        order, turn = torch.randperm(shape[1], generator=generator), rotation(shape[1], generator)
+        moves = [lambda x: x[:, order], lambda x: torch.einsum("dc,bchw->bdhw", turn, x)]
+    else:
+        order, turn = torch.randperm(features, generator=generator), rotation(features, generator)
+        moves = [lambda x: x.flatten(1)[:, order].view(shape), lambda x: (x.flatten(1) @ turn).view(shape)]
+    for move in moves:
+        torch.testing.assert_close(gram_cosine(move(a), b, **how), cosine)
+        torch.testing.assert_close(gram_cosine(a, move(b), **how), cosine)
+
+
+@properties
+@hypothesis.given(feature_maps(), how_drawn, st.floats(-140, 140), st.floats(-140, 140))
+def test_cosine_ignores_scale(maps, how, log_a, log_b):
     a, b, _ = maps
-    torch.testing.assert_close(gram_cosine(a * 10**log_a, b * -(10**log_b)), gram_cosine(a, b))
+    torch.testing.assert_close(gram_cosine(a * 10**log_a, b * -(10**log_b), **how), gram_cosine(a, b, **how))
+
+
+@every_gram
+def test_only_a_centred_cosine_ignores_what_is_added_to_all_rows(gram, centred):
+    a, b = features((3, 4, 5))
+    row = torch.randn(a[:1].shape if gram == "batch" else a[:, :1].shape if gram == "channel" else a[..., :1].shape)
+    same = torch.allclose(*(gram_cosine(x, b, gram=gram, centred=centred) for x in (a, a + row)), rtol=1e-9)
+    assert same == centred
 
 
 def test_samples_do_not_mix():
@@ -134,12 +208,15 @@ def test_samples_do_not_mix():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
 @pytest.mark.parametrize("shape", [(2, 3, 8), (2, 8, 3)])
-def test_float32_of_any_size(scale, shape):
+@every_gram
+def test_float32_of_any_size(scale, shape, gram, centred):
     a, b = features(shape, torch.float32)
     big = (a * scale).requires_grad_(), (b / scale).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in big]
-    cosine, expected = gram_cosine(*big), naive_cosine(*exact)
+    cosine, expected = gram_cosine(*big, gram=gram, centred=centred), naive_cosine(*exact, gram, centred)
     torch.testing.assert_close(cosine, expected.float(), rtol=1e-5, atol=0)
+    if centred and rows_of(shape, gram) == 2:
+        return  # one direction is left: the cosine is 1, the gradient 0
     for actual, truth in zip(
         torch.autograd.grad(cosine.sum(), big), torch.autograd.grad(expected.sum(), exact), strict=True
     ):
@@ -176,57 +253,88 @@ def test_gradient_terms_are_combined_before_rounding(dtype):
     assert ((actual.double() - expected).norm() / expected.norm()).item() < torch.finfo(dtype).eps
 
 
-def test_dead_features_give_zero_and_no_gradient():
-    a, b = features((3, 2, 4), requires_grad=True)
+@every_gram
+@pytest.mark.parametrize("shape", [(3, 2, 4), (3, 4, 2)])
+def test_dead_features_give_zero_and_no_gradient(gram, centred, shape):
+    a, b = features(shape, requires_grad=True)
     with torch.no_grad():
-        a[1], b[2] = 0, 0
-    cosine = gram_cosine(a, b)
-    assert cosine[0] > 0
-    assert cosine[1:].tolist() == [0, 0]
+        if gram == "batch":
+            a.zero_()
+        else:
+            a[1], b[2] = 0, 0
+    how = {"gram": gram, "centred": centred}
+    cosine = gram_cosine(a, b, **how)
     da, db = torch.autograd.grad(cosine.sum(), (a, b))
+    reference = qkernels.reference.gram_cosine(a, b, gram, centred)
+    if gram == "batch":
+        assert cosine == reference == 0
+        assert da.eq(0).all()
+        assert db.eq(0).all()
+        return
+    assert cosine[0] > 0
+    assert cosine[1:].tolist() == reference[1:].tolist() == [0, 0]
     for gradient in (da, db):
-        assert gradient[0].abs().sum() > 0
+        # A centred matrix of two rows is [[1, -1], [-1, 1]] but for its scale.
+        assert gradient[0].abs().sum() > 0 or (centred and rows_of(shape, gram) == 2)
         assert gradient[1:].eq(0).all()
-    assert gram_cosine(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)).item() == 0
-    assert qkernels.reference.gram_cosine(a, b)[1:].tolist() == [0, 0]
+    assert gram_cosine(torch.zeros_like(a), torch.zeros_like(a), **how).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("other_is_dead", [False, True])
 @pytest.mark.parametrize("shape", [(2, 2, 5), (2, 5, 2)])
-def test_nan_is_not_silenced(bad, other_is_dead, shape):
+@every_gram
+def test_nan_is_not_silenced(bad, other_is_dead, shape, gram, centred):
     a, b = features(shape)
     a[0, 1, 1] = bad
     if other_is_dead:
         b[0] = 0
-    for cosine in (gram_cosine(a, b), gram_cosine(b, a)):
+    how = {"gram": gram, "centred": centred}
+    for cosine in (gram_cosine(a, b, **how), gram_cosine(b, a, **how)):
+        cosine = cosine.view(-1)
         assert cosine[0].isnan()
-        assert not cosine[1].isnan()
-    assert anti_transfer_loss(a, b).isnan()
+        assert not cosine[1:].isnan().any()
+    assert anti_transfer_loss(a, b, **how).isnan()
     a.requires_grad_()
-    assert torch.autograd.grad(gram_cosine(a, b).sum(), a)[0][0].isnan().any()
+    assert torch.autograd.grad(gram_cosine(a, b, **how).sum(), a)[0][0].isnan().any()
 
 
-def test_any_strides_and_untouched_inputs():
-    a, b = features((2, 4, 6, 6))
-    expected = gram_cosine(a[..., ::2], b[..., 1::2])
+@every_gram
+def test_any_strides_and_untouched_inputs(gram, centred):
+    a, b = features((3, 4, 6, 6))
+    cosine_of = functools.partial(gram_cosine, gram=gram, centred=centred)
+    expected = cosine_of(a[..., ::2], b[..., 1::2])
     for view in (
         lambda t: t.to(memory_format=torch.channels_last),
         lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
     ):
         moved = view(a).requires_grad_()
         before = moved.detach().clone()
-        cosine = gram_cosine(moved[..., ::2], view(b)[..., 1::2])
+        cosine = cosine_of(moved[..., ::2], view(b)[..., 1::2])
         torch.testing.assert_close(cosine, expected)
         assert torch.equal(moved, before)
         plain = a.clone().requires_grad_()
-        exact = torch.autograd.grad(gram_cosine(plain[..., ::2], b[..., 1::2]).sum(), plain)[0]
+        exact = torch.autograd.grad(cosine_of(plain[..., ::2], b[..., 1::2]).sum(), plain)[0]
         torch.testing.assert_close(torch.autograd.grad(cosine.sum(), moved)[0], exact)
 
 
-def test_expanded_features_and_empty_batch():
-    a, b = features((1, 3, 4))
-    torch.testing.assert_close(gram_cosine(a.expand(5, -1, -1), b.expand(5, -1, -1)), gram_cosine(a, b).expand(5))
+@every_gram
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_expanded_features_and_gradients(gram, centred, axis):
+    """`.sum()` hands stride 0 to the derivative."""
+    shape = [3, 4, 5]
+    wide = torch.Size(shape)
+    shape[axis] = 1
+    a, b = features(shape, requires_grad=True)[0], features(wide)[1]
+    cosine = gram_cosine(a.expand(wide), b, gram=gram, centred=centred)
+    copied = a.expand(wide).detach().clone().requires_grad_()
+    expected = gram_cosine(copied, b, gram=gram, centred=centred)
+    torch.testing.assert_close(cosine, expected)
+    exact = torch.autograd.grad(expected, copied, torch.ones_like(expected).clone())[0]
+    torch.testing.assert_close(torch.autograd.grad(cosine.sum(), a)[0], exact.sum(axis, keepdim=True))
+
+
+def test_empty_batch():
     empty = torch.zeros(0, 3, 4, requires_grad=True)
     assert gram_cosine(empty, empty).shape == (0,)
     assert anti_transfer_loss(empty, empty, reduction="sum").item() == 0
@@ -314,62 +422,84 @@ def test_compiles_to_one_graph(semantics, dynamic):
     assert counter.frame_count == frames <= 2
 
 
-def test_loss_is_beta_times_the_mean_square():
-    a, b = features((3, 4, 5))
-    squares = naive_cosine(a, b) ** 2
-    torch.testing.assert_close(anti_transfer_loss(a, b, beta=0.3), 0.3 * squares.mean())
-    torch.testing.assert_close(anti_transfer_loss(a, b, beta=0.3, reduction="sum"), 0.3 * squares.sum())
-    torch.testing.assert_close(anti_transfer_loss(a, b, beta=0.3, reduction="none"), 0.3 * squares)
+@every_gram
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_loss_is_beta_times_the_squares(gram, centred, reduction, backend):
+    if gram == "batch" and reduction == "none":
+        with pytest.raises(ValueError, match="reduction 'none' has no meaning for gram 'batch'"):
+            anti_transfer_loss(F, F, gram=gram, reduction=reduction)
+        return
+    a, b = features((3, 4, 5), requires_grad=True)
+    squares = 0.3 * naive_cosine(a, b, gram, centred) ** 2
+    expected = squares if reduction == "none" else getattr(squares, reduction)()
+    with qkernels.set_backend(backend):
+        loss = anti_transfer_loss(a, b, beta=0.3, reduction=reduction, gram=gram, centred=centred)
+    torch.testing.assert_close(loss, expected)
+    weight = torch.randn_like(expected)
+    for actual, exact in zip(
+        torch.autograd.grad(loss, (a, b), weight), torch.autograd.grad(expected, (a, b), weight), strict=True
+    ):
+        torch.testing.assert_close(actual, exact, atol=1e-12, rtol=1e-9)
 
 
-def naive_folded(trained, frozen, beta, clamp):
-    """The released code step by step (its quirks included), row by row in Python."""
-    batch, channels, height, width = trained.shape
-    grams = []
-    for f in (trained, frozen):
-        rows = f.reshape(batch * channels, height * width)
-        grams.append(rows @ rows.T / (batch * channels * height * width) / 0.001)
-    cosines = []
-    for t, p in zip(*grams, strict=True):
-        norm_t, norm_p = t.norm().item(), p.norm().item()
-        norms = max(norm_t, 1e-8) * max(norm_p, 1e-8) if clamp == "each" else max(norm_t * norm_p, 1e-8)
-        cosines.append(abs((t @ p).item() / norms))
-    return beta * beta * (sum(cosines) / len(cosines)) ** 2
+def textbook_cka(a, b):
+    """|A^T B|^2 / (|A^T A| |B^T B|) of centred columns, row by row in Python."""
+    a, b = (x.reshape(len(x), -1) - sum(x.reshape(len(x), -1)) / len(x) for x in (a, b))
+    products = [sum(torch.outer(u, v) for u, v in zip(x, y, strict=True)) for x, y in ((a, b), (a, a), (b, b))]
+    return (products[0] ** 2).sum() / (products[1].norm() * products[2].norm())
 
 
-@pytest.mark.parametrize("clamp", ["each", "product"])
-@pytest.mark.parametrize("scale", [1.0, 3e-4, 1e-7])
-def test_folded_rowwise_is_the_released_code(clamp, scale):
-    trained, frozen = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64).unbind(0)
-    frozen[0, 1] = 0
-    trained = trained * scale
-    value = anti_transfer_loss(trained, frozen * scale, beta=1.5, semantics="folded-rowwise", clamp=clamp)
-    assert value.item() == pytest.approx(naive_folded(trained, frozen * scale, 1.5, clamp), rel=1e-9)
+@pytest.mark.parametrize(
+    ("shape_a", "shape_b"),
+    [((6, 4), (6, 4)), ((5, 3), (5, 8)), ((9, 3), (9, 2)), ((5, 2, 3, 2), (5, 4)), ((4, 3, 5), (4, 3, 5))],
+)
+def test_linear_cka_is_the_textbook_formula(shape_a, shape_b):
+    a, b = (torch.randn(shape, dtype=torch.float64).add(1).requires_grad_() for shape in (shape_a, shape_b))
+    value, expected = linear_cka(a, b), textbook_cka(a, b)
+    torch.testing.assert_close(value, expected)
+    assert value.shape == ()
+    for actual, exact in zip(torch.autograd.grad(value, (a, b)), torch.autograd.grad(expected, (a, b)), strict=True):
+        torch.testing.assert_close(actual, exact, atol=1e-12, rtol=1e-9)
+    assert gradcheck(linear_cka, (a, b))
 
 
-def test_the_two_clamps_differ_for_small_features():
-    a, b = features((2, 3, 2, 2))
-    each, product = (
-        anti_transfer_loss(1e-4 * a, 1e-4 * b, semantics="folded-rowwise", clamp=clamp) for clamp in ("each", "product")
-    )
-    assert product < 0.5 * each
+@properties
+@hypothesis.given(st.integers(2, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
+def test_linear_cka_ignores_rotation_scale_and_translation(samples, width_a, width_b, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(samples, n, dtype=torch.float64, generator=generator) for n in (width_a, width_b))
+    value = linear_cka(a, b)
+    assert 0 <= value <= 1 + 1e-12
+    moved = 3.7 * a @ rotation(width_a, generator) + torch.randn(width_a, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(linear_cka(moved, b), value)
+    torch.testing.assert_close(linear_cka(b, moved), value)
+    torch.testing.assert_close(linear_cka(moved, a), torch.ones_like(value))
 
 
-@pytest.mark.parametrize("clamp", ["each", "product"])
-def test_folded_rowwise_gradcheck(clamp):
-    a, b = features((2, 2, 2, 2), requires_grad=True)
-    assert gradcheck(lambda a, b: anti_transfer_loss(a, b, semantics="folded-rowwise", clamp=clamp), (a, b))
+def test_linear_cka_types_and_one_sample():
+    a, b = torch.randn(6, 4), torch.randn(6, 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        value = linear_cka(a.to(dtype), b)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, textbook_cka(a.to(dtype).double(), b.double()).float(), rtol=1e-5, atol=0)
+    assert linear_cka(a[:1], b[:1]) == 0
 
 
-def test_folded_rowwise_mixes_samples_and_paper_does_not():
-    a, b = features((2, 3, 4))
-    losses = [anti_transfer_loss(a, b, semantics=s).item() for s in ("paper", "folded-rowwise")]
-    halves = [
-        sum(anti_transfer_loss(a[i : i + 1], b[i : i + 1], semantics=s).item() for i in range(2)) / 2
-        for s in ("paper", "folded-rowwise")
-    ]
-    assert losses[0] == pytest.approx(halves[0])
-    assert losses[1] != pytest.approx(halves[1])
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.ones(3), torch.ones(3, 2), r"a must have dimensions \[B, ...\]; got shape \(3,\)"),
+        (torch.ones(3, 2), torch.ones(3), r"b must have dimensions \[B, ...\]; got shape \(3,\)"),
+        (torch.ones(3, 2), torch.ones(4, 2), "b must have as many samples as a; got 4 and 3"),
+        (torch.ones(3, 2).long(), torch.ones(3, 4), "a must be of a floating-point type; got torch.int64"),
+        (torch.ones(3, 2), torch.ones(3, 4, device="meta"), "b must be on the device of a; got meta and cpu"),
+        (torch.ones(3, 0), torch.ones(3, 0), "at least one channel"),
+    ],
+)
+def test_bad_representations(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cka(a, b)
 
 
 F = torch.ones(2, 3, 4)
@@ -398,6 +528,10 @@ def test_bad_features(a, b, message):
         ({"clamp": "none"}, "clamp must be one of"),
         ({"semantics": "folded-rowwise", "reduction": "none"}, "reduction 'none' has no meaning"),
         ({"clamp": "product"}, "clamp 'product' needs semantics 'folded-rowwise'"),
+        ({"gram": "row"}, "gram must be one of 'channel', 'position', 'batch'; got 'row'"),
+        ({"gram": "batch", "reduction": "none"}, "reduction 'none' has no meaning for gram 'batch'"),
+        ({"semantics": "folded-rowwise", "gram": "position"}, "'folded-rowwise' has gram 'channel', not centred"),
+        ({"semantics": "folded-rowwise", "centred": True}, "got gram 'channel', centred True"),
     ],
 )
 def test_bad_options(options, message):
