@@ -9,17 +9,22 @@ GRAMS = ("channel", "position", "batch")
 BLOCK = 64
 # Up to so many rows a Gram matrix, in parts, goes through memory: the one-tile case.
 STORED_ROWS = 128
-# A program of the backward keeps its rows of one matrix (direct) or of two (dual) on chip.
-DIRECT_ROWS, DUAL_ROWS = 256, 256
 # Bytes of the parts of Gram matrices: a sixteenth of the features, within these bounds.
 PARTS_BYTES = (2 << 20, 8 << 20)
 MOST_PARTS = 256
 
 
 class Tile(NamedTuple):
-    """Rows (m), elements that are summed in a step (k), columns that are written in one (c), warps, stages."""
+    """What a program works on.
+
+    Attributes:
+        m: rows of a product; n: its columns.
+        k: elements summed in a step; c: columns of the derivative that are written in one.
+        warps, stages: of the kernel.
+    """
 
     m: int
+    n: int
     k: int
     c: int
     warps: int
@@ -75,15 +80,15 @@ def sizes(gram: str, samples: int, channels: int, positions: int) -> tuple[int, 
     return (samples, channels, positions) if gram == "channel" else (samples, positions, channels)
 
 
-def mode_of(rows: int, columns: int, packed: bool = False) -> str | None:
-    """How the kernels compute it; None where they do not.
+def mode_of(rows: int, columns: int, packed: bool = False) -> str:
+    """How the kernels compute it.
 
-    >>> mode_of(64, 4096), mode_of(256, 256), mode_of(512, 64), mode_of(512, 1024)
-    ('stored', 'direct', 'dual', None)
+    >>> mode_of(64, 4096), mode_of(256, 256), mode_of(512, 64)
+    ('stored', 'direct', 'dual')
     """
-    direct = "stored" if rows <= STORED_ROWS else "direct" if rows <= DIRECT_ROWS else None
-    dual = "dual" if columns <= DUAL_ROWS and not packed else None
-    return direct or dual if is_direct(rows, columns) or packed else dual or direct
+    if not is_direct(rows, columns) and not packed:
+        return "dual"
+    return "stored" if rows <= STORED_ROWS else "direct"
 
 
 def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool) -> tuple[int, ...]:
@@ -114,10 +119,9 @@ def plan(
     3
     """
     mode = mode_of(rows, columns, packed)
-    assert mode is not None
     m, k = (columns, rows) if mode == "dual" else (rows, columns)
     block = block_of(m)
-    forward, backward = _forward_tile(block, half, arch), _backward_tile(padded(m), half, arch)
+    forward, backward = _forward_tile(block, half, arch), _backward_tile(padded(m), mode, half, arch)
     splits = 1
     if mode == "stored":
         programs = items * (1 if packed else 2) * pairs_of(m, block)
@@ -127,26 +131,31 @@ def plan(
         wanted = -(-2 * multiprocessors // programs)
         splits = max(1, min(wanted, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
     tiles, chunks = items * -(-m // backward.m), -(-k // backward.c)
-    # Steps of one program, each of about the same time: the products over all k, which every part repeats, and its own.
-    fixed = 0 if mode == "stored" else 2 * -(-k // backward.k)
-    own = 2 if mode == "dual" else 1
+    # Steps of one program, each of about the same time: the products over all k, which every part repeats
+    # (every chunk, if it does not keep them), and its own.
+    products = 0 if mode == "stored" else 2 * -(-k // backward.k)
+    whole = m <= backward.n
 
     def time(parts: int) -> tuple[int, int]:
-        waves = -(-tiles * parts // multiprocessors)
-        return waves * (fixed + own * -(-chunks // parts)), parts
+        waves, columns = -(-tiles * parts // multiprocessors), -(-chunks // parts)
+        return waves * (products * (1 if whole else columns) + columns), parts
 
     parts = min(range(1, min(chunks, 64) + 1), key=time)
     return Plan(mode, block, forward, splits, backward, parts)
 
 
 def _forward_tile(block: int, half: bool, arch: int) -> Tile:
-    return Tile(block, 64, 0, 4, 3) if half else Tile(block, 32, 0, 4, 2)
+    return Tile(block, block, 64, 0, 4, 3) if half else Tile(block, block, 32, 0, 4, 2)
 
 
-def _backward_tile(n: int, half: bool, arch: int) -> Tile:
-    if n <= 128:
-        return Tile(min(n, 64), 64, 64, 4, 2) if half else Tile(min(n, 64), 32, 32, 4, 2)
-    return Tile(64, 32, 64, 8, 2) if half else Tile(32, 16, 32, 8, 2)
+def _backward_tile(n: int, mode: str, half: bool, arch: int) -> Tile:
+    if n <= 64:
+        return Tile(n, n, 64, 64, 4, 2) if half else Tile(n, n, 32, 32, 4 if n <= 32 else 8, 2)
+    if n == 128:
+        return Tile(64, n, 32, 64, 8, 2) if half else Tile(64, n, 16, 32, 8, 2)
+    if half and (n == 256 or (n == 512 and mode != "dual")):
+        return Tile(64, n, 16, 32, 8, 2)
+    return Tile(64, 128, 32, 64, 8, 2) if half else Tile(64, 128, 16, 32, 8, 2)
 
 
 def padded(rows: int) -> int:

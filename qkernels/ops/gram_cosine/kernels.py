@@ -417,8 +417,10 @@ def _gram_squares_kernel(
 
 
 @triton.jit
-def _total(partial_ptr, at, ok):
-    """The sum of (value, exponent) along the second axis."""
+def _total(partial_ptr, item, item_ok, programs, first, count, BLOCK_P: tl.constexpr):
+    """The sums of (value, exponent) over `count` programs of each item, from the first-th on."""
+    p = tl.arange(0, BLOCK_P)[None, :]
+    at, ok = (item[:, None] * programs + first + p) * 6, item_ok[:, None] & (p < count)
     value = tl.load(partial_ptr + at, mask=ok, other=0.0)
     exponent = tl.load(partial_ptr + at + 1, mask=ok, other=NOTHING)
     largest = tl.max(exponent, 1)
@@ -428,26 +430,30 @@ def _total(partial_ptr, at, ok):
 
 @triton.jit(do_not_specialize=["items", "programs"])
 def _gram_cosine_kernel(
-    partial_ptr, known_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, weight,
-    KNOWN: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+    partial_ptr, known_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, products, pairs, weight,
+    KNOWN: tl.constexpr, PACKED: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """cosine, statistics and weight * sum of squared cosines, from the parts of all items; one program owns all."""
-    p = tl.arange(0, BLOCK_P)[None, :]
+    """cosine, statistics and weight * sum of squared cosines, from the parts of all items; one program owns all.
+
+    Dual, the first programs have the parts of n, `products` of them, the next `pairs` those of aa, the next those of bb.
+    """
+    first_a = products if DUAL else 0
+    first_b = products + pairs if DUAL else 0
     losses = tl.zeros((BLOCK_I,), tl.float32)
     for first in range(0, items, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
         i_ok = i < items
-        at, ok = (i[:, None] * programs + p) * 6, i_ok[:, None] & (p < programs)
-        n, n_exponent = _total(partial_ptr, at, ok)
-        aa, aa_exponent = _total(partial_ptr + 2, at, ok)
+        n, n_exponent = _total(partial_ptr, i, i_ok, programs, 0, products, BLOCK_P)
+        aa, aa_exponent = _total(partial_ptr + 2, i, i_ok, programs, first_a, pairs, BLOCK_P)
         scale_a = tl.where(aa_exponent < -1e6, 0.0, -tl.floor(aa_exponent * 0.25))
         aa = _times_power_of_two(aa, aa_exponent + 4 * scale_a)
         if KNOWN:
             bb = tl.load(known_ptr + i, mask=i_ok, other=0.0)
             power_b = tl.load(known_ptr + items + i, mask=i_ok, other=1.0)
-            scale_b = _exponent(power_b)
+            # Packed matrices are scaled already.
+            scale_b = 0.0 if PACKED else _exponent(power_b)
         else:
-            bb, bb_exponent = _total(partial_ptr + 4, at, ok)
+            bb, bb_exponent = _total(partial_ptr + 4, i, i_ok, programs, first_b, pairs, BLOCK_P)
             scale_b = tl.where(bb_exponent < -1e6, 0.0, -tl.floor(bb_exponent * 0.25))
             bb = _times_power_of_two(bb, bb_exponent + 4 * scale_b)
             power_b = _power_of_two(scale_b)
@@ -495,66 +501,28 @@ def _times(pair, f, acc, ONE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.
     return acc
 
 
-@triton.jit(do_not_specialize=["items", "splits"])
-def _gram_backward_kernel(
-    a_ptr, b_ptr, mean_ptr, difference_ptr, cosine_ptr, stats_a_ptr, stats_b_ptr, dcosine_ptr, dloss_ptr,
-    incoming_ptr, da_ptr, items, M, K, columns, m_width, k_width, weight, splits, pairs,
-    a_item, a_mo, a_mi, a_ko, a_ki, b_item, b_mo, b_mi, b_ko, b_ki,
-    incoming_item, incoming_mo, incoming_mi, incoming_ko, incoming_ki, da_item, da_mo, da_mi, da_ko, da_ki,
-    MODE: tl.constexpr, PACKED: tl.constexpr, HAS_DCOSINE: tl.constexpr, HAS_DLOSS: tl.constexpr,
-    HAS_INCOMING: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_C: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def _terms(
+    a, b, difference_ptr, packed_ptr, m, n, scales, cross, own, aa, M, K, axes,
+    MODE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dcosine/dF_a times dcosine + 2 weight cosine dloss, + the incoming gradient.
-
-    With the scales s, a power of two, and scaled matrices G' = s^2 G:
-
-        stored, direct  dF_a = 2 s_a^2 D F_a,    D = G_b' / (|G_a'| |G_b'|) - cosine G_a' / |G_a'|^2  [M, M]
-        dual            dF_a = 2 s_a ( s_b S_b F_b / (|G_a'| |G_b'|) - s_a cosine S_a F_a / |G_a'|^2 ),
-                        S_x = s_a s_x F_a F_x^T  [M, M]
-
-    (dual: F [columns, rows]). One program owns BLOCK_M rows of dF_a in one of `splits` parts of the columns k. It keeps
-    its rows of D or of S_a and S_b, of at most BLOCK_N elements, on chip: stored, it reads D; else it sums the products
-    over all k, as each split does. D is summed in float32 in one accumulator, the smaller term on top of the larger.
-    """
-    item, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    axes = (m_width, k_width)
-    DUAL: tl.constexpr = MODE == "dual"
-    a = (a_ptr + item * a_item, mean_ptr + item * columns, a_mo, a_mi, a_ko, a_ki)
-    b = (b_ptr + item * b_item, mean_ptr + (items + item) * columns, b_mo, b_mi, b_ko, b_ki)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    """Rows m, columns n of aa D, brought near 1 for the sake of float16's range; or if dual of S_b and of S_a."""
+    scale_a, scale_b = scales
+    zero = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
     a_rows, a_all = _rows(a, m, M, axes, EVEN_M, WIDE_M), _rows(a, n, M, axes, EVEN_N, WIDE_M)
-    aa, scale_a = tl.load(stats_a_ptr + item), tl.load(stats_a_ptr + items + item)
-    bb, scale_b = tl.load(stats_b_ptr + item), tl.load(stats_b_ptr + items + item)
-    cosine = tl.load(cosine_ptr + item)
-    norm = tl.sqrt(aa) * tl.sqrt(bb)
-    factor = 0.0
-    if HAS_DCOSINE:
-        factor += 2 * tl.load(dcosine_ptr + item)
-    if HAS_DLOSS:
-        factor += 4 * weight * cosine * tl.load(dloss_ptr)
-    factor = tl.where(norm == 0, 0.0, factor)
-    aa = tl.where(norm == 0, 1.0, aa)
-    cross, own = 1.0 / tl.where(norm == 0, 1.0, norm), cosine / aa
-    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    ONE: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth == 32 or (CENTRED and DUAL)
     if MODE == "stored":
         p, q = m[:, None] // BLOCK, n[None, :] // BLOCK
         r, c = m[:, None] % BLOCK, n[None, :] % BLOCK
         pair = tl.where(p <= q, q * (q + 1) // 2 + p, p * (p + 1) // 2 + q)
         element = pair * (BLOCK * BLOCK) + tl.where(p <= q, r * BLOCK + c, c * BLOCK + r)
-        # Brought near 1, for the sake of float16's range.
-        d = aa * tl.load(difference_ptr + item * pairs * (BLOCK * BLOCK) + element)
-        first_term = _split_in_two(d, a_ptr.dtype.element_ty, ONE)
+        d = aa * tl.load(difference_ptr + element)
+        return d, d
     elif MODE == "direct":
-        own = tl.maximum(own, cross * 2.0**-40)
         if PACKED:
             low, high = tl.minimum(m[:, None], n[None, :]), tl.maximum(m[:, None], n[None, :])
-            element = low * M - low * (low + 1) // 2 + high
-            acc = tl.load(b_ptr + item * (M * (M + 1) // 2) + element, mask=high < M, other=0.0)
+            acc = tl.load(packed_ptr + low * M - low * (low + 1) // 2 + high, mask=high < M, other=0.0)
         else:
             b_rows, b_all = _rows(b, m, M, axes, EVEN_M, WIDE_M), _rows(b, n, M, axes, EVEN_N, WIDE_M)
             acc = _row_block(
@@ -563,6 +531,7 @@ def _gram_backward_kernel(
             )  # fmt: skip
             if not SCALED:
                 acc = acc * scale_b * scale_b
+        # One accumulator: G_a' - cross / own G_b'.
         acc = acc * (-cross / own)
         if not SCALED:
             acc = acc / scale_a / scale_a
@@ -572,7 +541,8 @@ def _gram_backward_kernel(
         )  # fmt: skip
         if not SCALED:
             acc = acc * scale_a * scale_a
-        first_term = _split_in_two(acc * (-own * aa), a_ptr.dtype.element_ty, ONE)
+        acc = acc * (-own * aa)
+        return acc, acc
     else:
         b_all = _rows(b, n, M, axes, EVEN_N, WIDE_M)
         s_b = _row_block(
@@ -585,28 +555,120 @@ def _gram_backward_kernel(
         )  # fmt: skip
         if not SCALED:
             s_b, s_a = s_b * scale_a * scale_b, s_a * scale_a * scale_a
-        first_term, second_term = (
-            _split_in_two(s_b, a_ptr.dtype.element_ty, ONE), _split_in_two(s_a, a_ptr.dtype.element_ty, ONE)
-        )  # fmt: skip
+        return s_b, s_a
 
+
+@triton.jit
+def _columns(
+    a, b, n, k, x, y, out, own_part, M, K, axes,
+    DUAL: tl.constexpr, EVEN_N: tl.constexpr, EVEN_C: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr,
+    CENTRED: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out + D F_a; if dual out + S_b F_b, own_part + S_a F_a.
+
+    A centred D has rows that sum to 0, so there the features' means do not matter.
+    """
+    f = _load(a, _rows(a, n, M, axes, EVEN_N, WIDE_M), k, K, axes, EVEN_C, WIDE_K, CENTRED and DUAL, DUAL)
+    if DUAL:
+        own_part = _times(y, f, own_part, ONE, PRECISION, UPCAST)
+        f = _load(b, _rows(b, n, M, axes, EVEN_N, WIDE_M), k, K, axes, EVEN_C, WIDE_K, CENTRED, DUAL)
+    return _times(x, f, out, ONE, PRECISION, UPCAST), own_part
+
+
+@triton.jit(do_not_specialize=["items", "splits"])
+def _gram_backward_kernel(
+    a_ptr, b_ptr, mean_ptr, difference_ptr, cosine_ptr, stats_a_ptr, stats_b_ptr, dcosine_ptr, dloss_ptr,
+    incoming_ptr, da_ptr, items, M, K, columns, m_width, k_width, weight, splits, pairs,
+    a_item, a_mo, a_mi, a_ko, a_ki, b_item, b_mo, b_mi, b_ko, b_ki,
+    incoming_item, incoming_mo, incoming_mi, incoming_ko, incoming_ki, da_item, da_mo, da_mi, da_ko, da_ki,
+    MODE: tl.constexpr, PACKED: tl.constexpr, HAS_DCOSINE: tl.constexpr, HAS_DLOSS: tl.constexpr,
+    HAS_INCOMING: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_C: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dcosine/dF_a times dcosine + 2 weight cosine dloss, + the incoming gradient.
+
+    With the scales s, a power of two, and scaled matrices G' = s^2 G:
+
+        stored, direct  dF_a = 2 s_a^2 D F_a,    D = G_b' / (|G_a'| |G_b'|) - cosine G_a' / |G_a'|^2  [M, M]
+        dual            dF_a = 2 s_a ( s_b S_b F_b / (|G_a'| |G_b'|) - s_a cosine S_a F_a / |G_a'|^2 ),
+                        S_x = s_a s_x F_a F_x^T  [M, M]
+
+    (dual: F [columns, rows]). One program owns BLOCK_M rows of dF_a in one of `splits` parts of the columns k. WHOLE:
+    it keeps its rows of D, or of S_a and S_b, on chip, of at most BLOCK_N elements; else it makes BLOCK_N columns of
+    them at a time, again for each BLOCK_C columns k. Stored, it reads D; else it sums the products over all k.
+    """
+    item, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    axes = (m_width, k_width)
+    DUAL: tl.constexpr = MODE == "dual"
+    a = (a_ptr + item * a_item, mean_ptr + item * columns, a_mo, a_mi, a_ko, a_ki)
+    b = (b_ptr + item * b_item, mean_ptr + (items + item) * columns, b_mo, b_mi, b_ko, b_ki)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    aa, scale_a = tl.load(stats_a_ptr + item), tl.load(stats_a_ptr + items + item)
+    bb, scale_b = tl.load(stats_b_ptr + item), tl.load(stats_b_ptr + items + item)
+    cosine = tl.load(cosine_ptr + item)
+    norm = tl.sqrt(aa) * tl.sqrt(bb)
+    factor = 0.0
+    if HAS_DCOSINE:
+        factor += 2 * tl.load(dcosine_ptr + item)
+    if HAS_DLOSS:
+        factor += 4 * weight * cosine * tl.load(dloss_ptr)
+    factor = tl.where(norm == 0, 0.0, factor)
+    aa = tl.where(norm == 0, 1.0, aa)
+    cross, own = 1.0 / tl.where(norm == 0, 1.0, norm), cosine / aa
+    # So that cross / own is finite; the error is of 2^-40 of the other term.
+    own = tl.maximum(own, cross * 2.0**-40)
+    scales = (scale_a, scale_b)
+    packed_ptr = b_ptr + item * (M * (M + 1) // 2) if PACKED else b_ptr
+    difference_item_ptr = difference_ptr + item * pairs * (BLOCK * BLOCK)
+    ONE: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth == 32 or (CENTRED and DUAL)
+    TYPE: tl.constexpr = tl.float32 if ONE else a_ptr.dtype.element_ty
     incoming_at = incoming_ptr + item * incoming_item + _along(m, m_width, incoming_mo, incoming_mi, WIDE_M)[:, None]
     da_at = da_ptr + item * da_item + _along(m, m_width, da_mo, da_mi, WIDE_M)[:, None]
     m_ok = ((m < M) | EVEN_M)[:, None]
     chunks = tl.cdiv(K, BLOCK_C)
     first, last = split * chunks // splits, (split + 1) * chunks // splits
     tl.assume(first < last)
+    blocks = tl.cdiv(M, BLOCK_N)
+    tl.assume(blocks > 0)
+    if WHOLE:
+        n = tl.arange(0, BLOCK_N)
+        x, y = _terms(
+            a, b, difference_item_ptr, packed_ptr, m, n, scales, cross, own, aa, M, K, axes,
+            MODE, PACKED, EVEN_M, EVEN_N, EVEN_K, WIDE_M, WIDE_K, CENTRED, SCALED, PRECISION, UPCAST, BLOCK, BLOCK_K,
+        )  # fmt: skip
+        x = _split_in_two(x, TYPE, ONE)
+        if DUAL:
+            y = _split_in_two(y, TYPE, ONE)
     for chunk in range(first, last):
         k = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        empty = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        f = _load(a, a_all, k, K, axes, EVEN_C, WIDE_K, CENTRED and DUAL, DUAL)
-        if DUAL:
-            own_part = _times(second_term, f, empty, ONE, PRECISION, UPCAST)
-            f = _load(b, b_all, k, K, axes, EVEN_C, WIDE_K, CENTRED, DUAL)
-            out = _times(first_term, f, empty, ONE, PRECISION, UPCAST) * (cross * scale_b) - own_part * (own * scale_a)
-            out = out * factor * scale_a
+        out = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        own_part = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        if WHOLE:
+            out, own_part = _columns(
+                a, b, n, k, x, y, out, own_part, M, K, axes,
+                DUAL, EVEN_N, EVEN_C, WIDE_M, WIDE_K, CENTRED, ONE, PRECISION, UPCAST,
+            )  # fmt: skip
         else:
-            # A centred D has rows that sum to 0: the features' means do not matter.
-            out = _times(first_term, f, empty, ONE, PRECISION, UPCAST) * (factor / aa) * scale_a * scale_a
+            for block in range(blocks):
+                n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+                x, y = _terms(
+                    a, b, difference_item_ptr, packed_ptr, m, n, scales, cross, own, aa, M, K, axes,
+                    MODE, PACKED, EVEN_M, EVEN_N, EVEN_K, WIDE_M, WIDE_K, CENTRED, SCALED, PRECISION, UPCAST, BLOCK,
+                    BLOCK_K,
+                )  # fmt: skip
+                x = _split_in_two(x, TYPE, ONE)
+                if DUAL:
+                    y = _split_in_two(y, TYPE, ONE)
+                out, own_part = _columns(
+                    a, b, n, k, x, y, out, own_part, M, K, axes,
+                    DUAL, EVEN_N, EVEN_C, WIDE_M, WIDE_K, CENTRED, ONE, PRECISION, UPCAST,
+                )  # fmt: skip
+        if DUAL:
+            out = (out * (cross * scale_b) - own_part * (own * scale_a)) * (factor * scale_a)
+        else:
+            out = out * scale_a * (factor / aa * scale_a)
         ok = m_ok & ((k < K) | EVEN_C)[None, :]
         if HAS_INCOMING:
             at = incoming_at + _along(k, k_width, incoming_ko, incoming_ki, WIDE_K)[None, :]

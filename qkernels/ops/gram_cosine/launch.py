@@ -113,7 +113,8 @@ def forward(
             _launch.run(
                 kernels._gram_kernel,
                 (items, count * pairs, plan.splits),
-                operands | {"b_ptr": view.tensors[-1], "gram_ptr": grams, "exponent_ptr": exponents, "splits": plan.splits},
+                operands
+                | {"b_ptr": view.tensors[-1], "gram_ptr": grams, "exponent_ptr": exponents, "splits": plan.splits},
                 tile.warps,
                 tile.stages,
             )
@@ -139,9 +140,10 @@ def forward(
                 8,
             )
             return cosine, terms.sum(), stats_a, stats_b, workspace
-        programs = pairs
+        programs = products = pairs
         if plan.mode == "dual":
-            programs = (-(-view.m // block)) ** 2 + (pairs if known is not None else 2 * pairs)
+            products = (-(-view.m // block)) ** 2
+            programs = products + (pairs if known is not None else 2 * pairs)
         partial = _floats(a, items, programs, 6)
         _launch.run(
             kernels._gram_squares_kernel,
@@ -158,9 +160,13 @@ def forward(
                 "partial_ptr": partial,
                 "loss_ptr": loss,
                 "programs": programs,
+                "products": products,
+                "pairs": pairs,
                 "KNOWN": known is not None and (packed or plan.mode == "dual"),
+                "PACKED": packed,
+                "DUAL": plan.mode == "dual",
                 "BLOCK_I": COSINE_BLOCK,
-                "BLOCK_P": max(2, 1 << (programs - 1).bit_length()),
+                "BLOCK_P": config.padded(products),
             },
         )
     return cosine, loss, stats_a, stats_b, workspace
@@ -193,7 +199,7 @@ def gradient(
     given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming])]
     view = _view([*given, da], gram, packed)
     out = view.tensors[-1]
-    block, tile, whole = plan.block, plan.backward, config.padded(view.m)
+    block, tile = plan.block, plan.backward
     index_b, index_incoming = 0 if packed else 1, 0 if incoming is None else len(given) - 1
     with _launch.device_of(a):
         _launch.run(
@@ -227,7 +233,7 @@ def gradient(
                 "HAS_DLOSS": dloss is not None,
                 "HAS_INCOMING": incoming is not None,
                 "EVEN_M": view.m % tile.m == 0,
-                "EVEN_N": view.m == whole,
+                "EVEN_N": view.m % tile.n == 0,
                 "EVEN_K": view.k % tile.k == 0,
                 "EVEN_C": view.k % tile.c == 0,
                 "CENTRED": centred,
@@ -235,8 +241,9 @@ def gradient(
                 "PRECISION": PRECISION,
                 "UPCAST": _upcast(like),
                 "BLOCK": block,
+                "WHOLE": view.m <= tile.n,
                 "BLOCK_M": tile.m,
-                "BLOCK_N": whole,
+                "BLOCK_N": tile.n,
                 "BLOCK_K": tile.k,
                 "BLOCK_C": tile.c,
             },

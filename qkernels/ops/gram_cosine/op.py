@@ -119,7 +119,7 @@ def gram_cosine(
     if packed:
         assert known is not None
         gram_a = fa @ fa.mT
-        n, aa, (bb, scale_b) = (gram_a * unpacked(b, fa.shape[1])).sum((1, 2)), _square(gram_a), known
+        n, aa, (bb, scale_b) = (gram_a * unpacked(b, fa.shape[1])).sum((1, 2)), _square(gram_a), known.to(dtype)
     else:
         fb, scale_b = _scaled(b, gram, centred, dtype)
         if is_direct(*fa.shape[1:]):
