@@ -36,6 +36,8 @@ def spec_of(launch: Launch) -> Spec:
         value = launch.arguments[name]
         if isinstance(value, torch.Tensor):
             value = value.dtype
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            value = 0.5
         elif parameter.do_not_specialize or (not parameter.is_constexpr and value != 1):
             divisible = value % 16 == 0 and not parameter.do_not_specialize
             value = (0 if value < 2**31 else 2**32) + (16 if divisible else 3)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qkernels import runtime
 from qkernels.ops._library import autocast_dtype
+from qkernels.ops.folded_rowwise import op as folded_op
+from qkernels.ops.folded_rowwise import reference as folded_reference
+from qkernels.ops.folded_rowwise.config import kernel_obstacle
 from qkernels.ops.gram_cosine import op as gram_op
 from qkernels.ops.gram_cosine import reference as gram_reference
 from qkernels.ops.gram_cosine.config import GRAMS
@@ -283,7 +286,7 @@ def gram_target(frozen: Tensor, *, gram: str = "channel", centred: bool = False)
     _check_option("gram", gram, ("channel", "position"))
     pack = _packs(frozen, gram)
     with torch.no_grad():
-        values, stats = gram_op.target(frozen.detach(), gram, centred, pack)
+        values, stats = gram_op.target(frozen.detach(), gram, centred, pack, _fast_backend(frozen, frozen))
     return GramTarget(values, stats, pack, gram, centred)
 
 
@@ -401,8 +404,9 @@ def anti_transfer_loss(
     _check_frozen(trained, frozen, "trained", semantics, gram, centred)
     if semantics == "folded-rowwise":
         assert not isinstance(frozen, GramTarget)
-        return beta**2 * _in_float32(gram_reference.folded_rowwise, trained, frozen, clamp)
-    if not isinstance(frozen, GramTarget) and _backend(trained, frozen) == "reference":
+        return _folded_rowwise(trained, frozen, beta**2, clamp)
+    if _is_reference(trained, frozen):
+        assert isinstance(frozen, Tensor)
         cosine = _in_float32(gram_reference.gram_cosine, trained, frozen, gram, centred)
         squares = beta * cosine.square()
         return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()
@@ -448,7 +452,7 @@ def anti_transfer_tap(
     _check_option("reduction", reduction, ("mean", "sum"))
     _check_option("gram", gram, GRAMS)
     _check_frozen(features, frozen, "features", "paper", gram, centred)
-    if not isinstance(frozen, GramTarget) and _backend(features, frozen) == "reference":
+    if _is_reference(features, frozen):
         loss = anti_transfer_loss(features, frozen, beta=beta, reduction=reduction, gram=gram, centred=centred)
         return features, loss
     return _Tap.apply(*_operands(features, frozen, gram, centred, beta, reduction == "mean"))
@@ -468,19 +472,33 @@ class _Tap(torch.autograd.Function):
         return *gram_op.gradients(ctx, None, dloss, incoming), *[None] * 8
 
 
+def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) -> Tensor:
+    rows, positions = trained.shape[0] * trained.shape[1], trained.shape[2:].numel()
+    obstacle = kernel_obstacle(rows, positions, trained.dtype, frozen.dtype)
+    backend = runtime.backend_of("anti_transfer_loss", trained, frozen, obstacle=obstacle)
+    if backend == "reference":
+        return weight * _in_float32(folded_reference.folded_rowwise, trained, frozen, clamp)
+    return folded_op.folded_rowwise(trained, frozen, clamp, weight, backend)[0]
+
+
 def _operands(
     a: Tensor, b: Tensor | GramTarget, gram: str, centred: bool, beta: float = 1.0, mean: bool = True
 ) -> tuple[Any, ...]:
     """Arguments of the operator."""
-    how, backend = (gram, centred, beta, mean), _backend(a, b)
+    how, backend = (gram, centred, beta, mean), _fast_backend(a, b)
     if isinstance(b, GramTarget):
         return a, b.values, b.stats, b.packed, *how, False, backend
     return a, b, None, False, *how, torch.is_grad_enabled() and b.requires_grad, backend
 
 
-def _backend(a: Tensor, b: Tensor | GramTarget) -> str:
+def _is_reference(a: Tensor, b: Tensor | GramTarget) -> bool:
+    """Whether the definition computes it; it takes features, not their target."""
+    return isinstance(b, Tensor) and runtime.backend_of("gram_cosine", a, b) == "reference"
+
+
+def _fast_backend(a: Tensor, b: Tensor | GramTarget) -> str:
     backend = runtime.backend_of("gram_cosine", a, b.values if isinstance(b, GramTarget) else b)
-    return "torch" if backend == "reference" and isinstance(b, GramTarget) else backend
+    return "torch" if backend == "reference" else backend
 
 
 def _packs(features: Tensor, gram: str) -> bool:

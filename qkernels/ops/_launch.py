@@ -51,9 +51,15 @@ def record(arch: int) -> Iterator[Recording]:
         _recording.reset(token)
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int = 4, stages: int = 1) -> None:
-    """Launches `kernel` on the current stream of the current device; an empty grid launches nothing."""
-    options = {"num_warps": warps, "num_stages": stages}
+def run(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int = 4, stages: int = 1, registers: int = 0
+) -> None:
+    """Launches `kernel` on the current stream of the current device; an empty grid launches nothing.
+
+    `registers` a thread may have, where that is not left to ptxas: it spills a few for one more block on a
+    multiprocessor.
+    """
+    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
     if 0 in grid:
         return
     if recording := _recording.get():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops import _launch
-from qkernels.ops.gram_cosine.config import DIRECT_ROWS, gram_form, mode_of, sizes
+from qkernels.ops.gram_cosine.config import gram_form
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
 from qkernels.ops.hamilton_conv.config import cpu_form, triton_form
 
@@ -107,12 +107,13 @@ def set_form(form: str) -> _Restore:
     return _Restore("form", previous)
 
 
-def backend_of(op: str | Callable[..., Any], *args: Any) -> str:
+def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = None) -> str:
     """What would compute ``op(*args)`` under the present settings.
 
     Args:
         op: a public function of this package, or its name.
         args: its arguments, tensors first.
+        obstacle: why the kernels cannot compute it, where other arguments than these decide that.
 
     Returns:
         "reference" (einsum), "torch" (plain PyTorch) or "triton" (fused kernels).
@@ -123,7 +124,7 @@ def backend_of(op: str | Callable[..., Any], *args: Any) -> str:
     name = _name_of(op)
     if _settings.backend == "reference":
         return "reference"
-    obstacle = _obstacle(name, *args)
+    obstacle = obstacle or _obstacle(name, *args)
     if _settings.backend == "triton":
         if obstacle:
             raise ValueError(
@@ -139,7 +140,7 @@ def _obstacle(name: str, x: Tensor, *rest: Any) -> str | None:
     """Why the Triton kernels cannot compute this."""
     if not HAS_TRITON:
         return "the package triton is not installed"
-    if name not in HAMILTON and (reason := _gram_obstacle(x, *rest)):
+    if name not in HAMILTON and (reason := _gram_obstacle(*rest)):
         return reason
     if x.dtype not in KERNEL_DTYPES:
         return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
@@ -153,15 +154,9 @@ def _obstacle(name: str, x: Tensor, *rest: Any) -> str | None:
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
 
 
-def _gram_obstacle(a: Tensor, b: Tensor | None = None, gram: str = "channel", packed: bool = False) -> str | None:
+def _gram_obstacle(b: Tensor | None = None, *_: Any) -> str | None:
     if b is not None and b.dtype not in KERNEL_DTYPES:
         return f"the kernels compute float32, float16 and bfloat16, and b is of {b.dtype}"
-    _, rows, columns = sizes(gram, a.shape[0], a.shape[1], math.prod(a.shape[2:]))
-    if mode_of(rows, columns, packed) is None:
-        return (
-            f"the kernels keep Gram matrices of at most {DIRECT_ROWS} rows on chip, and these are of {rows} or "
-            f"{columns} rows"
-        )
     return None
 
 
@@ -184,8 +179,6 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
         return "einsum"
     if name in ("gram_cosine", "anti_transfer_loss"):
         samples, channels, *positions = args[0].shape
-        if backend_of(name, *args) == "triton":
-            return "position" if mode_of(channels, math.prod(positions)) == "dual" else "channel"
         return gram_form("channel", samples, channels, math.prod(positions))
     backend, form = plan_of(name, *args)
     if backend == "triton" and form == "auto":

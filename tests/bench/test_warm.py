@@ -23,3 +23,16 @@ def test_no_batch_size_is_compiled_anew():
 
     assert specs(1) == specs(3) == specs(16)
     assert specs(3) != specs(3, torch.bfloat16)
+
+
+def test_numbers_that_are_not_whole_stay_so():
+    from qkernels.ops import _launch
+    from qkernels.ops.gram_cosine import launch
+
+    a = torch.empty(20, 512, 4, 4, device="meta")
+    with _launch.record(90) as recording:
+        launch.forward(a, a, None, False, "channel", False, 1.0, True, False)
+        launch.forward(a, a, None, False, "channel", False, 20.0, True, False)
+    specs = {spec_of(one) for one in recording.launches}
+    assert len(specs) == 2
+    assert any(isinstance(value, float) for spec in specs for value in spec.arguments)

@@ -67,6 +67,8 @@ def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            signature[name] = "fp32"
         elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         else:

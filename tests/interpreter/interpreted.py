@@ -108,13 +108,13 @@ class MemoryCheck:
         self._patch = interpreter._patch_lang
         monkeypatch.setattr(interpreter, "_patch_lang", self.patch)
 
-    def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *options: int) -> None:
+    def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *options: int, **named: int) -> None:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors.items()]
         self.written, self.kernel = [], kernel.fn.__name__
         self.patched.clear()
         self.launches += 1
-        self._run(kernel, grid, arguments, *options)
+        self._run(kernel, grid, arguments, *options, **named)
         addresses = np.concatenate(self.written) if self.written else np.zeros(0, np.uint64)
         assert len(np.unique(addresses)) == len(addresses), f"{self.kernel} writes elements twice"
 

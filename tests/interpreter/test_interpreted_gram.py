@@ -130,7 +130,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("layout_a", "layout_b"), [*zip(LAYOUTS, [*LAYOUTS][1:] + ["NCHW"], strict=True)])
+@pytest.mark.parametrize(("layout_a", "layout_b"), [*zip(LAYOUTS, [*[*LAYOUTS][1:], "NCHW"], strict=True)])
 @pytest.mark.parametrize("gram", config.GRAMS)
 def test_layouts(layout_a, layout_b, gram):
     for shape in ((2, 6, 5, 7), (2, 18, 3, 4)):

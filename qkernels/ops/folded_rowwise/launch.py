@@ -1,0 +1,170 @@
+"""Runs the kernels of the row form: plain tensors in and out, the counterpart of forms.py."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels.ops import _launch
+from qkernels.ops.folded_rowwise import config, kernels
+
+# Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
+PRECISION = "tf32x3"
+
+
+def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, factors, statistics and workspace, as `op.folded_rowwise` returns them: four launches."""
+    rows, block = trained.shape[0] * trained.shape[1], config.padded(trained.shape[2:].numel())
+    programs = -(-rows // config.BLOCK_M)
+    factors, partial = _float32(trained, 3, rows), _float32(trained, programs)
+    loss, stats = _float32(trained), _float32(trained, 3)
+    # The features of half types are exact in tf32.
+    precision = PRECISION if trained.dtype == torch.float32 else "tf32"
+    arguments = _operands(t=trained, p=frozen)
+    with _launch.device_of(trained):
+        products = _products(trained, frozen, factors, stats, None, precision)
+        _launch.run(
+            kernels._folded_rows_kernel,
+            (programs,),
+            {
+                **arguments,
+                "products_ptr": products,
+                "factors_ptr": factors,
+                "stats_ptr": stats,
+                "partial_ptr": partial,
+                "CLAMP": clamp,
+                "PRECISION": PRECISION,
+                "BLOCK_M": config.BLOCK_M,
+                "BLOCK_N": block,
+                "BLOCK_K": config.BLOCK_K,
+            },
+            config.WARPS,
+            registers=config.REGISTERS,
+        )
+        _launch.run(
+            kernels._folded_loss_kernel,
+            (1,),
+            {
+                "partial_ptr": partial,
+                "stats_ptr": stats,
+                "loss_ptr": loss,
+                "weight": weight,
+                "M": rows,
+                "programs": programs,
+                "BLOCK": config.LOSS_BLOCK,
+            },
+        )
+    return loss, factors, stats, products
+
+
+def gradient(
+    dloss: Tensor, a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, workspace: Tensor, which: int, weight: float
+) -> Tensor:
+    """Gradient by `a`, which is operand number `which` of the forward: three launches."""
+    da = torch.empty_like(a)
+    operands = _operands(a=a, b=b, da=da)
+    with _launch.device_of(a):
+        weighted = _products(a, b, factors, stats, which, PRECISION)
+        _launch.run(
+            kernels._folded_gradient_kernel,
+            (-(-factors.shape[1] // config.BLOCK_M),),
+            {
+                **operands,
+                "products_ptr": workspace,
+                "weighted_ptr": weighted,
+                "factors_ptr": factors,
+                "stats_ptr": stats,
+                "dloss_ptr": dloss,
+                "weight": weight,
+                "WHICH": which,
+                "PRECISION": PRECISION,
+                "BLOCK_M": config.BLOCK_M,
+                "BLOCK_N": workspace.shape[-1],
+                "BLOCK_K": config.BLOCK_K,
+            },
+            config.WARPS,
+            registers=config.REGISTERS,
+        )
+    return da if operands["da_ptr"] is da else da.copy_(operands["da_ptr"])
+
+
+def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int | None, precision: str) -> Tensor:
+    """The products of `_folded_products_kernel`, three, or two weighted ones: two launches."""
+    block, splits = config.padded(a.shape[2:].numel()), config.splits_of(factors.shape[1])
+    columns = min(config.PRODUCTS_BLOCK_C, block)
+    shape = (3 if which is None else 2, block, block)
+    partial, products = _float32(a, splits, *shape), _float32(a, *shape)
+    _launch.run(
+        kernels._folded_products_kernel,
+        (splits, block // columns),
+        {
+            **_operands(a=a, b=b),
+            "factors_ptr": factors,
+            "stats_ptr": stats,
+            "partial_ptr": partial,
+            "splits": splits,
+            "WEIGHTED": which is not None,
+            "WHICH": which or 0,
+            "PRECISION": precision,
+            "BLOCK_M": config.PRODUCTS_BLOCK_M,
+            "BLOCK_N": block,
+            "BLOCK_C": columns,
+        },
+        config.PRODUCTS_WARPS,
+        config.PRODUCTS_STAGES,
+        config.REGISTERS,
+    )
+    _launch.run(
+        kernels._folded_sum_kernel,
+        (products.numel() // config.SUM_BLOCK,),
+        {
+            "partial_ptr": partial,
+            "products_ptr": products,
+            "splits": splits,
+            "size": products.numel(),
+            "SPLITS": config.MOST_SPLITS,
+            "BLOCK": config.SUM_BLOCK,
+        },
+    )
+    return products
+
+
+def _float32(like: Tensor, *size: int) -> Tensor:
+    return like.new_empty(size, dtype=torch.float32)
+
+
+def _operands(**operands: Tensor) -> dict[str, Any]:
+    """All operands, which have one shape, and their sizes, as the kernels' arguments."""
+    first = next(iter(operands.values()))
+    arguments: dict[str, Any] = {
+        "M": first.shape[0] * first.shape[1],
+        "N": first.shape[2:].numel(),
+        "channels": first.shape[1],
+    }
+    for name, features in operands.items():
+        arguments |= _operand(name, features)
+    return arguments | {"WIDE": any(_last(arguments[f"{name}_ptr"]) >= 2**31 for name in operands)}
+
+
+def _last(x: Tensor) -> int:
+    """Offset of the last element."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _operand(name: str, features: Tensor) -> dict[str, Any]:
+    """Address, strides by sample, channel, h and w, and the positions along w, as the kernels' arguments.
+
+    All dimensions of a position become two, or one where their strides allow; what needs more is copied.
+    """
+    levels = [(1, 0), (1, 0)]
+    for size, stride in zip(features.shape[2:], features.stride()[2:], strict=True):
+        width, step = levels[-1]
+        if width == 1 or step == size * stride:
+            levels[-1] = (width * size, stride)
+        elif size > 1:
+            levels.append((size, stride))
+    if len(levels) > 3:
+        return _operand(name, features.contiguous())
+    (_, stride_h), (width, stride_w) = levels[-2:]
+    strides = zip("bchw", (*features.stride()[:2], stride_h, stride_w), strict=True)
+    return {f"{name}_ptr": features, f"width_{name}": width} | {f"stride_{name}{axis}": step for axis, step in strides}
