@@ -121,10 +121,10 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
     Raises:
         ValueError: unknown operator, or the backend "triton" where it cannot be honoured.
     """
-    name = _name_of(op)
+    _name_of(op)
     if _settings.backend == "reference":
         return "reference"
-    obstacle = obstacle or _obstacle(name, *args)
+    obstacle = obstacle or _obstacle(*(arg for arg in args if isinstance(arg, Tensor)))
     if _settings.backend == "triton":
         if obstacle:
             raise ValueError(
@@ -136,14 +136,13 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
     return "torch" if obstacle or not args[0].is_cuda else "triton"
 
 
-def _obstacle(name: str, x: Tensor, *rest: Any) -> str | None:
-    """Why the Triton kernels cannot compute this."""
+def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
+    """Why the Triton kernels cannot compute with these."""
     if not HAS_TRITON:
         return "the package triton is not installed"
-    if name not in HAMILTON and (reason := _gram_obstacle(*rest)):
-        return reason
-    if x.dtype not in KERNEL_DTYPES:
-        return f"the kernels compute float32, float16 and bfloat16, and x is of {x.dtype}"
+    for tensor in (x, *rest):
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"the kernels compute float32, float16 and bfloat16, not {tensor.dtype}"
     if x.is_cuda and torch.version.hip:
         return "the kernels are made for NVIDIA GPUs"
     if x.is_cuda:
@@ -152,12 +151,6 @@ def _obstacle(name: str, x: Tensor, *rest: Any) -> str | None:
     if x.device.type == "cpu" and _launch.INTERPRETED:
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
-
-
-def _gram_obstacle(b: Tensor | None = None, *_: Any) -> str | None:
-    if b is not None and b.dtype not in KERNEL_DTYPES:
-        return f"the kernels compute float32, float16 and bfloat16, and b is of {b.dtype}"
-    return None
 
 
 def form_of(op: str | Callable[..., Any], *args: Any) -> str:
@@ -203,7 +196,7 @@ def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
     if backend == "torch" and form == "q16":
         raise ValueError(
             f"form 'q16' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
-            f"({_obstacle(name, x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
+            f"({_obstacle(x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
     if backend == "torch" and form == "auto":
         return backend, _automatic_form(x, weight)

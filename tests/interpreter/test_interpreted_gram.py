@@ -80,7 +80,11 @@ def check(a, b, gram="channel", centred=False):
     ):
         assert gradient.dtype == x.dtype
         assert gradient.stride() == torch.empty_like(x).stride()
-        assert_accurate(gradient, exact_gradient, TOLERANCE[x.dtype])
+        # Per relative change of the features. One row or column leaves a cosine nothing to change: terms cancel to 0.
+        if exact_gradient.norm() * x.norm() < 1e-6:
+            assert gradient.norm() * x.norm() < 1e-2
+        else:
+            assert_accurate(gradient, exact_gradient, TOLERANCE[x.dtype])
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

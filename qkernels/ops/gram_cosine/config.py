@@ -31,6 +31,90 @@ class Tile(NamedTuple):
     stages: int
 
 
+# Tiles that compile into machine code without spills for every layout (tests/compile_only), by architecture and what
+# is multiplied: "half", or "single" for float32 and all that is centred. No GPU has chosen between them yet.
+FORWARD = {
+    80: {
+        "half": (Tile(16, 16, 128, 0, 4, 3), Tile(32, 32, 64, 0, 4, 3), Tile(64, 64, 64, 0, 4, 2)),
+        "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 2), Tile(64, 64, 32, 0, 8, 2)),
+    },
+    90: {
+        "half": (Tile(16, 16, 128, 0, 4, 3), Tile(32, 32, 64, 0, 4, 3), Tile(64, 64, 64, 0, 4, 3)),
+        "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 2), Tile(64, 64, 32, 0, 4, 2)),
+    },
+}
+FORWARD[100] = FORWARD[90]
+# The last tile of a list keeps no whole row of a matrix on chip.
+BACKWARD: dict[int, dict[tuple[str, str], tuple[Tile, ...]]] = {
+    80: {
+        ("stored", "half"): (
+            Tile(16, 16, 64, 64, 4, 2),
+            Tile(32, 32, 64, 64, 4, 2),
+            Tile(64, 64, 64, 64, 4, 2),
+            Tile(64, 128, 32, 64, 8, 2),
+        ),
+        ("stored", "single"): (
+            Tile(16, 16, 32, 32, 4, 2),
+            Tile(32, 32, 32, 32, 4, 2),
+            Tile(64, 64, 32, 32, 4, 2),
+            Tile(32, 128, 16, 16, 8, 1),
+        ),
+        ("direct", "half"): (Tile(32, 256, 32, 64, 8, 2), Tile(64, 128, 32, 128, 8, 2)),
+        ("direct", "single"): (Tile(64, 64, 16, 32, 8, 1),),
+        ("dual", "half"): (
+            Tile(16, 16, 64, 64, 4, 2),
+            Tile(32, 32, 64, 64, 4, 2),
+            Tile(64, 64, 32, 64, 8, 2),
+            Tile(64, 128, 32, 32, 8, 1),
+            Tile(32, 256, 32, 32, 8, 1),
+            Tile(32, 64, 32, 64, 8, 2),
+        ),
+        ("dual", "single"): (
+            Tile(16, 16, 32, 32, 4, 2),
+            Tile(32, 32, 32, 32, 4, 2),
+            Tile(16, 64, 16, 32, 4, 1),
+            Tile(32, 32, 16, 32, 4, 1),
+        ),
+    },
+    90: {
+        ("stored", "half"): (
+            Tile(16, 16, 64, 64, 4, 2),
+            Tile(32, 32, 64, 64, 4, 2),
+            Tile(64, 64, 64, 64, 4, 2),
+            Tile(64, 128, 32, 64, 8, 2),
+        ),
+        ("stored", "single"): (
+            Tile(16, 16, 32, 32, 4, 2),
+            Tile(32, 32, 32, 32, 4, 2),
+            Tile(64, 64, 32, 32, 4, 2),
+            Tile(64, 128, 16, 32, 8, 2),
+        ),
+        ("direct", "half"): (
+            Tile(64, 256, 32, 64, 8, 2),
+            Tile(32, 512, 32, 64, 8, 2),
+            Tile(64, 128, 32, 128, 8, 2),
+        ),
+        ("direct", "single"): (Tile(64, 64, 16, 64, 8, 2),),
+        ("dual", "half"): (
+            Tile(16, 16, 64, 64, 4, 2),
+            Tile(32, 32, 64, 64, 4, 2),
+            Tile(64, 64, 64, 64, 4, 2),
+            Tile(64, 128, 32, 64, 8, 2),
+            Tile(64, 256, 32, 32, 8, 1),
+            Tile(64, 128, 32, 64, 8, 2),
+        ),
+        ("dual", "single"): (
+            Tile(16, 16, 32, 32, 4, 2),
+            Tile(32, 32, 32, 32, 4, 2),
+            Tile(64, 64, 32, 32, 8, 2),
+            Tile(64, 128, 16, 32, 8, 2),
+            Tile(32, 32, 32, 16, 4, 1),
+        ),
+    },
+}
+BACKWARD[100] = BACKWARD[90]
+
+
 class Plan(NamedTuple):
     """Launch settings.
 
@@ -145,17 +229,19 @@ def plan(
 
 
 def _forward_tile(block: int, half: bool, arch: int) -> Tile:
-    return Tile(block, block, 64, 0, 4, 3) if half else Tile(block, block, 32, 0, 4, 2)
+    table = FORWARD[_known(arch)]["half" if half else "single"]
+    return next(tile for tile in table if tile.m == block)
 
 
 def _backward_tile(n: int, mode: str, half: bool, arch: int) -> Tile:
-    if n <= 64:
-        return Tile(n, n, 64, 64, 4, 2) if half else Tile(n, n, 32, 32, 4 if n <= 32 else 8, 2)
-    if n == 128:
-        return Tile(64, n, 32, 64, 8, 2) if half else Tile(64, n, 16, 32, 8, 2)
-    if half and (n == 256 or (n == 512 and mode != "dual")):
-        return Tile(64, n, 16, 32, 8, 2)
-    return Tile(64, 128, 32, 64, 8, 2) if half else Tile(64, 128, 16, 32, 8, 2)
+    """The tile that keeps n rows on chip, or else the last one, which does not."""
+    *whole, chunked = BACKWARD[_known(arch)][mode, "half" if half else "single"]
+    return next((tile for tile in whole if tile.n >= n), chunked)
+
+
+def _known(arch: int) -> int:
+    """The architecture whose tiles serve: the nearest below; GeForce Blackwell has the shared memory of sm_80."""
+    return 80 if arch >= 120 else max((known for known in BACKWARD if known <= arch), default=80)
 
 
 def padded(rows: int) -> int:

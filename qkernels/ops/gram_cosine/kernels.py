@@ -435,7 +435,7 @@ def _gram_cosine_kernel(
 ):  # fmt: skip
     """cosine, statistics and weight * sum of squared cosines, from the parts of all items; one program owns all.
 
-    Dual, the first programs have the parts of n, `products` of them, the next `pairs` those of aa, the next those of bb.
+    Dual, the first `products` programs have the parts of n, the next `pairs` those of aa, the next those of bb.
     """
     first_a = products if DUAL else 0
     first_b = products + pairs if DUAL else 0
