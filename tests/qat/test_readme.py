@@ -12,10 +12,20 @@ from qat import cli
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def test_the_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_tap_runs():
     names: dict[str, object] = {}
-    exec(example, names)
+    exec(EXAMPLES[1], names)
+    loss = names["loss"]
+    assert isinstance(loss, torch.Tensor)
+    assert 0 < loss.item() <= 1
+
+
+def test_the_example_runs():
+    names: dict[str, object] = {}
+    exec(EXAMPLES[0], names)
     loss, layer = names["loss"], names["layer"]
     assert isinstance(loss, torch.Tensor)
     assert isinstance(layer, torch.nn.Module)
