@@ -137,7 +137,7 @@ def forward(
                     "BLOCKS": -(-view.m // block),
                     "BLOCK_M": block,
                 },
-                8,
+                16 if block == config.BLOCK else 4,
             )
             return cosine, terms.sum(), stats_a, stats_b, workspace
         programs = products = pairs
