@@ -19,8 +19,8 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	status=0; \
 	$(PYTHON) -m bench.gate --out $(OUT) --seconds 240 || status=1; \
-	timeout 230 $(PYTHON) -m bench.gpu --out $(OUT) --budget 180 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
-	timeout 60 $(PYTHON) -m bench.atl --out $(OUT) --budget 45 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
+	timeout 180 $(PYTHON) -m bench.gpu --out $(OUT) --budget 140 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
+	timeout 110 $(PYTHON) -m bench.atl --out $(OUT) --budget 80 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
 	exit $$status
 
 lint: $(VENV)/.installed-dev

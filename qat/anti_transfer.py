@@ -108,7 +108,12 @@ class AntiTransfer(nn.Module):
     def total(self, made: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of what the taps made, and ``{"similarity_<layer>": scalar}``, unweighted, for the log."""
         losses = [made[tap] for tap in self.layers]
-        total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
+        # A weight of 0 only monitors: not even a similarity of NaN reaches the total.
+        weighted = [
+            weight * loss if weight else torch.zeros_like(loss)
+            for weight, loss in zip(self.weights, losses, strict=True)
+        ]
+        total = torch.stack(weighted).sum()
         names = (f"similarity_{layer}" for layer in self.layers.values())
         return total, {name: loss.detach() for name, loss in zip(names, losses, strict=True)}
 

@@ -29,7 +29,7 @@ def test_memory_beside_features_at_batch_20(shapes, limit, half, arch):
     """Parts of Gram matrices, what is kept of them, and the sums of all programs."""
     for rows, columns in shapes:
         option = plan(20, rows, columns, half, arch, 132)
-        size = math.prod(workspace_size(rows, columns, 20, False, False))
+        size = math.prod(workspace_size(rows, columns, 20, False, False, arch))
         if option.mode == "stored":
             size += 2 * 20 * pairs_of(rows, option.block) * option.splits * (option.block**2 + 1)
         else:

@@ -1,12 +1,14 @@
 """What is multiplied in a Gram cosine, and with which launch settings: pure functions of shape, type, architecture."""
 
+import functools
 import math
 from typing import NamedTuple
 
 GRAMS = ("channel", "position", "batch")
 
-# Symmetric products are cut into blocks of at most so many rows.
-BLOCK = 64
+# Symmetric products are cut into blocks of at most so many rows. On sm_100 Triton 3.7.1 fails to compile blocks of 64
+# whose largest element is taken: 32 there, without the fifth generation's instructions.
+BLOCK = {80: 64, 90: 64, 100: 32}
 # Up to so many rows a Gram matrix, in parts, goes through memory: the one-tile case.
 STORED_ROWS = 128
 # Bytes of the parts of Gram matrices: a sixteenth of the features, within these bounds.
@@ -112,7 +114,7 @@ BACKWARD: dict[int, dict[tuple[str, str], tuple[Tile, ...]]] = {
         ),
     },
 }
-BACKWARD[100] = BACKWARD[90]
+BACKWARD[100] = BACKWARD[90] | {("direct", "single"): (Tile(32, 64, 16, 32, 8, 1),)}
 
 
 class Plan(NamedTuple):
@@ -175,17 +177,17 @@ def mode_of(rows: int, columns: int, packed: bool = False) -> str:
     return "stored" if rows <= STORED_ROWS else "direct"
 
 
-def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool) -> tuple[int, ...]:
+def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool, arch: int) -> tuple[int, ...]:
     """Of what the forward leaves to the derivative: blocks of a symmetric matrix per item, where they are stored."""
     if mode_of(rows, columns, packed) != "stored":
         return (0,)
-    block = block_of(rows)
+    block = block_of(rows, arch)
     return (1 + both, items, pairs_of(rows, block), block, block)
 
 
-def block_of(rows: int) -> int:
+def block_of(rows: int, arch: int) -> int:
     """Rows of a block: a power of two."""
-    return min(padded(rows), BLOCK)
+    return min(padded(rows), BLOCK[_known(arch)])
 
 
 def pairs_of(rows: int, block: int) -> int:
@@ -194,6 +196,7 @@ def pairs_of(rows: int, block: int) -> int:
     return blocks * (blocks + 1) // 2
 
 
+@functools.cache
 def plan(
     items: int, rows: int, columns: int, half: bool, arch: int, multiprocessors: int, packed: bool = False
 ) -> Plan:
@@ -204,7 +207,7 @@ def plan(
     """
     mode = mode_of(rows, columns, packed)
     m, k = (columns, rows) if mode == "dual" else (rows, columns)
-    block = block_of(m)
+    block = block_of(m, arch)
     forward, backward = _forward_tile(block, half, arch), _backward_tile(padded(m), mode, half, arch)
     splits = 1
     if mode == "stored":

@@ -54,7 +54,7 @@ def _dot(x, y, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def _pair(number):
     """The blocks (p, q), p <= q, of a pair."""
-    q = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)
+    q = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)  # the root is approximate: one off at most
     q = tl.where(q * (q + 1) // 2 > number, q - 1, q)
     q = tl.where((q + 1) * (q + 2) // 2 <= number, q + 1, q)
     return number - q * (q + 1) // 2, q
@@ -64,7 +64,7 @@ def _pair(number):
 def _along(index, width, outer, inner, WIDE: tl.constexpr):
     """Offsets of an index along an axis of two strides, of which the inner one has `width` elements, or of one."""
     if WIDE:
-        return (index // width).to(tl.int64) * outer + index % width * inner
+        return (index // width).to(tl.int64) * outer + (index % width).to(tl.int64) * inner
     else:
         return index.to(tl.int64) * inner
 
@@ -238,7 +238,8 @@ def _normaliser(gram_ptr, exponent_ptr, splits, pairs, BLOCKS: tl.constexpr, BLO
             diagonal += factor * tl.load(gram_ptr + part * (BLOCK_M * BLOCK_M) + lanes * (BLOCK_M + 1))
         largest = tl.maximum(largest, tl.max(diagonal, 0))
     exponent = tl.minimum(_exponent(largest), 127.0)
-    return common, tl.where(largest > 0, -tl.floor((common + exponent) * 0.5), 0.0)
+    scale = tl.minimum(tl.maximum(-tl.floor((common + exponent) * 0.5), -126.0), 126.0)
+    return common, tl.where(largest > 0, scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["items", "splits"])
@@ -253,7 +254,7 @@ def _gram_finish_kernel(
 
     of scaled matrices, and after all D_a if BOTH the D_b. One program owns an item.
     """
-    item = tl.program_id(0).to(tl.int64)
+    item, items = tl.program_id(0).to(tl.int64), tl.cast(items, tl.int64)
     size: tl.constexpr = BLOCK_M * BLOCK_M
     lanes = tl.arange(0, BLOCK_M)
     at = lanes[:, None] * BLOCK_M + lanes[None, :]
@@ -419,13 +420,30 @@ def _gram_squares_kernel(
 @triton.jit
 def _total(partial_ptr, item, item_ok, programs, first, count, BLOCK_P: tl.constexpr):
     """The sums of (value, exponent) over `count` programs of each item, from the first-th on."""
-    p = tl.arange(0, BLOCK_P)[None, :]
-    at, ok = (item[:, None] * programs + first + p) * 6, item_ok[:, None] & (p < count)
-    value = tl.load(partial_ptr + at, mask=ok, other=0.0)
-    exponent = tl.load(partial_ptr + at + 1, mask=ok, other=NOTHING)
-    largest = tl.max(exponent, 1)
-    factor = tl.where(exponent == largest[:, None], 1.0, _power_of_two(exponent - largest[:, None]))
-    return tl.sum(value * factor, 1), largest
+    total, exponent = tl.zeros(item.shape, tl.float32), tl.full(item.shape, NOTHING, tl.float32)
+    for start in range(0, count, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)[None, :]
+        at = (item.to(tl.int64)[:, None] * programs + first + p) * 6
+        ok = item_ok[:, None] & (p < count)
+        value = tl.load(partial_ptr + at, mask=ok, other=0.0)
+        of_value = tl.load(partial_ptr + at + 1, mask=ok, other=NOTHING)
+        largest = tl.maximum(tl.max(of_value, 1), exponent)
+        total = total * _ratio(exponent, largest) + tl.sum(value * _ratio(of_value, largest[:, None]), 1)
+        exponent = largest
+    return total, exponent
+
+
+@triton.jit
+def _ratio(exponent, largest):
+    """2^(exponent - largest), 1 for equal ones, however small."""
+    return tl.where(exponent == largest, 1.0, _power_of_two(exponent - largest))
+
+
+@triton.jit
+def _scale_of(exponent):
+    """Exponent of the scale that brings a sum of fourth powers of features, of 2^exponent, near 1."""
+    scale = tl.minimum(tl.maximum(-tl.floor(exponent * 0.25), -126.0), 126.0)
+    return tl.where(exponent < 0.5 * NOTHING, 0.0, scale)
 
 
 @triton.jit(do_not_specialize=["items", "programs"])
@@ -445,7 +463,7 @@ def _gram_cosine_kernel(
         i_ok = i < items
         n, n_exponent = _total(partial_ptr, i, i_ok, programs, 0, products, BLOCK_P)
         aa, aa_exponent = _total(partial_ptr + 2, i, i_ok, programs, first_a, pairs, BLOCK_P)
-        scale_a = tl.where(aa_exponent < -1e6, 0.0, -tl.floor(aa_exponent * 0.25))
+        scale_a = _scale_of(aa_exponent)
         aa = _times_power_of_two(aa, aa_exponent + 4 * scale_a)
         if KNOWN:
             bb = tl.load(known_ptr + i, mask=i_ok, other=0.0)
@@ -454,7 +472,7 @@ def _gram_cosine_kernel(
             scale_b = 0.0 if PACKED else _exponent(power_b)
         else:
             bb, bb_exponent = _total(partial_ptr + 4, i, i_ok, programs, first_b, pairs, BLOCK_P)
-            scale_b = tl.where(bb_exponent < -1e6, 0.0, -tl.floor(bb_exponent * 0.25))
+            scale_b = _scale_of(bb_exponent)
             bb = _times_power_of_two(bb, bb_exponent + 4 * scale_b)
             power_b = _power_of_two(scale_b)
         n = _times_power_of_two(n, tl.maximum(n_exponent + 2 * (scale_a + scale_b), -252.0))
@@ -517,7 +535,7 @@ def _terms(
         r, c = m[:, None] % BLOCK, n[None, :] % BLOCK
         pair = tl.where(p <= q, q * (q + 1) // 2 + p, p * (p + 1) // 2 + q)
         element = pair * (BLOCK * BLOCK) + tl.where(p <= q, r * BLOCK + c, c * BLOCK + r)
-        d = aa * tl.load(difference_ptr + element)
+        d = aa * tl.load(difference_ptr + element, mask=(m < M)[:, None] & (n < M)[None, :], other=0.0)
         return d, d
     elif MODE == "direct":
         if PACKED:

@@ -11,7 +11,6 @@ from qkernels.ops.gram_cosine.config import Plan
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
-COSINE_BLOCK = 16
 
 Axis = list[tuple[int, int]]  # (size, stride) of dimensions, from the outermost one on
 
@@ -67,7 +66,7 @@ def forward(
     """As `op.gram_cosine`."""
     a, b = _same_type(a, b, packed)
     items, rows, columns = _sizes(a, gram)
-    shape = config.workspace_size(rows, columns, items, packed, both)
+    shape = config.workspace_size(rows, columns, items, packed, both, _launch.arch_of(a))
     cosine, loss, workspace, stats_a, stats_b = (
         _floats(a, *size) for size in ((items,), (), shape, (2, items), (2, items))
     )
@@ -137,7 +136,7 @@ def forward(
                     "BLOCKS": -(-view.m // block),
                     "BLOCK_M": block,
                 },
-                16 if block == config.BLOCK else 4,
+                16 if block > 16 else 4,
             )
             return cosine, terms.sum(), stats_a, stats_b, workspace
         programs = products = pairs
@@ -165,8 +164,8 @@ def forward(
                 "KNOWN": known is not None and (packed or plan.mode == "dual"),
                 "PACKED": packed,
                 "DUAL": plan.mode == "dual",
-                "BLOCK_I": COSINE_BLOCK,
-                "BLOCK_P": config.padded(products),
+                "BLOCK_I": 16,
+                "BLOCK_P": 64,
             },
         )
     return cosine, loss, stats_a, stats_b, workspace
@@ -194,8 +193,8 @@ def gradient(
     if da.numel() == 0:
         return da
     items, _, columns = _sizes(a, gram)
-    plan = _plan(a, gram, packed, centred)
     like, b = _same_type(a, b, packed)
+    plan = _plan(like, gram, packed, centred)
     given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming])]
     view = _view([*given, da], gram, packed)
     out = view.tensors[-1]
@@ -237,7 +236,7 @@ def gradient(
                 "EVEN_K": view.k % tile.k == 0,
                 "EVEN_C": view.k % tile.c == 0,
                 "CENTRED": centred,
-                "SCALED": a.dtype != torch.float16,
+                "SCALED": like.dtype != torch.float16,
                 "PRECISION": PRECISION,
                 "UPCAST": _upcast(like),
                 "BLOCK": block,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.ops._launch import arch_of
 from qkernels.ops._library import define
 from qkernels.ops.gram_cosine.config import is_direct, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
@@ -40,7 +41,7 @@ def _forward_fake(
     dtype = _compute_dtype(a, b)
     stats = a.new_empty(2, items, dtype=dtype)
     cosine, loss = a.new_empty(items, dtype=dtype), a.new_empty((), dtype=dtype)
-    shape = workspace_size(rows, columns, items, packed, both) if backend == "triton" else (0,)
+    shape = workspace_size(rows, columns, items, packed, both, arch_of(a)) if backend == "triton" else (0,)
     return cosine, loss, stats, torch.empty_like(stats), a.new_empty(shape, dtype=dtype)
 
 
