@@ -53,6 +53,20 @@ def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
 
 
+def first_order_only(name: str) -> dict[str, Callable[..., Any]]:
+    """`save` and `backward` of an operator that is the gradient of `name`, and has none itself."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"{name} has no second derivative; compute it under qkernels.set_backend('reference')"
+        )
+
+    return {"save": save, "backward": backward}
+
+
 def refuse_second_derivative(fused: bool) -> None:
     """Raises where a product of the Triton kernels took a fused ReLU or pool along.
 

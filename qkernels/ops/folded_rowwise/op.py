@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import define
+from qkernels.ops._library import define, first_order_only
 from qkernels.ops.folded_rowwise import forms
 from qkernels.ops.folded_rowwise.config import is_row_form, padded
 
@@ -80,17 +80,7 @@ def _da_fake(
     return torch.empty_like(a)
 
 
-def _da_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _da_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "folded_rowwise has no second derivative; compute it under qkernels.set_backend('reference')"
-    )
-
-
-@define("folded_rowwise_da", fake=_da_fake, save=_da_save, backward=_da_backward)
+@define("folded_rowwise_da", fake=_da_fake, **first_order_only("folded_rowwise"))
 def folded_rowwise_da(
     dloss: Tensor,
     a: Tensor,

@@ -13,7 +13,7 @@ BLOCK = {80: 64, 90: 64, 100: 32}
 STORED_ROWS = 128
 # Bytes of the parts of Gram matrices: a sixteenth of the features, within these bounds.
 PARTS_BYTES = (2 << 20, 8 << 20)
-MOST_PARTS = 256
+MOST_PARTS = 256  # pairs of blocks, times splits
 
 
 class Tile(NamedTuple):

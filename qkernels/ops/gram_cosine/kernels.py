@@ -15,11 +15,13 @@ Centred, the mean over a column of F is subtracted while it is loaded: it belong
 import triton
 import triton.language as tl
 
+from qkernels.ops.gram_cosine import config
+
 # Sums of products of float32 or bfloat16 features are made again, scaled, if none of them lies in this range.
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-60)
 LARGEST: tl.constexpr = tl.constexpr(2.0**60)
 NOTHING: tl.constexpr = tl.constexpr(-1e9)  # exponent of a sum that is 0
-MOST_PARTS: tl.constexpr = tl.constexpr(256)  # pairs of blocks, times splits
+MOST_PARTS: tl.constexpr = tl.constexpr(config.MOST_PARTS)
 
 
 @triton.jit

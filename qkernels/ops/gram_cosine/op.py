@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops._launch import arch_of
-from qkernels.ops._library import define
+from qkernels.ops._library import define, first_order_only
 from qkernels.ops.gram_cosine.config import is_direct, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
 
@@ -157,17 +157,7 @@ def _da_fake(
     return torch.empty_like(a)
 
 
-def _da_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _da_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "gram_cosine has no second derivative; compute it under qkernels.set_backend('reference')"
-    )
-
-
-@define("gram_cosine_da", fake=_da_fake, save=_da_save, backward=_da_backward)
+@define("gram_cosine_da", fake=_da_fake, **first_order_only("gram_cosine"))
 def gram_cosine_da(
     dcosine: Tensor | None,
     dloss: Tensor | None,
