@@ -14,14 +14,24 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 -m slow
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m slow tests/interpreter
 
-# On a machine with a GPU, with the packages of $(PYTHON); installs nothing, is given under 9 minutes, goes on after a failed test.
+# On this machine, all that makes sense; the tables are printed, and written with the charts to runs/bench.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m bench run
+	$(BIN)/python -m bench fresh
+
+# On a machine with a GPU, with the packages of $(PYTHON); installs nothing, is given under 9 minutes, goes on after a failure.
 gpu: export PYTHONPATH := $(CURDIR)
+gpu: SHELL := bash -o pipefail
+gpu: MEASURE = $(PYTHON) -m bench
+gpu: NAME = --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
 gpu:
-	status=0; \
-	$(PYTHON) -m bench.gate --out $(OUT) --seconds 240 || status=1; \
-	timeout 180 $(PYTHON) -m bench.gpu --out $(OUT) --budget 140 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
-	timeout 110 $(PYTHON) -m bench.atl --out $(OUT) --budget 80 $(if $(COMMIT),--commit $(COMMIT)) || status=1; \
-	exit $$status
+	mkdir -p $(OUT); $(PYTHON) -m qkernels.runtime > $(OUT)/environment.txt
+	( status=0; \
+	$(MEASURE) tests --out $(OUT) --seconds 220 || status=1; \
+	timeout 200 $(MEASURE) run $(NAME) --budget 170 || status=1; \
+	timeout 70 $(MEASURE) fresh $(NAME) --budget 60 || status=1; \
+	timeout 40 $(PYTHON) -m pytest -c /dev/null bench -q -k "step or atl" --benchmark-json=$(OUT)/benchmark.json || status=1; \
+	exit $$status ) 2>&1 | tee $(OUT)/log.txt
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -33,4 +43,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[$*]"
 	touch $@
 
-.PHONY: demo test slow gpu lint
+.PHONY: demo test slow bench gpu lint

@@ -130,7 +130,7 @@ def fit(
             epoch = len(history)
             row: dict[str, float] = {"epoch": epoch}
             started = time.perf_counter()
-            row |= {f"train_{k}": v for k, v in _train_epoch(wrapped, optimizer, train, config, epoch, device).items()}
+            row |= {f"train_{k}": v for k, v in train_epoch(wrapped, optimizer, train, config, epoch, device).items()}
             row["seconds"] = time.perf_counter() - started
             parts, outputs, targets = evaluate(objective, validation, config.batch, device)
             row |= {f"validation_{k}": v for k, v in (parts | judge(outputs, targets)).items()}
@@ -146,6 +146,56 @@ def fit(
             note = f"loss {row['train_total']:.4f} validation {row['validation_total']:.4f}"
             progress.update(bar, advance=1, note=note)
     return history
+
+
+def train_epoch(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Examples,
+    config: TrainingConfig,
+    epoch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """One pass over the training part, a step of the optimizer for each batch.
+
+    Args:
+        objective: ``(inputs, targets, samples) -> Losses`` on ``device``, the same module in every process.
+        optimizer: of its parameters.
+        train: the training part.
+        config: batch, over all processes together, and seed.
+        epoch: number of this pass, from 0; with the seed it gives the order of the samples and the dropout.
+        device: where batches are sent.
+
+    Returns:
+        Mean losses per sample, each from before its batch's step: ``total`` and the parts, over all processes.
+
+    Raises:
+        FloatingPointError: the mean total loss is not finite.
+    """
+    objective.train()
+    order_generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    rank, processes = distributed.rank(), distributed.world_size()
+    # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run continues as if never interrupted.
+    torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + rank)
+    order = train.indices[torch.randperm(len(train), generator=order_generator)]
+    sums: dict[str, Tensor] = {}
+    for everyones in order.split(config.batch):
+        mine = len(everyones[rank::processes])
+        # A process without a share of a short last batch still takes part in the averaging, with weight 0.
+        share = slice(rank, None, processes) if mine else slice(1)
+        x, y, samples = train.batch(everyones, device, order_generator, share)
+        losses: Losses = objective(x, y, samples)
+        optimizer.zero_grad(set_to_none=True)
+        (losses.total * (mine * processes / len(everyones))).backward()
+        optimizer.step()
+        for name, value in {"total": losses.total.detach(), **losses.parts}.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value * mine
+    means = _means({name: value.item() for name, value in sums.items()}, len(train))
+    if not torch.isfinite(torch.tensor(means["total"])):
+        raise FloatingPointError(
+            f"training loss is {means['total']} in epoch {epoch}; a lower training.lr than {config.lr:g} may help"
+        )
+    return means
 
 
 def evaluate(
@@ -181,40 +231,6 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _train_epoch(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: Examples,
-    config: TrainingConfig,
-    epoch: int,
-    device: torch.device,
-) -> dict[str, float]:
-    objective.train()
-    order_generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    rank, processes = distributed.rank(), distributed.world_size()
-    # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run continues as if never interrupted.
-    torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + rank)
-    order = train.indices[torch.randperm(len(train), generator=order_generator)]
-    sums: dict[str, Tensor] = {}
-    for everyones in order.split(config.batch):
-        mine = len(everyones[rank::processes])
-        # A process without a share of a short last batch still takes part in the averaging, with weight 0.
-        share = slice(rank, None, processes) if mine else slice(1)
-        x, y, samples = train.batch(everyones, device, order_generator, share)
-        losses: Losses = objective(x, y, samples)
-        optimizer.zero_grad(set_to_none=True)
-        (losses.total * (mine * processes / len(everyones))).backward()
-        optimizer.step()
-        for name, value in {"total": losses.total.detach(), **losses.parts}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value * mine
-    means = _means({name: value.item() for name, value in sums.items()}, len(train))
-    if not torch.isfinite(torch.tensor(means["total"])):
-        raise FloatingPointError(
-            f"training loss is {means['total']} in epoch {epoch}; a lower training.lr than {config.lr:g} may help"
-        )
-    return means
 
 
 def _losses(history: History) -> list[float]:

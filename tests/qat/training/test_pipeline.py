@@ -94,14 +94,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(experiment, twin, tmp_path,
     experiment = trained(with_twin(experiment, twin, layers=[7]), epochs=4)
     train_classifier(experiment, tmp_path / "whole", quiet=True)
     epochs = iter(range(10))
-    train_epoch = loop._train_epoch
+    train_epoch = loop.train_epoch
 
     def interrupted(*arguments):
         if next(epochs) == 2:
             raise KeyboardInterrupt
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_classifier(experiment, tmp_path / "broken", quiet=True)
     assert not (tmp_path / "broken/result.json").exists()

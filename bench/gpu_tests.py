@@ -1,10 +1,9 @@
-"""The tests of tests/gpu, one process a file at the same time: `python -m bench.gate --out DIR --seconds 240`.
+"""The tests of tests/gpu, one process a file at the same time: `python -m bench tests`.
 
 They spend most of their time compiling and on the host, so side by side they take as long as the longest. Writes
-tests.log and tests.csv, the verdict of each file; returns 1 where a test failed or the time was up.
+tests.log and tests.csv, the verdict of each file.
 """
 
-import argparse
 import contextlib
 import csv
 import os
@@ -63,19 +62,11 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
     return verdicts
 
 
-def main() -> int:
-    """Prints the end of every log."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the log")
-    parser.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    verdicts = run(sorted((ROOT / "tests" / "gpu").glob("test_*.py")), options.seconds, options.out)
-    with (options.out / "tests.csv").open("w", newline="") as file:
+def main(out: Path, seconds: float) -> int:
+    """Prints the end of every log; returns 1 where a test failed or the time was up."""
+    out.mkdir(parents=True, exist_ok=True)
+    verdicts = run(sorted((ROOT / "tests" / "gpu").glob("test_*.py")), seconds, out)
+    with (out / "tests.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("file", "verdict"), *verdicts.items()])
     return int(any(verdict not in ("passed", "skipped") for verdict in verdicts.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,165 @@
+"""`python -m bench`: measure, compare and show. Its commands need PyTorch, numpy, and Triton on a GPU.
+
+Exit codes: 0 done; 1 a result was wrong, a test failed or something got slower; 2 bad input.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import fresh, gpu_tests
+from bench import run as runs
+from bench.results import provenance, read, write
+from bench.suites import HEADLINE, SUITES, chosen
+from bench.targets import targets
+from bench.timing import GpuClock, clock_of
+
+Command = Callable[[argparse.Namespace], int]
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    parser, commands = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(commands[options.command](options))
+    except (ValueError, OSError) as error:
+        print(f"bench {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    top = parser.add_subparsers(dest="command", required=True)
+    gpu = torch.cuda.is_available()
+
+    def command(name: str, help_: str, out: bool = True) -> argparse.ArgumentParser:
+        sub = top.add_parser(name, help=help_, description=help_)
+        if out:
+            sub.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
+        return sub
+
+    command("list", "The suites, and how many cases and which providers they have.", out=False)
+
+    sub = command("run", "Measure suites.")
+    sub.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; all that this machine can by default")
+    sub.add_argument("--budget", type=float, default=math.inf, help="seconds; says what does not fit")
+    sub.add_argument("--commit", help="what is measured, where git cannot tell")
+    sub.add_argument("--smoke", action="store_true", help="tiny cases on the CPU, judged and not timed")
+    sub.add_argument("--resume", action="store_true", help="keep the rows of an earlier run and measure what it lacks")
+
+    sub = command("fresh", "First call and all memory of the headline cases, each in a new process.")
+    sub.add_argument("--budget", type=float, default=math.inf, help="seconds; says what does not fit")
+    sub.add_argument("--commit", help="what is measured, where git cannot tell")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
+    sub.add_argument("--only", type=int, help=argparse.SUPPRESS)
+
+    sub = command("tests", "The tests of tests/gpu, one process a file.")
+    sub.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended (%(default)s)")
+
+    sub = command("report", "Committed results as charts, and as tables in the README.", out=False)
+    sub.add_argument("--results", type=Path, default=RESULTS, help="folders of results (%(default)s)")
+    sub.add_argument("--docs", type=Path, default=Path("docs"), help="where charts go, in a folder bench (%(default)s)")
+    sub.add_argument("--readme", type=Path, default=Path("README.md"))
+
+    sub = command("compare", "What got slower, faster, larger or wrong from one result to another.", out=False)
+    for name in ("before", "after"):
+        sub.add_argument(name, help="a folder of results, or a git revision whose committed results are meant")
+    return parser, {
+        "list": _list,
+        "run": _run,
+        "fresh": _fresh,
+        "tests": lambda options: gpu_tests.main(options.out, options.seconds),
+        "report": _report,
+        "compare": _compare,
+    }
+
+
+def _list(options: argparse.Namespace) -> int:
+    for name, suites in SUITES.items():
+        for suite in suites:
+            print(f"{name:10} {len(suite.cases):4} cases; {', '.join(p.name for p in suite.providers)}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + options.budget
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.smoke else "cpu")
+    suites = chosen(options.suites, device, options.smoke)
+    extra = provenance(options.commit)
+    kept = []
+    if options.resume and (options.out / "results.csv").is_file():
+        earlier = read(options.out)
+        for name in ("device", "threads", "commit", "torch", "triton"):
+            if earlier.provenance[name] != extra[name]:
+                raise ValueError(
+                    f"{options.out}: its rows were measured with {name} {earlier.provenance[name]}, this is "
+                    f"{extra[name]}; choose another folder"
+                )
+        kept = earlier.rows
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True
+    clock = roof = None
+    if not options.smoke:
+        clock = clock_of(device)
+        precisions = ("bf16", "fp16", "tf32", "float32") if device.type == "cuda" else ("float32",)
+        roof = clock.roof(precisions)
+        extra |= {"roof_bandwidth": f"{roof.bandwidth:.4g}"}
+        extra |= {f"roof_{precision}": f"{rate:.4g}" for precision, rate in roof.flops.items()}
+        rates = ", ".join(f"{precision} {1e-12 * rate:.3g} TFLOP/s" for precision, rate in roof.flops.items())
+        print(f"roof: copy {1e-12 * roof.bandwidth:.3g} TB/s, {rates}", flush=True)
+        if isinstance(clock, GpuClock):
+            print(f"an empty graph takes {clock.empty_graph():.1f} us", flush=True)
+    rows = list(kept)
+    done = {row.case[:-1] for row in kept}
+    measured = runs.smoke(suites) if options.smoke else runs.Suites(suites, device, clock, roof, deadline).rows(done)
+    for new in measured:
+        rows += new
+        print(*map(runs.line, new), sep="\n", flush=True)
+        write(options.out / "results.csv", rows, extra)
+        write(options.out / "targets.csv", targets(rows), extra)
+    for target in targets(rows) if device.type == "cuda" else ():
+        print(f"{target.target:72} {target.wanted:32} {target.measured:6} {target.worst:18} {target.verdict}")
+    return int(any(row.status in ("REFUSED", "failed") for row in rows))
+
+
+def _fresh(options: argparse.Namespace) -> int:
+    headline = HEADLINE[options.device]
+    device = torch.device(options.device)
+    if options.only is not None:
+        case, provider = headline[int(options.only)]
+        fresh.report(case, provider, device)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    extra = provenance(options.commit)
+    rows: dict[int, fresh.Fresh] = {}
+    for number, row in fresh.measured(headline, device, time.monotonic() + options.budget):
+        rows[number] = row
+        print(", ".join(f"{name} {value}" for name, value in row._asdict().items() if value not in (None, "")))
+        write(options.out / "fresh.csv", rows.values(), extra)
+    return int(any(row.status == "failed" for row in rows.values()))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bench.report import write_report
+
+    write_report(options.results, options.docs, options.readme)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from bench import compare
+
+    found = compare.compare(compare.load(options.before), compare.load(options.after))
+    print(compare.text(found))
+    return int(bool(found.regressions))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,392 @@
+"""The layers of the quaternion VGG16 (WASPAA 2023): convolutions and linear maps, on their own.
+
+Ours, in each form, against the way of the public libraries, a real weight concatenated in each step and multiplied by
+cuDNN, and against cuDNN's real convolution of the same shape; baselines come in both memory formats.
+"""
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import qkernels
+from bench.case import BACKWARD, FORWARD, STEP, Case, Provider, Results, Run, Suite, differentiated, switched
+from bench.cpu_forms import LAYERS, Layer
+from bench.tolerances import tolerance
+from qkernels import algebra
+
+# Bare products, without bias and ReLU.
+PRODUCT, DX, DW = "product", "dx", "dw"
+BARE = (PRODUCT, DX, DW)
+# A baseline must compute the right thing; how it rounds is its own affair: gradients of concatenated parts are summed
+# in the half type, and cuDNN may take Winograd's algorithm for float32.
+BASELINE_TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "float32": 1e-4}
+# Operands that runs rotate through take no more bytes than this.
+ROTATED_BYTES = 2**30
+X, WEIGHT, BIAS = range(3)
+
+
+class Shapes(NamedTuple):
+    """Of the operands."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    bias: tuple[int, ...]
+    dy: tuple[int, ...]
+    real: tuple[int, ...]
+
+
+class Operands(NamedTuple):
+    """`real` is the weight of the real layer of the same shape."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    dy: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCase(Case):
+    """A convolution, or a linear map (kernel 0) with maps of one pixel.
+
+    The works `forward`, `backward` and both are of the layer with bias and ReLU, and all gradients; `product`, `dx` and
+    `dw` are bare products. A layer of one input channel, the real network's first, has no quaternion weight.
+    """
+
+    channels_in: int
+    channels_out: int
+    kernel: int
+    size: tuple[int, int]
+
+    @property
+    def linear(self) -> bool:
+        return self.kernel == 0
+
+    @property
+    def quaternion(self) -> bool:
+        return self.channels_in % 4 == 0
+
+    @property
+    def shape(self) -> str:
+        map_ = "" if self.linear else f" x {self.size[0]} x {self.size[1]}"
+        return f"{self.channels_in} -> {self.channels_out}{map_}"
+
+    @property
+    def shapes(self) -> Shapes:
+        c, d, window = self.channels_in, self.channels_out, self._window
+        maps = () if self.linear else self.size
+        weight = (4, d // 4, c // 4, *window) if self.quaternion else (0,)
+        return Shapes((self.batch, c, *maps), weight, (d,), (self.batch, d, *maps), (d, c, *window))
+
+    @property
+    def flops(self) -> int:
+        """Of the 16 products of the definition, which are those of a real layer of the same shape."""
+        products = {STEP: 3, BACKWARD: 2}.get(self.work, 1)
+        return 2 * products * math.prod(self.shapes.dy) * self.channels_in * math.prod(self._window)
+
+    @property
+    def bytes(self) -> int:
+        x, weight, bias, y, real = (math.prod(shape) for shape in self.shapes)
+        w = weight or real
+        elements = {
+            PRODUCT: x + w + y,
+            DX: y + w + x,
+            DW: y + x + w,
+            FORWARD: x + w + bias + y,
+            BACKWARD: 2 * y + x + w + x + w + bias,  # dy, y, x, w in; dx, dw, db out
+        }
+        elements[STEP] = elements[FORWARD] + elements[BACKWARD]
+        return elements[self.work] * self.dtype.itemsize
+
+    @property
+    def sets(self) -> int:
+        one = sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
+        return min(3, max(1, ROTATED_BYTES // one))
+
+    def operands(self, device: torch.device) -> Operands:
+        """In the memory format that ours reads, channels last on a GPU; a baseline's own is made from it."""
+        generator = torch.Generator(device)
+        generator.seed()
+        drawn = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
+        scale = (self.channels_in * math.prod(self._window)) ** -0.5
+        x, weight, bias, dy, real = (tensor.to(self.dtype) for tensor in drawn)
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        return Operands(*(_as(tensor, layout) for tensor in (x, scale * weight, bias, dy, scale * real)))
+
+    def gate(self, provider: Provider, operands: Operands, results: Results) -> tuple[float, float]:
+        """Relative Frobenius errors of output and gradients against float64."""
+        names = {PRODUCT: ("y",), FORWARD: ("y",), DX: ("dx",), DW: ("dw",)}.get(self.work, ("y", "dx", "dw", "db"))
+        form = self._form_taken(operands, provider.form) if provider.form else None
+        worst = (0.0, 0.0)
+        exact = self._exact(operands, provider.real, results[0])
+        for name, actual, expected in zip(names, results, exact, strict=True):
+            error = ((actual.to(expected.dtype) - expected).norm() / expected.norm()).item()
+            allowed = tolerance(name, self.precision, form) if form else BASELINE_TOLERANCE[self.precision]
+            worst = max(worst, (error / allowed if math.isfinite(error) else math.inf, error))
+        return worst
+
+    def tiny(self) -> "LayerCase":
+        channels_in = 8 if self.quaternion else 1
+        return replace(self, batch=2, channels_in=channels_in, channels_out=12, size=(4, 3), precision="float32")
+
+    @property
+    def _window(self) -> tuple[int, ...]:
+        return () if self.linear else (self.kernel, self.kernel)
+
+    def _form_taken(self, operands: Operands, form: str) -> str:
+        """The form whose tolerance counts."""
+        name = "hamilton_linear" if self.linear else "hamilton_conv2d"
+        with qkernels.set_form(form), switched(self.precision):
+            taken = qkernels.form_of(name, operands.x, operands.weight)
+        return "q8" if taken == "q8" else "q16"
+
+    def _exact(self, operands: Operands, real: bool, y: Tensor) -> list[Tensor]:
+        """What a provider should have returned; behind the ReLU of its own `y`: gradients jump where values are near 0.
+
+        In float64 for float32; for half types in float32, whose error is a thousandth of the tolerance.
+        """
+        wide = torch.float64 if self.dtype == torch.float32 else torch.float32
+        x, weight, bias, dy, real_weight = (tensor.to(wide) for tensor in operands)
+        weight = real_weight if real else algebra.expand_weight(weight.contiguous())
+        pad = self.kernel // 2
+        if self.work not in BARE:
+            dy = dy * (y > 0)
+
+        def gradients(*wanted: bool) -> tuple[Tensor, Tensor]:
+            if self.linear:
+                dx, dw = dy @ weight, dy.mT @ x
+            else:
+                window = ([1, 1], [pad, pad], [1, 1], False, [0, 0], 1)
+                dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [*wanted, False])
+            return dx, dw if real or not wanted[1] else algebra.contract_weight(dw.contiguous())
+
+        with switched("float32"):
+            if self.work == DX:
+                return [gradients(True, False)[0]]
+            if self.work == DW:
+                return [gradients(False, True)[1]]
+            bare = F.linear(x, weight) if self.linear else F.conv2d(x, weight, None, padding=pad)
+            if self.work == PRODUCT:
+                return [bare]
+            forward = (bare + bias.view(1, -1, *[1] * (bare.dim() - 2))).relu()
+            if self.work == FORWARD:
+                return [forward]
+            return [forward, *gradients(True, True), dy.transpose(0, 1).flatten(1).sum(1)]
+
+
+def runs(
+    layer: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor],
+    prepare: Callable[[Operands], Operands] = lambda operands: operands,
+) -> Callable[[LayerCase, Sequence[Operands]], list[Run]]:
+    """Runs of a function of x, weight, bias or None, and whether a ReLU follows."""
+
+    def build(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
+        def bare(x: Tensor, weight: Tensor) -> Tensor:
+            return layer(x, weight, None, False)
+
+        def whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return layer(x, weight, bias, True)
+
+        made = []
+        for x, weight, bias, dy, _ in map(prepare, sets):
+            if case.work in BARE:
+                work, wanted = (FORWARD, ()) if case.work == PRODUCT else (BACKWARD, ({DX: X, DW: WEIGHT}[case.work],))
+                made.append(differentiated(bare, (x, weight), dy, work, wanted))
+            else:
+                made.append(differentiated(whole, (x, weight, bias), dy, case.work))
+        return made
+
+    return build
+
+
+def ours(form: str, fits: Callable[[LayerCase], bool]) -> Provider:
+    """The library's layer."""
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        with qkernels.set_form(form):
+            activation = "relu" if relu else None
+            if x.dim() == 2:
+                return qkernels.hamilton_linear(x, weight, bias, activation=activation)
+            y = qkernels.hamilton_conv2d(x, weight, bias, padding=weight.shape[-1] // 2, activation=activation)
+            assert isinstance(y, Tensor)
+            return y
+
+    return Provider(f"ours {form}", runs(layer), fits, form, cpu=form != "q16", read=_without_output)
+
+
+def concatenated(weight: Tensor) -> Tensor:
+    """The real weight in the way of the public libraries: rows of signed components, put together by `cat`."""
+    parts = weight.unbind(0)
+    signed = {1: parts, -1: [-part for part in parts]}
+    rows = [torch.cat([signed[algebra.SIGNS[a][c]][a ^ c] for c in range(4)], 1) for a in range(4)]
+    return torch.cat(rows, 0)
+
+
+def baseline(name: str, memory_format: torch.memory_format, real: bool, fits: Callable[[LayerCase], bool]) -> Provider:
+    """PyTorch's own layer with a concatenated or with a real weight."""
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        return _layer(x, weight if real else concatenated(weight), bias, relu)
+
+    def prepare(operands: Operands) -> Operands:
+        x, weight, bias, dy, wide = operands
+        x, dy, wide = (_as(tensor, memory_format) for tensor in (x, dy, wide))
+        return Operands(x, wide if real else weight, bias, dy, wide)
+
+    return Provider(name, runs(layer, prepare), fits, real=real, read=_without_output)
+
+
+def compiled(name: str, fits: Callable[[LayerCase], bool], **options: Any) -> Provider:
+    """`torch.compile` of the layer with a concatenated weight."""
+
+    def build(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
+        @functools.partial(torch.compile, fullgraph=True, dynamic=False, **options)
+        def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+            return _layer(x, concatenated(weight), bias, relu)
+
+        return runs(layer)(case, sets)
+
+    return Provider(name, build, fits, read=_without_output)
+
+
+def _speechbrain(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
+    """The functions behind SpeechBrain's layers, without the transpositions around them."""
+    importlib.import_module("qat.data.torchaudio_import")  # which SpeechBrain imports, and which may need this help
+    ops: Any = importlib.import_module("speechbrain.nnet.quaternion_networks.q_ops")
+
+    def layer(x: Tensor, r: Tensor, i: Tensor, j: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+        if case.linear:
+            return ops.quaternion_linear_op(x, r.mT, i.mT, j.mT, k.mT, bias).relu()
+        return ops.quaternion_conv_op(x, r, i, j, k, bias, 1, case.kernel // 2, 1, 1, False).relu()
+
+    made = []
+    for x, weight, bias, dy, _ in sets:
+        x, dy = (_as(tensor, torch.contiguous_format) for tensor in (x, dy))
+        parts = weight.contiguous().unbind(0)
+        made.append(differentiated(layer, (x, *parts, bias), dy, case.work))
+    return made
+
+
+def _stacked(results: Results) -> Results:
+    """The four gradients of SpeechBrain's components as one."""
+    y, *gradients = results
+    return (y, gradients[0], torch.stack(gradients[1:5]), gradients[5]) if gradients else (y,)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    y = F.linear(x, weight, bias) if x.dim() == 2 else F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+    return y.relu() if relu else y
+
+
+def _without_output(results: Results) -> Results:
+    """Gradients alone where there is one only: that of a bare product."""
+    return results[1:] if len(results) == 2 else results
+
+
+def _as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
+
+
+def _quaternion(case: LayerCase) -> bool:
+    return case.quaternion
+
+
+def _whole(case: LayerCase) -> bool:
+    return case.quaternion and case.work not in BARE
+
+
+def _by_form(case: LayerCase) -> bool:
+    return case.quaternion and case.channels_in >= 64 and (case.work in BARE or case.suite == "cpu")
+
+
+COMPILED = "against torch.compile"
+_AUTOTUNED = ("conv 2", "conv 6-7", "conv 11-13")
+PROVIDERS = [
+    ours("auto", _quaternion),
+    *(ours(form, _by_form) for form in ("q16", "q8", "dense")),
+    baseline("concatenated, NCHW", torch.contiguous_format, False, _whole),
+    baseline("concatenated, NHWC", torch.channels_last, False, _whole),
+    baseline("real, NCHW", torch.contiguous_format, True, lambda case: not case.variant),
+    baseline("real, NHWC", torch.channels_last, True, lambda case: not case.variant),
+    compiled("torch.compile", lambda case: case.variant == COMPILED),
+    compiled(
+        "torch.compile, max-autotune",
+        lambda case: case.variant == COMPILED and case.layer in _AUTOTUNED,
+        mode="max-autotune-no-cudagraphs",
+    )._replace(smoke=False),
+]
+if importlib.util.find_spec("speechbrain"):
+    PROVIDERS.append(Provider("SpeechBrain", _speechbrain, _whole, read=_stacked))
+
+BATCHES, PRECISIONS, WORKS = (20, 256), ("bf16", "float32", "fp16", "tf32"), (STEP, FORWARD, BACKWARD)
+
+
+def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str, **more: Any) -> LayerCase:
+    """A layer of cpu_forms.py in one of the two networks; the real one's maps are 8 times as high and twice as wide."""
+    tall, wide = (8, 2) if network == "real" else (1, 1)
+    channels_in = layer.channels_in
+    if network == "real" and layer.name == "conv 1":
+        channels_in = 1
+    if network == "real" and layer.name == "linear 1":
+        channels_in *= tall * wide
+    return LayerCase(
+        suite="conv" if layer.kernel else "linear",
+        network=network,
+        layer=layer.name,
+        batch=batch,
+        precision=precision,
+        work=work,
+        channels_in=channels_in,
+        channels_out=layer.channels_out,
+        kernel=layer.kernel,
+        size=(layer.side * tall, layer.side * wide),
+        **more,
+    )
+
+
+def _rank(layer: Layer, network: str, batch: int, precision: str, work: str) -> int:
+    """0 for what a promised figure rests on; else the more, the further it is from that."""
+    wide = layer.channels_in >= 128
+    promised = {
+        ("bf16", STEP): batch == 20 or bool(layer.kernel),
+        ("bf16", PRODUCT): batch == 256 and wide,
+        ("bf16", DX): batch == 256 and wide,
+        ("bf16", DW): batch == 256 and wide,
+        ("float32", STEP): batch == 20 and wide and bool(layer.kernel),
+    }
+    if network == "quaternion" and promised.get((precision, work)):
+        return 0
+    far = (network == "real", batch != 20, precision != "bf16", precision in ("fp16", "tf32"), work != STEP)
+    return 1 + sum(far)
+
+
+def _grid(layers: Sequence[Layer], works: Sequence[str]) -> list[LayerCase]:
+    cases = []
+    names = itertools.product(("quaternion", "real"), BATCHES, PRECISIONS, works, layers)
+    for network, batch, precision, work, layer in names:
+        if network == "real" and layer.name == "conv 1" and work in BARE:
+            continue  # one real product of one input channel: nothing to compare
+        rank = _rank(layer, network, batch, precision, work)
+        modes = ("graph",) if work in BARE else ("graph", "eager")
+        cases.append(layer_case(layer, network, batch, precision, work, rank=rank, modes=modes))
+    return sorted(cases, key=lambda case: case.rank)
+
+
+CONVS, LINEARS = LAYERS[:9], LAYERS[9:11]
+CONV = Suite(
+    [
+        *_grid(CONVS, (*WORKS, *BARE)),
+        *(layer_case(layer, "quaternion", 20, "bf16", STEP, variant=COMPILED, rank=2) for layer in CONVS),
+    ],
+    PROVIDERS,
+)
+LINEAR = Suite(_grid(LINEARS, WORKS), PROVIDERS)

@@ -1,0 +1,549 @@
+"""Training steps, epochs and inference of the whole networks (WASPAA 2023).
+
+Ours, as `qat train` computes them, against the research code's way and against what `torch.compile` makes of a careful
+program. All start from the same weights and compute the same from the same inputs.
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bench.atl import gram_flops
+from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite, relative_error, switched
+from bench.layers import concatenated
+from qat.anti_transfer import AntiTransfer
+from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
+from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, Tap, scaled, tap_name
+from qat.training.loop import Examples, train_epoch
+from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qkernels import anti_transfer_tap, gram_target
+
+CLASSES, LEARNING_RATE, CACHED = 4, 1e-5, "cached targets"
+TRAIN, TWIN, EPOCH = "step", "twin forward", "epoch"
+NETWORKS, PRECISIONS = ("quaternion", "real", "real-on-embedding"), ("bf16", "float32", "tf32")
+DATA = Path(__file__).parent / "data" / "demo_embeddings.npz"
+# Relative errors of a loss, and of features and logits.
+LOSS = {"bf16": 2e-2, "tf32": 2e-3, "float32": 1e-5}
+VALUES = {"bf16": 5e-2, "tf32": 5e-3, "float32": 1e-4}
+# 1 - cosine of the angle between all gradients, as one vector, and the exact ones; the same of each parameter's alone.
+# Rounding sends some gradients through another branch of a ReLU or max pool: in full width on a CPU, the baseline's and
+# ours alike, up to 0.009 and 0.07 in bfloat16, 1e-6 and 1e-4 in float32. The first alone would not see a wrong layer:
+# without anti-transfer nine tenths of the quaternion network's squared gradient are the last bias's.
+TURN = {"bf16": 2.5e-2, "tf32": 5e-3, "float32": 1e-5}
+PART_TURN = {"bf16": 0.25, "tf32": 5e-2, "float32": 2e-3}
+EPOCH_LOSS = 5e-2
+ADAM_BYTES = 28  # a parameter: p, g, m, v read; p, m, v written, in float32
+
+
+@dataclass
+class Operands:
+    """The untrained networks and what they are given.
+
+    Args:
+        classifier: of the network to be trained; providers take copies.
+        twin: the frozen network, random too; None without anti-transfer.
+        x: inputs `[B, ...]`, NCHW; of an epoch those of all samples, on the CPU.
+        targets: `[B]` class numbers, where x is.
+        device: to compute on.
+        copies: the networks that providers were given.
+    """
+
+    classifier: SpeechClassifier
+    twin: VGG16 | None
+    x: Tensor
+    targets: Tensor
+    device: torch.device
+    copies: list[nn.Module] = field(default_factory=list)
+
+    def own_classifier(self) -> SpeechClassifier:
+        """A provider's own copy."""
+        self.copies.append(made := copy.deepcopy(self.classifier))
+        return made
+
+    def own_twin(self) -> VGG16:
+        assert self.twin is not None
+        self.copies.append(made := copy.deepcopy(self.twin))
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCase(Case):
+    """A work of a whole network.
+
+    "step" is forward, backward and Adam; its parts are "forward" (of the loss), "forward+backward", and the "twin
+    forward" that is in all of them. "epoch" is the steps of one and the loading of its samples. In the suite
+    "inference", "forward" is that of the logits.
+
+    Args:
+        width: of the network, as in `NetworkConfig`.
+        samples: of an epoch.
+    """
+
+    width: float = 1.0
+    samples: int = 0
+
+    @property
+    def at(self) -> int:
+        """The layer of anti-transfer, or 0."""
+        return int(self.layer.split()[-1]) if self.layer.startswith("AT") else 0
+
+    @property
+    def shape(self) -> str:
+        return " x ".join(str(size) for size in (self.samples or self.batch, *INPUT[self.network]))
+
+    @property
+    def energy(self) -> bool:
+        return self.work == TRAIN or self.suite == "inference"
+
+    @property
+    def flops(self) -> int:
+        """Of layers and Gram matrices, the target's too where it is cached: less than a hundredth of the step."""
+        forward, backward, tapped = self._passes
+        flops = sum(layer.flops for layer in forward) + sum((1 + layer.dx) * layer.flops for layer in backward)
+        if tapped:
+            flops += sum(gram_flops(*tapped.features)[: 2 if backward else 1])
+        return (self.samples or self.batch) * flops
+
+    @property
+    def bytes(self) -> int:
+        """Each layer reads its operands and writes its results once a pass, in the case's type; Adam's are float32.
+
+        Forward x, w in, y out; backward dy, x, w in, dx, dw out; loss both features in, twice with its gradient, out.
+        """
+        forward, backward, tapped = self._passes
+        samples, steps = self.samples or self.batch, math.ceil(self.samples / self.batch) or 1
+        elements = sum(samples * (s.inputs + s.outputs) + steps * s.weights for s in forward)
+        elements += sum(samples * ((1 + s.dx) * s.inputs + s.outputs) + 2 * steps * s.weights for s in backward)
+        elements += samples * (5 if backward else 2) * tapped.outputs if tapped else 0
+        adam = ADAM_BYTES * steps * sum(s.weights for s in backward) if self.work in (TRAIN, EPOCH) else 0
+        return elements * self.dtype.itemsize + adam
+
+    @property
+    def _passes(self) -> tuple[list["Sizes"], list["Sizes"], "Sizes | None"]:
+        """The layers that run forward, those that run backward, and that of anti-transfer."""
+        sizes = layer_sizes(self.network, self.width)
+        if self.work == TWIN:
+            return sizes[: self.at], [], None
+        twin = [] if self.variant == CACHED or self.work == EPOCH else sizes[: self.at]
+        return sizes + twin, [] if self.work == FORWARD else sizes, sizes[self.at - 1] if self.at else None
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def operands(self, device: torch.device) -> Operands:
+        """Random networks; random inputs, non-negative where they stand for an embedding. An epoch's are the demo's."""
+        config = NetworkConfig(domain=self.network, width=self.width)  # type: ignore[arg-type]
+        with device:
+            classifier = SpeechClassifier(config, CLASSES)
+            twin = VGG16(config, CLASSES) if self.at else None
+        if self.work == EPOCH:
+            x, targets = demo_embeddings(self.samples)
+        else:
+            x = torch.randn(self.batch, *INPUT[self.network], device=device)
+            x = x if self.network == "real" else x.abs()
+            targets = torch.randint(CLASSES, (self.batch,), device=device)
+        return Operands(classifier, twin, x, targets, device)
+
+    @contextlib.contextmanager
+    def checking(self, operands: Operands) -> Iterator[None]:
+        """Without dropout, by its rate: a training loop turns the training mode on by itself."""
+        modules = itertools.chain.from_iterable(network.modules() for network in operands.copies)
+        rates = {module: module.p for module in modules if isinstance(module, nn.Dropout)}
+        try:
+            for module in rates:
+                module.p = 0.0
+            yield
+        finally:
+            for module, rate in rates.items():
+                module.p = rate
+
+    def gate(self, provider: Provider, operands: Operands, results: Results) -> tuple[float, float]:
+        """Loss, logits or frozen features, and gradients, against plain PyTorch from the initial weights.
+
+        The mean loss of an epoch against that of the untrained network, which one epoch changes by @@ at most.
+        """
+        (value, *gradients), (exact, *exact_gradients) = results, reference(self, operands)
+        assert len(gradients) == len(exact_gradients), f"{provider.name}: gradients of every parameter, and no others"
+        allowed = VALUES if exact.dim() else LOSS
+        error = relative_error(value, exact)
+        worst = (error / (EPOCH_LOSS if self.work == EPOCH else allowed[self.precision]), error)
+        if not gradients:
+            return worst
+        return max(worst, *turns(gradients, exact_gradients, TURN[self.precision], PART_TURN[self.precision]))
+
+    def tiny(self) -> "NetworkCase":
+        return replace(self, batch=2, precision="float32", width=1 / 16, samples=min(self.samples, 5))
+
+
+def turns(
+    gradients: Sequence[Tensor], exact: Sequence[Tensor], allowed: float, part: float
+) -> Iterator[tuple[float, float]]:
+    """Errors, in units of what is allowed and as they are, of each parameter's gradient and of all as one vector.
+
+    One minus the cosine; and the length, which may be off by as much as the allowed turn moves a vector.
+    """
+
+    def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
+        each = [torch.dot(x.flatten().double(), y.flatten().double()) for x, y in zip(a, b, strict=True)]
+        return [*torch.stack(each).tolist(), torch.stack(each).sum().item()]
+
+    bounds = [part] * len(gradients) + [allowed]
+    products = zip(bounds, dots(gradients, exact), dots(gradients, gradients), dots(exact, exact), strict=True)
+    for bound, product, square, exact_square in products:
+        if square == exact_square == 0:
+            continue  # of a layer behind one whose ReLUs are all off
+        length = (square * exact_square) ** 0.5
+        turn, stretch = (1 - product / length, abs((square / exact_square) ** 0.5 - 1)) if length else (1.0, 1.0)
+        yield (turn / bound, turn) if math.isfinite(turn) else (math.inf, math.inf)
+        yield stretch / (2 * bound) ** 0.5, stretch
+
+
+class Sizes(NamedTuple):
+    """Elements of a layer's input and output of one sample, of its parameters; multiplications of an output value.
+
+    `dx` tells whether the input has a gradient; `features` are channels and positions of the output.
+    """
+
+    inputs: int
+    outputs: int
+    weights: int
+    products: int
+    dx: bool
+    features: tuple[int, int]
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass for one sample; as many make dx, and as many dw. Biases are not counted."""
+        return 2 * self.outputs * self.products
+
+
+@functools.cache
+def layer_sizes(network: str, width: float) -> list[Sizes]:
+    """The 13 convolutions and 3 linear layers."""
+    c, *size = INPUT[network]
+    sharing = 4 if network == "quaternion" else 1
+    positions, sizes = math.prod(size), []
+    for n, channels in enumerate(CHANNELS, 1):
+        d = scaled(channels, width)
+        weights = 9 * c * d // sharing + d
+        sizes.append(Sizes(c * positions, d * positions, weights, 9 * c, n > 1, (d, positions)))
+        c, positions = d, positions // 4 if n in POOL_AFTER else positions
+    c, hidden = c * positions, scaled(HIDDEN, width)
+    for d, shared in ((hidden, sharing), (hidden, sharing), (CLASSES, 1)):
+        sizes.append(Sizes(c, d, c * d // shared + d, c, True, (d, 1)))
+        c = d
+    return sizes
+
+
+def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
+    """Embeddings `[samples, 4, 64, 64]` in [0, 1] and emotions `[samples]` of 128 clips, repeated as needed.
+
+    Clips: of the training part of `qat demo`, synthesised speech, seed 1. Embeddings: by the RH-Emo that it trained,
+    divided by their maximum, in steps of 1/255. After `make demo` they were written by
+    `prepare(Path("runs/demo-synthetic/emotion/baseline/seed1"), DATA)`.
+    """
+    with np.load(DATA) as file:
+        embeddings, labels = (torch.from_numpy(file[name]) for name in ("embeddings", "labels"))
+    rows = torch.arange(samples) % len(labels)
+    return embeddings[rows].float() / 255, labels[rows]
+
+
+def prepare(run: Path, out: Path) -> None:
+    """Write what `demo_embeddings` reads, from a run of `qat demo`, in the folder that it was started in."""
+    from qat.training.checkpoint import load_checkpoint
+    from qat.training.data import class_targets, load_data
+    from qat.training.pipeline import load_classifier
+
+    checkpoint = load_checkpoint(run, "classifier")
+    experiment = from_plain(Experiment, checkpoint.record["experiment"])
+    data = load_data(experiment, experiment.normalisation, trained=checkpoint, quiet=True)
+    train = torch.tensor(data.parts["train"])
+    clips = train[torch.linspace(0, len(train) - 1, 128).long()]
+    _, targets = class_targets(data.index, data.parts, experiment.task)
+    with torch.no_grad():
+        x = load_classifier(checkpoint).eval().embed(data.spectrograms(clips, None))
+    np.savez_compressed(out, embeddings=(255 * x / x.max()).round().byte().numpy(), labels=targets[clips].numpy())
+
+
+def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Tensor]:
+    """A VGG16 in plain PyTorch, with real weights put together in every call.
+
+    Args:
+        net: whose weights are read.
+        x: its input.
+        tap: a convolution.
+        stop: compute nothing behind it.
+
+    Returns:
+        The features behind the tapped convolution's ReLU, if one is, then, unless stopped, the logits.
+    """
+
+    def weight_of(layer: Any) -> Tensor:
+        return concatenated(layer.weight) if layer.weight.dim() % 2 else layer.weight
+
+    made = []
+    for n, conv in enumerate(net.convs, 1):
+        x = F.relu(F.conv2d(x, weight_of(conv), conv.bias, padding=1))  # type: ignore[arg-type]
+        if n == tap:
+            made.append(x)
+            if stop:
+                return made
+        if n in POOL_AFTER:
+            x = F.max_pool2d(x, 2)
+    x = x.flatten(1)
+    for layer in net.classifier:
+        x = F.linear(x, weight_of(layer), layer.bias) if hasattr(layer, "weight") else layer(x)  # type: ignore[arg-type]
+    return [*made, x]
+
+
+def plain_loss(net: VGG16, twin: VGG16 | None, x: Tensor, targets: Tensor, at: int, *, careful: bool = True) -> Tensor:
+    """Cross-entropy and anti-transfer at a layer by the definition, with Gram matrices in memory.
+
+    Without care, as the research code does it: the features again, in a forward pass of their own, and the twin's with
+    gradients of its parameters, which nobody reads.
+    """
+    *features, logits = plain(net, x, at)
+    loss = F.cross_entropy(logits, targets)
+    if twin is None:
+        return loss
+    if not careful:
+        features = plain(net, x, at, stop=True)
+    with torch.set_grad_enabled(not careful):
+        features += plain(twin, x, at, stop=True)
+    trained, frozen = (torch.bmm(f.flatten(2), f.flatten(2).mT).flatten(1) for f in features)
+    return loss + F.cosine_similarity(trained, frozen, eps=0.0).square().mean()
+
+
+def reference(case: NetworkCase, operands: Operands) -> Results:
+    """What a provider should return, without dropout; of an epoch, the mean loss of the untrained network.
+
+    In float64 for narrow networks; in float32 for wide ones, in which float64 convolutions would take longer than all
+    that is timed, and whose own error is a tenth of what is allowed, or less.
+    """
+    wide = torch.float64 if case.width < 0.2 else torch.float32
+    net, twin = (copy.deepcopy(network) for network in (operands.classifier.net, operands.twin))
+    assert net is not None
+    net, twin = net.to(wide).eval(), twin.to(wide) if twin else None
+    with switched("float32"):
+        if case.work == EPOCH:
+            with torch.no_grad():
+                batches = zip(operands.x.split(case.batch), operands.targets.split(case.batch), strict=True)
+                there = ((x.to(operands.device, wide), targets.to(operands.device)) for x, targets in batches)
+                losses = [len(x) * plain_loss(net, twin, x, targets, case.at) for x, targets in there]
+                return (torch.stack(losses).sum() / case.samples,)
+        x = operands.x.to(wide)
+        if case.work == TWIN or case.suite == "inference":
+            with torch.no_grad():
+                return tuple(plain(twin, x, case.at, stop=True) if twin else plain(net, x))
+        loss = plain_loss(net, twin, x, operands.targets, case.at)
+        gradients = () if case.work == FORWARD else torch.autograd.grad(loss, list(net.parameters()))
+        return loss.detach(), *gradients
+
+
+def _training(case: NetworkCase, net: nn.Module, loss: Callable[[], Tensor], fused: bool) -> Run:
+    """A run of a training step or of its parts, which a CUDA graph can hold."""
+    device = next(net.parameters()).device
+    cuda = device.type == "cuda"
+    adam = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=(fused and cuda) or None, capturable=cuda)
+
+    def run() -> Results:
+        net.zero_grad(set_to_none=True)
+        with case.autocast(device):
+            value = loss()
+        if case.work == FORWARD:
+            return (value.detach(),)
+        value.backward()
+        if case.work == TRAIN:
+            adam.step()
+        return value.detach(), *(p.grad for p in net.parameters() if p.grad is not None)
+
+    return run
+
+
+def _inference(case: NetworkCase, net: nn.Module, function: Callable[[], Tensor], gradients: bool = False) -> Run:
+    """A run of what gives logits or features."""
+    device = next(net.eval().parameters()).device
+
+    def run() -> Results:
+        with torch.set_grad_enabled(gradients), case.autocast(device):
+            return (function().detach(),)
+
+    return run
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """On CUDA in the layout of tensor cores, whose strides `contiguous` would not give to maps of one channel."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x) if x.is_cuda else x
+
+
+class _Cached(AntiTransfer):
+    """Anti-transfer for one batch, its targets computed once; without the table of `remember`, read by the host."""
+
+    def __init__(self, config: AntiTransferConfig, twin: VGG16, x: Tensor) -> None:
+        super().__init__(config, twin)
+        with torch.no_grad():
+            targets = {tap: gram_target(features) for tap, features in twin.features_at(x, self.layers).items()}
+        self.taps: dict[str, Tap] = {tap: functools.partial(anti_transfer_tap, frozen=t) for tap, t in targets.items()}
+        self.twin = None
+
+    def forward(self, inputs: Tensor, samples: Tensor | None = None) -> dict[str, Tap]:
+        return self.taps
+
+
+def _objective(case: NetworkCase, operands: Operands, x: Tensor) -> ClassificationObjective:
+    """What `qat train` minimises."""
+    anti_transfer: AntiTransfer | None = None
+    if case.at:
+        config, twin = AntiTransferConfig(random_twin=True, layers=[case.at]), operands.own_twin()
+        with case.autocast(operands.device):
+            anti_transfer = _Cached(config, twin, x) if case.variant == CACHED else AntiTransfer(config, twin)
+    classifier = operands.own_classifier()
+    return ClassificationObjective(classifier, anti_transfer, embedded=True, multi_label=False).train()
+
+
+def _ours(case: NetworkCase, operands: Operands) -> Run:
+    """What `qat train` computes, with Adam fused and inputs on the device in NHWC, so that a CUDA graph can hold it."""
+    x = _nhwc(operands.x)
+    if case.suite == "inference":
+        net = operands.own_classifier().net
+        return _inference(case, net, lambda: net(x)[0])
+    if case.work == TWIN:
+        twin, name = operands.own_twin(), tap_name(case.at, "relu")
+        return _inference(case, twin, lambda: twin.features_at(x, [name])[name])
+    objective = _objective(case, operands, x)
+    return _training(case, objective.classifier.net, lambda: objective(x, operands.targets).total, fused=True)
+
+
+def _research(case: NetworkCase, operands: Operands) -> Run:
+    """Written from the paper in the manner of its code, with the paper's loss; see `plain_loss`."""
+    x, targets = operands.x, operands.targets
+    if case.work == TWIN:
+        frozen = operands.own_twin()
+        return _inference(case, frozen, lambda: plain(frozen, x, case.at, stop=True)[0], gradients=True)
+    net = operands.own_classifier().net
+    if case.suite == "inference":
+        return _inference(case, net, lambda: plain(net, x)[0])
+    twin = operands.own_twin() if case.at else None
+    loss = functools.partial(plain_loss, net.train(), twin, x, targets, case.at, careful=False)
+    return _training(case, net, loss, fused=False)
+
+
+def _compiled(case: NetworkCase, operands: Operands) -> Run:
+    """A careful program, compiled: one forward pass, the twin's without gradients and no further than needed."""
+    x, targets, net = _nhwc(operands.x), operands.targets, operands.own_classifier().net
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    if case.suite == "inference":
+        logits = compiled(lambda x: plain(net, x)[0])
+        return _inference(case, net, lambda: logits(x))
+    twin = operands.own_twin().requires_grad_(False) if case.at else None
+    loss = compiled(lambda x, targets: plain_loss(net, twin, x, targets, case.at))
+    return _training(case, net.train(), lambda: loss(x, targets), fused=True)
+
+
+def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
+    """The loop of `qat train`: embeddings in the host's memory, the twin's targets computed before the first epoch."""
+    device, config = operands.device, TrainingConfig(lr=LEARNING_RATE, batch=case.batch)
+    objective, samples = _objective(case, operands, operands.x), torch.arange(case.samples)
+    if objective.anti_transfer is not None:
+        objective.anti_transfer.remember(lambda rows: operands.x[rows].to(device), samples, case.batch)
+    examples = Examples(lambda rows, generator: operands.x[rows], operands.targets, samples)
+    adam = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], LEARNING_RATE)
+    epochs = itertools.count()
+
+    def run() -> Results:
+        return (torch.tensor(train_epoch(objective, adam, examples, config, next(epochs), device)["total"]),)
+
+    return run
+
+
+def _research_epoch(case: NetworkCase, operands: Operands) -> Run:
+    """PyTorch's loader, the research code's step, and the loss asked for after each."""
+    device, net = operands.device, operands.own_classifier().net.train()
+    twin = operands.own_twin() if case.at else None
+    adam = torch.optim.Adam(net.parameters(), LEARNING_RATE)
+    loader = DataLoader(TensorDataset(operands.x, operands.targets), case.batch, shuffle=True)
+
+    def run() -> Results:
+        total = 0.0
+        for x, targets in loader:
+            adam.zero_grad()
+            loss = plain_loss(net, twin, x.to(device), targets.to(device), case.at, careful=False)
+            loss.backward()
+            adam.step()
+            total += len(x) * loss.item()
+        return (torch.tensor(total / case.samples),)
+
+    return run
+
+
+def _provider(
+    name: str, run: Callable[[NetworkCase, Operands], Run], fits: Callable[[NetworkCase], bool] = lambda case: True
+) -> Provider:
+    return Provider(name, lambda case, sets: [run(case, operands) for operands in sets], fits)
+
+
+def _worth_compiling(case: NetworkCase) -> bool:
+    """Compilation takes long."""
+    if case.suite == "inference":
+        return (case.network, case.batch, case.precision) == ("quaternion", 20, "bf16")
+    wanted = case.network == "quaternion" and case.work == TRAIN and case.variant != CACHED
+    return wanted and case.at in (0, 2, 13) and case.precision in ("bf16", "float32")
+
+
+def _case(suite: str, network: str, layer: int | str, precision: str, work: str, rank: int, **more: Any) -> NetworkCase:
+    """A case of a network; "AT at layer n" for a number, "no AT" for 0."""
+    if isinstance(layer, int):
+        layer = f"AT at layer {layer}" if layer else "no AT"
+    names: dict[str, Any] = {"batch": 20, "modes": ("graph", "eager"), **more}
+    return NetworkCase(suite=suite, network=network, layer=layer, precision=precision, work=work, rank=rank, **names)
+
+
+def _step_cases() -> Iterator[NetworkCase]:
+    """Steps, and their parts in bfloat16."""
+    for network, precision, layer in itertools.product(NETWORKS, PRECISIONS, (0, 2, 7, 13)):
+        for variant in ("", CACHED) if layer else ("",):
+            parts = (FORWARD, STEP, *((TWIN,) if layer and not variant else ())) if precision == "bf16" else ()
+            for work in (TRAIN, *parts):
+                rank = NETWORKS.index(network) + 3 * (work != TRAIN) + 6 * PRECISIONS.index(precision)
+                yield _case("step", network, layer, precision, work, rank, variant=variant)
+
+
+def _inference_cases() -> Iterator[NetworkCase]:
+    batches, precisions = (20, 1, 256), ("bf16", "tf32", "float32")
+    for network, precision, batch in itertools.product(NETWORKS, precisions, batches):
+        rank = NETWORKS.index(network) + batches.index(batch) + 3 * precisions.index(precision)
+        yield _case("inference", network, "whole network", precision, FORWARD, rank, batch=batch)
+
+
+def _epoch_cases() -> Iterator[NetworkCase]:
+    """Without bfloat16, in which `qat train` does not compute."""
+    more: dict[str, Any] = {"variant": "1000 samples", "samples": 1000, "modes": ("eager",)}
+    names = itertools.product(("float32", "tf32"), ("quaternion", "real-on-embedding"), (0, 2))
+    for rank, (precision, network, layer) in enumerate(names):
+        yield _case("epoch", network, layer, precision, EPOCH, rank, **more)
+
+
+def _suite(cases: Iterator[NetworkCase], *providers: Provider) -> Suite:
+    return Suite(sorted(cases, key=lambda case: case.rank), providers)
+
+
+_STEP_PROVIDERS = (
+    _provider("ours", _ours),
+    _provider("research style", _research, lambda case: case.variant != CACHED),
+    _provider("torch.compile", _compiled, _worth_compiling),
+)
+STEPS = _suite(_step_cases(), *_STEP_PROVIDERS)
+INFERENCE = _suite(_inference_cases(), *_STEP_PROVIDERS)
+EPOCHS = _suite(_epoch_cases(), _provider("ours", _our_epoch), _provider("research style", _research_epoch))

@@ -1,0 +1,114 @@
+"""The registry: suites by name, and the headline cases that are looked at more closely."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench.atl import ATL, FOLDED
+from bench.case import STEP, Case, Provider, Suite
+from bench.cpu_forms import LAYERS
+from bench.layers import CONV, LINEAR, layer_case
+from bench.network import CACHED, EPOCHS, INFERENCE, STEPS, TRAIN
+
+NETWORKS = ("quaternion", "real-on-embedding", "real")
+
+
+def _first(suite: Suite, **wanted: Any) -> Any:
+    """The most valuable case with these fields."""
+    return next(case for case in suite.cases if all(getattr(case, name) == value for name, value in wanted.items()))
+
+
+def _here(case: Any, **changes: Any) -> Any:
+    """The case for a CPU."""
+    return replace(case, suite="cpu", precision="float32", modes=("eager",), rank=0, **changes)
+
+
+def _cpu() -> list[Suite]:
+    """What makes sense without a GPU, in some minutes; whole networks at full width in batches of 4."""
+    layers = [_here(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
+    losses = [
+        _here(case) for case in ATL.cases if case.rank == 0 and case.network == "quaternion" and case.variant != FOLDED
+    ]
+    plain = [("no AT", ""), ("AT at layer 2", "")]
+    more = [("AT at layer 7", ""), ("AT at layer 13", ""), ("AT at layer 2", CACHED), ("AT at layer 13", CACHED)]
+    steps = [
+        _here(_first(STEPS, network=network, layer=layer, variant=variant, work=TRAIN), batch=4)
+        for network in NETWORKS
+        for layer, variant in (plain + more if network == "quaternion" else plain)
+    ]
+    inference = [_here(_first(INFERENCE, network=network, batch=1)) for network in NETWORKS]
+    epochs = [
+        _here(
+            _first(EPOCHS, network="quaternion", layer=layer), width=1 / 8, samples=200, variant="width 1/8, 200 clips"
+        )
+        for layer, _ in plain
+    ]
+    return [
+        Suite(layers, CONV.providers),
+        Suite(losses, ATL.providers),
+        Suite(steps, STEPS.providers),
+        Suite(inference, INFERENCE.providers),
+        Suite(epochs, EPOCHS.providers),
+    ]
+
+
+SUITES: dict[str, Sequence[Suite]] = {
+    "conv": [CONV],
+    "step": [STEPS],
+    "atl": [ATL],
+    "linear": [LINEAR],
+    "inference": [INFERENCE],
+    "epoch": [EPOCHS],
+    "cpu": _cpu(),
+}
+
+
+def chosen(names: Sequence[str], device: torch.device, smoke: bool) -> list[Suite]:
+    """The suites with these names; without any, all that make sense on the device.
+
+    Raises:
+        ValueError: there is no such suite, or it needs a GPU that is not there.
+    """
+    usable = [name for name in SUITES if smoke or (name == "cpu") == (device.type == "cpu")]
+    for name in names:
+        if name not in SUITES:
+            raise ValueError(f"suite {name!r}: must be one of {', '.join(SUITES)}")
+        if name not in usable:
+            need = "a CPU alone" if name == "cpu" else "a CUDA device, and there is none"
+            raise ValueError(f"suite {name!r}: needs {need}; here there are {', '.join(usable)}, or --smoke")
+    return [suite for name in names or usable for suite in SUITES[name]]
+
+
+def _headline(suite: Suite, providers: Sequence[str], **wanted: Any) -> list[tuple[Case, Provider]]:
+    case = _first(suite, **wanted)
+    return [(case, provider) for provider in suite.providers if provider.name in providers]
+
+
+def _gpu_headline() -> list[tuple[Case, Provider]]:
+    """Ten cases, ours and the best-known other way: steps, losses, layers."""
+    pairs, both = [], ("ours", "research style")
+    for network, layer in (("quaternion", "AT at layer 2"), ("real", "AT at layer 2"), ("quaternion", "no AT"),
+                           ("real", "no AT"), ("quaternion", "AT at layer 13")):  # fmt: skip
+        pairs += _headline(STEPS, both, network=network, layer=layer, variant="", work=TRAIN)
+    for layer in ("layers 1-2", "layers 11-13"):
+        pairs += _headline(ATL, ("ours", "materialised"), network="quaternion", layer=layer, variant="paper")
+    for layer in ("conv 2", "conv 6-7", "conv 11-13"):
+        pairs += _headline(CONV, ("ours auto", "concatenated, NHWC"), network="quaternion", layer=layer, work=STEP)
+    return pairs
+
+
+def _cpu_headline() -> list[tuple[Case, Provider]]:
+    """Ours and the research style of the whole steps, for their memory."""
+    layers, losses, steps, *_ = SUITES["cpu"]
+    pairs = []
+    for network, layer in (("quaternion", "no AT"), ("quaternion", "AT at layer 2"), ("real-on-embedding", "no AT"),
+                           ("real", "no AT"), ("real", "AT at layer 2")):  # fmt: skip
+        pairs += _headline(steps, ("ours", "research style"), network=network, layer=layer, variant="")
+    pairs += _headline(losses, ("ours", "materialised"), layer="layers 1-2", variant="paper")
+    pairs += _headline(layers, ("ours auto", "concatenated, NCHW"), layer="conv 6-7")
+    return pairs
+
+
+HEADLINE = {"cuda": _gpu_headline(), "cpu": _cpu_headline()}

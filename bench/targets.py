@@ -1,0 +1,145 @@
+"""The promised figures, judged by the rows of a run."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from bench.atl import ATL, FOLDED, LossCase
+from bench.case import STEP, Case
+from bench.layers import CONV, DW, DX, LINEAR, PRODUCT
+from bench.results import Row
+
+
+class Target(NamedTuple):
+    """A figure that was promised; `worst` is the layer furthest from it."""
+
+    target: str
+    wanted: str
+    measured: str
+    worst: str
+    verdict: str  # "met", "MISSED", "not measured"
+
+
+Values = dict[str, float]
+OURS = {"conv": "ours auto", "linear": "ours auto", "atl": "ours"}
+SPEED_UPS = {"paper": (4.0, 4.0, 4.0, 8.0, 8.0), FOLDED: (3.0, 3.0, 25.0, 150.0, 150.0)}
+MEGABYTES = {"quaternion": 3.0, "real": 11.0}
+
+
+def targets(rows: Sequence[Row]) -> list[Target]:
+    """The promised figures in the rows. Layers of one shape count as often as the network has them."""
+
+    def conv(against: str, work: str, batch: int, precision: str = "bf16", mode: str = "graph") -> Values | None:
+        cases = [case for case in _cases(CONV.cases, work, batch, precision) if case.layer != "conv 1"]
+        return _speed_ups(rows, cases, mode, against)
+
+    linears = _cases(LINEAR.cases, STEP, 20, "bf16")
+    products = [case for case in _cases(CONV.cases, PRODUCT, 256, "bf16") if case.layer != "conv 4"]
+    roofs = _of_ours(rows, products, lambda row: row.percent_of_roof and row.percent_of_roof / 100)
+    floors = _of_ours(rows, linears, lambda row: row.floor_us and row.median_us and row.floor_us / row.median_us)
+    found = [
+        _judged("conv step against concatenated, batch 20, graph", conv("concatenated", STEP, 20), 1.6, 1.2),
+        _judged("conv step against concatenated, batch 20, eager",
+                conv("concatenated", STEP, 20, mode="eager"), 3.0),
+        _judged("conv step against concatenated, batch 256, graph", conv("concatenated", STEP, 256), 1.25),
+        _judged("forward product against the real convolution, batch 256", conv("real", PRODUCT, 256), 1.0),
+        _judged("dX against the real convolution, batch 256", conv("real", DX, 256), 1.0),
+        _judged("dW against the real convolution, batch 256", conv("real", DW, 256), 0.9),
+        _judged("float32 step against the real layer, TF32 off, batch 20", conv("real", STEP, 20, "float32"), 2.0),
+        _judged("linear step against concatenated, batch 20",
+                _speed_ups(rows, linears, "graph", "concatenated"), 3.0, 3.0),
+        _judged("share of the measured roof, forward product, layers 5-13, batch 256", roofs, 0.6),
+        _judged("linear step: kernels' floor over time, 1 / 1.5", floors, 1 / 1.5, 1 / 1.5),
+    ]  # fmt: skip
+    return found + _of_the_loss(rows)
+
+
+def _of_the_loss(rows: Sequence[Row]) -> list[Target]:
+    found = []
+    for variant, factors in SPEED_UPS.items():
+        cases = _cases(ATL.cases, STEP, 20, "bf16", variant)
+        for case, factor in zip(cases, factors, strict=True):
+            ratios = _speed_ups(rows, [case], "graph", "materialised")
+            found.append(_judged(f"loss, {variant}, quaternion, {case.layer}: speed-up", ratios, factor))
+    for network, wanted in MEGABYTES.items():
+        cases = _cases(ATL.cases, STEP, 20, "bf16", "paper", network)
+        found.append(_judged_memory(f"loss, {network}: MB beside features and gradient", rows, cases, wanted))
+    return found
+
+
+def _cases(
+    cases: Sequence[Case], work: str, batch: int, precision: str, variant: str = "", network: str = "quaternion"
+) -> list[Case]:
+    """Those that a promised figure rests on."""
+    wanted = (network, variant, work, batch, precision)
+    return [
+        case
+        for case in cases
+        if case.rank == 0 or case.variant == FOLDED
+        if (case.network, case.variant, case.work, case.batch, case.precision) == wanted
+    ]
+
+
+def _rows(rows: Sequence[Row], case: Case, mode: str) -> dict[str, Row]:
+    """The timed rows of a case by provider."""
+    key = (case.suite, case.network, case.layer, case.variant, case.batch, case.precision, case.work, mode)
+    return {row.provider: row for row in rows if row.case == key and row.median_us}
+
+
+def _speed_ups(rows: Sequence[Row], cases: Sequence[Case], mode: str, against: str) -> Values | None:
+    """Time of the best baseline over ours, per layer; None where not every layer was measured."""
+    ratios = {}
+    for case in cases:
+        found = _rows(rows, case, mode)
+        others = [row.median_us for name, row in found.items() if name.startswith(against) and row.median_us]
+        ours = found.get(OURS[case.suite])
+        if not others or not ours or not ours.median_us:
+            return None
+        ratios[case.layer] = min(others) / ours.median_us
+    return ratios or None
+
+
+def _of_ours(rows: Sequence[Row], cases: Sequence[Case], value: Callable[[Row], float | None]) -> Values | None:
+    """A figure of our row of each case; None where one is missing."""
+    values = {}
+    for case in cases:
+        row = _rows(rows, case, "graph").get(OURS[case.suite])
+        found = value(row) if row else None
+        if not found:
+            return None
+        values[case.layer] = found
+    return values or None
+
+
+def _judged(name: str, ratios: Values | None, wanted: float, at_least: float = 0.0) -> Target:
+    text = f">= {wanted:.2f}" + (f", no layer under {at_least:.2f}" if at_least else "")
+    if not ratios:
+        return Target(name, text, "", "", "not measured")
+    logs = [math.log(ratio) for layer, ratio in ratios.items() for _ in range(_count(layer))]
+    mean, worst = math.exp(statistics.mean(logs)), min(ratios, key=lambda layer: ratios[layer])
+    met = mean >= wanted and ratios[worst] >= at_least
+    return Target(name, text, f"{mean:.2f}", f"{worst}: {ratios[worst]:.2f}", "met" if met else "MISSED")
+
+
+def _judged_memory(name: str, rows: Sequence[Row], cases: Sequence[Case], wanted: float) -> Target:
+    taken = {}
+    for case in cases:
+        row = _rows(rows, case, "graph").get("ours")
+        if row is None or row.peak_bytes is None:
+            return Target(name, f"<= {wanted:.0f}", "", "", "not measured")
+        assert isinstance(case, LossCase)
+        taken[case.layer] = 1e-6 * (row.peak_bytes - case.elements * case.dtype.itemsize)
+    worst = max(taken, key=lambda layer: taken[layer])
+    verdict = "met" if taken[worst] <= wanted else "MISSED"
+    return Target(name, f"<= {wanted:.0f}", f"{taken[worst]:.2f}", worst, verdict)
+
+
+def _count(layer: str) -> int:
+    """How many layers of the network a name stands for.
+
+    >>> _count("conv 11-13"), _count("conv 2")
+    (3, 1)
+    """
+    first, _, last = layer.split()[-1].partition("-")
+    return int(last) - int(first) + 1 if last else 1

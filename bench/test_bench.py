@@ -1,0 +1,34 @@
+"""The headline cases for pytest-benchmark: `pytest bench --benchmark-json=FILE`.
+
+On a CPU those of the suite "cpu". Wall clock of eager calls, up to the end of their work; results.csv has more.
+"""
+
+import pytest
+import torch
+
+from bench.case import switched
+from bench.suites import HEADLINE
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("case", "provider"),
+    [pytest.param(case, provider, id=f"{case}, {provider.name}") for case, provider in HEADLINE[DEVICE.type]],
+)
+def test_headline(case, provider, benchmark):
+    with switched(case.precision):
+        operands = case.operands(DEVICE)
+        run = provider.build(case, [operands])[0]
+        with case.checking(operands):
+            excess, error = case.gate(provider, operands, provider.read(run()))
+        assert excess <= 1, f"wrong: error {error:.1e}, {excess:.2f} times what is allowed"
+
+        def finished():
+            run()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.group = str(case)
+        benchmark.extra_info |= {"provider": provider.name, "flops": case.flops, "bytes": case.bytes, "error": error}
+        benchmark.pedantic(finished, rounds=20 if DEVICE.type == "cuda" else 3, warmup_rounds=1)

@@ -1,0 +1,311 @@
+"""The runner and the command line of the benchmark, without a GPU."""
+
+import csv
+import json
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qkernels
+from bench import __main__ as cli
+from bench import fresh, layers, results, run
+from bench.case import BACKWARD, FORWARD, STEP, Roof, Suite
+from bench.cpu_forms import Layer
+from bench.network import STEPS
+from bench.suites import SUITES
+from bench.targets import Target
+from bench.timing import CpuClock, Timing
+from qkernels import runtime
+
+CPU = torch.device("cpu")
+TINY = layers.layer_case(Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
+RIGHT = layers.PROVIDERS[0]
+PROVENANCE = {"device", "threads", "commit", "torch", "triton", "cuda", "cudnn", "date"}
+
+
+class Watch:
+    """A clock that notes whom it times."""
+
+    modes = ("graph", "eager")
+
+    def __init__(self):
+        self.timed, self.held = [], 0
+
+    def time(self, runs, mode, energy=False):
+        self.timed += [(mode, name, len(several)) for name, several in runs.items()]
+        return {name: Timing([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 7.0, 0.5 if energy else None) for name in runs}
+
+    def memory(self):
+        return 100
+
+    def peak(self):
+        return 1000
+
+
+def wrong(results):
+    return (1.001 * results[0], *results[1:])
+
+
+def build_with(change):
+    def build(case, sets):
+        return [lambda one=one: change(one()) for one in RIGHT.build(case, sets)]
+
+    return build
+
+
+def test_a_wrong_result_is_given_no_time():
+    watch = Watch()
+    providers = [RIGHT, RIGHT._replace(name="ours, wrong", build=build_with(wrong))]
+    right, refused = run.measure(TINY, providers, CPU, watch)
+    assert (refused.status, refused.median_us, refused.peak_bytes) == ("REFUSED", None, None)
+    assert 1e-4 < refused.error < 2e-3
+    assert refused.error_over_tolerance > 1
+    assert watch.timed == [("eager", "ours auto", TINY.sets)]
+    assert (right.status, right.p20_us, right.median_us, right.p80_us, right.samples) == ("ok", 2.0, 3.5, 5.0, 6)
+    assert (right.host_us, right.energy_mj, right.peak_bytes) == (7.0, None, 900)
+
+
+def test_nan_is_refused():
+    nan = RIGHT._replace(build=build_with(lambda results: (results[0] * math.nan, *results[1:])))
+    (row,) = run.measure(TINY, [nan], CPU)
+    assert row.status == "REFUSED"
+    assert row.error_over_tolerance == math.inf
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(torch.OutOfMemoryError("no"), "out of memory"), (ZeroDivisionError("no"), "failed")]
+)
+def test_what_raises_is_a_row_and_the_others_are_measured(error, status, capsys):
+    def build(case, sets):
+        raise error
+
+    broken, right = run.measure(TINY, [RIGHT._replace(name="broken", build=build), RIGHT], CPU, Watch())
+    assert (broken.status, broken.median_us) == (status, None)
+    assert right.status == "ok"
+    assert ("ZeroDivisionError: no" in capsys.readouterr().err) == (status == "failed")
+
+
+def test_what_cannot_be_captured_has_failed():
+    class NoGraphs(Watch):
+        def time(self, runs, mode, energy=False):
+            return {} if mode == "graph" else super().time(runs, mode, energy)
+
+    rows = run.measure(replace(TINY, modes=("graph", "eager")), [RIGHT], CPU, NoGraphs())
+    assert [(row.mode, row.status) for row in rows] == [("graph", "failed"), ("eager", "ok")]
+
+
+def test_rows_know_the_roof_and_the_floor():
+    roof = Roof(bandwidth=1e9, flops={"float32": 1e9})
+    (row,) = run.measure(TINY, [RIGHT], CPU, Watch(), roof, {"ours auto": [100, 9000]})
+    assert row.percent_of_roof == pytest.approx(100 * max(TINY.bytes, TINY.flops) / 1e9 / 3.5e-6)
+    assert row.floor_us == pytest.approx(3.0 + 9.0)
+    # Where the rate of a precision is unknown, bytes decide.
+    (row,) = run.measure(replace(TINY, precision="tf32"), [RIGHT], CPU, Watch(), roof)
+    assert row.percent_of_roof == pytest.approx(100 * TINY.bytes / 1e9 / 3.5e-6)
+    assert row.floor_us is None
+
+
+def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(capsys):
+    cases = [replace(TINY, layer=f"conv {n}", rank=rank) for n, rank in enumerate((2, 0, 1))]
+    rows = list(run.Suites([Suite(cases, [RIGHT])], CPU).rows(set()))
+    assert [row.layer for (row,) in rows] == ["conv 1", "conv 2", "conv 0"]
+    rows = list(run.Suites([Suite(cases, [RIGHT])], CPU).rows({run.key(cases[1])}))
+    assert [row.layer for (row,) in rows] == ["conv 2", "conv 0"]
+    assert list(run.Suites([Suite(cases, [RIGHT])], CPU, deadline=time.monotonic()).rows(set())) == []
+    assert capsys.readouterr().out == "dropped, out of budget: 3 cases of the suite conv\n"
+
+
+def test_a_provider_that_a_cpu_has_not_is_left_out():
+    q16 = layers.PROVIDERS[1]
+    assert run.providers_of(Suite([], [RIGHT, q16._replace(fits=lambda case: True)]), TINY, CPU) == [RIGHT]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """CPU tensors are planned for as if they lay on a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(runtime, "_obstacle", lambda *tensors: None)
+    with qkernels.set_backend("triton"):
+        yield
+
+
+def test_kernels_are_planned_and_not_launched(planned):
+    def names(work):
+        before, timed = run.recorded_launches(replace(TINY, work=work), RIGHT, CPU)
+        return [[launch.kernel.__name__ for launch in part] for part in (before, timed)]
+
+    assert names(FORWARD) == [[], ["_hamilton_pack_kernel", "_hamilton_conv_kernel"]]
+    before, timed = names(BACKWARD)
+    assert before == names(FORWARD)[1]
+    assert {"_hamilton_conv_kernel", "_hamilton_conv_dw_kernel"} <= set(timed)
+    assert names(STEP) == [[], before + timed]
+    before, timed = run.recorded_launches(replace(TINY, work=FORWARD), RIGHT, CPU)
+    x, weight, bias, y, _ = TINY.operands(CPU)
+    assert run._bytes(timed[-1]) >= x.nbytes + weight.nbytes + bias.nbytes + y.nbytes
+
+
+def test_the_kernels_of_a_whole_step_are_planned(planned, capsys):
+    def names(**wanted):
+        case = next(c for c in STEPS.cases if all(getattr(c, name) == value for name, value in wanted.items()))
+        before, timed = run.recorded_launches(case.tiny(), STEPS.providers[0], CPU)
+        return [{launch.kernel.__name__ for launch in part} for part in (before, timed)]
+
+    gram = {"_gram_kernel", "_gram_finish_kernel", "_gram_backward_kernel"}
+    before, timed = names(network="quaternion", layer="AT at layer 2", variant="", work="step")
+    assert not before
+    assert gram | {"_hamilton_conv_dw_kernel", "_hamilton_conv_kernel"} <= timed
+    before, timed = names(network="quaternion", layer="AT at layer 2", variant="cached targets", work="step")
+    assert "_hamilton_conv_kernel" in before
+    assert capsys.readouterr().err == ""
+
+
+def test_the_precision_switches_are_set_and_restored():
+    seen = []
+
+    def build(case, sets):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return RIGHT.build(case, sets)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for precision in ("tf32", "float32"):
+        run.measure(replace(TINY, precision=precision), [RIGHT._replace(build=build)], CPU)
+    assert seen == [(True, True), (False, False)]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_smoke_judges_every_suite_and_claims_no_time(tmp_path):
+    assert cli.main(["run", "--smoke", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert set(lines[0]) == {*results.Row._fields, *PROVENANCE}
+    assert {line["suite"] for line in lines} == set(SUITES)
+    assert {line["status"] for line in lines} == {"smoke"}
+    for name in ("median_us", "p20_us", "p80_us", "samples", "host_us", "first_call_ms", "peak_bytes", "energy_mj",
+                 "floor_us", "percent_of_roof"):  # fmt: skip
+        assert {line[name] for line in lines} == {""}
+    for name, suites in SUITES.items():
+        # A form that needs a GPU, and what takes minutes to build, are left out.
+        expected = {p.name for s in suites for p in s.providers if p.cpu and p.smoke and any(map(p.fits, s.cases))}
+        assert {line["provider"] for line in lines if line["suite"] == name} >= expected - {"materialised, float32"}
+        works = {case.work for suite in suites for case in suite.cases}
+        assert {line["work"] for line in lines if line["suite"] == name} == works
+    with (tmp_path / "targets.csv").open() as file:
+        judged = list(csv.DictReader(file))
+    assert set(judged[0]) == {*Target._fields, *PROVENANCE}
+    assert {target["verdict"] for target in judged} == {"not measured"}
+    read = results.read(tmp_path)
+    assert len(read.rows) == len(lines)
+    assert set(read.provenance) == PROVENANCE
+
+
+def test_the_gate_turns_the_exit_code(tmp_path, monkeypatch):
+    suite = Suite([TINY], [RIGHT._replace(build=build_with(wrong))])
+    monkeypatch.setattr(cli, "chosen", lambda *_: [suite])
+    assert cli.main(["run", "--smoke", "--out", str(tmp_path)]) == 1
+    assert results.read(tmp_path).rows[0].status == "REFUSED"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`bench run` measures two tiny cases."""
+    cases = [TINY, replace(TINY, layer="conv 3", rank=1)]
+    monkeypatch.setattr(cli, "chosen", lambda *_: [Suite(cases, [RIGHT])])
+    monkeypatch.setattr(CpuClock, "roof", lambda self, precisions: Roof(1e9, {"float32": 1e9}))
+    return cases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_is_written_and_resumed(small, tmp_path, capsys):
+    assert cli.main(["run", "--commit", "abc", "--out", str(tmp_path)]) == 0
+    whole = results.read(tmp_path)
+    assert [(row.layer, row.status) for row in whole.rows] == [("conv 2", "ok"), ("conv 3", "ok")]
+    assert all(row.p20_us <= row.median_us <= row.p80_us and row.percent_of_roof > 0 for row in whole.rows)
+    assert (whole.provenance["commit"], whole.provenance["roof_bandwidth"]) == ("abc", "1e+09")
+    results.write(tmp_path / "results.csv", whole.rows[:1], whole.provenance)
+    capsys.readouterr()
+    assert cli.main(["run", "--commit", "abc", "--resume", "--out", str(tmp_path)]) == 0
+    again = results.read(tmp_path)
+    assert again.rows[0] == whole.rows[0]
+    assert [row.layer for row in again.rows] == ["conv 2", "conv 3"]
+    assert "conv 2" not in capsys.readouterr().out
+    assert cli.main(["run", "--commit", "def", "--resume", "--out", str(tmp_path)]) == 2
+    assert "commit abc, this is def" in capsys.readouterr().err
+    assert results.read(tmp_path) == again
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    for arguments, text in ((["run", "nope"], "suite 'nope': must be one of conv"), (["compare", "a", "b"], "a")):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert text in error
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        cli.chosen(["conv"], CPU, smoke=False)
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="it lacks the columns batch"):
+        results.read(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (row,) = run.measure(TINY, [RIGHT], CPU)
+    results.write(tmp_path / "results.csv", [row, row], {"device": "d"})
+    assert results.read(tmp_path) == results.Results([row, row], {"device": "d"})
+    text = (tmp_path / "results.csv").read_text()
+    for damaged, message in (
+        (text.replace(f",{row.flops},", ",many,"), "results.csv:2: flops is 'many'; it must be int"),
+        (text[: text.rindex(str(row.flops))], "3: flops is '"),
+    ):
+        (tmp_path / "results.csv").write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            results.read(tmp_path)
+
+
+def test_the_cpu_clock_measures_milliseconds():
+    clock = CpuClock()
+    times = clock.time({"slow": [lambda: time.sleep(0.02)], "fast": [lambda: None]}, "eager")
+    assert 2e4 <= min(times["slow"].samples) < 2e5
+    assert max(times["fast"].samples) < 1e4
+    turns = []
+    runs = {"a": [lambda: turns.append("a0"), lambda: turns.append("a1")], "b": [lambda: turns.append("b")]}
+    clock.time(runs, "eager")
+    assert turns[:6] == ["a0", "b", "a1", "b", "a0", "b"]
+
+
+def test_roof_of_a_cpu_is_a_rate():
+    roof = CpuClock().roof(["float32"])
+    assert 1e8 < roof.bandwidth < 1e13
+    assert 1e8 < roof.flops["float32"] < 1e14
+
+
+def test_a_fresh_process_tells_its_memory(monkeypatch):
+    """In a process of its own, so that what this one holds does not count."""
+    number = next(n for n, (case, _) in enumerate(cli.HEADLINE["cpu"]) if case.layer == "conv 6-7")
+    start = fresh._process
+    monkeypatch.setattr(fresh, "_process", lambda _, *arguments: start(number, *arguments))
+    ((_, row),) = fresh.measured(cli.HEADLINE["cpu"][number : number + 1], CPU, math.inf)
+    assert (row.layer, row.provider, row.status) == ("conv 6-7", cli.HEADLINE["cpu"][number][1].name, "ok")
+    case = cli.HEADLINE["cpu"][number][0]
+    assert 0.5 * case.bytes < row.host_bytes < 100 * case.bytes
+    assert 0 < row.first_call_s < 60
+    assert row.gpu_bytes is row.peak_bytes is row.cold_call_s is None
+
+
+def test_a_process_that_fails_says_why(capfd):
+    with fresh._process(10**6, CPU, {}) as process:
+        assert fresh._report_of(process, math.inf) == ("failed", {})
+    assert "IndexError" in capfd.readouterr().err
+
+
+def test_out_of_time_is_said(capsys):
+    assert list(fresh.measured(cli.HEADLINE["cpu"], CPU, time.monotonic())) == []
+    assert capsys.readouterr().out == f"dropped, out of budget: {len(cli.HEADLINE['cpu'])} processes\n"
+
+
+def test_reports_are_json(capsys):
+    fresh.report(TINY, RIGHT, CPU)
+    found = json.loads(capsys.readouterr().out.removeprefix(fresh.REPORT))
+    assert set(found) == {"first_call_s", "peak_bytes", "host_bytes", "used"}
+    assert set(found) - {"used"} <= set(fresh.Fresh._fields)
