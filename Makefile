@@ -18,6 +18,7 @@ slow: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench run
 	$(BIN)/python -m bench fresh
+	$(BIN)/python -m bench report runs/bench
 
 # On a machine with a GPU, with the packages of $(PYTHON); installs nothing, is given under 9 minutes, goes on after a failure.
 gpu: export PYTHONPATH := $(CURDIR)

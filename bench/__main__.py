@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a result was wrong, a test failed or something got slower;
 
 import argparse
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ from bench.targets import targets
 from bench.timing import GpuClock, clock_of
 
 Command = Callable[[argparse.Namespace], int]
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,10 +63,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     sub = command("tests", "The tests of tests/gpu, one process a file.")
     sub.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended (%(default)s)")
 
-    sub = command("report", "Committed results as charts, and as tables in the README.", out=False)
-    sub.add_argument("--results", type=Path, default=RESULTS, help="folders of results (%(default)s)")
-    sub.add_argument("--docs", type=Path, default=Path("docs"), help="where charts go, in a folder bench (%(default)s)")
-    sub.add_argument("--readme", type=Path, default=Path("README.md"))
+    sub = command(
+        "report", "Results as charts and tables: those of bench/results in docs and README.md, or one's own.", out=False
+    )
+    sub.add_argument("folder", nargs="?", type=Path, help="with a results.csv: write report.md there, and print it")
 
     sub = command("compare", "What got slower, faster, larger or wrong from one result to another.", out=False)
     for name in ("before", "after"):
@@ -147,9 +147,14 @@ def _fresh(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from bench.report import write_report
+    from bench.report import page, write_report
 
-    write_report(options.results, options.docs, options.readme)
+    if options.folder is None:
+        write_report(Path("bench/results"), Path("docs"), Path("README.md"))
+        return 0
+    path = page(options.folder)
+    print(re.sub(r"^!\[.*\n\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    print(path)
     return 0
 
 

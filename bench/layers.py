@@ -135,7 +135,7 @@ class LayerCase(Case):
         return worst
 
     def tiny(self) -> "LayerCase":
-        channels_in = 8 if self.quaternion else 1
+        channels_in = 64 if self.quaternion else 1  # enough for every form
         return replace(self, batch=2, channels_in=channels_in, channels_out=12, size=(4, 3), precision="float32")
 
     @property

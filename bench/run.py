@@ -261,7 +261,7 @@ def line(row: Row) -> str:
     """A row for the terminal."""
     what = " ".join(
         (
-            f"{row.suite:9} {row.network:17} {row.layer:17} {row.variant:14} {row.batch:3} {row.precision:7}",
+            f"{row.suite:9} {row.network:17} {row.layer:14} {row.variant:23} {row.batch:3} {row.precision:7}",
             f"{row.work:16} {row.mode:5} {row.provider:27} {row.status:7}",
         )
     )

@@ -9,7 +9,7 @@ import torch
 from bench.atl import ATL, FOLDED
 from bench.case import STEP, Case, Provider, Suite
 from bench.cpu_forms import LAYERS
-from bench.layers import CONV, LINEAR, layer_case
+from bench.layers import COMPILED, CONV, LINEAR, layer_case
 from bench.network import CACHED, EPOCHS, INFERENCE, STEPS, TRAIN
 
 NETWORKS = ("quaternion", "real-on-embedding", "real")
@@ -33,6 +33,7 @@ def _cpu() -> list[Suite]:
     ]
     plain = [("no AT", ""), ("AT at layer 2", "")]
     more = [("AT at layer 7", ""), ("AT at layer 13", ""), ("AT at layer 2", CACHED), ("AT at layer 13", CACHED)]
+    more.append(("AT at layer 2", COMPILED))
     steps = [
         _here(_first(STEPS, network=network, layer=layer, variant=variant, work=TRAIN), batch=4)
         for network in NETWORKS

@@ -43,9 +43,7 @@ class Clock(Protocol):
 
     modes: tuple[str, ...]
 
-    def time(
-        self, runs: Runs, mode: str, energy: bool = False
-    ) -> dict[str, Timing]:
+    def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         """What the runs of every name took, the names taking turns; a name whose capture fails is left out."""
 
     def memory(self) -> int:
@@ -63,9 +61,7 @@ class CpuClock:
 
     modes: tuple[str, ...] = ("eager",)
 
-    def time(
-        self, runs: Runs, mode: str, energy: bool = False
-    ) -> dict[str, Timing]:
+    def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         samples = _interleaved(EAGER_ROUNDS, runs, _wall)
         return {name: Timing(taken) for name, taken in samples.items()}
 
@@ -97,9 +93,7 @@ class GpuClock:
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
         self.nvml = Nvml.open()
 
-    def time(
-        self, runs: Runs, mode: str, energy: bool = False
-    ) -> dict[str, Timing]:
+    def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         if mode == "eager":
             samples = _interleaved(EAGER_ROUNDS, runs, self._eager)
             return {name: Timing(taken, self._host(runs[name])) for name, taken in samples.items()}
@@ -239,9 +233,7 @@ def _wall(run: Callable[[], Any]) -> float:
     return 1e6 * (time.perf_counter() - start)
 
 
-def _interleaved(
-    rounds: int, runs: Runs, sample: Callable[[Callable[[], Any]], float]
-) -> dict[str, list[float]]:
+def _interleaved(rounds: int, runs: Runs, sample: Callable[[Callable[[], Any]], float]) -> dict[str, list[float]]:
     """Samples of every name, which take turns; fewer rounds where all of them would take over `SECONDS`."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     turns = {name: itertools.cycle(several) for name, several in runs.items()}

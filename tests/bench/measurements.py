@@ -1,0 +1,96 @@
+"""Rows and whole runs to make tables and charts of, and how tests read a table."""
+
+import re
+from pathlib import Path
+
+from bench import summary
+from bench.fresh import Fresh
+from bench.results import Results, Row, write
+
+GPU = {"device": "Some GPU", "threads": "16", "commit": "abc1234", "torch": "2.11.0", "date": "2026-11-24 20:00 UTC"}
+CPU = {**GPU, "device": "cpu: Some CPU", "threads": "2"}
+STEP = {"suite": "step", "layer": summary.NO_AT, "work": "step", "provider": "ours"}
+LOSS = {"suite": "atl", "layer": "layers 1-2", "variant": "paper", "provider": "ours"}
+
+
+def row(median=100.0, **fields) -> Row:
+    """A right row, p20 and p80 on its median; another status has no time."""
+    plain = {
+        "suite": "conv", "network": "quaternion", "layer": "conv 2", "variant": "", "batch": 20, "precision": "bf16",
+        "work": "forward+backward", "mode": "graph", "provider": "ours auto", "shape": "", "status": "ok",
+        "flops": 10**9, "bytes": 10**7,
+    }  # fmt: skip
+    times = dict.fromkeys(("median_us", "p20_us", "p80_us"), median if fields.get("status", "ok") == "ok" else None)
+    return Row(**{**dict.fromkeys(Row._fields), **plain, **times, **fields})
+
+
+def measured(*rows, fresh=(), **provenance) -> summary.Measured:
+    """A run of these rows and first runs."""
+    lines = {tuple(getattr(line, field) for field in summary.FRESH_CASE): line for line in fresh}
+    return summary.Measured(Path("results/gpu/results.csv"), Results(list(rows), {**GPU, **provenance}), lines)
+
+
+def fresh_of(row: Row, **values) -> Fresh:
+    """The first run of a row's case and provider."""
+    return Fresh(**{field: getattr(row, field) for field in summary.FRESH_CASE} | {"status": "ok"} | values)
+
+
+def lines_of(text: str) -> list[dict[str, str]]:
+    """The lines of all Markdown tables, by their head; of columns of one name the first is meant, the next has a 2."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        head, rule, *body = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()
+        ]
+        assert set(rule) == {"---"}
+        names = [name if name not in head[:n] else f"{name} 2" for n, name in enumerate(head)]
+        found += [dict(zip(names, line, strict=True)) for line in body]
+    return found
+
+
+def line_of(text: str, **cells) -> dict[str, str]:
+    """The one line with these cells."""
+    (line,) = [line for line in lines_of(text) if all(line.get(name) == value for name, value in cells.items())]
+    return line
+
+
+def steps() -> list[Row]:
+    """Microseconds and bytes of steps of three networks by provider, with and without anti-transfer."""
+    times = {
+        ("quaternion", "ours"): (20.0, 22.0, 30.0), ("quaternion", "research style"): (40.0, 100.0, 120.0),
+        ("quaternion", "torch.compile"): (16.0, 25.0, 27.0),
+        ("real", "ours"): (160.0, 168.0, 200.0), ("real", "research style"): (200.0, 500.0, 560.0),
+        ("real-on-embedding", "ours"): (32.0, 33.0, 35.0), ("real-on-embedding", "research style"): (50.0, 60.0, 70.0),
+    }  # fmt: skip
+    rows = []
+    for (network, provider), values in times.items():
+        for layer, us in zip((summary.NO_AT, "AT at layer 2", "AT at layer 13"), values, strict=True):
+            names = {**STEP, "network": network, "provider": provider, "layer": layer}
+            rows.append(row(us, **names, peak_bytes=int(us * us) * 1000))
+    cached = {**STEP, "layer": "AT at layer 2", "variant": "cached targets"}
+    part = row(1.0, **{**STEP, "work": "forward"}, peak_bytes=1)  # no step
+    return [*rows, row(21.0, **cached, peak_bytes=440_000), part]
+
+
+def everything(**provenance) -> summary.Measured:
+    """A run with rows for every section and chart."""
+    rows = [row(50.0, layer=layer) for layer in ("conv 2", "conv 6-7")]
+    rows.append(row(80.0, layer="conv 2", provider="concatenated, NHWC"))
+    rows.append(row(90.0, layer="conv 6-7", provider="SpeechBrain"))
+    rows.append(row(layer="conv 2", provider="SpeechBrain", status="REFUSED"))
+    rows.append(row(10.0, **LOSS, peak_bytes=3_000_000))
+    rows.append(row(**{**LOSS, "provider": "materialised"}, status="out of memory"))
+    for network in ("quaternion", "real"):
+        for work, us in zip(summary.WORKS, (5.0, 20.0, 60.0, 70_000.0), strict=True):
+            rows.append(row(us, **{**STEP, "layer": "AT at layer 2", "work": work, "network": network}))
+    rows.append(row(**{**STEP, "layer": "AT at layer 2", "provider": "research style"}, status="failed"))
+    return measured(*rows, roof_bandwidth="4e12", roof_bf16="8e14", **provenance)
+
+
+def committed(folder: Path, name: str, m: summary.Measured) -> Path:
+    """A run in the folder of its name below bench/results."""
+    target = folder / "bench/results" / name
+    target.mkdir(parents=True)
+    write(target / "results.csv", m.results.rows, m.results.provenance)
+    write(target / "fresh.csv", m.fresh.values(), m.results.provenance)
+    return target
