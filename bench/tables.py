@@ -215,7 +215,11 @@ def _change(rows: Sequence[Row], network: str, measure: Measure, provider: str |
 
 def _against_none(m: Measured, where: str, rows: Sequence[Row]) -> list[list[str]]:
     bases = {(row.network, row.provider): row for row in rows if row.layer == NO_AT}
-    tapped_rows = (row for row in rows if row.layer != NO_AT and row.network in PAPER_NETWORKS)
+    tapped_rows = (
+        row
+        for row in rows
+        if row.layer != NO_AT and row.network in PAPER_NETWORKS and not row.variant.startswith("against ")
+    )
     groups = grouped(tapped_rows, attrgetter("network", "provider", "variant"))
     groups.sort(key=lambda group: (place(group[0][0], ORDERS["network"]), group[0][1:]))
     lines = []
