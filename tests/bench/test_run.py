@@ -1,10 +1,11 @@
 """The runner and the command line of the benchmark, without a GPU."""
 
+import contextlib
 import csv
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -73,6 +74,27 @@ def test_nan_is_refused():
     (row,) = run.measure(TINY, [nan], CPU)
     assert row.status == "REFUSED"
     assert row.error_over_tolerance == math.inf
+
+
+def test_only_the_judged_run_is_checked():
+    """What a case switches off for its gate, such as dropout, is on when it is timed."""
+
+    class Checked(layers.LayerCase):
+        @contextlib.contextmanager
+        def checking(self, operands):
+            checking.append(True)
+            yield
+            checking.clear()
+
+    checking, seen = [], []
+
+    def build(case, sets):
+        return [lambda one=one: (seen.append(bool(checking)), one())[1] for one in RIGHT.build(case, sets)]
+
+    case = Checked(**{field.name: getattr(TINY, field.name) for field in fields(TINY)})
+    (row,) = run.measure(case, [RIGHT._replace(build=build)], CPU, Watch())
+    assert row.status == "ok"
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize(
