@@ -25,14 +25,16 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu: SHELL := bash -o pipefail
 gpu: MEASURE = $(PYTHON) -m bench
 gpu: NAME = --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+gpu: export PYTHONUNBUFFERED := 1
 gpu:
-	mkdir -p $(OUT); $(PYTHON) -m qkernels.runtime > $(OUT)/environment.txt
-	( status=0; \
+	mkdir -p $(OUT); end=$$(( $$(date +%s) + 525 )); ( status=0; left() { echo $$(( end - $$(date +%s) - $$1 )); }; \
+	$(PYTHON) -m qkernels.runtime > $(OUT)/environment.txt || status=1; \
 	$(MEASURE) tests --out $(OUT) --seconds 220 || status=1; \
-	timeout 200 $(MEASURE) run $(NAME) --budget 170 || status=1; \
-	timeout 70 $(MEASURE) fresh $(NAME) --budget 60 || status=1; \
-	timeout 40 $(PYTHON) -m pytest -c /dev/null bench -q -k "step or atl" --benchmark-json=$(OUT)/benchmark.json || status=1; \
-	exit $$status ) 2>&1 | tee $(OUT)/log.txt
+	timeout -k 5 $$(left 100) $(MEASURE) run $(NAME) --budget $$(left 130) || status=1; \
+	timeout -k 5 $$(left 40) $(MEASURE) fresh $(NAME) --budget $$(left 50) || status=1; \
+	timeout -k 5 $$(left 5) $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider bench -q -k "step or atl" \
+	--benchmark-json=$(OUT)/benchmark.json || status=1; \
+	rm -f $(OUT)/.*.part; exit $$status ) 2>&1 | tee $(OUT)/log.txt
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,21 +5,25 @@ Exit codes: 0 done; 1 a result was wrong, a test failed or something got slower;
 
 import argparse
 import math
+import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import fresh, gpu_tests
 from bench import run as runs
-from bench.results import provenance, read, write
+from bench.results import Row, provenance, read, write
 from bench.suites import HEADLINE, SUITES, chosen
 from bench.targets import targets
 from bench.timing import GpuClock, clock_of
 
+CASE_SECONDS = 90.0
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -116,17 +120,51 @@ def _run(options: argparse.Namespace) -> int:
         print(f"roof: copy {1e-12 * roof.bandwidth:.3g} TB/s, {rates}", flush=True)
         if isinstance(clock, GpuClock):
             print(f"an empty graph takes {clock.empty_graph():.1f} us", flush=True)
+    whole = runs.Suites(suites, device, clock, roof, deadline)
     rows = list(kept)
     done = {row.case[:-1] for row in kept}
-    measured = runs.smoke(suites) if options.smoke else runs.Suites(suites, device, clock, roof, deadline).rows(done)
-    for new in measured:
+    for new in runs.smoke(suites) if options.smoke else _measured(options, rows, done, extra, whole):
         rows += new
         print(*map(runs.line, new), sep="\n", flush=True)
         write(options.out / "results.csv", rows, extra)
-        write(options.out / "targets.csv", targets(rows), extra)
+        if whole.device.type == "cuda" or options.smoke:
+            write(options.out / "targets.csv", targets(rows), extra)
     for target in targets(rows) if device.type == "cuda" else ():
         print(f"{target.target:72} {target.wanted:32} {target.measured:6} {target.worst:18} {target.verdict}")
     return int(any(row.status in ("REFUSED", "failed") for row in rows))
+
+
+def _measured(
+    options: argparse.Namespace, rows: list[Row], done: set[Any], extra: dict[str, str], whole: runs.Suites
+) -> Iterator[list[Row]]:
+    """The rows of one case after the other; on a GPU, one that kills or hangs the device costs its own rows only.
+
+    Such a case is noted as failed before it starts. If it takes over `CASE_SECONDS`, or the device is lost, this
+    program starts itself anew, and goes on behind it.
+    """
+    for case, providers, moved in whole.planned(done):
+        if whole.device.type == "cuda":
+            noted = [*rows, *runs.unmeasured(case, providers, "failed")]
+            write(options.out / "results.csv", noted, extra)
+            watchdog = threading.Timer(CASE_SECONDS, _start_anew, (options, whole.deadline, f"{case}: hangs"))
+            watchdog.daemon = True
+            watchdog.start()
+        new = runs.measure(case, providers, whole.device, whole.clock, whole.roof, moved)
+        if whole.device.type == "cuda":
+            watchdog.cancel()
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                _start_anew(options, whole.deadline, f"{case}: {error}")
+        yield new
+
+
+def _start_anew(options: argparse.Namespace, deadline: float, why: str) -> None:
+    print(f"starting anew: {why}", file=sys.stderr, flush=True)
+    commit = ["--commit", options.commit] if options.commit else []
+    budget = ["--budget", str(max(0.0, deadline - time.monotonic()))]
+    command = [sys.executable, "-m", "bench", "run", *options.suites, "--out", str(options.out), *budget, *commit]
+    os.execv(sys.executable, [*command, "--resume"])
 
 
 def _fresh(options: argparse.Namespace) -> int:
@@ -141,7 +179,9 @@ def _fresh(options: argparse.Namespace) -> int:
     rows: dict[int, fresh.Fresh] = {}
     for number, row in fresh.measured(headline, device, time.monotonic() + options.budget):
         rows[number] = row
-        print(", ".join(f"{name} {value}" for name, value in row._asdict().items() if value not in (None, "")))
+        print(
+            ", ".join(f"{name} {value}" for name, value in row._asdict().items() if value not in (None, "")), flush=True
+        )
         write(options.out / "fresh.csv", rows.values(), extra)
     return int(any(row.status == "failed" for row in rows.values()))
 

@@ -144,7 +144,7 @@ class Roof(NamedTuple):
     flops: dict[str, float]
 
     def seconds(self, case: Case) -> float:
-        """What no implementation of the definition can be faster than."""
+        """What no implementation of the definition, with all of its products, can be faster than."""
         return max(case.bytes / self.bandwidth, case.flops / self.flops.get(case.precision, math.inf))
 
 
@@ -191,6 +191,17 @@ def switched(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def reference_run() -> Iterator[None]:
+    """Around what results are judged by: float32 is never rounded to tf32, and cuDNN searches no algorithm for it."""
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        with switched("float32"):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = searching
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

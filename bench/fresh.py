@@ -75,7 +75,7 @@ def measured(
         taken = used - before if nvml and used is not None else None
         rows[number] = Fresh(*names, provider.name, status, **found, gpu_bytes=taken)
         yield number, rows[number]
-    if device.type == "cuda":
+    if device.type == "cuda" and time.monotonic() < deadline:
         yield from _cold({n: row for n, row in rows.items() if headline[n][1].ours and row.status == "ok"}, deadline)
 
 

@@ -56,7 +56,7 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
                 verdicts[file.stem] = "out of time"
             log.seek(0)
             text = log.read()
-            verdicts[file.stem] = verdicts[file.stem] or ("passed" if " passed" in text.splitlines()[-1] else "skipped")
+            verdicts[file.stem] = verdicts[file.stem] or ("passed" if " passed" in text else "skipped")
             whole.write(f"{file.name}: {verdicts[file.stem]}\n{text}\n")
             print(f"{file.name}: {verdicts[file.stem]}", *text.splitlines()[-12:], sep="\n", flush=True)
     return verdicts

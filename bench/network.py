@@ -1,7 +1,8 @@
 """Training steps, epochs and inference of the whole networks (WASPAA 2023).
 
-Ours, as `qat train` computes them, against the research code's way and against what `torch.compile` makes of a careful
-program. All start from the same weights and compute the same from the same inputs.
+Ours, as `qat train` computes them but with a fused Adam where a GPU steps, against the research code's way and against
+what `torch.compile` makes of a careful program. All start from the same weights and compute the same from the same
+inputs.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.atl import gram_flops
-from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite, relative_error, switched
+from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite, reference_run, relative_error
 from bench.layers import COMPILED, concatenated
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
@@ -32,11 +33,12 @@ from qkernels import anti_transfer_tap, gram_target
 
 CLASSES, LEARNING_RATE, CACHED = 4, 1e-5, "cached targets"
 TRAIN, TWIN, EPOCH, LOGITS = "step", "twin forward", "epoch", "logits"
-NETWORKS, PRECISIONS = ("quaternion", "real", "real-on-embedding"), ("bf16", "float32", "tf32")
+CONTROL = "real-on-embedding"
+NETWORKS, PRECISIONS = ("quaternion", "real", CONTROL), ("bf16", "float32", "tf32")
 DATA = Path(__file__).parent / "data" / "demo_embeddings.npz"
-# Relative errors of a loss, and of features and logits.
-LOSS = {"bf16": 2e-2, "tf32": 2e-3, "float32": 1e-5}
-VALUES = {"bf16": 5e-2, "tf32": 5e-3, "float32": 1e-4}
+# Relative errors of a loss, and of features and logits. In float32 cuDNN may take Winograd's algorithm: 1e-5 a layer.
+LOSS = {"bf16": 2e-2, "tf32": 2e-3, "float32": 1e-4}
+VALUES = {"bf16": 5e-2, "tf32": 5e-3, "float32": 3e-4}
 # 1 - cosine of the angle between all gradients, as one vector, and the exact ones; the same of each parameter's alone.
 # Rounding sends some gradients through another branch of a ReLU or max pool: in full width on a CPU, the baseline's and
 # ours alike, up to 0.009 and 0.07 in bfloat16, 1e-6 and 1e-4 in float32. The first alone would not see a wrong layer:
@@ -338,7 +340,7 @@ def reference(case: NetworkCase, operands: Operands) -> Results:
     net, twin = (copy.deepcopy(network) for network in (operands.classifier.net, operands.twin))
     assert net is not None
     net, twin = net.to(wide).eval(), twin.to(wide) if twin else None
-    with switched("float32"):
+    with reference_run():
         if case.work == EPOCH:
             with torch.no_grad():
                 batches = zip(operands.x.split(case.batch), operands.targets.split(case.batch), strict=True)
@@ -510,16 +512,17 @@ def _step_cases() -> Iterator[NetworkCase]:
         for variant in ("", CACHED) if layer else ("",):
             parts = (FORWARD, STEP, *((TWIN,) if layer and not variant else ())) if precision == "bf16" else ()
             for work in (TRAIN, *parts):
-                rank = NETWORKS.index(network) + 3 * (work != TRAIN) + 6 * PRECISIONS.index(precision)
+                rank = 0 if network != CONTROL and layer in (0, 2, 13) and not variant else 1
+                rank += 2 * PRECISIONS.index(precision) + 2 * (work != TRAIN)
                 yield _case("step", network, layer, precision, work, rank, variant=variant)
-    for rank, (precision, layer) in enumerate(itertools.product(("bf16", "float32"), (2, 0, 13)), 2):
+    for rank, (precision, layer) in enumerate(itertools.product(("bf16", "float32"), (2, 0, 13)), 1):
         yield _case("step", "quaternion", layer, precision, TRAIN, rank, variant=COMPILED)
 
 
 def _inference_cases() -> Iterator[NetworkCase]:
     batches, precisions = (20, 1, 256), ("bf16", "tf32", "float32")
     for network, precision, batch in itertools.product(NETWORKS, precisions, batches):
-        rank = NETWORKS.index(network) + batches.index(batch) + 3 * precisions.index(precision)
+        rank = 1 + (network == CONTROL) + batches.index(batch) + 2 * precisions.index(precision)
         yield _case("inference", network, "whole network", precision, LOGITS, rank, batch=batch)
     yield _case("inference", "quaternion", "whole network", "bf16", LOGITS, 3, variant=COMPILED)
 
@@ -528,7 +531,7 @@ def _epoch_cases() -> Iterator[NetworkCase]:
     """Without bfloat16, in which `qat train` does not compute."""
     more: dict[str, Any] = {"variant": "1000 samples", "samples": 1000, "modes": ("eager",)}
     names = itertools.product(("float32", "tf32"), ("quaternion", "real-on-embedding"), (0, 2))
-    for rank, (precision, network, layer) in enumerate(names):
+    for rank, (precision, network, layer) in enumerate(names, 2):
         yield _case("epoch", network, layer, precision, EPOCH, rank, **more)
 
 

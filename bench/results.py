@@ -23,8 +23,8 @@ class Row(NamedTuple):
         mode: "graph" or "eager".
         provider: who computed it; names of ours start with "ours".
         shape: sizes, for the reader.
-        status: "ok"; "REFUSED": its result is wrong, so that it has no time; "out of memory"; "failed"; "smoke":
-            right, and not timed.
+        status: "ok"; "REFUSED": its result is wrong, so that it has no time; "out of memory"; "not judged": what it
+            is judged by does not fit into memory; "failed"; "smoke": right, and not timed.
         error: relative error of the worst result. error_over_tolerance: in units of what is allowed.
         median_us, p20_us, p80_us: microseconds of one run. samples: how many were taken.
         host_us: microseconds that Python is busy with one eager run before it returns.

@@ -16,6 +16,7 @@ from bench.results import Row
 from bench.timing import Clock, Timing
 from qkernels.ops import _launch
 
+COMPILE_SECONDS = 120.0  # for one rank; what is left is compiled when it is first run
 LAUNCH_US = 3.0  # of device time that a kernel in a graph costs at least (design notes)
 
 
@@ -56,25 +57,48 @@ def measure(
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # what was compiled for other cases would count against its limits
-    with switched(case.precision):
-        operands = case.operands(device)
-        attempts = [_attempt(case, provider, operands, clock) for provider in providers]
-        runs = _rotated(case, attempts, operands, device) if clock else {}
-        rows = []
-        for mode in case.modes:
-            timed = {p.name: runs[p.name] for p in providers if p.name in runs and mode in p.modes}
-            times = clock.time(timed, mode, case.energy) if clock and mode in clock.modes else {}
-            rows += [
-                _row(case, mode, attempt, times.get(attempt.provider.name), clock is not None, roof, moved or {})
-                for attempt in attempts
-                if mode in attempt.provider.modes
-            ]
+    try:
+        with switched(case.precision):
+            return _measured(case, providers, device, clock, roof, moved or {})
+    except Exception as raised:  # operands that do not fit, or a device that is lost
+        print(f"{case}: {type(raised).__name__}: {raised}", file=sys.stderr, flush=True)
+        return unmeasured(case, providers, "out of memory" if isinstance(raised, torch.OutOfMemoryError) else "failed")
+
+
+def unmeasured(case: Case, providers: Sequence[Provider], status: str) -> list[Row]:
+    """The rows of a case of which nothing is known."""
+    attempts = [Attempt(provider, status) for provider in providers]
+    return [
+        _row(case, mode, a, None, True, None, {}) for mode in case.modes for a in attempts if mode in a.provider.modes
+    ]
+
+
+def _measured(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    clock: Clock | None,
+    roof: Roof | None,
+    moved: dict[str, list[int]],
+) -> list[Row]:
+    operands = case.operands(device)
+    attempts = [_attempt(case, provider, operands, clock) for provider in providers]
+    runs = _rotated(case, attempts, operands, device) if clock else {}
+    rows = []
+    for mode in case.modes:
+        timed = {p.name: runs[p.name] for p in providers if p.name in runs and mode in p.modes}
+        times = clock.time(timed, mode, case.energy) if clock and mode in clock.modes else {}
+        rows += [
+            _row(case, mode, attempt, times.get(attempt.provider.name), clock is not None, roof, moved)
+            for attempt in attempts
+            if mode in attempt.provider.modes
+        ]
     return rows
 
 
 def _attempt(case: Case, provider: Provider, operands: Any, clock: Clock | None) -> Attempt:
-    before = clock.memory() if clock else 0
     try:
+        before = clock.memory() if clock else 0
         run = provider.build(case, [operands])[0]
         with case.checking(operands):
             start = time.perf_counter()
@@ -82,7 +106,10 @@ def _attempt(case: Case, provider: Provider, operands: Any, clock: Clock | None)
             if results[0].is_cuda:
                 torch.cuda.synchronize()
             first = time.perf_counter() - start
-            excess, error = case.gate(provider, operands, provider.read(results))
+            try:
+                excess, error = case.gate(provider, operands, provider.read(results))
+            except torch.OutOfMemoryError:
+                return Attempt(provider, "not judged")
         del results
         if not excess <= 1:
             return Attempt(provider, "REFUSED", excess, error)
@@ -167,20 +194,19 @@ class Suites(NamedTuple):
     roof: Roof | None = None
     deadline: float = math.inf
 
-    def rows(self, done: set[tuple[Any, ...]]) -> Iterator[list[Row]]:
-        """The rows of one case after the other, the most valuable first; says which are out of time.
+    def planned(self, done: set[tuple[Any, ...]]) -> Iterator[tuple[Case, list[Provider], dict[str, list[int]]]]:
+        """The cases that are not in `done` (by their `key`), the most valuable first, with what `measure` takes.
 
-        Cases in `done` are left out (their fields up to the work, as in `Row.case`).
+        Says which are out of time.
         """
-        planned = [(case, suite) for suite in self.suites for case in suite.cases if key(case) not in done]
+        left = [(case, suite) for suite in self.suites for case in suite.cases if key(case) not in done]
         dropped: dict[str, int] = {}
-        for rank in sorted({case.rank for case, _ in planned}):
-            these = [(case, suite) for case, suite in planned if case.rank == rank]
+        for rank in sorted({case.rank for case, _ in left}):
+            these = [(case, suite) for case, suite in left if case.rank == rank]
             moved = self._compile(these) if time.monotonic() < self.deadline else {}
             for case, suite in these:
                 if time.monotonic() < self.deadline:
-                    providers = providers_of(suite, case, self.device)
-                    yield measure(case, providers, self.device, self.clock, self.roof, moved.get(case))
+                    yield case, providers_of(suite, case, self.device), moved.get(case, {})
                 else:
                     dropped[case.suite] = dropped.get(case.suite, 0) + 1
         for name, count in dropped.items():
@@ -199,12 +225,13 @@ class Suites(NamedTuple):
             for case, suite in planned:
                 moved[case] = {}
                 for provider in providers_of(suite, case, self.device):
-                    if provider.ours and time.monotonic() < self.deadline:
+                    # An epoch's kernels are those of the steps.
+                    if provider.ours and "graph" in case.modes and time.monotonic() < self.deadline:
                         before, timed = recorded_launches(case, provider, self.device)
                         moved[case][provider.name] = [_bytes(launch) for launch in timed]
                         yield from before + timed
 
-        count, errors = compile_all(launches())
+        count, errors = compile_all(launches(), min(COMPILE_SECONDS, self.deadline - time.monotonic()))
         print(f"{count} kernels compiled in {time.monotonic() - start:.0f} s", *errors, sep="\n", flush=True)
         return moved
 
@@ -221,7 +248,9 @@ def recorded_launches(
             built = len(recording.launches)
             run()
         except Exception as raised:  # which the measurement meets again, or which comes from meaningless values
-            print(f"{case}, {provider.name}, planned: {type(raised).__name__}: {raised}", file=sys.stderr, flush=True)
+            print(
+                f"{case}, {provider.name}, only planned: {type(raised).__name__}: {raised}", file=sys.stderr, flush=True
+            )
     return recording.launches[:built], recording.launches[built:]
 
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from bench.atl import ATL, FOLDED
+from bench.atl import ATL
 from bench.case import STEP, Case, Provider, Suite
 from bench.cpu_forms import LAYERS
 from bench.layers import COMPILED, CONV, LINEAR, layer_case
-from bench.network import CACHED, EPOCHS, INFERENCE, STEPS, TRAIN
-
-NETWORKS = ("quaternion", "real-on-embedding", "real")
+from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, STEPS, TRAIN
 
 
 def _first(suite: Suite, **wanted: Any) -> Any:
@@ -29,7 +27,10 @@ def _cpu() -> list[Suite]:
     """What makes sense without a GPU, in some minutes; whole networks at full width in batches of 4."""
     layers = [_here(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
     losses = [
-        _here(case) for case in ATL.cases if case.rank == 0 and case.network == "quaternion" and case.variant != FOLDED
+        _here(case)
+        for case in ATL.cases
+        if (case.network, case.variant, case.batch, case.precision, case.work)
+        == ("quaternion", "paper", 20, "bf16", STEP)
     ]
     plain = [("no AT", ""), ("AT at layer 2", "")]
     more = [("AT at layer 7", ""), ("AT at layer 13", ""), ("AT at layer 2", CACHED), ("AT at layer 13", CACHED)]
@@ -56,8 +57,8 @@ def _cpu() -> list[Suite]:
 
 
 SUITES: dict[str, Sequence[Suite]] = {
-    "conv": [CONV],
     "step": [STEPS],
+    "conv": [CONV],
     "atl": [ATL],
     "linear": [LINEAR],
     "inference": [INFERENCE],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.atl import ATL, FOLDED, LossCase
 from bench.case import STEP, Case
-from bench.layers import CONV, DW, DX, LINEAR, PRODUCT
+from bench.layers import CONV, DW, DX, LINEAR, PRODUCT, WIDE, LayerCase
 from bench.results import Row
 
 
@@ -31,11 +31,11 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     """The promised figures in the rows. Layers of one shape count as often as the network has them."""
 
     def conv(against: str, work: str, batch: int, precision: str = "bf16", mode: str = "graph") -> Values | None:
-        cases = [case for case in _cases(CONV.cases, work, batch, precision) if case.layer != "conv 1"]
-        return _speed_ups(rows, cases, mode, against)
+        wide = (precision, work) != ("bf16", STEP)
+        return _speed_ups(rows, _convolutions(work, batch, precision, wide), mode, against)
 
     linears = _cases(LINEAR.cases, STEP, 20, "bf16")
-    products = [case for case in _cases(CONV.cases, PRODUCT, 256, "bf16") if case.layer != "conv 4"]
+    products = [case for case in _convolutions(PRODUCT, 256, "bf16", wide=True) if case.layer != "conv 4"]
     roofs = _of_ours(rows, products, lambda row: row.percent_of_roof and row.percent_of_roof / 100)
     floors = _of_ours(rows, linears, lambda row: row.floor_us and row.median_us and row.floor_us / row.median_us)
     found = [
@@ -68,17 +68,19 @@ def _of_the_loss(rows: Sequence[Row]) -> list[Target]:
     return found
 
 
+def _convolutions(work: str, batch: int, precision: str, wide: bool) -> list[Case]:
+    """Of layers 2 to 13, or of those with at least `WIDE` input channels."""
+    least = WIDE if wide else 5
+    cases = _cases(CONV.cases, work, batch, precision)
+    return [case for case in cases if isinstance(case, LayerCase) and case.channels_in >= least]
+
+
 def _cases(
     cases: Sequence[Case], work: str, batch: int, precision: str, variant: str = "", network: str = "quaternion"
 ) -> list[Case]:
     """Those that a promised figure rests on."""
     wanted = (network, variant, work, batch, precision)
-    return [
-        case
-        for case in cases
-        if case.rank == 0 or case.variant == FOLDED
-        if (case.network, case.variant, case.work, case.batch, case.precision) == wanted
-    ]
+    return [case for case in cases if (case.network, case.variant, case.work, case.batch, case.precision) == wanted]
 
 
 def _rows(rows: Sequence[Row], case: Case, mode: str) -> dict[str, Row]:

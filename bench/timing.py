@@ -10,17 +10,19 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from bench.case import DTYPES, MODES, Roof, switched
 
-ROUNDS, EAGER_ROUNDS, EAGER_CALLS = 30, 7, 10
-LEAST_ROUNDS, SECONDS = 3, 10.0  # rounds of slow runs: as many as fit these seconds, but at least 3
+ROUNDS, EAGER_ROUNDS = 30, 7
+EAGER_CALLS, CALLS_SECONDS = 10, 0.1  # of an eager sample: at most so many calls, and so long
+LEAST_ROUNDS, SECONDS = 3, 5.0  # rounds of slow runs: as many as fit these seconds, but at least 3
+Turn = Iterator[Callable[[], Any]]
 Runs = Mapping[str, Sequence[Callable[[], Any]]]
-FLUSH_BYTES = 2**28  # several times any L2 cache; writing it takes longer than the host needs to enqueue a graph
+FLUSH_BYTES = 2**30  # many times any L2 cache; writing it takes longer than the host needs to enqueue a graph
 ENERGY_SECONDS = 0.5  # the counter moves about every 20 to 100 ms
 
 
@@ -91,20 +93,27 @@ class GpuClock:
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        # Libraries take their workspaces now, and not while the memory of a provider is counted.
+        for dtype in (torch.float64, *DTYPES.values()):
+            a = torch.rand(256, 256, dtype=dtype, device="cuda", requires_grad=True)
+            (a @ a).sum().backward()
         self.nvml = Nvml.open()
 
     def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         if mode == "eager":
-            samples = _interleaved(EAGER_ROUNDS, runs, self._eager)
-            return {name: Timing(taken, self._host(runs[name])) for name, taken in samples.items()}
+            slow = {name for name, several in runs.items() if self._eager(iter(several), 1) > 1e6 * CALLS_SECONDS / 2}
+            calls = {name: 1 if name in slow else EAGER_CALLS for name in runs}
+            samples = _interleaved(EAGER_ROUNDS, runs, lambda name, turn: self._eager(turn, calls[name]))
+            # What is slow has synchronised, or is dominated by its work.
+            return {name: Timing(s, None if name in slow else self._host(runs[name])) for name, s in samples.items()}
         graphs: dict[str, list[Any]] = {}
         for name, several in runs.items():
             try:
                 graphs[name] = [self._captured(run) for run in several]
-            except RuntimeError as error:
-                print(f"{name}: not captured: {str(error).splitlines()[0]}", flush=True)
+            except Exception as raised:  # whatever a compiler or a peer raises
+                print(f"{name}: not captured: {type(raised).__name__}: {raised}", flush=True)
         replays = {name: [graph.replay for graph in several] for name, several in graphs.items()}
-        samples = _interleaved(ROUNDS, replays, self._event)
+        samples = _interleaved(ROUNDS, replays, lambda _, turn: self._event(next(turn)))
         used = {name: self._energy(several[0]) if energy else None for name, several in replays.items()}
         return {name: Timing(taken, energy=used[name]) for name, taken in samples.items()}
 
@@ -147,13 +156,13 @@ class GpuClock:
         end.synchronize()
         return 1e3 * start.elapsed_time(end)
 
-    def _eager(self, run: Callable[[], Any]) -> float:
+    def _eager(self, turn: Turn, calls: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(EAGER_CALLS):
-            run()
+        for _ in range(calls):
+            next(turn)()
         torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start) / EAGER_CALLS
+        return 1e6 * (time.perf_counter() - start) / calls
 
     def _host(self, runs: Sequence[Callable[[], Any]]) -> float:
         """Median microseconds of a call with nothing else enqueued, so that it waits for nothing but Python."""
@@ -168,16 +177,17 @@ class GpuClock:
 
     def _energy(self, run: Callable[[], Any]) -> float | None:
         """Joules that the whole GPU uses for a run, replayed back to back."""
-        if self.nvml is None:
-            return None
         torch.cuda.synchronize()
-        start, first, count = time.perf_counter(), self.nvml.joules(), 0
+        start, count = time.perf_counter(), 0
+        if self.nvml is None or (first := self.nvml.joules()) is None:
+            return None
         while time.perf_counter() - start < ENERGY_SECONDS:
             for _ in range(10):
                 run()
             torch.cuda.synchronize()
             count += 10
-        return (self.nvml.joules() - first) / count
+        last = self.nvml.joules()
+        return None if last is None else (last - first) / count
 
     def _captured(self, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         for _ in range(3):
@@ -197,25 +207,26 @@ class Nvml:
 
     @classmethod
     def open(cls) -> "Nvml | None":
-        """The library for the current device; None where package or driver are missing, or it counts no energy."""
+        """The library for the current device; None where package or driver are missing."""
         try:
             import pynvml
 
             pynvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-            found = cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
-            found.joules()
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
         except ImportError:
             print("no energy, no memory of the process: the package nvidia-ml-py is not installed", flush=True)
             return None
         except pynvml.NVMLError as error:
             print(f"no energy, no memory of the process: NVML says {error}", flush=True)
             return None
-        return found
 
-    def joules(self) -> float:
-        """Since the driver was loaded."""
-        return 1e-3 * self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+    def joules(self) -> float | None:
+        """Since the driver was loaded; None where nobody counts."""
+        try:
+            return 1e-3 * self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+        except self.library.NVMLError:
+            return None
 
     def used(self) -> int:
         """Bytes of the device's memory that are taken, by whoever runs on it."""
@@ -227,13 +238,14 @@ def clock_of(device: torch.device) -> Clock:
     return GpuClock() if device.type == "cuda" else CpuClock()
 
 
-def _wall(run: Callable[[], Any]) -> float:
+def _wall(_: str, turn: Turn) -> float:
+    run = next(turn)
     start = time.perf_counter()
     run()
     return 1e6 * (time.perf_counter() - start)
 
 
-def _interleaved(rounds: int, runs: Runs, sample: Callable[[Callable[[], Any]], float]) -> dict[str, list[float]]:
+def _interleaved(rounds: int, runs: Runs, sample: Callable[[str, Turn], float]) -> dict[str, list[float]]:
     """Samples of every name, which take turns; fewer rounds where all of them would take over `SECONDS`."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     turns = {name: itertools.cycle(several) for name, several in runs.items()}
@@ -242,5 +254,5 @@ def _interleaved(rounds: int, runs: Runs, sample: Callable[[Callable[[], Any]], 
         if number >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
             break
         for name, turn in turns.items():
-            samples[name].append(sample(next(turn)))
+            samples[name].append(sample(name, turn))
     return samples

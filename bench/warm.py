@@ -45,8 +45,8 @@ def spec_of(launch: Launch) -> Spec:
     return Spec(kernel.module, kernel.__name__, tuple(arguments), tuple(launch.options.items()))
 
 
-def compile_all(launches: Iterable[Launch]) -> tuple[int, list[str]]:
-    """Compiles every kernel among `launches` once, for the present GPU.
+def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tuple[int, list[str]]:
+    """Compiles every kernel among `launches` once, for the present GPU; what `seconds` do not suffice for is left.
 
     Returns:
         How many kernels there were, and what went wrong: a broken kernel is for its test to report.
@@ -59,9 +59,15 @@ def compile_all(launches: Iterable[Launch]) -> tuple[int, list[str]]:
     # Spawned, since CUDA does not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            errors = list(pool.map(_compile, specs))
+            errors = list(pool.map(_compile, specs, timeout=seconds))
         except RuntimeError as error:  # BrokenProcessPool
             errors = [f"{COMPILE_CRASHED}: {error}"]
+        except TimeoutError:
+            errors = [f"out of time: not all of {len(specs)} kernels were compiled"]
+            workers_left = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers_left:
+                worker.kill()
     return len(specs), [error for error in errors if error]
 
 

@@ -42,7 +42,10 @@ _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def record(arch: int) -> Iterator[Recording]:
-    """Plans kernels as for a GPU of compute capability `arch` (90 is 9.0), and notes them; for meta tensors."""
+    """Plans kernels as for a GPU of compute capability `arch` (90 is 9.0), and notes them; nothing is launched.
+
+    For meta tensors; the results of others are whatever lay in their memory.
+    """
     recording = Recording(arch)
     token = _recording.set(recording)
     try:

@@ -1,6 +1,7 @@
 """A README between its markers, and a page of one run: which files, whole or not at all."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +209,14 @@ def test_the_command_without_a_folder_fills_the_readme(tmp_path, monkeypatch):
 def test_matplotlib_is_imported_by_what_draws():
     code = "import sys, bench.report; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[1])
+
+
+def test_the_readme_says_what_the_committed_results_say(tmp_path):
+    root = Path(report.__file__).parents[1]
+    shutil.copytree(root / "bench/results", tmp_path / "bench/results")
+    shutil.copy(root / "README.md", tmp_path)
+    report.write_report(tmp_path / "bench/results", tmp_path / "docs", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (root / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "docs/bench").iterdir()} == {
+        path.name for path in (root / "docs/bench").iterdir()
+    }

@@ -1,9 +1,11 @@
 """The runner and the command line of the benchmark, without a GPU."""
 
+import argparse
 import contextlib
 import csv
 import json
 import math
+import threading
 import time
 from dataclasses import fields, replace
 
@@ -110,6 +112,28 @@ def test_what_raises_is_a_row_and_the_others_are_measured(error, status, capsys)
     assert ("ZeroDivisionError: no" in capsys.readouterr().err) == (status == "failed")
 
 
+def test_a_case_that_raises_costs_its_own_rows(capsys):
+    class Lost(layers.LayerCase):
+        def operands(self, device):
+            raise RuntimeError("the device is lost")
+
+    case = Lost(**{field.name: getattr(TINY, field.name) for field in fields(TINY)})
+    rows = run.measure(replace(case, modes=("graph", "eager")), [RIGHT], CPU, Watch())
+    assert [(row.mode, row.provider, row.status) for row in rows] == [
+        ("graph", "ours auto", "failed"), ("eager", "ours auto", "failed")
+    ]  # fmt: skip
+    assert "the device is lost" in capsys.readouterr().err
+
+
+def test_what_cannot_be_judged_is_not_wrong(monkeypatch):
+    def gate(self, provider, operands, results):
+        raise torch.OutOfMemoryError("float64")
+
+    monkeypatch.setattr(layers.LayerCase, "gate", gate)
+    (row,) = run.measure(TINY, [RIGHT], CPU, Watch())
+    assert (row.status, row.median_us) == ("not judged", None)
+
+
 def test_what_cannot_be_captured_has_failed():
     class NoGraphs(Watch):
         def time(self, runs, mode, energy=False):
@@ -132,11 +156,12 @@ def test_rows_know_the_roof_and_the_floor():
 
 def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(capsys):
     cases = [replace(TINY, layer=f"conv {n}", rank=rank) for n, rank in enumerate((2, 0, 1))]
-    rows = list(run.Suites([Suite(cases, [RIGHT])], CPU).rows(set()))
-    assert [row.layer for (row,) in rows] == ["conv 1", "conv 2", "conv 0"]
-    rows = list(run.Suites([Suite(cases, [RIGHT])], CPU).rows({run.key(cases[1])}))
-    assert [row.layer for (row,) in rows] == ["conv 2", "conv 0"]
-    assert list(run.Suites([Suite(cases, [RIGHT])], CPU, deadline=time.monotonic()).rows(set())) == []
+    whole = run.Suites([Suite(cases, [RIGHT])], CPU)
+    assert [(case.layer, providers) for case, providers, _ in whole.planned(set())] == [
+        ("conv 1", [RIGHT]), ("conv 2", [RIGHT]), ("conv 0", [RIGHT])
+    ]  # fmt: skip
+    assert [case.layer for case, *_ in whole.planned({run.key(cases[1])})] == ["conv 2", "conv 0"]
+    assert list(whole._replace(deadline=time.monotonic()).planned(set())) == []
     assert capsys.readouterr().out == "dropped, out of budget: 3 cases of the suite conv\n"
 
 
@@ -258,8 +283,46 @@ def test_a_run_is_written_and_resumed(small, tmp_path, capsys):
     assert results.read(tmp_path) == again
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_lost_or_hanging_device_costs_one_case(hangs, tmp_path, monkeypatch):
+    """The program starts itself anew, with what is left of the time, and finds the case noted as failed."""
+    started = threading.Event()
+    commands = []
+
+    def execv(file, command):
+        commands.append(command)
+        started.set()
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit(0)
+
+    def measure(*arguments):
+        if hangs:
+            assert started.wait(20)
+            raise SystemExit(0)
+        return [row._replace(status="ok") for row in run.unmeasured(arguments[0], arguments[1], "failed")]
+
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(cli.os, "execv", execv)
+    monkeypatch.setattr(cli, "CASE_SECONDS", 0.2)
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    options = argparse.Namespace(suites=["conv"], out=tmp_path, commit="abc")
+    whole = run.Suites([Suite([replace(TINY, rank=1)], [RIGHT])], torch.device("cuda"), deadline=time.monotonic() + 50)
+    monkeypatch.setattr(run.Suites, "_compile", lambda self, planned: {})
+    with pytest.raises(SystemExit):
+        list(cli._measured(options, [], set(), {"commit": "abc"}, whole))
+    (command,) = commands
+    assert command[1:7] == ["-m", "bench", "run", "conv", "--out", str(tmp_path)]
+    assert command[-3:] == ["--commit", "abc", "--resume"]
+    assert 40 < float(command[command.index("--budget") + 1]) <= 50
+    (row,) = results.read(tmp_path).rows
+    assert (row.layer, row.status) == ("conv 2", "failed")
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
-    for arguments, text in ((["run", "nope"], "suite 'nope': must be one of conv"), (["compare", "a", "b"], "a")):
+    for arguments, text in ((["run", "nope"], "suite 'nope': must be one of step"), (["compare", "a", "b"], "a")):
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
