@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"roof: copy {1e-12 * roof.bandwidth:.3g} TB/s, {rates}", flush=True)
         if isinstance(clock, GpuClock):
             print(f"an empty graph takes {clock.empty_graph():.1f} us", flush=True)
-    whole = runs.Suites(suites, device, clock, roof, deadline)
+    whole = runs.Session(suites, device, clock, roof, deadline)
     rows = list(kept)
     done = {row.case[:-1] for row in kept}
     for new in runs.smoke(suites) if options.smoke else _measured(options, rows, done, extra, whole):
@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _measured(
-    options: argparse.Namespace, rows: list[Row], done: set[Any], extra: dict[str, str], whole: runs.Suites
+    options: argparse.Namespace, rows: list[Row], done: set[Any], extra: dict[str, str], whole: runs.Session
 ) -> Iterator[list[Row]]:
     """The rows of one case after the other; on a GPU, one that kills or hangs the device costs its own rows only.
 

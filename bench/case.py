@@ -95,6 +95,11 @@ class Case(ABC):
     def tiny(self) -> "Case":
         """The same in small and in float32, for a CPU."""
 
+    @property
+    def key(self) -> tuple[str, str, str, str, int, str, str]:
+        """What names it in the results."""
+        return (self.suite, self.network, self.layer, self.variant, self.batch, self.precision, self.work)
+
     def __str__(self) -> str:
         words = (self.network, self.layer, self.variant, f"batch {self.batch}", self.precision, self.work)
         return f"{self.suite}: {', '.join(word for word in words if word)}"

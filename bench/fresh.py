@@ -68,12 +68,11 @@ def measured(
             print(f"dropped, out of budget: {len(headline) - number} processes", flush=True)
             break
         before = nvml.used() if nvml else 0
-        names = (case.suite, case.network, case.layer, case.variant, case.batch, case.precision, case.work)
         with _process(number, device, os.environ) as process:
             status, found = _report_of(process, deadline)
         used = found.pop("used", None)
         taken = used - before if nvml and used is not None else None
-        rows[number] = Fresh(*names, provider.name, status, **found, gpu_bytes=taken)
+        rows[number] = Fresh(*case.key, provider.name, status, **found, gpu_bytes=taken)
         yield number, rows[number]
     if device.type == "cuda" and time.monotonic() < deadline:
         yield from _cold({n: row for n, row in rows.items() if headline[n][1].ours and row.status == "ok"}, deadline)

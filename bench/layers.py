@@ -30,6 +30,7 @@ from bench.case import (
     Suite,
     differentiated,
     reference_run,
+    relative_error,
     switched,
 )
 from bench.cpu_forms import LAYERS, Layer
@@ -142,9 +143,9 @@ class LayerCase(Case):
         worst = (0.0, 0.0)
         exact = self._exact(operands, provider.real, results[0])
         for name, actual, expected in zip(names, results, exact, strict=True):
-            error = ((actual.to(expected.dtype) - expected).norm() / expected.norm()).item()
+            error = relative_error(actual, expected)
             allowed = tolerance(name, self.precision, form) if form else BASELINE_TOLERANCE[self.precision]
-            worst = max(worst, (error / allowed if math.isfinite(error) else math.inf, error))
+            worst = max(worst, (error / allowed, error))
         return worst
 
     def tiny(self) -> "LayerCase":

@@ -185,7 +185,7 @@ def _row(
     )
 
 
-class Suites(NamedTuple):
+class Session(NamedTuple):
     """What is run, where, by which clock, until when (`time.monotonic`)."""
 
     suites: Sequence[Suite]
@@ -199,7 +199,7 @@ class Suites(NamedTuple):
 
         Says which are out of time.
         """
-        left = [(case, suite) for suite in self.suites for case in suite.cases if key(case) not in done]
+        left = [(case, suite) for suite in self.suites for case in suite.cases if case.key not in done]
         dropped: dict[str, int] = {}
         for rank in sorted({case.rank for case, _ in left}):
             these = [(case, suite) for case, suite in left if case.rank == rank]
@@ -279,11 +279,6 @@ def smoke(suites: Sequence[Suite]) -> Iterator[list[Row]]:
 def _kind(case: Case) -> str:
     """The word that the names of like layers start with."""
     return case.layer.split()[0]
-
-
-def key(case: Case) -> tuple[Any, ...]:
-    """What names a case in the rows."""
-    return (case.suite, case.network, case.layer, case.variant, case.batch, case.precision, case.work)
 
 
 def line(row: Row) -> str:

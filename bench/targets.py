@@ -85,8 +85,7 @@ def _cases(
 
 def _rows(rows: Sequence[Row], case: Case, mode: str) -> dict[str, Row]:
     """The timed rows of a case by provider."""
-    key = (case.suite, case.network, case.layer, case.variant, case.batch, case.precision, case.work, mode)
-    return {row.provider: row for row in rows if row.case == key and row.median_us}
+    return {row.provider: row for row in rows if row.case == (*case.key, mode) and row.median_us}
 
 
 def _speed_ups(rows: Sequence[Row], cases: Sequence[Case], mode: str, against: str) -> Values | None:

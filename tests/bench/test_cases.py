@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import atl, layers
 from bench.case import BACKWARD, FORWARD, STEP, differentiated
 from bench.cpu_forms import Layer
-from bench.run import key
 from bench.suites import HEADLINE, SUITES
 from qkernels import anti_transfer_loss
 
@@ -179,7 +178,7 @@ def test_suites_have_what_they_should():
     steps = {(case.network, case.layer, case.variant) for case in SUITES["step"][0].cases}
     assert len(steps) == 3 * (1 + 3 * 2) + 3  # three of them against torch.compile
     for suites in SUITES.values():
-        keys = [key(case) for suite in suites for case in suite.cases]
+        keys = [case.key for suite in suites for case in suite.cases]
         assert len(keys) == len(set(keys))
         assert all(any(p.fits(case) for p in suite.providers) for suite in suites for case in suite.cases)
 

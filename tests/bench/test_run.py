@@ -156,11 +156,11 @@ def test_rows_know_the_roof_and_the_floor():
 
 def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(capsys):
     cases = [replace(TINY, layer=f"conv {n}", rank=rank) for n, rank in enumerate((2, 0, 1))]
-    whole = run.Suites([Suite(cases, [RIGHT])], CPU)
+    whole = run.Session([Suite(cases, [RIGHT])], CPU)
     assert [(case.layer, providers) for case, providers, _ in whole.planned(set())] == [
         ("conv 1", [RIGHT]), ("conv 2", [RIGHT]), ("conv 0", [RIGHT])
     ]  # fmt: skip
-    assert [case.layer for case, *_ in whole.planned({run.key(cases[1])})] == ["conv 2", "conv 0"]
+    assert [case.layer for case, *_ in whole.planned({cases[1].key})] == ["conv 2", "conv 0"]
     assert list(whole._replace(deadline=time.monotonic()).planned(set())) == []
     assert capsys.readouterr().out == "dropped, out of budget: 3 cases of the suite conv\n"
 
@@ -309,8 +309,8 @@ def test_a_lost_or_hanging_device_costs_one_case(hangs, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "measure", measure)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     options = argparse.Namespace(suites=["conv"], out=tmp_path, commit="abc")
-    whole = run.Suites([Suite([replace(TINY, rank=1)], [RIGHT])], torch.device("cuda"), deadline=time.monotonic() + 50)
-    monkeypatch.setattr(run.Suites, "_compile", lambda self, planned: {})
+    whole = run.Session([Suite([replace(TINY, rank=1)], [RIGHT])], torch.device("cuda"), deadline=time.monotonic() + 50)
+    monkeypatch.setattr(run.Session, "_compile", lambda self, planned: {})
     with pytest.raises(SystemExit):
         list(cli._measured(options, [], set(), {"commit": "abc"}, whole))
     (command,) = commands
