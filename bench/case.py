@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qkernels.ops._launch import switched
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
 # "graph": in a captured CUDA graph, behind a flush of the L2 cache. "eager": called from Python.
@@ -185,17 +187,6 @@ def differentiated(
     assert work == BACKWARD, work
     y = function(*leaves)
     return lambda: (y.detach(), *torch.autograd.grad(y, asked, dy, retain_graph=True))
-
-
-@contextlib.contextmanager
-def switched(precision: str) -> Iterator[None]:
-    """PyTorch's two TF32 switches as a precision wants them."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.case import Case, Provider, switched
+from bench.case import Case, Provider
 from bench.timing import Nvml
+from qkernels.ops._launch import switched
 
 ROOT = Path(__file__).parents[1]
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

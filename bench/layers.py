@@ -31,11 +31,11 @@ from bench.case import (
     differentiated,
     reference_run,
     relative_error,
-    switched,
 )
 from bench.cpu_forms import LAYERS, Layer
 from bench.tolerances import tolerance
 from qkernels import algebra
+from qkernels.ops._launch import switched
 
 # Bare products, without bias and ReLU.
 PRODUCT, DX, DW = "product", "dx", "dw"
@@ -375,6 +375,16 @@ def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str
         size=(layer.side * tall, layer.side * wide),
         **more,
     )
+
+
+def count_of(name: str) -> int:
+    """How many layers of the network a name stands for.
+
+    >>> count_of("conv 11-13"), count_of("conv 2")
+    (3, 1)
+    """
+    first, _, last = name.split()[-1].partition("-")
+    return int(last) - int(first) + 1 if last else 1
 
 
 def _rank(layer: Layer, network: str, batch: int, precision: str, work: str) -> int:

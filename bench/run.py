@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.case import Case, Provider, Roof, Run, Suite, quantiles, switched
+from bench.case import Case, Provider, Roof, Run, Suite, quantiles
 from bench.results import Row
 from bench.timing import Clock, Timing
 from qkernels.ops import _launch
+from qkernels.ops._launch import switched
 
 COMPILE_SECONDS = 120.0  # for one rank; what is left is compiled when it is first run
 LAUNCH_US = 3.0  # of device time that a kernel in a graph costs at least (design notes)
@@ -157,15 +158,9 @@ def _row(
     if roof and name in moved:
         floor = sum(max(LAUNCH_US, 1e6 * size / roof.bandwidth) for size in moved[name])
     return Row(
-        suite=case.suite,
-        network=case.network,
-        layer=case.layer,
-        variant=case.variant,
-        batch=case.batch,
-        precision=case.precision,
-        work=case.work,
-        mode=mode,
-        provider=name,
+        *case.key,
+        mode,
+        name,
         shape=case.shape,
         status=status,
         error=attempt.error,

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
 
+from bench.layers import count_of
 from bench.results import Results, Row
 from bench.summary import (
     BYTES,
@@ -128,8 +128,7 @@ def _overview(m: Measured) -> str:
     """Geometric mean of the speed-ups and the lowest, of every combination; "conv 11-13" counts three times."""
     cells: dict[str, dict[str, str]] = {}
     for _, rows in combinations(m.rows("layers"), tuple(ORDERS)):
-        pairs = [(line.speedup, re.fullmatch(r"conv (\d+)-(\d+)", line.layer)) for line in standings(rows)]
-        weighed = [(speed, int(span[2]) - int(span[1]) + 1 if span else 1) for speed, span in pairs if speed]
+        weighed = [(line.speedup, count_of(line.layer)) for line in standings(rows) if line.speedup]
         if weighed:
             mean = math.exp(sum(n * math.log(speed) for speed, n in weighed) / sum(n for _, n in weighed))
             column = cells.setdefault(words(rows[0], "work", "mode"), {})

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.atl import ATL, FOLDED, LossCase
 from bench.case import STEP, Case
-from bench.layers import CONV, DW, DX, LINEAR, PRODUCT, WIDE, LayerCase
+from bench.layers import CONV, DW, DX, LINEAR, PRODUCT, WIDE, LayerCase, count_of
 from bench.results import Row
 
 
@@ -117,7 +117,7 @@ def _judged(name: str, ratios: Values | None, wanted: float, at_least: float = 0
     text = f">= {wanted:.2f}" + (f", no layer under {at_least:.2f}" if at_least else "")
     if not ratios:
         return Target(name, text, "", "", "not measured")
-    logs = [math.log(ratio) for layer, ratio in ratios.items() for _ in range(_count(layer))]
+    logs = [math.log(ratio) for layer, ratio in ratios.items() for _ in range(count_of(layer))]
     mean, worst = math.exp(statistics.mean(logs)), min(ratios, key=lambda layer: ratios[layer])
     met = mean >= wanted and ratios[worst] >= at_least
     return Target(name, text, f"{mean:.2f}", f"{worst}: {ratios[worst]:.2f}", "met" if met else "MISSED")
@@ -134,13 +134,3 @@ def _judged_memory(name: str, rows: Sequence[Row], cases: Sequence[Case], wanted
     worst = max(taken, key=lambda layer: taken[layer])
     verdict = "met" if taken[worst] <= wanted else "MISSED"
     return Target(name, f"<= {wanted:.0f}", f"{taken[worst]:.2f}", worst, verdict)
-
-
-def _count(layer: str) -> int:
-    """How many layers of the network a name stands for.
-
-    >>> _count("conv 11-13"), _count("conv 2")
-    (3, 1)
-    """
-    first, _, last = layer.split()[-1].partition("-")
-    return int(last) - int(first) + 1 if last else 1

@@ -6,8 +6,8 @@ On a CPU those of the suite "cpu". Wall clock of eager calls, up to the end of t
 import pytest
 import torch
 
-from bench.case import switched
 from bench.suites import HEADLINE
+from qkernels.ops._launch import switched
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -7,7 +7,6 @@ folder in the environment variable QKERNELS_TABLES.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -137,7 +136,7 @@ def search(
     times: dict[tuple[str, int, int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for precision, layer, batch in itertools.product(precisions, layers, batches):
         weight = (precision, layer.channels_out // 4, layer.channels_in // 4, layer.kernel**2)
-        with _switched(precision):
+        with _launch.switched(precision):
             for product in products(layer, batch, DTYPES[precision], device):
                 name = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
                 prefix = f"{name}{layer.side}, batch {batch}, {precision}, {product.name}: "
@@ -167,17 +166,6 @@ def search(
 
 def _say(say: Callable[[str], None], prefix: str, line: str) -> None:
     say(prefix + line)
-
-
-@contextlib.contextmanager
-def _switched(precision: str) -> Iterator[None]:
-    """PyTorch's switches for float32 as the precision asks for."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _fastest(

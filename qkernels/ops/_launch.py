@@ -117,3 +117,14 @@ def precision_of(dtype: torch.dtype, kind: str) -> str:
         return "half"
     switches = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if switches.fp32_precision == "tf32" else "ieee"
+
+
+@contextlib.contextmanager
+def switched(precision: str) -> Iterator[None]:
+    """PyTorch's two TF32 switches on for "tf32", off for any other precision."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

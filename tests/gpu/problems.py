@@ -182,7 +182,7 @@ def exact_gradients(problem, operands, dy):
 
 def forms_taken(problem, precision, form, arch):
     """Which form computes y, dx and dw when asked for `form`, in this order."""
-    with _launch.record(arch) as recording, tf32(precision == "tf32"):
+    with _launch.record(arch) as recording, _launch.switched(precision):
         kernel_results(problem, problem.meta(PRECISIONS[precision]), form)
     products = ("_hamilton_conv_kernel", "_hamilton_conv_dw_kernel")
     taken = [one.arguments["FORM"] for one in recording.launches if one.kernel.__name__ in products]
@@ -205,20 +205,6 @@ def violations(actual, exact, allowed):
     if not largest <= LARGEST_ERROR * allowed:
         found.append(f"largest error {largest:.2e} > {LARGEST_ERROR} * {allowed:.1e}")
     return found
-
-
-@contextlib.contextmanager
-def tf32(allowed):
-    """PyTorch's two switches, for convolutions and for matrix products."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import FORMS, PRECISIONS, VGG16, Operands, Problem, poisoned, tf32
+from problems import FORMS, PRECISIONS, VGG16, Operands, Problem, poisoned
 
 from bench.tolerances import tolerance
 from bench.warm import compile_all
@@ -53,7 +53,7 @@ def results(problem, operands, form, epilogue):
 def compiled(arch):
     with _launch.record(arch) as recording:
         for (problem, form, precision), epilogue in itertools.product(CASES, EPILOGUES):
-            with tf32(precision == "tf32"):
+            with _launch.switched(precision):
                 results(problem, problem.meta(PRECISIONS[precision]), form, epilogue)
     compile_all(recording.launches)
 
@@ -91,7 +91,7 @@ def test_epilogue(problem, form, precision, epilogue, device):
     seed = problems.seed_of(problem.name, precision)
     operands = problem.operands(PRECISIONS[precision], "gaussian", seed, device)
     relu, pool, _ = EPILOGUES[epilogue]
-    with tf32(precision == "tf32"), poisoned():
+    with _launch.switched(precision), poisoned():
         actual, dpooled = results(problem, operands, form, epilogue)
 
     exact_y = problems.exact_results(problem, operands)["y"]
@@ -136,7 +136,7 @@ def test_linear_relu(precision, form, device):
     problem = VGG16[10]
     operands = problem.operands(PRECISIONS[precision], "gaussian", problems.seed_of(problem.name, precision), device)
     x, weight, bias, dy = operands
-    with tf32(precision == "tf32"), poisoned():
+    with _launch.switched(precision), poisoned():
         y = linear_launch.forward(x, weight, bias, True, form)
         dx = linear_launch.data_gradient(dy, y, weight, form)
         dw, db = linear_launch.weight_gradient(dy, y, x, True, form)

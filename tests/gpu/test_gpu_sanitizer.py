@@ -24,7 +24,7 @@ def compiled(arch):
     """All of it beforehand: the tool slows a compiler down too."""
     if TOOL is None:
         pytest.skip("compute-sanitizer is not installed")
-    with _launch.record(arch) as recording, problems.tf32(False):
+    with _launch.record(arch) as recording, _launch.switched("float32"):
         for problem, form, precision in sanitized.RUNS:
             sanitized.run(problem, problem.meta(problems.PRECISIONS[precision]), form)
     compile_all(recording.launches)

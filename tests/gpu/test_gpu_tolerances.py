@@ -5,7 +5,7 @@ import itertools
 import problems
 import pytest
 import torch
-from problems import FORMS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned, tf32
+from problems import FORMS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned
 
 from bench.tolerances import tolerance
 from bench.warm import compile_all
@@ -47,7 +47,7 @@ def launches(combinations, arch):
         for problem, precision, _, modes in combinations:
             operands = problem.meta(PRECISIONS[precision])
             for form, widened in modes:
-                with tf32(precision == "tf32"):
+                with _launch.switched(precision):
                     problems.kernel_results(problem, operands, form, torch.float32 if widened else None)
     return recording.launches
 
@@ -73,7 +73,7 @@ def test_error_against_float64(combination, device, arch):
     found = []
     for form, widened in modes:
         taken = problems.forms_taken(problem, precision, form, arch)
-        with tf32(precision == "tf32"), poisoned():
+        with _launch.switched(precision), poisoned():
             results = problems.kernel_results(problem, operands, form, torch.float32 if widened else None)
         for name, actual in results.items():
             assert actual.dtype == (torch.float32 if widened else operands.x.dtype)
@@ -90,7 +90,7 @@ def test_error_against_float64(combination, device, arch):
 @pytest.mark.parametrize("problem", [VGG16[1], VGG16[4], VGG16[8], VGG16[10], RHEMO[0]], ids=lambda p: p.name)
 def test_two_runs_give_the_same_bits(problem, precision, form, device):
     operands = problem.operands(PRECISIONS[precision], "gaussian", problems.seed_of(problem.name), device)
-    with tf32(precision == "tf32"):
+    with _launch.switched(precision):
         first, second = (problems.kernel_results(problem, operands, form) for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qkernels import tune
+from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
 
 
@@ -57,7 +58,7 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
 
 def test_switches_are_as_they_were():
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    with tune._switched("tf32"):
+    with _launch.switched("tf32"):
         assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "tf32"
     assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
 
