@@ -237,7 +237,7 @@ def recorded_launches(
     """The kernels of building a run, and of the run itself: none is launched, results are whatever lay in memory."""
     arch, built = _launch.arch_of(torch.empty(0, device=device)), 0
     # In one thread: a backward pass would not be recorded in those of autograd.
-    with switched(case.precision), _launch.record(arch) as recording, _one_thread():
+    with switched(case.precision), _launch.record(arch) as recording, torch.autograd.set_multithreading_enabled(False):
         try:
             run = provider.build(case, [case.operands(device)])[0]
             built = len(recording.launches)
@@ -247,10 +247,6 @@ def recorded_launches(
                 f"{case}, {provider.name}, only planned: {type(raised).__name__}: {raised}", file=sys.stderr, flush=True
             )
     return recording.launches[:built], recording.launches[built:]
-
-
-def _one_thread() -> Any:
-    return torch.autograd.set_multithreading_enabled(False)
 
 
 def _bytes(launch: _launch.Launch) -> int:
