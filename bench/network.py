@@ -1,8 +1,7 @@
 """Training steps, epochs and inference of the whole networks (WASPAA 2023).
 
-Ours, as `qat train` computes them but with a fused Adam where a GPU steps, against the research code's way and against
-what `torch.compile` makes of a careful program. All start from the same weights and compute the same from the same
-inputs.
+Ours, as `qat train` computes them, against the research code's way and against what `torch.compile` makes of a careful
+program. All start from the same weights and compute the same from the same inputs.
 """
 
 import contextlib
@@ -26,10 +25,12 @@ from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite, refer
 from bench.layers import COMPILED, concatenated
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
-from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, Tap, scaled, tap_name
-from qat.training.loop import Examples, train_epoch
+from qat.data.rows import Rows
+from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, scaled, tap_name
+from qat.training.examples import Batch, Examples
+from qat.training.loop import train_epoch
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
-from qkernels import anti_transfer_tap, gram_target
+from qat.training.steps import Steps
 
 CLASSES, LEARNING_RATE, CACHED = 4, 1e-5, "cached targets"
 TRAIN, TWIN, EPOCH, LOGITS = "step", "twin forward", "epoch", "logits"
@@ -392,42 +393,46 @@ def _nhwc(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x) if x.is_cuda else x
 
 
-class _Cached(AntiTransfer):
-    """Anti-transfer for one batch, its targets computed once; without the table of `remember`, read by the host."""
-
-    def __init__(self, config: AntiTransferConfig, twin: VGG16, x: Tensor) -> None:
-        super().__init__(config, twin)
-        with torch.no_grad():
-            targets = {tap: gram_target(features) for tap, features in twin.features_at(x, self.layers).items()}
-        self.taps: dict[str, Tap] = {tap: functools.partial(anti_transfer_tap, frozen=t) for tap, t in targets.items()}
-        self.twin = None
-
-    def forward(self, inputs: Tensor, samples: Tensor | None = None) -> dict[str, Tap]:
-        return self.taps
-
-
-def _objective(case: NetworkCase, operands: Operands, x: Tensor) -> ClassificationObjective:
-    """What `qat train` minimises."""
-    anti_transfer: AntiTransfer | None = None
+def _training_of(
+    case: NetworkCase, operands: Operands
+) -> tuple[ClassificationObjective, Examples, Callable[[bool], Steps]]:
+    """What `qat train` minimises, given which samples; and, captured or not, in which steps."""
+    device, samples, x = operands.device, torch.arange(len(operands.x)), operands.x.cpu()
+    inputs = Rows.within(lambda numbers: x[numbers], samples.tolist(), device, math.inf)
+    rows = {"inputs": inputs, "targets": Rows(operands.targets.to(device), device)}
+    anti_transfer = None
     if case.at:
-        config, twin = AntiTransferConfig(random_twin=True, layers=[case.at]), operands.own_twin()
-        with case.autocast(operands.device):
-            anti_transfer = _Cached(config, twin, x) if case.variant == CACHED else AntiTransfer(config, twin)
-    classifier = operands.own_classifier()
-    return ClassificationObjective(classifier, anti_transfer, embedded=True, multi_label=False).train()
+        anti_transfer = AntiTransfer(AntiTransferConfig(random_twin=True, layers=[case.at]), operands.own_twin())
+        if case.variant == CACHED or case.work == EPOCH:
+            with case.autocast(device):
+                rows |= anti_transfer.remember(inputs.fetch, samples, case.batch)
+    objective = ClassificationObjective(
+        operands.own_classifier(), anti_transfer, embedded=True, multi_label=False
+    ).train()
+    config = TrainingConfig(lr=LEARNING_RATE, batch=case.batch, precision=case.precision)  # type: ignore[arg-type]
+    examples = Examples(rows)
+
+    def steps(captured: bool) -> Steps:
+        return Steps(objective, examples, replace(config, capture=captured), device, training=True)
+
+    return objective, examples, steps
 
 
 def _ours(case: NetworkCase, operands: Operands) -> Run:
-    """What `qat train` computes, with Adam fused and inputs on the device in NHWC, so that a CUDA graph can hold it."""
-    x = _nhwc(operands.x)
+    """What `qat train` computes."""
     if case.work == LOGITS:
-        net = operands.own_classifier().net
+        net, x = operands.own_classifier().net, _nhwc(operands.x)
         return _inference(case, net, lambda: net(x)[0])
     if case.work == TWIN:
-        twin, name = operands.own_twin(), tap_name(case.at, "relu")
+        twin, name, x = operands.own_twin(), tap_name(case.at, "relu"), _nhwc(operands.x)
         return _inference(case, twin, lambda: twin.features_at(x, [name])[name])
-    objective = _objective(case, operands, x)
-    return _training(case, objective.classifier.net, lambda: objective(x, operands.targets).total, fused=True)
+    objective, examples, steps_of = _training_of(case, operands)
+    numbers = {"numbers": torch.arange(case.batch, device=operands.device)}
+    net = objective.classifier.net
+    if case.work != TRAIN:
+        return _training(case, net, lambda: objective(**examples.gather(numbers)).total, fused=True)
+    steps, batch = steps_of(False), Batch(numbers, case.batch, case.batch)
+    return lambda: (steps.train(batch), *(p.grad for p in net.parameters() if p.grad is not None))
 
 
 def _research(case: NetworkCase, operands: Operands) -> Run:
@@ -457,17 +462,17 @@ def _compiled(case: NetworkCase, operands: Operands) -> Run:
 
 
 def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
-    """The loop of `qat train`: embeddings in the host's memory, the twin's targets computed before the first epoch."""
-    device, config = operands.device, TrainingConfig(lr=LEARNING_RATE, batch=case.batch)
-    objective, samples = _objective(case, operands, operands.x), torch.arange(case.samples)
-    if objective.anti_transfer is not None:
-        objective.anti_transfer.remember(lambda rows: operands.x[rows].to(device), samples, case.batch)
-    examples = Examples(lambda rows, generator: operands.x[rows], operands.targets, samples)
-    adam = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], LEARNING_RATE)
-    epochs = itertools.count()
+    """The loop of `qat train`: embeddings on the device, the twin's targets computed before the first epoch."""
+    objective, _, steps_of = _training_of(case, operands)
+    samples, epochs = torch.arange(case.samples), itertools.count()
+    dropout = next(module for module in objective.modules() if isinstance(module, nn.Dropout))
+
+    @functools.cache
+    def steps(rate: float) -> Steps:  # a graph keeps the rate with which it was captured; results are judged without
+        return steps_of(True)
 
     def run() -> Results:
-        return (torch.tensor(train_epoch(objective, adam, examples, config, next(epochs), device)["total"]),)
+        return (torch.tensor(train_epoch(steps(dropout.p), samples, next(epochs))["total"]),)
 
     return run
 
@@ -528,10 +533,10 @@ def _inference_cases() -> Iterator[NetworkCase]:
 
 
 def _epoch_cases() -> Iterator[NetworkCase]:
-    """Without bfloat16, in which `qat train` does not compute."""
-    more: dict[str, Any] = {"variant": "1000 samples", "samples": 1000, "modes": ("eager",)}
-    names = itertools.product(("float32", "tf32"), ("quaternion", "real-on-embedding"), (0, 2))
-    for rank, (precision, network, layer) in enumerate(names, 2):
+    """As many samples as the training part of IEMOCAP has."""
+    more: dict[str, Any] = {"variant": "3143 samples", "samples": 3143, "modes": ("eager",)}
+    names = itertools.product(("bf16", "float32", "tf32"), ("quaternion", "real-on-embedding"), (0, 2))
+    for rank, (precision, network, layer) in enumerate(names, 1):
         yield _case("epoch", network, layer, precision, EPOCH, rank, **more)
 
 

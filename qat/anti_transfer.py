@@ -6,12 +6,15 @@ processing", 2021; in the quaternion domain: WASPAA 2023, equations 1 and 2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from qat.config import AntiTransferConfig
+from qat.data.rows import Rows, empty_rows
 from qat.models.vgg import VGG16, Tap, tap_name
 from qkernels import GramTarget, anti_transfer_tap, gram_target
 from qkernels.nn import AntiTransferLoss
@@ -51,7 +54,7 @@ class AntiTransfer(nn.Module):
             distance=config.distance,
         )
         self.twin: VGG16 | None = twin.requires_grad_(False).eval()
-        self._tables: dict[str, _Table] = {}
+        self._packed: dict[str, bool | None] = {}
 
     def train(self, mode: bool = True) -> AntiTransfer:
         super().train(mode)
@@ -59,12 +62,11 @@ class AntiTransfer(nn.Module):
             self.twin.eval()
         return self
 
-    def remember(self, inputs: Callable[[Tensor], Tensor], samples: Tensor, batch: int) -> None:
+    def remember(self, inputs: Callable[[Tensor], Tensor], samples: Tensor, batch: int) -> dict[str, Rows]:
         """Compute what the twin gives of samples that are the same each time; from then on it is looked up by number.
 
         The twin is given up: there are no weights left that what is remembered could differ from, the settings are
-        fixed, and the inputs are those of this call, so that nothing stale can be read. It is kept in memory, for as
-        long as this object.
+        fixed, and the inputs are those of this call, so that nothing stale can be read. It is kept in memory.
 
         All samples are computed here, in the order given, and not when each is first met: what a convolution makes of a
         sample depends on the size of the batch by a rounding error, and would then depend on the epoch in which a run
@@ -74,35 +76,42 @@ class AntiTransfer(nn.Module):
             inputs: ``samples [b] -> [b, ...]``, what the networks are given, on the device.
             samples: `[n]`, numbers of all samples that :meth:`forward` will be asked for.
             batch: samples at a time.
-        """
-        self._row = torch.full((int(samples.max()) + 1,), -1)
-        self._row[samples] = torch.arange(len(samples))
-        for start in range(0, len(samples), batch):
-            numbers = samples[start : start + batch]
-            targets = {tap: self._target(features) for tap, features in self._features(inputs(numbers)).items()}
-            if not self._tables:
-                size = len(samples) * sum(_values(target)[:1].nbytes for target in targets.values())
-                on_host = size > self.config.cache_mib * 2**20
-                self._tables = {tap: _Table(target, len(samples), on_host) for tap, target in targets.items()}
-            for tap, target in targets.items():
-                self._tables[tap].put(slice(start, start + len(numbers)), target)
-        self.twin = None
 
-    def forward(self, inputs: Tensor, samples: Tensor | None = None) -> dict[str, Tap]:
+        Returns:
+            By name, what :meth:`forward` has to be given of a batch's samples; more than ``config.cache_mib`` stays in
+            the host's memory. Other samples than those given have NaN.
+        """
+        tables: dict[str, Tensor] = {}
+        for numbers in samples.split(batch):
+            targets = {tap: self._target(features) for tap, features in self._features(inputs(numbers)).items()}
+            found = {f"{tap}_values": _values(target) for tap, target in targets.items()}
+            if not tables:
+                self._packed = {tap: t.packed if isinstance(t, GramTarget) else None for tap, t in targets.items()}
+                size = len(samples) * sum(value[:1].nbytes for value in found.values())
+                on_host = size > self.config.cache_mib * 2**20
+            found |= {f"{tap}_stats": t.stats.T for tap, t in targets.items() if isinstance(t, GramTarget)}
+            for name, value in found.items():
+                if name not in tables:
+                    pinned = on_host and name.endswith("_values")
+                    tables[name] = empty_rows(value, int(samples.max()) + 1, pinned=pinned)
+                tables[name][numbers.to(tables[name].device)] = value.to(tables[name].device)
+        device = value.device
+        self.twin = None
+        return {name: Rows(table, device) for name, table in tables.items()}
+
+    def forward(self, inputs: Tensor, remembered: Mapping[str, Tensor] | None = None) -> dict[str, Tap]:
         """What the trained network's features go through, by tap name; each tap makes the layer's unweighted loss.
 
         Args:
             inputs: what the trained network is given, `[B, ...]`; the twin sees the same.
-            samples: `[B]`, on the CPU, the numbers of these samples; needed after :meth:`remember` only.
+            remembered: after :meth:`remember`, the rows `[B, ...]` of these samples.
         """
         frozen: Mapping[str, Frozen]
         if self.twin is not None:
             frozen = self._features(inputs)
         else:
-            assert samples is not None, "the twin is given up: samples are known by their numbers only"
-            rows = self._row[samples]
-            assert (rows >= 0).all(), "a sample that was not remembered"
-            frozen = {tap: table.get(rows) for tap, table in self._tables.items()}
+            assert remembered, "the twin is given up: what it gives of a sample has to be looked up"
+            frozen = {tap: self._recalled(tap, remembered) for tap in self.layers}
         return {tap: self._tap(frozen[tap], weight) for tap, weight in zip(self.layers, self.weights, strict=True)}
 
     def total(self, made: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,16 +119,16 @@ class AntiTransfer(nn.Module):
         losses = [made[tap] for tap in self.layers]
         # A weight of 0 only monitors: not even a similarity of NaN reaches the total.
         weighted = [
-            weight * loss if weight else torch.zeros_like(loss)
+            loss if weight == 1 else weight * loss if weight else torch.zeros_like(loss)
             for weight, loss in zip(self.weights, losses, strict=True)
         ]
-        total = torch.stack(weighted).sum()
+        total = functools.reduce(torch.add, weighted)
         names = (f"similarity_{layer}" for layer in self.layers.values())
         return total, {name: loss.detach() for name, loss in zip(names, losses, strict=True)}
 
     def _features(self, inputs: Tensor) -> dict[str, Tensor]:
         assert self.twin is not None
-        with torch.no_grad():
+        with torch.no_grad(), record_function("twin"):
             return self.twin.features_at(inputs, self.layers)
 
     def _target(self, features: Tensor) -> Frozen:
@@ -128,6 +137,13 @@ class AntiTransfer(nn.Module):
             return features
         return gram_target(features, gram=self.config.gram, centred=self.config.centred)
 
+    def _recalled(self, tap: str, remembered: Mapping[str, Tensor]) -> Frozen:
+        values, packed = remembered[f"{tap}_values"], self._packed[tap]
+        if packed is None:
+            return values
+        stats = remembered[f"{tap}_stats"].T.contiguous()
+        return GramTarget(values, stats, packed, self.config.gram, self.config.centred)
+
     def _tap(self, frozen: Frozen, weight: float) -> Tap:
         config = self.config
         if weight and config.is_gram_cosine:
@@ -135,49 +151,5 @@ class AntiTransfer(nn.Module):
         return lambda features: (features, self.loss(features if weight else features.detach(), frozen))
 
 
-class _Table:
-    """What the twin gives at one tap, a row per sample, in the layout of the features.
-
-    Args:
-        like: what some samples have.
-        rows: how many there will be.
-        on_host: keep them in the host's memory, pinned, from which rows are copied while the device computes.
-    """
-
-    def __init__(self, like: Frozen, rows: int, on_host: bool) -> None:
-        self.device = _values(like).device
-        home = torch.device("cpu") if on_host else self.device
-        values = _empty_like(_values(like), rows, home, pinned=home != self.device)
-        self.kept: Frozen = values
-        if isinstance(like, GramTarget):
-            self.kept = like._replace(values=values, stats=like.stats.new_empty(2, rows))
-
-    def put(self, rows: slice, frozen: Frozen) -> None:
-        _values(self.kept)[rows] = _values(frozen)
-        if isinstance(self.kept, GramTarget) and isinstance(frozen, GramTarget):
-            self.kept.stats[:, rows] = frozen.stats
-
-    def get(self, rows: Tensor) -> Frozen:
-        """These rows `[b]`, on the device."""
-        kept, there = _values(self.kept), rows.to(self.device, non_blocking=True)
-        if kept.device == self.device:
-            values = kept[there]
-        else:
-            values = _empty_like(kept, len(rows), self.device)
-            for value, row in zip(values, rows.tolist(), strict=True):
-                value.copy_(kept[row], non_blocking=True)
-        if isinstance(self.kept, GramTarget):
-            return self.kept._replace(values=values, stats=self.kept.stats[:, there])
-        return values
-
-
 def _values(frozen: Frozen) -> Tensor:
     return frozen.values if isinstance(frozen, GramTarget) else frozen
-
-
-def _empty_like(values: Tensor, rows: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """`rows` rows of the shape, type and layout of those of `values`."""
-    plain = values.dim() != 4 or values.is_contiguous() or not values.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.contiguous_format if plain else torch.channels_last
-    shape = (rows, *values.shape[1:])
-    return torch.empty(shape, dtype=values.dtype, device=device, memory_format=layout, pin_memory=pinned)

@@ -169,6 +169,7 @@ def _training_arguments(sub: ArgumentParser, defaults: Experiment | RHEmoExperim
     sub.add_argument("--config", action="config", help="YAML file of settings; options after it win")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    sub.add_argument("--profile", action="store_true", help="where a step's time goes: profile.txt and Chrome traces")
     sub.add_class_arguments(type(defaults))
     sub.set_defaults({name: value for name, value in to_plain(defaults).items() if name != "corpus"})
 
@@ -248,13 +249,15 @@ def _prepare(options: Namespace) -> Any:
 def _pretrain_rhemo(options: Namespace) -> Any:
     from qat.training.pipeline import pretrain_rhemo
 
-    return pretrain_rhemo(_chosen(RHEmoExperiment, options), options.out, resume=options.resume)
+    return pretrain_rhemo(
+        _chosen(RHEmoExperiment, options), options.out, resume=options.resume, profile=options.profile
+    )
 
 
 def _train(options: Namespace) -> Any:
     from qat.training.pipeline import train_classifier
 
-    return train_classifier(_chosen(Experiment, options), options.out, resume=options.resume)
+    return train_classifier(_chosen(Experiment, options), options.out, resume=options.resume, profile=options.profile)
 
 
 def _evaluate(options: Namespace) -> Any:

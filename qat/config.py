@@ -195,7 +195,10 @@ class TrainingConfig:
 
     Args:
         lr: Adam's learning rate.
+        lr_factor: what it is multiplied by after ``lr_patience`` epochs without a lower validation loss; 1 keeps it.
+        lr_patience: see ``lr_factor``.
         weight_decay: Adam's L2 term.
+        clip: longest gradient, of all parameters as one vector; a longer one is shortened to this.
         batch: samples per step, over all processes together.
         epochs: at most so many.
         patience: epochs without a lower validation loss before stopping.
@@ -206,11 +209,19 @@ class TrainingConfig:
         initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer); the
             last layer is initialised anew where the classes are others.
         device: ``auto`` takes CUDA where there is one.
+        precision: ``float32``; ``tf32``: products of float32 rounded to TF32 on GPUs that can; ``bf16``: layers compute
+            in bfloat16, weights and optimiser stay float32.
         deterministic: take PyTorch's deterministic algorithms.
+        capture: run every step on a GPU as one captured CUDA graph: the same numbers, in a fraction of the time.
+        data_mib: MiB of inputs that are kept on the device; where they take more, batches are read from the host.
+        checkpoint_seconds: seconds of training, at most, that an interruption may cost; 0 saves after every epoch.
     """
 
     lr: float = 1e-5
+    lr_factor: float = 1.0
+    lr_patience: int = 10
     weight_decay: float = 0.0
+    clip: float | None = None
     batch: int = 20
     epochs: int = 1000
     patience: int = 20
@@ -220,12 +231,20 @@ class TrainingConfig:
     word_offset: Literal["sample", "batch"] = "sample"
     initial: Path | None = None
     device: str = "auto"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
     deterministic: bool = True
+    capture: bool = True
+    data_mib: int = 4096
+    checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "training.lr", self.lr, "above 0")
+        _require(0 < self.lr_factor <= 1, "training.lr_factor", self.lr_factor, "above 0 and at most 1")
+        _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent")
+        for name in ("data_mib", "checkpoint_seconds"):
+            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
-        for name in ("batch", "epochs", "patience"):
+        for name in ("batch", "epochs", "patience", "lr_patience"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
 
 

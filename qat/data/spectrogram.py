@@ -253,7 +253,7 @@ def place_words(rows: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         rows: `[B, frames <= 170, 129]`, normalised.
-        offsets: `[B]`, from `word_offsets`.
+        offsets: `[B]`, from `word_offsets`; where rows are; on a GPU, which would have to be waited for, not checked.
 
     Returns:
         `[B, 1, 512, 128]`.
@@ -263,12 +263,13 @@ def place_words(rows: Tensor, offsets: Tensor) -> Tensor:
     """
     _check_rows(rows, WORD_FRAMES)
     batch, frames = rows.shape[:2]
-    if offsets.shape != (batch,) or int(offsets.min()) < 0 or int(offsets.max()) + frames > INPUT_FRAMES:
+    outside = not offsets.is_cuda and (int(offsets.min()) < 0 or int(offsets.max()) + frames > INPUT_FRAMES)
+    if offsets.shape != (batch,) or outside:
         raise ValueError(f"offsets must be {batch} frames from 0 to {INPUT_FRAMES - frames}, got {offsets.tolist()}")
-    canvas = rows.new_zeros(batch, INPUT_FRAMES, INPUT_BINS)
-    at = offsets.to(rows.device)[:, None] + torch.arange(frames, device=rows.device)
-    canvas[torch.arange(batch, device=rows.device)[:, None], at] = rows[..., :INPUT_BINS]
-    return canvas[:, None]
+    frame = torch.arange(INPUT_FRAMES, device=rows.device) - offsets[:, None]
+    inside = (frame >= 0) & (frame < frames)
+    there = rows[torch.arange(batch, device=rows.device)[:, None], frame.clamp(0, frames - 1), :INPUT_BINS]
+    return torch.where(inside[..., None], there, there.new_zeros(()))[:, None]
 
 
 def _check_rows(rows: Tensor, frames: int) -> None:

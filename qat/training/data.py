@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -19,7 +19,41 @@ from qat.training.checkpoint import Checkpoint
 
 LABEL_COLUMN = {"emotion": "emotion", "speaker": "speaker", "word": "text", "word-presence": "words"}
 
-Inputs = Callable[[Tensor, torch.Generator | None], Tensor]
+
+@dataclass(frozen=True)
+class Spectrograms:
+    """Normalised spectrograms by sample number.
+
+    Args:
+        store: where they are prepared.
+        normalisation: fitted on the training part.
+        placing: of words, in training: a place in the canvas drawn for each ``sample`` or ``batch``; None for others,
+            which are the same each time.
+    """
+
+    store: SpectrogramStore
+    normalisation: Normalisation
+    placing: Literal["sample", "batch"] | None
+
+    @classmethod
+    def of(cls, store: SpectrogramStore, normalisation: Normalisation, experiment: AnyExperiment) -> Spectrograms:
+        word = experiment.features.cut == "word"
+        return cls(store, normalisation, experiment.training.word_offset if word else None)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """What is the same of a sample each time: `[B, 1, 512, 128]`, or a word without its canvas `[B, 170, 129]`."""
+        rows = self.normalisation(self.store.rows(numbers.tolist()))
+        return to_input(rows) if self.placing is None else rows
+
+    def offsets(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """Where words begin in their canvas `[count]`: drawn with a generator (training), else in the middle."""
+        assert self.placing is not None
+        return word_offsets(count, "centre" if generator is None else self.placing, generator)
+
+    def __call__(self, numbers: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`[B, 1, 512, 128]`."""
+        rows = self.rows(numbers)
+        return rows if self.placing is None else place_words(rows, self.offsets(len(rows), generator))
 
 
 @dataclass(frozen=True)
@@ -29,16 +63,17 @@ class Data:
     Args:
         index: one row per sample: path, speaker, text, emotion...
         parts: sample numbers of ``train``, ``validation``, ``test`` and, after a confounded split, ``withheld``.
-        normalisation: fitted on the training part.
-        spectrograms: ``(indices [B], generator or None) -> [B, 1, 512, 128]``, normalised.
-        varies: whether a sample looks different each time it is drawn in training.
+        spectrograms: of the samples.
     """
 
     index: pd.DataFrame
     parts: dict[str, list[int]]
-    normalisation: Normalisation
-    spectrograms: Inputs
-    varies: bool
+    spectrograms: Spectrograms
+
+    @property
+    def used(self) -> list[int]:
+        """Numbers of the samples of all parts, in order."""
+        return sorted(set().union(*self.parts.values()))
 
 
 def read_corpus(config: CorpusConfig) -> Manifest:
@@ -97,7 +132,7 @@ def load_data(
     else:
         parts = _recorded_parts(store.index, trained)
         fitted = Normalisation(**trained.record["normalisation"])
-    return Data(store.index, parts, fitted, inputs_of(store, fitted, experiment), experiment.features.cut == "word")
+    return Data(store.index, parts, Spectrograms.of(store, fitted, experiment))
 
 
 def divide(index: pd.DataFrame, config: SplitConfig) -> splits.Split:
@@ -130,19 +165,6 @@ def _recorded_parts(index: pd.DataFrame, trained: Checkpoint) -> splits.Split:
             )
         parts[name] = [int(row) for file in files for row in rows[file]]
     return parts
-
-
-def inputs_of(store: SpectrogramStore, normalisation: Normalisation, experiment: AnyExperiment) -> Inputs:
-    """Normalised network inputs by sample number; words are placed anew for each draw in training."""
-
-    def inputs(indices: Tensor, generator: torch.Generator | None) -> Tensor:
-        rows = normalisation(store.rows(indices.tolist()))
-        if experiment.features.cut != "word":
-            return to_input(rows)
-        placing = "centre" if generator is None else experiment.training.word_offset
-        return place_words(rows, word_offsets(len(rows), placing, generator))
-
-    return inputs
 
 
 def class_targets(

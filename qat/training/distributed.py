@@ -67,6 +67,11 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's, or how many threads a CPU uses."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
 def parallel(module: nn.Module) -> nn.Module:
     """The module, wrapped for gradient averaging when there are several processes and anything to train."""
     if world_size() == 1:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +22,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qat.config import TrainingConfig
 from qat.files import write_text
 from qat.training import distributed
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
-from qat.training.objectives import Losses
+from qat.training.examples import batches
+from qat.training.steps import Steps
 from qat.training.stopping import best_epoch, should_stop
 
 History = list[dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Samples by number.
-
-    Args:
-        inputs: ``(indices [B], generator or None) -> [B, ...]``; the generator is there in training only, for what is
-            drawn anew each time a sample is seen (a word's place in its canvas).
-        targets: `[n]` class indices or `[n, V]` values.
-        indices: the samples of this part.
-    """
-
-    inputs: Callable[[Tensor, torch.Generator | None], Tensor]
-    targets: Tensor
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def part(self, indices: list[int]) -> Examples:
-        """The same source, other samples."""
-        return Examples(self.inputs, self.targets, torch.as_tensor(indices, dtype=torch.long))
-
-    def batch(
-        self,
-        indices: Tensor,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-        share: slice = slice(None),
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs and targets of the samples ``indices`` on ``device``, or of this process's share, and their numbers.
-
-        What is drawn anew is drawn for the whole batch, so that it does not depend on the number of processes.
-        """
-        inputs = self.inputs(indices, generator)[share].to(device, non_blocking=True)
-        samples = indices[share]
-        return inputs, self.targets[samples].to(device, non_blocking=True), samples
-
-
 def fit(
-    objective: nn.Module,
+    steps: Steps,
     state: nn.Module,
-    train: Examples,
-    validation: Examples,
-    config: TrainingConfig,
+    train: Tensor,
+    validation: Tensor,
     folder: Path,
     record: dict[str, Any],
     judge: Callable[[Tensor, Tensor], dict[str, float]],
-    device: torch.device,
     *,
     resume: bool = False,
     title: str = "train",
@@ -89,15 +51,16 @@ def fit(
     """Minimise the objective until early stopping; keep the best and the last state on disk.
 
     Adam; every epoch visits the training part once in an order drawn from ``(seed, epoch)``; the total validation loss
-    (anti-transfer included) decides which state is the best and when to stop. Every batch is shared out over the
-    processes and gradients are weighted by samples, so that the global batch is the same with any number of them.
+    (anti-transfer included) decides which state is the best, when the learning rate falls and when to stop. Every batch
+    is shared out over the processes and gradients are weighted by samples, so that the global batch is the same with
+    any number of them.
 
     Args:
-        objective: ``(inputs, targets, samples) -> Losses``, already on ``device``.
-        state: the module inside ``objective`` whose state is saved.
-        train, validation: the parts.
-        config: learning rate, batch, epochs, patience, seed.
-        folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events.
+        steps: of the objective, with what is trained how on which device.
+        state: the module inside the objective whose state is saved.
+        train, validation: `[n]`, numbers of the samples of these parts.
+        folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events,
+            at the latest ``training.checkpoint_seconds`` after an epoch.
         record: saved with the kept state; must hold ``kind``.
         judge: ``(outputs, targets) -> metrics`` of the validation part, logged as ``validation_*``.
         resume: go on from ``last.safetensors`` if it is there; the result equals an uninterrupted run.
@@ -109,62 +72,47 @@ def fit(
         FloatingPointError: the training loss is not finite.
         ValueError: ``last.safetensors`` is of another run.
     """
-    optimizer = torch.optim.Adam(
-        [p for p in objective.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
-    )
+    config, optimizer = steps.config, steps.optimizer
+    assert optimizer is not None
     history: History = []
-    last = folder / "last.safetensors"
-    if resume and last.is_file():
-        saved = load_checkpoint(last, "training")
+    if resume and (folder / "last.safetensors").is_file():
+        saved = load_checkpoint(folder / "last.safetensors", "training")
         if saved.record["of"] != record:
-            raise ValueError(f"{last}: state of another experiment; resume with the same settings or start anew")
+            raise ValueError(f"{saved.path}: state of another experiment; resume with the same settings or start anew")
         saved.load_into(state, "state")
         load_optimizer(optimizer, saved.part("optimizer"))
         history = saved.record["history"]
+    schedule = _Plateaus(optimizer, config)
+    for loss in _losses(history):
+        schedule.step(loss)
     leads = distributed.rank() == 0
-    wrapped = distributed.parallel(objective)
     quiet = quiet or not leads
-    with _Log(folder if leads else None) as log, _progress(quiet) as progress:
+    with _Keeper(folder, steps, state, record, leads) as keeper, _progress(quiet) as progress:
         bar = progress.add_task(title, total=config.epochs, completed=len(history), note="")
-        while len(history) < config.epochs and not _finished(history, config):
+        while not _finished(history, config):
             epoch = len(history)
             row: dict[str, float] = {"epoch": epoch}
             started = time.perf_counter()
-            row |= {f"train_{k}": v for k, v in train_epoch(wrapped, optimizer, train, config, epoch, device).items()}
+            row |= {f"train_{k}": v for k, v in train_epoch(steps, train, epoch).items()}
             row["seconds"] = time.perf_counter() - started
-            parts, outputs, targets = evaluate(objective, validation, config.batch, device)
+            parts, outputs, targets = evaluate(steps, validation)
             row |= {f"validation_{k}": v for k, v in (parts | judge(outputs, targets)).items()}
             history.append(row)
-            if leads:
-                if config.keep == "last" or best_epoch(_losses(history)) == epoch:
-                    save_checkpoint(folder / "model.safetensors", state.state_dict(), record | {"epoch": epoch})
-                tensors = {f"state.{k}": v for k, v in state.state_dict().items()}
-                tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}
-                save_checkpoint(last, tensors, {"kind": "training", "of": record, "history": history})
-                log.write(history)
+            schedule.step(row["validation_total"])
+            keeper.keep(history, ended=_finished(history, config))
             distributed.barrier()
             note = f"loss {row['train_total']:.4f} validation {row['validation_total']:.4f}"
             progress.update(bar, advance=1, note=note)
     return history
 
 
-def train_epoch(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: Examples,
-    config: TrainingConfig,
-    epoch: int,
-    device: torch.device,
-) -> dict[str, float]:
+def train_epoch(steps: Steps, train: Tensor, epoch: int) -> dict[str, float]:
     """One pass over the training part, a step of the optimizer for each batch.
 
     Args:
-        objective: ``(inputs, targets, samples) -> Losses`` on ``device``, the same module in every process.
-        optimizer: of its parameters.
-        train: the training part.
-        config: batch, over all processes together, and seed.
+        steps: of the objective, the same in every process.
+        train: `[n]`, numbers of the training samples.
         epoch: number of this pass, from 0; with the seed it gives the order of the samples and the dropout.
-        device: where batches are sent.
 
     Returns:
         Mean losses per sample, each from before its batch's step: ``total`` and the parts, over all processes.
@@ -172,53 +120,38 @@ def train_epoch(
     Raises:
         FloatingPointError: the mean total loss is not finite.
     """
-    objective.train()
+    config = steps.config
     order_generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    rank, processes = distributed.rank(), distributed.world_size()
     # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run continues as if never interrupted.
-    torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + rank)
-    order = train.indices[torch.randperm(len(train), generator=order_generator)]
-    sums: dict[str, Tensor] = {}
-    for everyones in order.split(config.batch):
-        mine = len(everyones[rank::processes])
-        # A process without a share of a short last batch still takes part in the averaging, with weight 0.
-        share = slice(rank, None, processes) if mine else slice(1)
-        x, y, samples = train.batch(everyones, device, order_generator, share)
-        losses: Losses = objective(x, y, samples)
-        optimizer.zero_grad(set_to_none=True)
-        (losses.total * (mine * processes / len(everyones))).backward()
-        optimizer.step()
-        for name, value in {"total": losses.total.detach(), **losses.parts}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value * mine
-    means = _means({name: value.item() for name, value in sums.items()}, len(train))
-    if not torch.isfinite(torch.tensor(means["total"])):
+    torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank())
+    order = train[torch.randperm(len(train), generator=order_generator)]
+    with steps.running(training=True):
+        shared = distributed.rank(), distributed.world_size()
+        for batch in batches(steps.examples, order, config.batch, steps.device, order_generator, shared):
+            steps.train(batch)
+        means = _means(steps.sums(), len(train))
+    if not math.isfinite(means["total"]):
         raise FloatingPointError(
             f"training loss is {means['total']} in epoch {epoch}; a lower training.lr than {config.lr:g} may help"
         )
     return means
 
 
-def evaluate(
-    objective: nn.Module, examples: Examples, batch: int, device: torch.device
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Mean losses per sample, outputs and targets of a part, in eval mode, in the part's order.
+def evaluate(steps: Steps, samples: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Mean losses per sample, outputs and targets of a part `[n]`, in eval mode, in the part's order.
 
     The samples are shared out over the processes; every process returns the whole result.
     """
-    objective.eval()
-    mine = examples.indices[distributed.rank() :: distributed.world_size()]
-    sums: dict[str, float] = {}
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
-    with torch.no_grad():
-        for indices in mine.split(batch) if len(mine) else ():
-            x, y, samples = examples.batch(indices, device)
-            losses: Losses = objective(x, y, samples)
-            for name, value in {"total": losses.total, **losses.parts}.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
-            outputs.append(losses.outputs.float().cpu())
-            targets.append(y.cpu())
-    return _means(sums, len(examples)), _interleaved(outputs), _interleaved(targets)
+    mine = samples[distributed.rank() :: distributed.world_size()]
+    with steps.running(training=False):
+        for batch in batches(steps.examples, mine, steps.config.batch, steps.device):
+            found, truth = steps.evaluate(batch)
+            outputs.append(found)
+            targets.append(truth)
+        sums = steps.sums()
+    return _means(sums, len(samples)), _interleaved(outputs), _interleaved(targets)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -237,8 +170,23 @@ def _losses(history: History) -> list[float]:
     return [row["validation_total"] for row in history]
 
 
+class _Plateaus:
+    """Lowers the learning rate where the validation loss stays; what it did follows from the losses alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
+        self._schedule = None
+        if config.lr_factor < 1:
+            patience = config.lr_patience - 1  # PyTorch counts the epochs that are waited for beyond the first
+            self._schedule = ReduceLROnPlateau(optimizer, "min", config.lr_factor, patience, threshold=0, eps=0)
+
+    def step(self, loss: float) -> None:
+        if self._schedule is not None:
+            self._schedule.step(loss)
+
+
 def _finished(history: History, config: TrainingConfig) -> bool:
-    return bool(history) and should_stop(_losses(history), config.patience, config.stopping)
+    stopped = bool(history) and should_stop(_losses(history), config.patience, config.stopping)
+    return stopped or len(history) >= config.epochs
 
 
 def _means(sums: dict[str, float], samples: int) -> dict[str, float]:
@@ -250,7 +198,8 @@ def _means(sums: dict[str, float], samples: int) -> dict[str, float]:
 
 def _interleaved(batches: list[Tensor]) -> Tensor:
     """All processes' rows in the order of the samples, undoing ``[rank::world_size]``."""
-    shares = [torch.cat(share) for share in distributed.gather(batches) if share]
+    whole_share = torch.cat(batches).cpu() if batches else None
+    shares = [share for share in distributed.gather(whole_share) if share is not None]
     whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
     for rank, share in enumerate(shares):
         whole[rank :: distributed.world_size()] = share
@@ -270,30 +219,69 @@ def _progress(quiet: bool) -> Progress:
     )
 
 
-class _Log:
-    """The rows of every epoch as ``metrics.csv`` and TensorBoard events; nothing when there is no folder."""
+class _Keeper:
+    """Writes the kept state, the last one and every epoch's row, now and then, so that the disk does not set the pace.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    An interrupted training goes on from the last state that was written; the best one and the rows since then are
+    written on the way out, whatever ended it.
+    """
 
-    def __enter__(self) -> _Log:
-        if self.folder is not None:
+    def __init__(self, folder: Path, steps: Steps, state: nn.Module, record: dict[str, Any], leads: bool) -> None:
+        self.folder, self.steps, self.state, self.record, self.leads = folder, steps, state, record, leads
+        self.history: History = []
+        self._best: tuple[int, dict[str, Tensor]] | None = None
+        self._written = -math.inf
+        self._logged = 0
+
+    def __enter__(self) -> _Keeper:
+        if self.leads:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"))
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.folder is not None:
-            self.board.close()
+        if self.leads:
+            self._write_best()
+            self._write_rows()
+            self._board.close()
 
-    def write(self, history: History) -> None:
-        assert self.folder is not None
+    def keep(self, history: History, ended: bool) -> None:
+        """Note an epoch's end; write what has not been for ``training.checkpoint_seconds``, at the end all."""
+        if not self.leads:
+            return
+        self.history, config, epoch = history, self.steps.config, len(history) - 1
+        due = ended or time.monotonic() - self._written >= config.checkpoint_seconds
+        if config.keep == "last" and due:
+            self._best = epoch, self.state.state_dict()
+        elif config.keep == "best" and best_epoch(_losses(history)) == epoch:
+            tensors = self.state.state_dict()
+            self._best = epoch, tensors if due else {name: tensor.clone() for name, tensor in tensors.items()}
+        if due:
+            self._write_best()
+            assert self.steps.optimizer is not None
+            tensors = {f"state.{k}": v for k, v in self.state.state_dict().items()}
+            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.steps.optimizer).items()}
+            record = {"kind": "training", "of": self.record, "history": history}
+            save_checkpoint(self.folder / "last.safetensors", tensors, record)
+            self._write_rows()
+            self._written = time.monotonic()
+
+    def _write_best(self) -> None:
+        if self._best is not None:
+            epoch, tensors = self._best
+            save_checkpoint(self.folder / "model.safetensors", tensors, self.record | {"epoch": epoch})
+            self._best = None
+
+    def _write_rows(self) -> None:
         text = io.StringIO()
-        columns = list(dict.fromkeys(name for row in history for name in row))
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(history)
-        write_text(self.folder / "metrics.csv", text.getvalue())
-        for name, value in history[-1].items():
-            self.board.add_scalar(name.replace("_", "/", 1), value, int(history[-1]["epoch"]))
+        writer.writerows(self.history)
+        if self.history:
+            write_text(self.folder / "metrics.csv", text.getvalue())
+        for row in self.history[self._logged :]:
+            for name, value in row.items():
+                self._board.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))
+        self._logged = len(self.history)

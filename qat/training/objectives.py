@@ -1,10 +1,11 @@
 """What is minimised: each objective turns a batch into a total loss, its parts and the outputs to be judged.
 
-Beside inputs and targets it may be given the samples' numbers, for what was computed of them before.
+None of them asks the device for a value, so that a CUDA graph can hold a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from qat.anti_transfer import AntiTransfer
 from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, RHEmoEncoder
 from qat.models.rhemo import DIMENSIONS
+
+TERMS = ("emotion", *DIMENSIONS)
+"""RH-Emo's supervised terms, in the order of its targets."""
 
 
 class Losses(NamedTuple):
@@ -53,8 +57,10 @@ class SpeechClassifier(nn.Module):
         """What the VGG16 is given: `[B, 4, 64, 64]`, or the spectrogram itself in the real domain."""
         if self.encoder is None:
             return spectrogram
-        trainable = self.config.rhemo_mode == "trainable"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+        if self.config.rhemo_mode == "trainable":
+            return self.encoder(spectrogram) / self.embedding_scale
+        # Of frozen weights the embedding is the same in any precision, so that it can be kept.
+        with torch.no_grad(), torch.autocast(spectrogram.device.type, enabled=False):
             return self.encoder(spectrogram) / self.embedding_scale
 
     def forward(self, spectrogram: Tensor) -> Tensor:
@@ -83,9 +89,9 @@ class ClassificationObjective(nn.Module):
         self.classifier, self.anti_transfer = classifier, anti_transfer
         self.embedded, self.multi_label = embedded, multi_label
 
-    def forward(self, inputs: Tensor, targets: Tensor, samples: Tensor | None = None) -> Losses:
+    def forward(self, inputs: Tensor, targets: Tensor, **remembered: Tensor) -> Losses:
         x = inputs if self.embedded else self.classifier.embed(inputs)
-        logits, made = self.classifier.net(x, self.anti_transfer(x, samples) if self.anti_transfer else None)
+        logits, made = self.classifier.net(x, self.anti_transfer(x, remembered) if self.anti_transfer else None)
         if self.multi_label:
             total = F.binary_cross_entropy_with_logits(logits, targets)
         else:
@@ -103,18 +109,25 @@ class RHEmoObjective(nn.Module):
 
     .. math:: L = BCE(\hat x, x) + \beta (\beta_c CE + \beta_{vad} (BCE_v + BCE_a + BCE_d))
 
-    Targets are `[B, 4]`: emotion class, then valence, arousal, dominance in {0, 1}; a NaN marks what a corpus does not
-    annotate, and its term is left out.
+    Targets are `[B, 4]`: emotion class, then valence, arousal, dominance in {0, 1}; a NaN marks what is not known of a
+    sample, which the mean of that term leaves out.
+
+    Args:
+        model: what is trained.
+        config: the weights.
+        annotated: the terms that anything is known for, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
     """
 
-    def __init__(self, model: RHEmo, config: RHEmoConfig) -> None:
+    def __init__(self, model: RHEmo, config: RHEmoConfig, annotated: Collection[str] = TERMS) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.annotated = model, config, annotated
 
-    def forward(self, inputs: Tensor, targets: Tensor, samples: Tensor | None = None) -> Losses:
+    def forward(self, inputs: Tensor, targets: Tensor) -> Losses:
         embedding, reconstruction = self.model(inputs)
-        # Clips outside the training part may be louder than its maximum, which stands for 1.
-        per_sample = F.binary_cross_entropy(reconstruction, inputs.clamp(0, 1), reduction="none").flatten(1).mean(1)
+        with torch.autocast(inputs.device.type, enabled=False):
+            # Clips outside the training part may be louder than its maximum, which stands for 1.
+            pixels = F.binary_cross_entropy(reconstruction.float(), inputs.clamp(0, 1), reduction="none")
+        per_sample = pixels.flatten(1).mean(1)
         total = per_sample.mean()
         parts = {"reconstruction": total.detach()}
         if self.config.beta > 0:
@@ -123,15 +136,17 @@ class RHEmoObjective(nn.Module):
 
     def _supervised(self, logits: dict[str, Tensor], targets: Tensor, parts: dict[str, Tensor]) -> Tensor:
         total = torch.zeros((), device=targets.device)
-        for column, name in enumerate(("emotion", *DIMENSIONS)):
-            known = ~targets[:, column].isnan()
-            if not known.any():
+        for column, name in enumerate(TERMS):
+            if name not in self.annotated:
                 continue
-            answers, truth = logits[name][known], targets[known, column]
+            answers, truth, known = logits[name], targets[:, column], ~targets[:, column].isnan()
+            truth = truth.where(known, 0)
             if name == "emotion":
-                loss, weight = F.cross_entropy(answers, truth.long()), self.config.beta_class
+                losses, weight = F.cross_entropy(answers, truth.long(), reduction="none"), self.config.beta_class
             else:
-                loss, weight = F.binary_cross_entropy_with_logits(answers[:, 0], truth), self.config.beta_vad
+                losses = F.binary_cross_entropy_with_logits(answers[:, 0], truth, reduction="none")
+                weight = self.config.beta_vad
+            loss = losses.where(known, 0).sum() / known.sum().clamp(min=1)
             parts[name] = loss.detach()
             total = total + weight * loss
         return total

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -20,6 +20,7 @@ import qat
 from qat.anti_transfer import AntiTransfer
 from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, from_plain, to_plain
 from qat.data.audio import load_audio
+from qat.data.rows import Rows
 from qat.data.spectrogram import Normalisation, cut, place_words, to_input, word_offsets
 from qat.data.store import prepare
 from qat.files import replacing, write_json, write_text
@@ -29,19 +30,23 @@ from qat.training.checkpoint import Checkpoint, load_checkpoint
 from qat.training.data import (
     LABEL_COLUMN,
     Data,
-    Inputs,
+    Spectrograms,
     class_targets,
-    inputs_of,
     labelled,
     load_data,
     read_corpus,
     rhemo_targets,
 )
-from qat.training.loop import Examples, evaluate, fit, peak_memory
+from qat.training.embeddings import embeddings
+from qat.training.examples import Examples
+from qat.training.loop import evaluate, fit, peak_memory
 from qat.training.metrics import classification_metrics, presence_metrics
-from qat.training.objectives import ClassificationObjective, RHEmoObjective, SpeechClassifier
+from qat.training.objectives import TERMS, ClassificationObjective, RHEmoObjective, SpeechClassifier
+from qat.training.profile import Profile
+from qat.training.steps import Steps, precision
 
 Metrics = dict[str, Any]
+M = TypeVar("M", bound=nn.Module)
 
 
 def train_classifier(
@@ -51,6 +56,7 @@ def train_classifier(
     resume: bool = False,
     quiet: bool = False,
     name: str | None = None,
+    profile: bool = False,
 ) -> Metrics:
     """Train, evaluate and record one classifier.
 
@@ -62,6 +68,8 @@ def train_classifier(
         resume: go on where an interrupted run of the same experiment stopped; a finished one is returned as it is.
         quiet: no progress bars.
         name: what reports call the run; runs that differ only in their seed share it. The folder's name by default.
+        profile: find out where a step's time goes: ``trace*.json`` and ``profile.txt`` in the folder, see
+            :class:`qat.training.profile.Profile`.
 
     Returns:
         What ``result.json`` holds: metrics of every part, epochs, times, memory, versions.
@@ -76,20 +84,24 @@ def train_classifier(
         data = load_data(experiment, _normalisation(experiment), quiet=quiet)
         classes, targets = class_targets(data.index, data.parts, experiment.task)
         torch.manual_seed(experiment.training.seed)
-        classifier = pretrained.classifier(classes).to(device)
-        inputs, embedded = _network_inputs(classifier, data, device)
+        classifier = _on(device, pretrained.classifier(classes))
+        inputs, embedded = _network_inputs(classifier, data, experiment, device, quiet)
         anti_transfer = pretrained.anti_transfer()
         objective = ClassificationObjective(
-            classifier, anti_transfer, embedded=embedded, multi_label=_multi_label(experiment)
-        ).to(device)
-        constant = not data.varies and (embedded or classifier.encoder is None)
+            classifier,
+            None if anti_transfer is None else _on(device, anti_transfer),
+            embedded=embedded,
+            multi_label=_multi_label(experiment),
+        )
+        rows = {"inputs": inputs, "targets": Rows(targets.to(device), device)}
+        constant = data.spectrograms.placing is None and (embedded or classifier.encoder is None)
         if anti_transfer is not None and experiment.anti_transfer.cache and constant:
-            used = torch.tensor(sorted(set().union(*data.parts.values())))
-            anti_transfer.remember(lambda samples: inputs(samples, None).to(device), used, experiment.training.batch)
+            with precision(experiment.training.precision, device):
+                rows |= anti_transfer.remember(inputs.fetch, torch.tensor(data.used), experiment.training.batch)
         record = {"kind": "classifier", "classes": classes}
-        run = _Run(experiment, folder, name or folder.name, data, record, device, quiet)
+        run = _Run(experiment, folder, name or folder.name, data, record, device, quiet, profile)
         judge = _judge(experiment, classes)
-        result, outputs = run.execute(objective, classifier, Examples(inputs, targets, torch.arange(0)), judge, resume)
+        result, outputs = run.execute(objective, classifier, _examples(rows, data.spectrograms), judge, resume)
         result["parameters"] = _count(classifier.net)
         if distributed.rank() == 0:
             _write_predictions(folder / "predictions.csv", data, outputs, classes, experiment)
@@ -104,6 +116,7 @@ def pretrain_rhemo(
     resume: bool = False,
     quiet: bool = False,
     name: str | None = None,
+    profile: bool = False,
 ) -> Metrics:
     """Train one stage of RH-Emo; stage 2 starts from stage 1 by ``training.initial``.
 
@@ -123,12 +136,18 @@ def pretrain_rhemo(
             _same_inputs(experiment, first, "training.initial")
             first.load_into(model)
         data = load_data(experiment, experiment.normalisation, quiet=quiet)
-        objective = RHEmoObjective(model, experiment.rhemo).to(device)
-        run = _Run(experiment, folder, name or folder.name, data, {"kind": "rhemo"}, device, quiet)
-        examples = Examples(data.spectrograms, rhemo_targets(data.index), torch.arange(0))
+        targets = rhemo_targets(data.index)
+        annotated = [name for name, known in zip(TERMS, ~targets[data.used].isnan().all(0), strict=True) if known]
+        objective = RHEmoObjective(_on(device, model), experiment.rhemo, annotated)
+        run = _Run(experiment, folder, name or folder.name, data, {"kind": "rhemo"}, device, quiet, profile)
+        rows = {
+            "inputs": Rows.within(data.spectrograms.rows, data.used, device, experiment.training.data_mib),
+            "targets": Rows(targets.to(device), device),
+        }
+        examples = _examples(rows, data.spectrograms)
         result, _ = run.execute(objective, model, examples, lambda outputs, targets: {}, resume)
         for part, indices in data.parts.items():
-            result["parts"][part] |= _embedding_health(model, examples.part(indices), device)
+            result["parts"][part] |= _embedding_health(model, data.spectrograms, torch.tensor(indices), device)
         result["parameters"] = _count(model)
         if distributed.rank() == 0:
             write_json(folder / "result.json", result)
@@ -152,25 +171,22 @@ def evaluate_run(
     checkpoint = load_checkpoint(run, "classifier")
     experiment, normalisation = _settings(checkpoint)
     with distributed.process_group(device) as where:
-        inputs: Inputs
         if corpus is None:
             data = load_data(experiment, normalisation.kind, trained=checkpoint, quiet=quiet)
-            index, parts, inputs = data.index, data.parts, data.spectrograms
         else:
             manifest = labelled(read_corpus(corpus), experiment.task)
             store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
-            index, parts = store.index, {"all": list(range(len(store)))}
-            inputs = inputs_of(store, normalisation, experiment)
-        classes, targets = class_targets(index, parts, experiment.task, checkpoint.record["classes"])
+            spectrograms = Spectrograms.of(store, normalisation, experiment)
+            data = Data(store.index, {"all": list(range(len(store)))}, spectrograms)
+        classes, targets = class_targets(data.index, data.parts, experiment.task, checkpoint.record["classes"])
         objective = ClassificationObjective(
-            load_classifier(checkpoint), None, embedded=False, multi_label=_multi_label(experiment)
-        ).to(where)
-        examples = Examples(inputs, targets, torch.arange(0))
-        judge = _judge(experiment, classes)
-        return {
-            part: _judged(objective, examples.part(indices), experiment.training.batch, judge, where)[0]
-            for part, indices in parts.items()
-        }
+            _on(where, load_classifier(checkpoint)), None, embedded=False, multi_label=_multi_label(experiment)
+        )
+        # Every sample is seen once: nothing is won by keeping it on the device.
+        rows = {"inputs": Rows(data.spectrograms.rows, where), "targets": Rows(targets.to(where), where)}
+        examples, judge = _examples(rows, data.spectrograms), _judge(experiment, classes)
+        steps = Steps(objective, examples, experiment.training, where, training=False)
+        return {part: _judged(steps, torch.tensor(indices), judge)[0] for part, indices in data.parts.items()}
 
 
 def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFrame:
@@ -193,13 +209,13 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFram
     classifier = load_classifier(checkpoint).eval().to(where)
     classes = checkpoint.record["classes"]
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), precision(experiment.training.precision, where):
         for path in files:
             audio = load_audio(path, experiment.features.sample_rate)
             cuts = normalisation(cut(audio, experiment.features))
             word = experiment.features.cut == "word"
             x = place_words(cuts, word_offsets(len(cuts), "centre")) if word else to_input(cuts)
-            p = _probabilities(classifier(x.to(where)), experiment).mean(0)
+            p = _probabilities(classifier(x.to(where)).float(), experiment).mean(0)
             chosen = {"path": str(path), "predicted": classes[int(p.argmax())]}
             rows.append(chosen | dict(zip(classes, p.tolist(), strict=True)))
     return pd.DataFrame(rows)
@@ -224,6 +240,7 @@ class _Run:
     record: dict[str, Any]
     device: torch.device
     quiet: bool
+    profile: bool
 
     def execute(
         self,
@@ -237,36 +254,35 @@ class _Run:
         files = {part: self.data.index["path"].iloc[rows].unique().tolist() for part, rows in parts.items()}
         record = self.record | {
             "experiment": to_plain(self.experiment),
-            "normalisation": to_plain(self.data.normalisation),
+            "normalisation": to_plain(self.data.spectrograms.normalisation),
             "files": files,
         }
         # A run that is resumed wrote these already; `fit` is yet to find out whether it is the same run.
         if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
             write_json(self.folder / "split.json", files)
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(record["experiment"], sort_keys=False))
-        history = fit(
-            objective,
-            state,
-            examples.part(parts["train"]),
-            examples.part(parts["validation"]),
-            training,
-            self.folder,
-            record,
-            lambda outputs, targets: {k: v for k, v in judge(outputs, targets).items() if isinstance(v, float)},
-            self.device,
-            resume=resume,
-            title=self.name,
-            quiet=self.quiet,
-        )
+        steps = Steps(objective, examples, training, self.device, training=True)
+        numbers = {part: torch.tensor(rows) for part, rows in parts.items()}
+        with Profile(steps, self.folder) if self.profile else contextlib.nullcontext():
+            history = fit(
+                steps,
+                state,
+                numbers["train"],
+                numbers["validation"],
+                self.folder,
+                record,
+                lambda outputs, targets: {k: v for k, v in judge(outputs, targets).items() if isinstance(v, float)},
+                resume=resume,
+                title=self.name,
+                quiet=self.quiet,
+            )
         kept = load_checkpoint(self.folder / "model.safetensors", record["kind"])
         kept.load_into(state)
         metrics, outputs = {}, {}
         # What an objective draws in evaluation must not depend on whether the run was resumed.
         torch.manual_seed(training.seed)
-        for part, indices in parts.items():
-            metrics[part], outputs[part] = _judged(
-                objective, examples.part(indices), training.batch, judge, self.device
-            )
+        for part, samples in numbers.items():
+            metrics[part], outputs[part] = _judged(steps, samples, judge)
         seconds = [row["seconds"] for row in history]
         result = {
             "kind": record["kind"],
@@ -280,14 +296,14 @@ class _Run:
             "seconds": sum(seconds),
             "seconds_per_epoch": sum(seconds) / len(seconds),
             "peak_memory": peak_memory(self.device),
-            "device": _device_name(self.device),
+            "device": distributed.device_name(self.device),
             "processes": distributed.world_size(),
             "versions": {"qat": qat.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
         return result, outputs
 
 
-@contextmanager
+@contextlib.contextmanager
 def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterator[tuple[torch.device, Metrics | None]]:
     """The device to train on, and the result if this very experiment is finished already."""
     plain = to_plain(experiment)
@@ -301,6 +317,7 @@ def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterat
     else:
         result = None
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    searched, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not experiment.training.deterministic
     if experiment.training.deterministic:
         # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -312,6 +329,7 @@ def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterat
             yield device, result
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = searched
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Experiment, Normalisation]:
@@ -424,32 +442,44 @@ def _one_process(what: str) -> None:
         raise ValueError(f"{what} is trained by one process only; run it without torchrun")
 
 
-def _network_inputs(classifier: SpeechClassifier, data: Data, device: torch.device) -> tuple[Inputs, bool]:
+def _on(device: torch.device, module: M) -> M:
+    """On the device; on a GPU, the weights of real convolutions in the layout of its tensor cores."""
+    if device.type == "cuda":
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module.to(device)
+
+
+def _examples(rows: dict[str, Rows], spectrograms: Spectrograms) -> Examples:
+    """Samples whose inputs are embeddings or spectrograms, or words that are yet to be placed."""
+    return Examples(rows, None if spectrograms.placing is None else spectrograms.offsets)
+
+
+def _network_inputs(
+    classifier: SpeechClassifier, data: Data, experiment: Experiment, device: torch.device, quiet: bool
+) -> tuple[Rows, bool]:
     """What the objective is fed: embeddings computed once where nothing changes them, else spectrograms."""
-    network = classifier.config
+    network, training = classifier.config, experiment.training
     frozen = network.embeds and network.rhemo_mode == "frozen"
     if network.embedding_scale != "none" and not frozen:
         raise ValueError(
             f"network.embedding_scale: {network.embedding_scale!r} needs an embedding and network.rhemo_mode 'frozen'"
         )
-    if not frozen:
-        return data.spectrograms, False
-    classifier.eval()
-
-    def embed(indices: Tensor) -> Tensor:
-        batches = (data.spectrograms(batch, None).to(device) for batch in indices.split(64))
-        with torch.no_grad():
-            return torch.cat([classifier.embed(batch).cpu() for batch in batches])
-
-    if data.varies:
+    read, embedded = data.spectrograms.rows, frozen and data.spectrograms.placing is None
+    if embedded or network.embedding_scale != "none":
+        assert classifier.encoder is not None
+        known = embeddings(classifier.encoder.eval(), data.spectrograms, experiment.cache, device, quiet=quiet)
         if network.embedding_scale != "none":
-            classifier.embedding_scale.copy_(_scale(embed(torch.tensor(data.parts["train"])), network.embedding_scale))
-        return data.spectrograms, False
-    embeddings = embed(torch.arange(len(data.index)))
-    if network.embedding_scale != "none":
-        classifier.embedding_scale.copy_(_scale(embeddings[data.parts["train"]], network.embedding_scale))
-        embeddings /= classifier.embedding_scale.cpu()
-    return lambda indices, generator: embeddings[indices], True
+            train = known(torch.tensor(data.parts["train"]))
+            classifier.embedding_scale.copy_(_scale(train, network.embedding_scale))
+        if embedded:
+            scale = classifier.embedding_scale.cpu()
+            read = lambda numbers: known(numbers) / scale  # noqa: E731
+    # What autocast would round in every step is kept rounded.
+    rounded = training.precision == "bf16" and (embedded or classifier.encoder is None)
+    dtype = torch.bfloat16 if rounded else None
+    return Rows.within(read, data.used, device, training.data_mib, dtype), embedded
 
 
 def _scale(embeddings: Tensor, kind: str) -> Tensor:
@@ -461,14 +491,8 @@ def _judge(experiment: Experiment, classes: list[str]) -> Callable[[Tensor, Tens
     return lambda outputs, targets: metrics(outputs, targets, classes)
 
 
-def _judged(
-    objective: nn.Module,
-    examples: Examples,
-    batch: int,
-    judge: Callable[[Tensor, Tensor], Metrics],
-    device: torch.device,
-) -> tuple[Metrics, Tensor]:
-    losses, outputs, targets = evaluate(objective, examples, batch, device)
+def _judged(steps: Steps, samples: Tensor, judge: Callable[[Tensor, Tensor], Metrics]) -> tuple[Metrics, Tensor]:
+    losses, outputs, targets = evaluate(steps, samples)
     return losses | judge(outputs, targets), outputs
 
 
@@ -492,13 +516,13 @@ def _write_predictions(
         pd.concat(tables).to_csv(draft, index=False, float_format="%.6g")
 
 
-def _embedding_health(model: RHEmo, examples: Examples, device: torch.device) -> Metrics:
+def _embedding_health(model: RHEmo, spectrograms: Spectrograms, samples: Tensor, device: torch.device) -> Metrics:
     """How much the autoencoder does: the loss of the best constant, and the embedding channels that carry anything."""
     pixels, embeddings = [], []
     model.eval()
     with torch.no_grad():
-        for indices in examples.indices.split(64):
-            x = examples.batch(indices, device)[0].clamp(0, 1)
+        for numbers in samples.split(64):
+            x = spectrograms(numbers).to(device).clamp(0, 1)
             pixels.append(x.double().mean((1, 2, 3)).cpu())
             embeddings.append(model.encoder(x).cpu())
     mean = torch.cat(pixels).mean()
@@ -509,7 +533,3 @@ def _embedding_health(model: RHEmo, examples: Examples, device: torch.device) ->
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

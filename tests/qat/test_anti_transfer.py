@@ -8,7 +8,7 @@ from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, NetworkConfig, from_plain
 from qat.models import VGG16, tap_name
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
-from qkernels import GramTarget, anti_transfer_loss, gram_cosine
+from qkernels import anti_transfer_loss, gram_cosine
 from qkernels.nn import AntiTransferLoss
 
 TINY = NetworkConfig(width=0.05, init="he", dropout=0.0)
@@ -202,10 +202,10 @@ def test_minimising_the_term_lowers_the_similarity():
     assert history[-1] < 0.5 * history[0]
 
 
-def step(term: AntiTransfer, net: VGG16, x: torch.Tensor, samples: torch.Tensor | None = None):
+def step(term: AntiTransfer, net: VGG16, x: torch.Tensor, remembered: dict[str, torch.Tensor] | None = None):
     """The loss and the gradient of the first convolution."""
     net.zero_grad()
-    loss, _ = term.total(net(x, term(x, samples))[1])
+    loss, _ = term.total(net(x, term(x, remembered))[1])
     loss.backward()
     return loss.detach(), net.convs[0].weight.grad.clone()
 
@@ -238,12 +238,18 @@ def test_what_is_remembered_is_what_the_twin_gives(settings, packed):
     def inputs(samples: torch.Tensor) -> torch.Tensor:
         return torch.stack([source[n] for n in samples.tolist()])
 
-    known.remember(inputs, numbers, batch=4)
+    tables = known.remember(inputs, numbers, batch=4)
     assert known.twin is None
-    kept = [table.kept for table in known._tables.values()]
-    assert [target.packed if isinstance(target, GramTarget) else None for target in kept] == [packed] * len(kept)
+    assert all(table.resident for table in tables.values())
+    named = [
+        f"{tap}_{part}" for part in (("values",) if packed is None else ("values", "stats")) for tap in known.layers
+    ]
+    assert list(tables) == named
+    values = [table.pick(numbers[:1]) for name, table in tables.items() if name.endswith("values")]
+    assert [value.dim() == 2 for value in values] == [bool(packed)] * len(values)
     for samples in (torch.tensor([11, 0, 3, 8]), torch.tensor([7, 10]), torch.tensor([8, 3, 4, 0])):
-        loss, gradient = step(known, net, inputs(samples), samples)
+        remembered = {name: table.fetch(samples) for name, table in tables.items()}
+        loss, gradient = step(known, net, inputs(samples), remembered)
         expected, expected_gradient = step(running, net, inputs(samples))
         if packed:
             torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -253,15 +259,21 @@ def test_what_is_remembered_is_what_the_twin_gives(settings, packed):
         else:
             assert torch.equal(loss, expected)
             assert torch.equal(gradient, expected_gradient)
-    for samples in (torch.tensor([0, 5]), None):
-        with pytest.raises(AssertionError):
-            known(data[:2], samples)
+    with pytest.raises(AssertionError, match="the twin is given up"):
+        known(data[:2])
+    unknown = {name: table.fetch(torch.tensor([0, 5])) for name, table in tables.items()}
+    assert step(known, net, data[:2], unknown)[0].isnan()
 
 
 def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch):
     asked = []
-    table = anti_transfer._Table
-    monkeypatch.setattr(anti_transfer, "_Table", lambda like, rows, host: asked.append(host) or table(like, rows, host))
+    made = anti_transfer.empty_rows
+
+    def spying(like, count, *, pinned):
+        asked.append((tuple(like.shape[1:]), pinned))
+        return made(like, count, pinned=pinned)
+
+    monkeypatch.setattr(anti_transfer, "empty_rows", spying)
     # Layers 1 and 2 keep 10 numbers each of float32 a sample; layer 1's features alone would be 64 KiB.
     rows = torch.arange(2**20 // (2 * 40) + 1)
     for limit, samples in ((1, rows[:-1]), (1, rows), (0, rows[:2])):
@@ -269,21 +281,8 @@ def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch):
         term = AntiTransfer(config, VGG16(replace(TINY, width=0.01), 2))
         monkeypatch.setattr(term, "_features", lambda inputs: dict.fromkeys(("relu1", "relu2"), inputs))
         term.remember(lambda samples: torch.ones(len(samples), 4, 3, 3), samples, batch=4096)
-    assert asked == [False] * 2 + [True] * 4
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_table_keeps_values_and_layout_wherever_it_lies(layout):
-    """Another name of the same device stands for another one."""
-    features = torch.rand(5, 8, 6, 6).contiguous(memory_format=layout)
-    for device in ("cpu", "cpu:0"):
-        table = anti_transfer._Table(features[:2], 5, on_host=False)
-        table.device = torch.device(device)
-        for rows in (slice(0, 2), slice(2, 5)):
-            table.put(rows, features[rows])
-        got = table.get(torch.tensor([4, 1, 1]))
-        assert torch.equal(got, features[[4, 1, 1]])
-        assert got.is_contiguous(memory_format=layout)
+    values, stats = ((10,), False), ((2,), False)
+    assert asked == [values, values, stats, stats] + 2 * [((10,), True), ((10,), True), stats, stats]
 
 
 def test_settings_saved_before_there_were_these_options_still_load():

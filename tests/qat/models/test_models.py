@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, tap_name
@@ -195,9 +196,21 @@ def test_rhemo_leaves_out_what_is_not_annotated():
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
     x, nan = torch.rand(2, 1, 512, 128), float("nan")
     config = RHEmoConfig(beta=0.01)
-    losses = RHEmoObjective(model, config)(x, torch.tensor([[0, nan, 1, nan], [1, nan, nan, nan]]))
+    targets = torch.tensor([[0, nan, 1, nan], [1, nan, nan, nan]])
+    losses = RHEmoObjective(model, config, ["emotion", "arousal"])(x, targets)
     assert set(losses.parts) == {"reconstruction", "emotion", "arousal"}
-    assert losses.total.isfinite()
+    logits = model.classify(model.encoder(x))
+    # The second sample has no arousal: the mean is the first's alone.
+    arousal = functional.binary_cross_entropy_with_logits(logits["arousal"][:1, 0], torch.ones(1))
+    torch.testing.assert_close(losses.parts["arousal"], arousal)
+    expected = losses.parts["reconstruction"] + 0.01 * (
+        functional.cross_entropy(logits["emotion"], torch.tensor([0, 1])) + 100 * arousal
+    )
+    torch.testing.assert_close(losses.total, expected)
+    nothing = RHEmoObjective(model, config, ["valence"])(x, targets)
+    assert nothing.parts["valence"] == 0
+    nothing.total.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("mode", ["frozen", "batch-statistics", "trainable"])

@@ -199,7 +199,12 @@ def test_a_cached_twin_trains_the_same_network_and_runs_once(experiment, twin, s
 
 def test_the_twin_is_cached_only_where_samples_are_the_same_each_time(experiment, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(AntiTransfer, "remember", lambda term, inputs, samples, batch: asked.append(samples.tolist()))
+
+    def spying(term, inputs, samples, batch):
+        asked.append(samples.tolist())
+        return {}
+
+    monkeypatch.setattr(AntiTransfer, "remember", spying)
     network = replace(experiment.network, embedding_scale="none")
     words = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
     for name, change, cached in (
@@ -486,14 +491,14 @@ def test_networks_trained_on_other_inputs_are_refused(experiment, twin, change, 
 
 def test_the_order_of_samples_changes_with_the_epoch(experiment, tmp_path, monkeypatch):
     seen = []
-    batch = loop.Examples.batch
+    batches = loop.batches
 
-    def spying(self, indices, device, generator=None, share=slice(None)):
+    def spying(examples, order, size, device, generator=None, shared=(0, 1)):
         if generator is not None:
-            seen.append(indices.tolist())
-        return batch(self, indices, device, generator, share)
+            seen.append(order.tolist())
+        return batches(examples, order, size, device, generator, shared)
 
-    monkeypatch.setattr(loop.Examples, "batch", spying)
+    monkeypatch.setattr(loop, "batches", spying)
     train_classifier(trained(experiment, epochs=2, batch=25), tmp_path / "run", quiet=True)
     assert len(seen) == 2
     assert seen[0] != seen[1]

@@ -1,0 +1,70 @@
+"""Embeddings of a frozen RH-Emo: computed once for all trainings that read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qat.config import to_plain
+from qat.data.rows import Read
+from qat.files import new_folder, write_json
+from qat.models import RHEmoEncoder
+from qat.processes import bar
+from qat.training import distributed
+from qat.training.data import Spectrograms
+from qkernels.ops._launch import switched
+
+LAYOUT = 1
+"""Raised whenever what is written here changes its meaning, so that old embeddings are not read."""
+_BATCH = 64
+
+
+def embeddings(
+    encoder: RHEmoEncoder, spectrograms: Spectrograms, folder: Path, device: torch.device, *, quiet: bool
+) -> Read:
+    """Embeddings `[B, 4, 64, 64]` of prepared samples by number, in float32; words lie in the middle of their canvas.
+
+    The first call for these weights, spectrograms and their normalisation computes those of all samples and keeps them
+    on disk, from where they are read. Rank 0 computes; the others then read.
+
+    Args:
+        encoder: in eval mode, on ``device``.
+        spectrograms: what is embedded.
+        folder: where such things are kept; these go into a sub-folder named after a hash of all that they depend on,
+            which appears whole or not at all.
+        device: where to compute; a GPU rounds otherwise than a CPU, so each has embeddings of its own.
+        quiet: no progress bar.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    settings = {
+        "layout": LAYOUT,
+        "encoder": weights.hexdigest(),
+        "spectrograms": spectrograms.store.folder.name,
+        "normalisation": to_plain(spectrograms.normalisation),
+        "device": device.type,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    target = folder / f"embeddings-{key[:16]}"
+    if distributed.rank() > 0:
+        distributed.barrier()
+    elif not target.exists():
+        with new_folder(target) as draft, torch.no_grad(), switched("float32"), bar(not quiet) as progress:
+            numbers = torch.arange(len(spectrograms.store))
+            shape = (len(numbers), 4, 64, 64)
+            table = np.lib.format.open_memmap(draft / "embeddings.npy", mode="w+", dtype=np.float32, shape=shape)
+            task = progress.add_task("Embeddings", total=len(numbers))
+            for block in numbers.split(_BATCH):
+                table[block.numpy()] = encoder(spectrograms(block).to(device)).cpu().numpy()
+                progress.advance(task, len(block))
+            table.flush()
+            write_json(draft / "meta.json", settings)
+    if distributed.rank() == 0:
+        distributed.barrier()
+    known = np.load(target / "embeddings.npy", mmap_mode="r")
+    return lambda numbers: torch.from_numpy(known[numbers.numpy()])

@@ -1,0 +1,202 @@
+"""Training and evaluation steps; on a GPU, each is one captured CUDA graph.
+
+At the paper's batch of 20 a step of the quaternion network is a quarter of a millisecond of arithmetic in some two
+hundred kernels: launched one by one from Python, they take longer to be launched than to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from qat.config import TrainingConfig
+from qat.training import distributed
+from qat.training.examples import Batch, Examples
+from qat.training.objectives import Losses
+from qkernels.ops._launch import switched
+
+WARM = 3
+"""Steps of a kind before it is captured, in which kernels are compiled, and libraries and Adam take their memory."""
+
+log = logging.getLogger(__name__)
+
+Loaded = Mapping[str, Tensor]
+Function = Callable[[Loaded], Any]
+Around = Callable[[Batch], contextlib.AbstractContextManager[object]]
+
+
+@contextlib.contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Computes in ``training.precision``: TF32 where it is named, else accurate float32; ``bf16`` by autocast."""
+    with switched(name), torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+        yield
+
+
+def adam(parameters: Iterable[nn.Parameter], config: TrainingConfig, device: torch.device) -> torch.optim.Adam:
+    """Adam in one kernel; on a GPU a CUDA graph can hold it, and its rate is a tensor that may be changed."""
+    cuda = device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if cuda else config.lr
+    wanted = [p for p in parameters if p.requires_grad]
+    return torch.optim.Adam(wanted, lr, weight_decay=config.weight_decay, fused=True, capturable=cuda)
+
+
+class Steps:
+    """The steps of one training, or of an evaluation.
+
+    Args:
+        objective: ``(inputs=, targets=, ...) -> Losses``, on ``device``; it is given what ``examples`` has rows of.
+        examples: the source of all batches.
+        config: the optimisation.
+        device: where to compute.
+        training: make Adam for the objective's parameters; evaluation alone needs none.
+    """
+
+    def __init__(
+        self, objective: nn.Module, examples: Examples, config: TrainingConfig, device: torch.device, *, training: bool
+    ) -> None:
+        self.objective, self.examples, self.config, self.device = objective, examples, config, device
+        self.optimizer = adam(objective.parameters(), config, device) if training else None
+        self.around: Around = lambda batch: contextlib.nullcontext()
+        self.graphs: Graphs | None = None
+        self._wrapped = distributed.parallel(objective) if training else objective
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        if device.type == "cuda" and config.capture:
+            if distributed.world_size() == 1:
+                self.graphs = Graphs()
+            elif distributed.rank() == 0:
+                log.warning("training.capture: the steps of several processes are not captured as CUDA graphs")
+
+    @contextlib.contextmanager
+    def running(self, training: bool) -> Iterator[None]:
+        """Around the steps of a pass: the mode, the precision, on a GPU the stream."""
+        self.objective.train(training)
+        stream = self.graphs.on_stream() if self.graphs else contextlib.nullcontext()
+        with stream, switched(self.config.precision), torch.set_grad_enabled(training):
+            if self._sums is not None:
+                self._sums.zero_()
+            yield
+
+    def train(self, batch: Batch) -> Tensor:
+        """Forward, backward, clipping and the optimiser's step; adds the losses, from before it, to the sums.
+
+        Returns:
+            The total loss, on the device; the next step may overwrite it.
+        """
+
+        def step(loaded: Loaded) -> Tensor:
+            assert self.optimizer is not None
+            self.optimizer.zero_grad()
+            losses, _ = self._losses(self._wrapped, loaded)
+            total = losses.total
+            if distributed.world_size() > 1:  # which averages gradients over processes, whatever their shares
+                total = total * (batch.samples * distributed.world_size() / batch.everyones)
+            with record_function("backward"):
+                total.backward()
+            with record_function("optimiser"):
+                if self.config.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
+                self.optimizer.step()
+            self._add(losses, batch.samples)
+            return losses.total.detach()
+
+        with self.around(batch):
+            return self._run("train", step, batch.loaded)
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a batch, on the device; adds the losses to the sums."""
+
+        def step(loaded: Loaded) -> tuple[Tensor, Tensor]:
+            losses, targets = self._losses(self.objective, loaded)
+            self._add(losses, batch.samples)
+            return losses.outputs.float(), targets
+
+        outputs, targets = self._run("evaluate", step, batch.loaded)
+        # What a graph wrote is overwritten by its next replay.
+        return (outputs.clone(), targets.clone()) if self.graphs else (outputs, targets)
+
+    def sums(self) -> dict[str, float]:
+        """Every loss, ``total`` and the parts, summed over this process's samples of this pass."""
+        return dict(zip(self._names, [] if self._sums is None else self._sums.tolist(), strict=True))
+
+    def _losses(self, objective: nn.Module, loaded: Loaded) -> tuple[Losses, Tensor]:
+        with record_function("gather"):
+            given = self.examples.gather(loaded)
+        with record_function("forward"), precision(self.config.precision, self.device):
+            losses: Losses = objective(**given)
+        return losses, given["targets"]
+
+    def _add(self, losses: Losses, samples: int) -> None:
+        found = {"total": losses.total.detach(), **losses.parts}
+        if self._sums is None:
+            self._names = list(found)
+            self._sums = torch.zeros(len(found), device=self.device)
+        self._sums.add_(torch.stack([found[name] for name in self._names]), alpha=samples)
+
+    def _run(self, name: str, step: Function, loaded: Loaded) -> Any:
+        return self.graphs.run(name, step, loaded) if self.graphs else step(loaded)
+
+
+class Graphs:
+    """Runs functions of tensors on a stream of its own; from the fourth call of a kind on, as a captured CUDA graph.
+
+    The first calls are steps like any other, and capturing computes nothing, so that a training is the same with and
+    without. Calls are of one kind when they have the same name and tensors of the same sizes: a pass over the samples
+    has two, the last of which is often shorter.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.warm: float = WARM
+        self._pool = torch.cuda.graph_pool_handle()  # one for all: no two of them run at once
+        self._calls: dict[object, int] = {}
+        self._captured: dict[object, tuple[Callable[[], None], dict[str, Tensor], Any]] = {}
+        self._failed = False
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """On this object's stream, behind what was asked for before, ahead of what will be."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def run(self, name: str, function: Function, tensors: Loaded) -> Any:
+        """``function(tensors)``, or a replay of it, whose results the next replay overwrites."""
+        kind = (name, *((key, tuple(value.shape)) for key, value in tensors.items()))
+        if kind not in self._captured:
+            self._calls[kind] = self._calls.get(kind, 0) + 1
+            if self._failed or self._calls[kind] <= self.warm or not self._capture(kind, function, tensors):
+                return function(tensors)
+        replay, static, results = self._captured[kind]
+        for key, value in tensors.items():
+            static[key].copy_(value, non_blocking=True)
+        replay()
+        return results
+
+    def _capture(self, kind: object, function: Function, tensors: Loaded) -> bool:
+        static = {key: torch.empty_like(value).copy_(value) for key, value in tensors.items()}
+        try:
+            replay, results = captured(lambda: function(static), self.stream, self._pool)
+        except RuntimeError as error:
+            self._failed = True
+            reason = str(error).strip().splitlines()[0]
+            log.warning("training.capture: no CUDA graph can hold these steps, which run uncaptured: %s", reason)
+            return False
+        self._captured[kind] = replay, static, results
+        return True
+
+
+def captured(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> tuple[Callable[[], None], Any]:
+    """A CUDA graph of what ``function`` asks the device for, and what it returns, which each replay writes anew."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads read the next batches meanwhile, which "global" would forbid.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        results = function()
+    return graph.replay, results

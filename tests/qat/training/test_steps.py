@@ -1,0 +1,449 @@
+"""Samples on the device or read from the host, steps, and what surrounds them in a training."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from qat.cli import main
+from qat.config import TrainingConfig
+from qat.data import rows as rows_module
+from qat.data.rows import Rows, empty_rows
+from qat.training import embeddings as embeddings_module
+from qat.training import loop
+from qat.training import steps as steps_module
+from qat.training.checkpoint import load_checkpoint
+from qat.training.examples import Batch, Examples, batches
+from qat.training.objectives import Losses
+from qat.training.pipeline import evaluate_run, pretrain_rhemo, train_classifier
+from qat.training.profile import COUNT, Profile
+from qat.training.steps import WARM, Graphs, Steps
+
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("cpu:0")  # two names of one device stand for two devices
+
+
+def changed(experiment, **settings):
+    return replace(experiment, training=replace(experiment.training, **settings))
+
+
+def trained_weights(folder):
+    return load_checkpoint(folder, "classifier").tensors
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (4, 6, 2)])
+def test_rows_are_the_same_wherever_they_lie(shape):
+    values = torch.rand(9, *shape)
+    asked = []
+
+    def read(numbers):
+        asked.append(numbers.tolist())
+        return values[numbers]
+
+    size = 9 * values[:1].nbytes / 2**20
+    there, host = Rows.within(read, range(9), CPU, size), Rows.within(read, range(9), CPU, 0.99 * size)
+    assert (there.resident, host.resident) == (True, False)
+    asked.clear()
+    numbers = torch.tensor([8, 0, 0, 3])
+    assert torch.equal(there.pick(numbers), values[numbers])
+    assert torch.equal(there.fetch(numbers), values[numbers])
+    assert asked == []
+    assert torch.equal(host.fetch(numbers), values[numbers])
+    assert asked == [[8, 0, 0, 3]]
+    elsewhere = Rows(values, ELSEWHERE)
+    assert not elsewhere.resident
+    assert torch.equal(elsewhere.read(numbers), values[numbers])
+
+
+def test_rows_that_nobody_asks_for_are_not_read(monkeypatch):
+    monkeypatch.setattr(rows_module, "_BLOCK", 2)
+    asked = []
+
+    def read(numbers):
+        asked.append(numbers.tolist())
+        return numbers[:, None].double()
+
+    table = Rows.within(read, [7, 2, 5], CPU, 1, torch.bfloat16)
+    assert asked == [[2], [2, 5], [7]]
+    assert table.pick(torch.tensor([5, 7])).tolist() == [[5], [7]]
+    assert table.pick(torch.tensor([5])).dtype == torch.bfloat16
+    assert table.pick(torch.tensor([3])).isnan().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rows_keep_their_layout(layout):
+    features = torch.rand(5, 8, 6, 6).contiguous(memory_format=layout)
+    table = empty_rows(features[:2], 5)
+    table[:] = features
+    got = Rows(table, CPU).pick(torch.tensor([4, 1, 1]))
+    assert torch.equal(got, features[[4, 1, 1]])
+    assert got.is_contiguous(memory_format=layout)
+
+
+def test_batches_are_the_samples_in_order_and_processes_share_them():
+    known = Examples({"inputs": Rows(torch.arange(10.0), CPU), "targets": Rows(torch.arange(10) % 3, CPU)})
+    order = torch.tensor([3, 1, 4, 9, 5, 2, 6])
+    whole = [known.gather(b.loaded) for b in batches(known, order, 3, CPU)]
+    assert [b["inputs"].tolist() for b in whole] == [[3, 1, 4], [9, 5, 2], [6]]
+    assert [b["targets"].tolist() for b in whole] == [[0, 1, 1], [0, 2, 2], [0]]
+    shares = [list(batches(known, order, 3, CPU, shared=(rank, 2))) for rank in (0, 1)]
+    assert [[b.loaded["numbers"].tolist() for b in share] for share in shares] == [
+        [[3, 4], [9, 2], [6]],
+        [[1], [5], [6]],  # nothing is left of the last batch: it gets another's, with weight 0
+    ]
+    assert [[(b.samples, b.everyones) for b in share] for share in shares] == [
+        [(2, 3), (2, 3), (1, 1)],
+        [(1, 3), (1, 3), (0, 1)],
+    ]
+
+
+def test_words_are_placed_as_drawn_for_the_whole_batch():
+    """Where a process's words lie must not depend on how many processes there are."""
+
+    def offsets(count, generator):
+        return torch.randint(340, (count,), generator=generator)
+
+    words = torch.rand(6, 170, 129)
+    known = Examples({"inputs": Rows(words, CPU), "targets": Rows(torch.zeros(6), CPU)}, offsets)
+
+    def made(shared):
+        drawn = batches(known, torch.arange(6), 4, CPU, torch.Generator().manual_seed(3), shared)
+        return [known.gather(batch.loaded)["inputs"] for batch in drawn]
+
+    whole, first, second = made((0, 1)), made((0, 2)), made((1, 2))
+    for batch, one, other in zip(whole, first, second, strict=True):
+        assert torch.equal(batch[0::2], one)
+        assert torch.equal(batch[1::2], other)
+
+
+class Line(nn.Module):
+    """y = a x, with dropout that shows in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([2.0, -1.0]))
+        self.asked = 0
+
+    def forward(self, inputs, targets):
+        self.asked += 1
+        outputs = nn.functional.dropout(inputs * self.a, 0.5, self.training)
+        total = (outputs.sum(1) - targets).square().mean()
+        return Losses(total, {"half": total.detach() / 2}, outputs.detach())
+
+
+def line_steps(**settings) -> Steps:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    known = {"inputs": torch.rand(10, 2, generator=generator), "targets": torch.rand(10, generator=generator)}
+    examples = Examples({name: Rows(value, CPU) for name, value in known.items()})
+    config = TrainingConfig(**{"lr": 0.1, "batch": 4, **settings})
+    return Steps(Line(), examples, config, CPU, training=True)
+
+
+class FakeGraphs(Graphs):
+    """Graphs on a CPU: capturing computes nothing, a replay calls the function again."""
+
+    def __init__(self, monkeypatch, fails: str | None = None) -> None:
+        for name in ("Stream", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        super().__init__()
+        self.captured: list[tuple[str, int]] = []
+        self.replays = 0
+
+        def captured(function, stream, pool):
+            if fails is not None:
+                raise RuntimeError(fails)
+            results: list[torch.Tensor] = []
+
+            def replay() -> None:
+                self.replays += 1
+                made = function()
+                made = list(made) if isinstance(made, tuple) else [made]
+                for old, new in zip(results, made, strict=True):
+                    old.copy_(new)
+
+            state = torch.get_rng_state()
+            copies = [(p, p.detach().clone()) for p in self.parameters]
+            sums = self.steps._sums.clone()
+            optimizer = json.dumps({}), {p: {k: v.clone() for k, v in s.items()} for p, s in self.adam.state.items()}
+            made = function()
+            results += [r.detach().clone() for r in (made if isinstance(made, tuple) else [made])]
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                for p, before in copies:
+                    p.copy_(before)
+                for p, s in optimizer[1].items():
+                    for k, v in s.items():
+                        self.adam.state[p][k].copy_(v)
+            self.steps._sums.copy_(sums)
+            return replay, tuple(results) if isinstance(made, tuple) else results[0]
+
+        monkeypatch.setattr(steps_module, "captured", captured)
+
+    def on_stream(self):
+        return torch.enable_grad()
+
+    def of(self, steps: Steps) -> "FakeGraphs":
+        self.steps, self.adam, self.parameters = steps, steps.optimizer, list(steps.objective.parameters())
+        steps.graphs = self
+        return self
+
+
+def epochs(steps: Steps, count: int) -> list[object]:
+    numbers = torch.arange(10)
+    found: list[object] = []
+    for epoch in range(count):
+        found.append(loop.train_epoch(steps, numbers, epoch))
+        sums, outputs, targets = loop.evaluate(steps, numbers[:6])
+        found += [sums, outputs.tolist(), targets.tolist()]
+    return found
+
+
+def test_replayed_steps_are_the_same_training(monkeypatch):
+    """Batches of 4, 4 and 2; validation of 4 and 2: every size, its warm steps, its capture, its replays."""
+    plain, replayed = line_steps(clip=0.5), line_steps(clip=0.5)
+    graphs = FakeGraphs(monkeypatch).of(replayed)
+    count = WARM + 3
+    assert epochs(plain, count) == epochs(replayed, count)
+    assert torch.equal(plain.objective.a, replayed.objective.a)
+    # Of each size but the first, which comes twice in an epoch, one call an epoch.
+    assert len(graphs._captured) == 4
+    assert graphs.replays == (2 * count - WARM) + 3 * (count - WARM)
+
+
+def test_what_cannot_be_captured_runs_all_the_same_and_says_so_once(monkeypatch, caplog):
+    plain, failing = line_steps(), line_steps()
+    FakeGraphs(monkeypatch, fails="operation not permitted when stream is capturing\nmore").of(failing)
+    with caplog.at_level(logging.WARNING):
+        assert epochs(plain, WARM + 2) == epochs(failing, WARM + 2)
+    assert [r.getMessage() for r in caplog.records] == [
+        "training.capture: no CUDA graph can hold these steps, which run uncaptured: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_gradient_left_by_a_failed_capture_does_not_count(monkeypatch):
+    plain, failing = line_steps(), line_steps()
+    graphs = FakeGraphs(monkeypatch).of(failing)
+
+    def captured(function, stream, pool):
+        for p in failing.objective.parameters():
+            p.grad = torch.full_like(p, 1e6)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(steps_module, "captured", captured)
+    assert epochs(plain, WARM + 2) == epochs(failing, WARM + 2)
+    assert graphs.replays == 0
+
+
+def test_a_short_gradient_is_left_and_a_long_one_shortened():
+    numbers = Batch({"numbers": torch.arange(4)}, 4, 4)
+    lengths = []
+    for clip in (None, 1e-3, 1e3):
+        steps = line_steps(clip=clip)
+        steps.objective.eval()
+        steps.train(numbers)
+        lengths.append(steps.objective.a.grad.norm().item())
+    assert lengths[0] == lengths[2] > 1e-3
+    assert lengths[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_learning_rate_falls_on_a_plateau_and_a_resumed_run_knows(experiment, tmp_path, monkeypatch):
+    """With a rate of almost nothing the validation loss falls a little every epoch; noise makes the plateaus."""
+    losses = iter([1.0, 0.9, 0.95, 0.9, 0.8, 0.85, 0.85] * 2)
+    rates = []
+    evaluate, train_epoch = loop.evaluate, loop.train_epoch
+
+    def made_up(steps, samples):
+        parts, outputs, targets = evaluate(steps, samples)
+        return (parts | {"total": next(losses)} if len(samples) == 7 else parts), outputs, targets
+
+    def watched(steps, train, epoch):
+        rates.append(float(steps.optimizer.param_groups[0]["lr"]))
+        return train_epoch(steps, train, epoch)
+
+    monkeypatch.setattr(loop, "evaluate", made_up)
+    monkeypatch.setattr(loop, "train_epoch", watched)
+    run = changed(experiment, epochs=7, lr=1e-3, lr_factor=0.1, lr_patience=2, checkpoint_seconds=0)
+    train_classifier(run, tmp_path / "whole", quiet=True)
+    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 3)
+
+    def interrupted(steps, train, epoch):
+        if epoch == 5:
+            raise KeyboardInterrupt
+        return train_epoch(steps, train, epoch)
+
+    losses = iter([1.0, 0.9, 0.95, 0.9, 0.8])
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(run, tmp_path / "broken", quiet=True)
+    losses = iter([0.85, 0.85])
+    rates.clear()
+    monkeypatch.setattr(loop, "train_epoch", watched)
+    train_classifier(run, tmp_path / "broken", resume=True, quiet=True)
+    assert rates == pytest.approx([1e-4] * 2)
+    assert same(trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "spectrograms", "words", "targets of the twin"])
+def test_reading_batches_from_the_host_changes_nothing(experiment, twin, kind, tmp_path):
+    if kind == "spectrograms":
+        experiment = replace(experiment, network=replace(experiment.network, domain="real", embedding_scale="none"))
+    elif kind == "words":
+        experiment = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
+    elif kind == "targets of the twin":
+        at = replace(experiment.anti_transfer, twin=twin, layers=[2, 13])
+        experiment = replace(experiment, anti_transfer=at)
+    less = replace(experiment.anti_transfer, cache_mib=0)
+    results = [
+        train_classifier(run, tmp_path / str(number), quiet=True)["parts"]
+        for number, run in enumerate((experiment, replace(changed(experiment, data_mib=0), anti_transfer=less)))
+    ]
+    assert results[0] == results[1]
+    assert same(trained_weights(tmp_path / "0"), trained_weights(tmp_path / "1"))
+
+
+def test_bfloat16_trains_nearly_the_same_network_with_float32_weights(experiment, twin, rhemo, tmp_path):
+    at = replace(experiment.anti_transfer, twin=twin, layers=[7])
+    for name in ("float32", "bf16"):
+        run = changed(replace(experiment, anti_transfer=at), precision=name)
+        train_classifier(run, tmp_path / name, quiet=True)
+    first, second = trained_weights(tmp_path / "float32"), trained_weights(tmp_path / "bf16")
+    assert {t.dtype for t in second.values()} <= {torch.float32, torch.int64}
+    assert not same(first, second)
+    a, b = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("float32", "bf16"))
+    for column in ("train_total", "train_similarity_7", "validation_total"):
+        assert not a[column].equals(b[column])
+        torch.testing.assert_close(
+            torch.tensor(a[column].to_numpy()), torch.tensor(b[column].to_numpy()), rtol=2e-2, atol=0
+        )
+    again = evaluate_run(tmp_path / "bf16", device="cpu", quiet=True)
+    assert (
+        again["test"]["accuracy"]
+        == json.loads((tmp_path / "bf16/result.json").read_text())["parts"]["test"]["accuracy"]
+    )
+
+
+def test_rhemo_trains_in_bfloat16(corpus, cache, rhemo, tmp_path):
+    from qat.config import RHEmoExperiment, from_plain
+
+    record = load_checkpoint(rhemo, "rhemo").record
+    stage1 = from_plain(RHEmoExperiment, record["experiment"])
+    stage2 = changed(replace(stage1, rhemo=replace(stage1.rhemo, beta=0.01)), initial=rhemo, precision="bf16", epochs=1)
+    result = pretrain_rhemo(stage2, tmp_path / "stage2", quiet=True)
+    first = json.loads((rhemo / "result.json").read_text())["parts"]["test"]["reconstruction"]
+    assert result["parts"]["test"]["reconstruction"] < 1.1 * first
+
+
+def test_embeddings_are_computed_once_for_all_trainings(experiment, cache, tmp_path, monkeypatch):
+    asked = []
+    made = embeddings_module.new_folder
+    monkeypatch.setattr(embeddings_module, "new_folder", lambda target: asked.append(target.name) or made(target))
+    fresh = replace(experiment, cache=tmp_path / "cache")
+    train_classifier(fresh, tmp_path / "a", quiet=True)
+    train_classifier(changed(fresh, seed=2), tmp_path / "b", quiet=True)
+    assert len(asked) == 1
+    # Another split has another training maximum, by which spectrograms are divided first.
+    other = replace(fresh, split=replace(fresh.split, seed=5))
+    train_classifier(other, tmp_path / "c", quiet=True)
+    assert len(set(asked)) == 2
+    train_classifier(experiment, tmp_path / "e", quiet=True)
+    assert same(trained_weights(tmp_path / "a"), trained_weights(tmp_path / "e"))
+
+
+def test_the_disk_does_not_set_the_pace(experiment, tmp_path, monkeypatch):
+    """States are written at the first epoch and at the end, rows and the best state whenever a run ends."""
+    written = []
+    save = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda path, *rest: written.append(path.name) or save(path, *rest))
+    slow = changed(experiment, epochs=4, checkpoint_seconds=1000)
+    train_classifier(slow, tmp_path / "run", quiet=True)
+    assert written.count("last.safetensors") == 2
+    assert written.count("model.safetensors") <= 2
+    train_classifier(changed(slow, checkpoint_seconds=0), tmp_path / "each", quiet=True)
+    assert written.count("last.safetensors") == 2 + 4
+    assert same(trained_weights(tmp_path / "run"), trained_weights(tmp_path / "each"))
+    assert len(pd.read_csv(tmp_path / "run/metrics.csv")) == 4
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_that_fails_leaves_its_best_state_and_rows_and_resumes(experiment, keep, tmp_path, monkeypatch):
+    run = changed(experiment, epochs=5, checkpoint_seconds=1000, keep=keep)
+    train_classifier(run, tmp_path / "whole", quiet=True)
+    train_epoch = loop.train_epoch
+
+    def failing(steps, train, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return train_epoch(steps, train, epoch)
+
+    monkeypatch.setattr(loop, "train_epoch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(run, tmp_path / "broken", quiet=True)
+    monkeypatch.setattr(loop, "train_epoch", train_epoch)
+    rows = pd.read_csv(tmp_path / "broken/metrics.csv")
+    assert len(rows) == 3
+    if keep == "best":
+        best = load_checkpoint(tmp_path / "broken", "classifier").record["epoch"]
+        assert best == rows["validation_total"].idxmin()
+    history = load_checkpoint(tmp_path / "broken/last.safetensors", "training").record["history"]
+    assert len(history) == 1
+    train_classifier(run, tmp_path / "broken", resume=True, quiet=True)
+    assert same(trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "broken"))
+
+
+def test_profile_says_where_a_step_goes_and_changes_nothing(experiment, twin, tmp_path, capsys, caplog):
+    at = replace(experiment.anti_transfer, twin=twin, layers=[2], cache=False)
+    # 25 samples: the first epoch's short last batch interrupts the five steps, which are looked at in the second.
+    run = changed(replace(experiment, anti_transfer=at), batch=4)
+    train_classifier(run, tmp_path / "plain", quiet=True)
+    train_classifier(run, tmp_path / "run", quiet=True, profile=True)
+    assert same(trained_weights(tmp_path / "plain"), trained_weights(tmp_path / "run"))
+    page = (tmp_path / "run/profile.txt").read_text().splitlines()
+    assert len(page) < 45
+    step = float(page[0].split()[-2])
+    shares = {line.split()[0]: line.split() for line in page if line}
+    spans = {name: float(shares[name][1]) for name in ("gather", "forward", "twin", "backward", "optimiser")}
+    assert 0 < spans["twin"] < spans["forward"]
+    total = sum(value for name, value in spans.items() if name != "twin")
+    assert 0.5 * step < total < step
+    assert sum("convolution" in line for line in page) >= 1
+    trace = json.loads((tmp_path / "run/trace.json").read_text())
+    assert sum(event.get("name") == "backward" for event in trace["traceEvents"]) == COUNT
+    with caplog.at_level(logging.WARNING):
+        train_classifier(changed(run, batch=30), tmp_path / "short", quiet=True, profile=True)
+    assert f"no epoch had {WARM + COUNT} steps of 30 samples to look at" in caplog.text
+    assert not (tmp_path / "short/profile.txt").exists()
+
+
+def test_profile_of_captured_steps_looks_at_both_kinds(monkeypatch, tmp_path):
+    steps = line_steps(batch=2)
+    graphs = FakeGraphs(monkeypatch).of(steps)
+    replays = []
+    with Profile(steps, tmp_path):
+        for epoch in range(4):
+            loop.train_epoch(steps, torch.arange(10), epoch)
+            replays.append(graphs.replays)
+    assert replays == [0, 2, 7, 12]  # steps 0-2 are warm, 3-7 looked at, 8 is captured, 9-13 looked at
+    text = (tmp_path / "profile.txt").read_text()
+    assert text.count("A training step, ") == 2
+    assert "captured as a CUDA graph" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "trace-captured.json", "profile.txt"}
+
+
+def test_the_command_line_profiles(experiment, tmp_path):
+    import yaml
+
+    from qat.config import to_plain
+
+    plain = to_plain(changed(experiment, batch=3))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--profile"]) == 0
+    assert (tmp_path / "run/profile.txt").is_file()
