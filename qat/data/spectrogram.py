@@ -263,7 +263,7 @@ def place_words(rows: Tensor, offsets: Tensor) -> Tensor:
     """
     _check_rows(rows, WORD_FRAMES)
     batch, frames = rows.shape[:2]
-    outside = not offsets.is_cuda and (int(offsets.min()) < 0 or int(offsets.max()) + frames > INPUT_FRAMES)
+    outside = offsets.device.type == "cpu" and (int(offsets.min()) < 0 or int(offsets.max()) + frames > INPUT_FRAMES)
     if offsets.shape != (batch,) or outside:
         raise ValueError(f"offsets must be {batch} frames from 0 to {INPUT_FRAMES - frames}, got {offsets.tolist()}")
     frame = torch.arange(INPUT_FRAMES, device=rows.device) - offsets[:, None]

@@ -1,5 +1,6 @@
 """Samples on the device or read from the host, steps, and what surrounds them in a training."""
 
+import contextlib
 import json
 import logging
 from dataclasses import replace
@@ -8,17 +9,21 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from qat.anti_transfer import AntiTransfer
 from qat.cli import main
-from qat.config import TrainingConfig
+from qat.config import AntiTransferConfig, NetworkConfig, RHEmoConfig, TrainingConfig
 from qat.data import rows as rows_module
 from qat.data.rows import Rows, empty_rows
+from qat.models import VGG16, RHEmo
 from qat.training import embeddings as embeddings_module
 from qat.training import loop
 from qat.training import steps as steps_module
 from qat.training.checkpoint import load_checkpoint
 from qat.training.examples import Batch, Examples, batches
-from qat.training.objectives import Losses
+from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
 from qat.training.pipeline import evaluate_run, pretrain_rhemo, train_classifier
 from qat.training.profile import COUNT, Profile
 from qat.training.steps import WARM, Graphs, Steps
@@ -447,3 +452,63 @@ def test_the_command_line_profiles(experiment, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--profile"]) == 0
     assert (tmp_path / "run/profile.txt").is_file()
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "twin", "targets", "clipped", "presence", "trainable", "words", "folded", "RH-Emo"]
+)
+def test_a_step_asks_the_device_for_nothing_and_copies_nothing_to_it(kind, monkeypatch):
+    """A CUDA graph could not hold it else. On the meta device values cannot be asked for."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(steps_module, "adam", lambda p, *_: torch.optim.SGD([q for q in p if q.requires_grad], 1e-3))
+    network = NetworkConfig(width=0.01, rhemo_mode="trainable" if kind == "trainable" else "frozen")
+    embedded = kind not in ("trainable", "words", "RH-Emo")
+    shape = (4, 64, 64) if embedded else (170, 129) if kind == "words" else (1, 512, 128)
+    rows = {"inputs": Rows(torch.empty(9, *shape, device=META), META)}
+    targets = torch.zeros(9, dtype=torch.long, device=META)
+    if kind == "RH-Emo":
+        targets = torch.empty(9, 4, device=META)
+        config = RHEmoConfig(width=0.01, beta=0.01)
+        objective = RHEmoObjective(RHEmo(config).to(META), config)
+    else:
+        term = None
+        if kind in ("twin", "targets", "folded"):
+            semantics = "folded-rowwise" if kind == "folded" else "paper"
+            at = AntiTransferConfig(random_twin=True, layers=[2, 13], semantics=semantics)
+            term = AntiTransfer(at, VGG16(network, 2)).to(META)
+            if kind == "targets":
+                rows |= term.remember(lambda n: torch.empty(len(n), *shape, device=META), torch.arange(9), 4)
+        if kind == "presence":
+            targets = torch.empty(9, 5, device=META)
+        classifier = SpeechClassifier(network, 5).to(META)
+        objective = ClassificationObjective(classifier, term, embedded=embedded, multi_label=kind == "presence")
+    rows["targets"] = Rows(targets, META)
+    training = TrainingConfig(batch=4, clip=1.0 if kind == "clipped" else None)
+    steps = Steps(objective, Examples(rows), training, META, training=True)
+    loaded = {"numbers": torch.empty(4, dtype=torch.long, device=META)}
+    if kind == "words":
+        loaded["offsets"] = torch.empty(4, dtype=torch.long, device=META)
+    steps.train(Batch(loaded, 4, 4))  # makes the sums
+    for objective_trains, step in ((True, steps.train), (False, steps.evaluate)):
+        objective.train(objective_trains)
+        with Devices() as devices:
+            step(Batch(loaded, 4, 4))
+        assert devices.seen == {"meta"}
+
+
+class Devices(TorchDispatchMode):
+    """The devices of all tensors that an operator is given or gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, out)):
+            if isinstance(value, torch.Tensor):
+                self.seen.add(value.device.type)
+        return out
