@@ -18,6 +18,7 @@ slow: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench run
 	$(BIN)/python -m bench fresh
+	$(BIN)/python -m bench share
 	$(BIN)/python -m bench report runs/bench
 
 # On a machine with a GPU, with the packages of $(PYTHON); installs nothing, is given under 9 minutes, goes on after a failure.
@@ -30,8 +31,9 @@ gpu:
 	mkdir -p $(OUT); end=$$(( $$(date +%s) + 525 )); ( status=0; left() { echo $$(( end - $$(date +%s) - $$1 )); }; \
 	$(PYTHON) -m qkernels.runtime > $(OUT)/environment.txt || status=1; \
 	$(MEASURE) tests --out $(OUT) --seconds 220 || status=1; \
-	timeout -k 5 $$(left 100) $(MEASURE) run $(NAME) --budget $$(left 130) || status=1; \
-	timeout -k 5 $$(left 40) $(MEASURE) fresh $(NAME) --budget $$(left 50) || status=1; \
+	timeout -k 5 $$(left 165) $(MEASURE) run $(NAME) --budget $$(left 195) || status=1; \
+	timeout -k 5 $$(left 105) $(MEASURE) fresh $(NAME) --budget $$(left 115) || status=1; \
+	timeout -k 5 $$(left 40) $(MEASURE) share $(NAME) --budget $$(left 50) || status=1; \
 	timeout -k 5 $$(left 5) $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider bench -q -k "step or atl" \
 	--benchmark-json=$(OUT)/benchmark.json || status=1; \
 	rm -f $(OUT)/.*.part; exit $$status ) 2>&1 | tee $(OUT)/log.txt

@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from bench import fresh, gpu_tests
+from bench import fresh, gpu_tests, sharing
 from bench import run as runs
 from bench.results import Row, provenance, read, write
 from bench.suites import HEADLINE, SUITES, chosen
-from bench.targets import targets
+from bench.targets import Target, targets
 from bench.timing import GpuClock, clock_of
 
 CASE_SECONDS = 90.0
@@ -64,6 +64,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
     sub.add_argument("--only", type=int, help=argparse.SUPPRESS)
 
+    sub = command("share", "Trainings an hour of this device, by how many processes share it.")
+    sub.add_argument("--budget", type=float, default=math.inf, help="seconds; says what does not fit")
+    sub.add_argument("--commit", help="what is measured, where git cannot tell")
+
     sub = command("tests", "The tests of tests/gpu, one process a file.")
     sub.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended (%(default)s)")
 
@@ -79,6 +83,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
         "list": _list,
         "run": _run,
         "fresh": _fresh,
+        "share": _share,
         "tests": lambda options: gpu_tests.main(options.out, options.seconds),
         "report": _report,
         "compare": _compare,
@@ -129,9 +134,14 @@ def _run(options: argparse.Namespace) -> int:
         write(options.out / "results.csv", rows, extra)
         if whole.device.type == "cuda" or options.smoke:
             write(options.out / "targets.csv", targets(rows), extra)
-    for target in targets(rows) if device.type == "cuda" else ():
-        print(f"{target.target:72} {target.wanted:32} {target.measured:6} {target.worst:18} {target.verdict}")
+    if device.type == "cuda":
+        _print_targets(targets(rows))
     return int(any(row.status in ("REFUSED", "failed") for row in rows))
+
+
+def _print_targets(judged: list[Target]) -> None:
+    for target in judged:
+        print(f"{target.target:72} {target.wanted:32} {target.measured:6} {target.worst:18} {target.verdict}")
 
 
 def _measured(
@@ -179,11 +189,36 @@ def _fresh(options: argparse.Namespace) -> int:
     rows: dict[int, fresh.Fresh] = {}
     for number, row in fresh.measured(headline, device, time.monotonic() + options.budget):
         rows[number] = row
-        print(
-            ", ".join(f"{name} {value}" for name, value in row._asdict().items() if value not in (None, "")), flush=True
-        )
+        print(_words(row), flush=True)
         write(options.out / "fresh.csv", rows.values(), extra)
     return int(any(row.status == "failed" for row in rows.values()))
+
+
+def _share(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + options.budget
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    extra = provenance(options.commit)
+    rows: list[sharing.Shared] = []
+    with sharing.terminating():
+        for new in sharing.measured(sharing.cases(device), device, torch.get_num_threads(), deadline):
+            known = {row._replace(trainings_relative=None) for row in rows}
+            for row in new:
+                if row._replace(trainings_relative=None) not in known:
+                    print(_words(row), flush=True)
+            rows = new
+            write(options.out / "sharing.csv", rows, extra)
+    if device.type == "cuda" and (options.out / "results.csv").is_file():
+        steps = read(options.out)
+        judged = targets(steps.rows, rows)
+        write(options.out / "targets.csv", judged, steps.provenance)
+        _print_targets(judged)
+    return int(any(row.status == "failed" for row in rows))
+
+
+def _words(row: NamedTuple) -> str:
+    """What is known of a row."""
+    return ", ".join(f"{name} {value}" for name, value in row._asdict().items() if value not in (None, ""))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -308,9 +308,13 @@ def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Te
         if n in POOL_AFTER:
             x = F.max_pool2d(x, 2)
     x = x.flatten(1)
-    for layer in net.classifier:
-        x = F.linear(x, weight_of(layer), layer.bias) if hasattr(layer, "weight") else layer(x)  # type: ignore[arg-type]
-    return [*made, x]
+    *hidden, head = net.classifier
+    for layer in hidden:
+        if hasattr(layer, "weight"):
+            x = F.relu(F.linear(x, weight_of(layer), layer.bias))  # type: ignore[arg-type]
+        elif isinstance(layer, nn.Dropout):
+            x = layer(x)
+    return [*made, F.linear(x, weight_of(head), head.bias)]  # type: ignore[arg-type]
 
 
 def plain_loss(net: VGG16, twin: VGG16 | None, x: Tensor, targets: Tensor, at: int, *, careful: bool = True) -> Tensor:

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from bench.case import STEP as FORWARD_BACKWARD
 from bench.fresh import Fresh
 from bench.results import Results, Row, read
+from bench.sharing import Shared
 
 OURS, CACHED, RESEARCH = ("ours", "ours auto"), "ours, cached target", "research style"
 NO_AT, MISSING = "no AT", "not measured"
@@ -39,17 +40,26 @@ BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 Measure = Callable[[Row], float | None]
 
 
+class Sharing(NamedTuple):
+    """The rows of a sharing.csv, and their provenance."""
+
+    rows: Sequence[Shared] = ()
+    provenance: Mapping[str, str] = {}
+
+
 class Measured(NamedTuple):
     """One folder of results, which is one run on one device.
 
     Args:
         path: of results.csv, as captions name it.
         fresh: first runs, each in a process of its own, by their `FRESH_CASE`.
+        shared: trainings side by side, and where these rows come from.
     """
 
     path: Path
     results: Results
     fresh: dict[tuple[Any, ...], Fresh]
+    shared: Sharing = Sharing()
 
     @property
     def on_cpu(self) -> bool:
@@ -63,8 +73,7 @@ class Measured(NamedTuple):
 
     @property
     def source(self) -> str:
-        found = {name: self.results.provenance.get(name) or "unknown" for name in ("commit", "torch", "date")}
-        return f"commit {found['commit']}, PyTorch {found['torch']}, {found['date']}"
+        return source(self.results.provenance)
 
     def rows(self, kind: str) -> list[Row]:
         return [row for row in self.results.rows if kind_of(row) == kind]
@@ -110,7 +119,7 @@ def load(folder: Path) -> list[Measured]:
 
 
 def load_run(folder: Path) -> Measured:
-    """The results.csv of a folder, and the fresh.csv beside it if there is one.
+    """The results.csv of a folder, and the fresh.csv and sharing.csv beside it if there are any.
 
     Raises:
         ValueError: there is no results.csv, or one of the files has another schema.
@@ -118,7 +127,9 @@ def load_run(folder: Path) -> Measured:
     path = folder / "results.csv"
     if not path.is_file():
         raise ValueError(f"{folder}: it has no results.csv; `python -m bench run --out FOLDER` writes one")
-    return Measured(path, read(path), _fresh(path.with_name("fresh.csv")))
+    fresh, _ = _lines(path.with_name("fresh.csv"), Fresh)
+    by_case = {tuple(getattr(row, field) for field in FRESH_CASE): row for row in fresh}
+    return Measured(path, read(path), by_case, Sharing(*_lines(path.with_name("sharing.csv"), Shared)))
 
 
 def kind_of(row: Row) -> str:
@@ -192,6 +203,12 @@ def parts(rows: Iterable[Row]) -> list[float] | None:
     return [end - start for start, end in itertools.pairwise((0.0, *ends))]
 
 
+def best(rows: Iterable[Row], network: str, measure: Measure, provider: str | None = None) -> tuple[float, str] | None:
+    """The lowest figure of a network and whose it is: of one provider's, or of all."""
+    mine = [row for row in rows if row.network == network and provider in (None, row.provider)]
+    return min(((value, row.provider) for row in mine if (value := measure(row))), default=None)
+
+
 def median(row: Row | None) -> float | None:
     """Microseconds, of what has a right result."""
     return row.median_us if row and row.status == "ok" else None
@@ -207,7 +224,13 @@ def label(row: Row) -> str:
     return row.layer if row.variant.startswith("against ") else joined(row.layer, row.variant)
 
 
-def words(row: Row, *fields: str) -> str:
+def source(provenance: Mapping[str, str]) -> str:
+    """Where rows come from."""
+    found = {name: provenance.get(name) or "unknown" for name in ("commit", "torch", "date")}
+    return f"commit {found['commit']}, PyTorch {found['torch']}, {found['date']}"
+
+
+def words(row: Row | Shared, *fields: str) -> str:
     """Values of a row's fields, such as "bf16, batch 20, CUDA graph"."""
     names = {"network": f"{row.network} network", "batch": f"batch {row.batch}"}
     names["mode"] = "CUDA graph" if row.mode == "graph" else row.mode
@@ -236,16 +259,18 @@ def _fastest(rows: Iterable[Row]) -> Row | None:
     return min((row for row in rows if median(row)), key=lambda row: row.median_us or 0.0, default=None)
 
 
-def _fresh(path: Path) -> dict[tuple[Any, ...], Fresh]:
-    if not path.is_file():
-        return {}
-    found, kinds = {}, typing.get_type_hints(Fresh)
-    for line, values in enumerate(csv.DictReader(path.read_text(encoding="utf-8").splitlines()), 2):
-        if lacking := [field for field in Fresh._fields if values.get(field) is None]:
-            raise ValueError(f"{path}:{line}: not a fresh.csv: it lacks {', '.join(lacking)}")
-        row = Fresh(**{field: _value(f"{path}:{line}: {field}", values[field], kinds[field]) for field in kinds})
-        found[tuple(getattr(row, field) for field in FRESH_CASE)] = row
-    return found
+def _lines(path: Path, of: Any) -> tuple[list[Any], dict[str, str]]:
+    """The rows of a CSV file, if there is one, and what it says of the first's provenance."""
+    rows: list[Any] = []
+    provenance: dict[str, str] = {}
+    kinds = typing.get_type_hints(of)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for line, values in enumerate(csv.DictReader(text.splitlines()), 2):
+        if lacking := [field for field in kinds if values.get(field) is None]:
+            raise ValueError(f"{path}:{line}: not a {path.name}: it lacks {', '.join(lacking)}")
+        rows.append(of(**{field: _value(f"{path}:{line}: {field}", values[field], kinds[field]) for field in kinds}))
+        provenance = provenance or {name: value for name, value in values.items() if name not in kinds}
+    return rows, provenance
 
 
 def _value(name: str, text: str, kind: Any) -> Any:

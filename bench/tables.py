@@ -5,9 +5,12 @@ import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+from bench import grid as grids
 from bench.layers import count_of
 from bench.results import Results, Row
+from bench.sharing import PROCESSES, Shared, most
 from bench.summary import (
     BYTES,
     CACHED,
@@ -23,6 +26,7 @@ from bench.summary import (
     Measure,
     Measured,
     Standing,
+    best,
     combinations,
     grouped,
     joined,
@@ -31,6 +35,7 @@ from bench.summary import (
     place,
     ratio,
     scaled,
+    source,
     standing,
     standings,
     words,
@@ -86,7 +91,59 @@ Guizzo, Weyde and Tarroni, 2021, a real network). *Cached targets*: the frozen n
 {_table(cost, against_none)}"""
 
 
-SECTIONS = {"layers": layers, "anti-transfer": anti_transfer, "step": step, "paper": paper}
+def sharing(measured: Sequence[Measured]) -> str:
+    """Trainings an hour of one device by how it is shared."""
+    head = ["each trains", "mode", "processes", "threads of each", "samples/s in all", "trainings an hour"]
+    head += ["GPU allocator, each", "no result"]
+    pieces = []
+
+    def order(row: Shared) -> tuple[Any, ...]:
+        return place(row.precision, ORDERS["precision"]), place(row.mode, (PROCESSES,)), row.processes
+
+    for m in measured:
+        lines = []
+        for row in sorted(m.shared.rows, key=order):
+            case = joined(words(row, "network"), row.layer, row.variant, words(row, "batch", "precision"))
+            speed = "" if row.samples_per_second is None else f"{row.samples_per_second:.0f}"
+            gain = "" if row.trainings_relative is None else f"{row.trainings_relative:.2f}x"
+            failed = "" if row.status == "ok" else row.status
+            sizes = [str(row.processes), str(row.threads_each), speed, gain, scaled(row.peak_bytes, BYTES), failed]
+            lines.append([case, row.mode, *sizes])
+        if lines:
+            path = m.path.with_name("sharing.csv").as_posix()
+            caption = f"**{m.device}**: {source(m.shared.provenance)}. All rows in [{path}]({path})."
+            against = "*Trainings an hour*: against one after another, each with the whole device."
+            pieces.append(f"{caption} {against}\n\n{_table(head, lines)}")
+    return "\n\n".join(pieces) or "Not measured yet."
+
+
+def grid(measured: Sequence[Measured]) -> str:
+    """Hours of the paper's grid on one GPU."""
+    head = ["device", "steps", *(f"{network} network, an epoch" for network in grids.NETWORKS), "both, an epoch"]
+    head += ["both, 100 epochs", "quaternion network, 100 epochs, side by side"]
+    lines = [_grid_line(m, way) for m in measured if not m.on_cpu for way in grids.WAYS]
+    corpora = ", ".join(f"{name} {utterances}" for name, utterances in grids.CORPORA.items())
+    whole, tapped = grids.TRAININGS + grids.OTHERS, ", ".join(map(str, grids.MEASURED))
+    trained, validated = (f"{100 * part:.0f} %" for part in (grids.TRAINED, grids.VALIDATED))
+    return f"""\
+GPU-hours of {grids.TRAININGS} of the paper's {whole} trainings: two networks, three corpora ({corpora} utterances,
+one cut each) in two splits, each once without anti-transfer and with four kinds of it at each of {grids.LAYERS} layers.
+The other {grids.OTHERS} have other batches and inputs and are left out. An epoch is {trained} of a corpus in steps of
+{grids.BATCH} and {validated} in forward passes, {grids.PRECISION}, and nothing else. Anti-transfer at layers {tapped}
+is measured; between them it is interpolated linearly, and layer 1 is taken as layer {grids.MEASURED[0]}.
+*Side by side*: with the most trainings an hour of the table of that name, which are of anti-transfer at layer 2.
+
+{_table(head, lines or [[MISSING] * len(head)])}"""
+
+
+SECTIONS = {
+    "layers": layers,
+    "anti-transfer": anti_transfer,
+    "step": step,
+    "sharing": sharing,
+    "paper": paper,
+    "grid": grid,
+}
 
 
 def _by_device(
@@ -201,15 +258,14 @@ def _against_real(m: Measured, where: str, rows: Sequence[Row]) -> list[list[str
 
 def _change(rows: Sequence[Row], network: str, measure: Measure, provider: str | None) -> str:
     """A network against the real one: by one provider, or each by its best."""
-    best = []
+    found = []
     for side in (network, "real"):
-        mine = [row for row in rows if row.network == side and provider in (None, row.provider)]
-        found = [(value, row.provider) for row in mine if (value := measure(row))]
-        if not found:
+        if not (lowest := best(rows, side, measure, provider)):
+            mine = [row for row in rows if row.network == side and provider in (None, row.provider)]
             return joined(MISSING, *(f"{side}: {row.provider} {row.status}" for row in mine if row.status != "ok"))
-        best.append(min(found))
-    names = "" if provider else f" ({best[0][1]}, {best[1][1]})"
-    return f"{100 * (best[0][0] / best[1][0] - 1):+.1f} %{names}"
+        found.append(lowest)
+    names = "" if provider else f" ({found[0][1]}, {found[1][1]})"
+    return f"{100 * (found[0][0] / found[1][0] - 1):+.1f} %{names}"
 
 
 def _against_none(m: Measured, where: str, rows: Sequence[Row]) -> list[list[str]]:
@@ -236,6 +292,17 @@ def _costs(tapped: Sequence[Row], without: Row | None, measure: Measure) -> str:
     spans = [f"{cost:.2f}x ({layer})" for cost, layer in ends] or [MISSING]
     failed = [f"{row.layer} {row.status}" for row in tapped if row.status != "ok"]
     return joined(" to ".join(spans), *failed).replace("AT at ", "")
+
+
+def _grid_line(m: Measured, way: grids.Way) -> list[str]:
+    times = [grids.measured(m.results.rows, network, way) for network in grids.NETWORKS]
+    quaternion, real = (grids.epoch_seconds(found) / 3600 if found else math.nan for found in times)
+    shared = most(m.shared.rows, grids.PRECISION) if way == grids.SHARED else None
+    gain = (shared.trainings_relative if shared else None) or math.nan
+    both = quaternion + real
+    hours = (quaternion, real, both, 100 * both, 100 * quaternion / gain)
+    cells = [MISSING if math.isnan(value) else f"{value:.3g} h" for value in hours]
+    return [m.device, joined(way.provider, way.variant, "CUDA graph" if way.mode == "graph" else way.mode), *cells]
 
 
 def _time(row: Row | None) -> str:

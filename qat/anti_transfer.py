@@ -81,23 +81,26 @@ class AntiTransfer(nn.Module):
             By name, what :meth:`forward` has to be given of a batch's samples; more than ``config.cache_mib`` stays in
             the host's memory. Other samples than those given have NaN.
         """
+        count = int(samples.max()) + 1
         tables: dict[str, Tensor] = {}
         for numbers in samples.split(batch):
             targets = {tap: self._target(features) for tap, features in self._features(inputs(numbers)).items()}
-            found = {f"{tap}_values": _values(target) for tap, target in targets.items()}
             if not tables:
                 self._packed = {tap: t.packed if isinstance(t, GramTarget) else None for tap, t in targets.items()}
-                size = len(samples) * sum(value[:1].nbytes for value in found.values())
-                on_host = size > self.config.cache_mib * 2**20
-            found |= {f"{tap}_stats": t.stats.T for tap, t in targets.items() if isinstance(t, GramTarget)}
-            for name, value in found.items():
-                if name not in tables:
-                    pinned = on_host and name.endswith("_values")
-                    tables[name] = empty_rows(value, int(samples.max()) + 1, pinned=pinned)
-                tables[name][numbers.to(tables[name].device)] = value.to(tables[name].device)
-        device = value.device
+                size = len(samples) * sum(_values(target)[:1].nbytes for target in targets.values())
+                pinned = size > self.config.cache_mib * 2**20
+                for tap, target in targets.items():
+                    tables[f"{tap}_values"] = empty_rows(_values(target), count, pinned=pinned)
+                    if isinstance(target, GramTarget):
+                        tables[f"{tap}_stats"] = target.stats.new_full((2, count), torch.nan)
+            for tap, target in targets.items():
+                values, table = _values(target), tables[f"{tap}_values"]
+                table[numbers.to(table.device)] = values.to(table.device)
+                if isinstance(target, GramTarget):
+                    tables[f"{tap}_stats"][:, numbers.to(values.device)] = target.stats
+        device = values.device
         self.twin = None
-        return {name: Rows(table, device) for name, table in tables.items()}
+        return {name: Rows(table, device, axis=int(name.endswith("_stats"))) for name, table in tables.items()}
 
     def forward(self, inputs: Tensor, remembered: Mapping[str, Tensor] | None = None) -> dict[str, Tap]:
         """What the trained network's features go through, by tap name; each tap makes the layer's unweighted loss.
@@ -141,8 +144,7 @@ class AntiTransfer(nn.Module):
         values, packed = remembered[f"{tap}_values"], self._packed[tap]
         if packed is None:
             return values
-        stats = remembered[f"{tap}_stats"].T.contiguous()
-        return GramTarget(values, stats, packed, self.config.gram, self.config.centred)
+        return GramTarget(values, remembered[f"{tap}_stats"], packed, self.config.gram, self.config.centred)
 
     def _tap(self, frozen: Frozen, weight: float) -> Tap:
         config = self.config

@@ -20,10 +20,12 @@ class Rows:
     Args:
         source: all of it, `[n, ...]`, or ``numbers [B] -> [B, ...]``, both on the CPU.
         device: where it is wanted. A table that lies there is *resident*: its rows are picked on the device.
+        axis: of a table, along which its rows lie; 0 but for few numbers a sample.
     """
 
     source: Tensor | Read
     device: torch.device
+    axis: int = 0
 
     @classmethod
     def within(
@@ -57,7 +59,7 @@ class Rows:
 
     def read(self, numbers: Tensor) -> Tensor:
         """These rows `[B, ...]`, from the host."""
-        return _picked(self.source, numbers) if isinstance(self.source, Tensor) else self.source(numbers)
+        return self._picked(numbers) if isinstance(self.source, Tensor) else self.source(numbers)
 
     def fetch(self, numbers: Tensor) -> Tensor:
         """These rows `[B, ...]`, on the device, by numbers on the CPU."""
@@ -65,8 +67,15 @@ class Rows:
 
     def pick(self, numbers: Tensor) -> Tensor:
         """These rows `[B, ...]` of a resident table, by numbers on the device."""
-        assert isinstance(self.source, Tensor)
-        return _picked(self.source, numbers)
+        assert self.resident
+        return self._picked(numbers)
+
+    def _picked(self, numbers: Tensor) -> Tensor:
+        table = self.source
+        assert isinstance(table, Tensor)
+        if table.dim() == 4 and table.stride(1) == 1:  # NHWC, which `index_select` would not keep
+            return table.permute(0, 2, 3, 1).index_select(0, numbers).permute(0, 3, 1, 2)
+        return table.index_select(self.axis, numbers)
 
 
 def empty_rows(like: Tensor, count: int, *, pinned: bool = False) -> Tensor:
@@ -85,9 +94,3 @@ def empty_rows(like: Tensor, count: int, *, pinned: bool = False) -> Tensor:
     if table.is_floating_point():
         table.fill_(torch.nan)
     return table.permute(0, 3, 1, 2) if nhwc else table
-
-
-def _picked(table: Tensor, numbers: Tensor) -> Tensor:
-    if table.dim() == 4 and table.stride(1) == 1:  # NHWC, which `index_select` would not keep
-        return table.permute(0, 2, 3, 1).index_select(0, numbers).permute(0, 3, 1, 2)
-    return table.index_select(0, numbers)

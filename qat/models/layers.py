@@ -21,15 +21,16 @@ class Layers:
 
     Args:
         conv: ``(in_channels, out_channels) -> module``, 3x3, padding 1, initialised.
-        linear: ``(in_features, out_features) -> module``, initialised.
-        head: the same for the last layer, which is real in every domain.
+        hidden: ``(in_features, out_features) -> (module, module)``: a linear layer, initialised, and its ReLU, which
+            does nothing where it is part of the layer.
+        head: ``(in_features, out_features) -> module``: the last layer, which is real in every domain.
         run: ``(module, x, activation, pool, tap) -> (y, pooled)`` with activation ``"relu"`` or ``None``; ``pooled`` is
             y behind a 2x2 max pool where that is asked for and part of the convolution, else ``None``; beside it y is
             ``None`` unless a ``tap`` needs it.
     """
 
     conv: Callable[[int, int], nn.Module]
-    linear: Callable[[int, int], nn.Module]
+    hidden: Callable[[int, int], tuple[nn.Module, nn.Module]]
     head: Callable[[int, int], nn.Module]
     run: Callable[..., tuple[Any, Any]]
 
@@ -58,7 +59,10 @@ def _quaternion(init: str) -> Layers:
         y = hamilton_conv2d(*arguments, activation=activation, pool=2 if pool else None)
         return (None, y) if pool else (y, None)
 
-    return Layers(conv, QuaternionLinear, nn.Linear, run)
+    def hidden(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+        return QuaternionLinear(inputs, outputs, activation="relu"), nn.Identity()
+
+    return Layers(conv, hidden, nn.Linear, run)
 
 
 def _real(init: str) -> Layers:
@@ -85,4 +89,7 @@ def _real(init: str) -> Layers:
         y = module(x)
         return F.relu(y) if activation == "relu" else y, None
 
-    return Layers(conv, linear, linear, run)
+    def hidden(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+        return linear(inputs, outputs), nn.ReLU()
+
+    return Layers(conv, hidden, linear, run)

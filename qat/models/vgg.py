@@ -80,11 +80,9 @@ class VGG16(nn.Module):
         cells = 49 if config.adaptive_pool else (height // 32) * (width // 32)
         hidden = scaled(HIDDEN, config.width)
         self.classifier = nn.Sequential(
-            layers.linear(channels * cells, hidden),
-            nn.ReLU(),
+            *layers.hidden(channels * cells, hidden),
             nn.Dropout(config.dropout),
-            layers.linear(hidden, hidden),
-            nn.ReLU(),
+            *layers.hidden(hidden, hidden),
             nn.Dropout(config.dropout),
             layers.head(hidden, num_classes),
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from bench import summary
 from bench.fresh import Fresh
 from bench.results import Results, Row, write
+from bench.sharing import Shared
 
 GPU = {"device": "Some GPU", "threads": "16", "commit": "abc1234", "torch": "2.11.0", "date": "2026-11-24 20:00 UTC"}
 CPU = {**GPU, "device": "cpu: Some CPU", "threads": "2"}
@@ -24,15 +25,23 @@ def row(median=100.0, **fields) -> Row:
     return Row(**{**dict.fromkeys(Row._fields), **plain, **times, **fields})
 
 
-def measured(*rows, fresh=(), **provenance) -> summary.Measured:
-    """A run of these rows and first runs."""
+def measured(*rows, fresh=(), shared=(), **provenance) -> summary.Measured:
+    """A run of these rows, first runs and trainings side by side, these of another commit."""
     lines = {tuple(getattr(line, field) for field in summary.FRESH_CASE): line for line in fresh}
-    return summary.Measured(Path("results/gpu/results.csv"), Results(list(rows), {**GPU, **provenance}), lines)
+    origin = {**GPU, **provenance}
+    beside = summary.Sharing(list(shared), {**origin, "commit": "def5678"} if shared else {})
+    return summary.Measured(Path("results/gpu/results.csv"), Results(list(rows), origin), lines, beside)
 
 
 def fresh_of(row: Row, **values) -> Fresh:
     """The first run of a row's case and provider."""
     return Fresh(**{field: getattr(row, field) for field in summary.FRESH_CASE} | {"status": "ok"} | values)
+
+
+def shared(processes: int, relative: float | None, **fields) -> Shared:
+    """A row of trainings side by side, of 1000 samples a second for one of them."""
+    case = ("epoch", "quaternion", "AT at layer 2", "9 samples", 20, "bf16", "epoch", "processes", processes, 1, "ok")
+    return Shared(*case, relative and 1000 * relative, relative)._replace(**fields)
 
 
 def lines_of(text: str) -> list[dict[str, str]]:
@@ -93,4 +102,5 @@ def committed(folder: Path, name: str, m: summary.Measured) -> Path:
     target.mkdir(parents=True)
     write(target / "results.csv", m.results.rows, m.results.provenance)
     write(target / "fresh.csv", m.fresh.values(), m.results.provenance)
+    write(target / "sharing.csv", m.shared.rows, dict(m.shared.provenance))
     return target

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from measurements import committed, everything, fresh_of, line_of, measured, row
+from measurements import committed, everything, fresh_of, line_of, measured, row, shared
 
 from bench import report, tables
 from bench.__main__ import main
@@ -41,7 +41,9 @@ def test_the_readme_is_filled_and_nothing_else_touched(tmp_path, monkeypatch):
         "layers": ["docs/bench/layers-gpu.svg", "docs/bench/roofline-gpu.svg"],
         "anti-transfer": ["docs/bench/memory-gpu.svg"],
         "step": ["docs/bench/step-gpu.svg"],
+        "sharing": [],
         "paper": [],
+        "grid": [],
     }
     assert all((tmp_path / image).is_file() for found in images.values() for image in found)
     assert "[bench/results/gpu/results.csv](bench/results/gpu/results.csv)" in sections["layers"]
@@ -125,20 +127,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_page_has_all_sections_and_its_charts_beside_it(tmp_path):
     m = everything()
-    folder = committed(tmp_path, "mine", measured(*m.results.rows, fresh=[fresh_of(row(), first_call_s=2.5)]))
+    first = fresh_of(row(), first_call_s=2.5)
+    folder = committed(tmp_path, "mine", measured(*m.results.rows, fresh=[first], shared=[shared(1, 1.0)]))
     path = report.page(folder)
     assert path == folder / "report.md"
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^#+ .*$", text, re.MULTILINE) == [
-        "# Some GPU", "## Layers", "## Anti-transfer", "## Step", "## Paper",
+        "# Some GPU", "## Layers", "## Anti-transfer", "## Step", "## Sharing", "## Paper", "## Grid",
     ]  # fmt: skip
     images = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
     assert images == ["layers.svg", "roofline.svg", "memory.svg", "step.svg"]
-    written = {"results.csv", "fresh.csv", "report.md", *images}
+    written = {"results.csv", "fresh.csv", "sharing.csv", "report.md", *images}
     assert {file.name for file in folder.iterdir()} == written
     sections = text.split("\n## ")
     links = [re.findall(r"(?<!!)\[.*?\]\((.*?)\)", section) for section in sections[1:]]
-    assert links == [["results.csv"], ["results.csv"], ["results.csv", "fresh.csv"], []]
+    assert links == [["results.csv"], ["results.csv"], ["results.csv", "fresh.csv"], ["sharing.csv"], [], []]
     assert line_of(sections[1], layer="conv 2")["speed-up"] == "1.60"
     assert line_of(sections[3], **{"first call": "2.5 s"})["provider"] == "ours auto"
 

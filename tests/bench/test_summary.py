@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from measurements import CPU, GPU, STEP, committed, fresh_of, measured, row
+from measurements import CPU, GPU, STEP, committed, fresh_of, measured, row, shared
 
 from bench import summary, tables
 from bench.results import Results
@@ -20,6 +20,15 @@ def test_folders_are_loaded_gpus_first(tmp_path):
     assert loaded[1].results == Results([row()], GPU)
     assert list(loaded[1].fresh.values()) == [first]
     assert loaded[0].fresh == {}
+
+
+def test_trainings_side_by_side_have_an_origin_of_their_own(tmp_path):
+    lines = [shared(1, 1.0), shared(2, None, status="failed"), shared(4, 3.0, mode="MPS", peak_bytes=7)]
+    loaded = summary.load_run(committed(tmp_path, "gpu", measured(row(), shared=lines)))
+    assert loaded.shared.rows == lines
+    assert loaded.shared.provenance == {**GPU, "commit": "def5678"}
+    assert loaded.results.provenance == GPU
+    assert summary.load_run(committed(tmp_path, "b", measured(row()))).shared.rows == []
 
 
 def test_the_order_of_columns_is_of_no_account(tmp_path):
@@ -52,6 +61,16 @@ def test_a_wrong_fresh_csv_is_named_with_its_line(tmp_path, old, new, message):
     folder = committed(tmp_path, "gpu", measured(row(), fresh=lines))
     edited(folder / "fresh.csv", old, new)
     with pytest.raises(ValueError, match=re.escape(f"{folder / 'fresh.csv'}:{message}") + "$"):
+        summary.load(folder.parent)
+
+
+def test_a_wrong_sharing_csv_is_named_with_its_line(tmp_path):
+    folder = committed(tmp_path, "gpu", measured(row(), shared=[shared(1, 1.0), shared(2, 1.5)]))
+    edited(folder / "sharing.csv", ",1.5,", ",fast,")
+    with pytest.raises(ValueError, match=r"sharing\.csv:3: trainings_relative is 'fast'; it is a number or empty$"):
+        summary.load(folder.parent)
+    edited(folder / "sharing.csv", "threads_each", "other")
+    with pytest.raises(ValueError, match=r"sharing\.csv:2: not a sharing\.csv: it lacks threads_each$"):
         summary.load(folder.parent)
 
 

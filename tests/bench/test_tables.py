@@ -4,9 +4,9 @@ import math
 import re
 
 import pytest
-from measurements import CPU, LOSS, fresh_of, line_of, lines_of, measured, row, steps
+from measurements import CPU, LOSS, fresh_of, line_of, lines_of, measured, row, shared, steps
 
-from bench import summary, tables
+from bench import grid, summary, tables
 
 # Layers
 
@@ -260,6 +260,46 @@ def test_what_failed_is_named_beside_the_paper():
     assert line["time (AT paper: 2.8x)"] == "not measured, layer 2 out of memory, layer 13 out of memory"
 
 
+def test_trainings_side_by_side():
+    lines = [shared(1, 1.0), shared(4, 2.504, peak_bytes=3_000_000), shared(4, None, mode="MPS", status="no MPS: why")]
+    lines += [shared(2, 1.5), shared(1, 1.0, precision="float32")]
+    text = tables.sharing([measured(row(), shared=lines), measured(row()), measured(shared=lines[:1], **CPU)])
+    order = [(line["mode"], line["processes"], line["each trains"].split()[-1]) for line in lines_of(text)][:5]
+    assert order == [("processes", "1", "bf16"), ("processes", "2", "bf16"), ("processes", "4", "bf16"),
+                     ("MPS", "4", "bf16"), ("processes", "1", "float32")]  # fmt: skip
+    case = "quaternion network, AT at layer 2, 9 samples, batch 20, bf16"
+    assert line_of(text, processes="4", mode="processes") == {
+        "each trains": case, "mode": "processes", "processes": "4", "threads of each": "1",
+        "samples/s in all": "2504", "trainings an hour": "2.50x", "GPU allocator, each": "3 MB", "no result": "",
+    }  # fmt: skip
+    failed = line_of(text, mode="MPS")
+    assert (failed["samples/s in all"], failed["trainings an hour"], failed["no result"]) == ("", "", "no MPS: why")
+    assert re.findall(r"\*\*(.*?)\*\*: commit (\w+)", text) == [
+        ("Some GPU", "def5678"), ("Some CPU, 2 threads", "def5678")
+    ]  # fmt: skip
+    assert "[results/gpu/sharing.csv](results/gpu/sharing.csv)" in text
+    assert tables.sharing([measured(row())]) == "Not measured yet."
+
+
+def test_hours_of_the_grid(monkeypatch):
+    """Where a step takes an hour, and a forward pass no time."""
+    seconds = dict.fromkeys((0, *grid.MEASURED), grid.Seconds(3600.0, 0.0))
+    known = {("quaternion", grid.WAYS[0]), ("quaternion", grid.SHARED), ("real", grid.SHARED)}
+    monkeypatch.setattr(grid, "measured", lambda rows, *of: seconds if of in known else None)
+    lines = [shared(1, 1.0), shared(8, 4.0), shared(16, 9.0, precision="float32")]
+    text = tables.grid([measured(row(), shared=lines), measured(row(), **CPU)])
+    own, cached, research = (list(line.values()) for line in lines_of(text))
+    epoch = f"{(158 + 51 + 98) * 2 * 53:.3g} h"
+    assert own == ["Some GPU", "ours, CUDA graph", epoch, *["not measured"] * 4]
+    both, hundred, beside = (f"{n * (158 + 51 + 98) * 2 * 53:.3g} h" for n in (2, 200, 25))
+    assert cached == ["Some GPU", "ours, cached targets, CUDA graph", epoch, epoch, both, hundred, beside]
+    assert research == ["Some GPU", "research style, eager", *["not measured"] * 5]
+    (cached,) = [line for line in lines_of(tables.grid([measured(row())])) if "cached" in line["steps"]]
+    assert list(cached.values())[-2:] == [hundred, "not measured"]
+    for words in ("636 of the paper's 642", "IEMOCAP 4490, RAVDESS 1440, TESS 2800", "70 % of a corpus", "2, 7, 13"):
+        assert words in text
+
+
 def test_what_is_missing_is_not_measured():
     no_real = tables.paper([measured(*(one for one in steps() if one.network == "quaternion"))])
     line = line_of(no_real, **{"training step": "time", "layer": summary.NO_AT})
@@ -279,4 +319,6 @@ def test_what_is_missing_is_not_measured():
             if name not in ("training step", "paper", "conditions")
         ]
         assert set(own) == {"not measured"}
+    for results in ([], [measured(row(), **CPU)]):
+        assert {value for line in lines_of(tables.grid(results)) for value in line.values()} == {"not measured"}
     assert tables.layers([]) == tables.anti_transfer([measured(row())]) == tables.step([]) == "Not measured yet."

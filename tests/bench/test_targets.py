@@ -1,11 +1,16 @@
 """The promised figures, from rows made by hand."""
 
+from dataclasses import replace
+
 import pytest
+from measurements import shared
 
 from bench.atl import ATL, FOLDED
 from bench.case import STEP
-from bench.layers import CONV, LINEAR, PRODUCT
+from bench.layers import COMPILED, CONV, LINEAR, PRODUCT
+from bench.network import CACHED, CONTROL, EPOCHS, STEPS, TRAIN
 from bench.results import Row
+from bench.suites import SUITES
 from bench.targets import targets
 
 
@@ -83,6 +88,129 @@ def test_memory_of_the_loss_is_beside_the_gradient():
     assert judged(rows[1:])[name].verdict == "not measured"
     rows[2] = rows[2]._replace(peak_bytes=rows[2].peak_bytes + 10**6)
     assert judged(rows)[name][2:] == ("3.50", rows[2].layer, "MISSED")
+
+
+# Training
+
+TWO, SEVEN, THIRTEEN = (f"AT at layer {n}" for n in (2, 7, 13))
+
+
+def step(us, layer=TWO, provider="ours", variant="", mode="graph", network="quaternion", **more):
+    """A row of a case that the suite has."""
+    (case,) = (c for c in cases(STEPS, TRAIN, variant=variant, network=network) if c.layer == layer)
+    assert mode in case.modes
+    return row(case, provider, us, mode, **more)
+
+
+def others():
+    """Rows that no figure of training may come from."""
+    strange = [c for c in STEPS.cases if c.precision != "bf16" or c.work != TRAIN or c.network == CONTROL]
+    return [
+        row(case, provider, 1.0, mode, peak_bytes=1)
+        for case in [*strange, *SUITES["cpu"][2].cases]
+        for provider in ("ours", "research style", "torch.compile")
+        for mode in ("graph", "eager")
+    ]
+
+
+def verdict(name, *rows):
+    """Measured, worst and verdict; without one of the rows, or with one that is not right, there is none."""
+    found = judged([*others(), *rows])[name]
+    for one in rows:
+        rest = [other for other in rows if other is not one]
+        for lacking in (rest, [*rest, one._replace(status="failed")]):
+            assert judged([*others(), *lacking])[name][2:] == ("", "", "not measured")
+    return found[1:]
+
+
+@pytest.mark.parametrize(("layer", "factor"), [(TWO, 5.0), (THIRTEEN, 10.0)])
+def test_a_step_in_a_graph_against_research_style_from_python(layer, factor):
+    name = f"step, {layer}, against research style in eager mode"
+    ours, graph = step(100.0, layer), step(1.0, layer, "research style")
+    other = step(99.0 * factor, layer, "research style", mode="eager")
+    assert verdict(name, ours, other)[1:] == (f"{0.99 * factor:.2f}", f"{layer}: {0.99 * factor:.2f}", "MISSED")
+    assert verdict(name, ours, other._replace(median_us=101.0 * factor))[3] == "met"
+    eager = step(1.0, layer, mode="eager")
+    assert judged([ours, other, graph, eager])[name].measured == f"{0.99 * factor:.2f}"
+
+
+def test_a_step_against_torch_compile_at_its_best():
+    name = "step, AT at layer 2, against torch.compile at its best"
+    ours = step(100.0, variant=COMPILED)
+    graph, eager = (step(us, provider="torch.compile", variant=COMPILED, mode=mode)
+                    for us, mode in ((165.0, "graph"), (155.0, "eager")))  # fmt: skip
+    assert verdict(name, ours, graph)[1::2] == ("1.65", "met")
+    assert judged([ours, graph, eager, step(1.0)])[name][2::2] == ("1.55", "MISSED")
+
+
+def test_milliseconds_of_a_step():
+    name = "step, AT at layer 2, milliseconds"
+    assert verdict(name, step(899.0)) == ("<= 0.9", "0.90", TWO, "met")
+    assert verdict(name, step(910.0))[3] == "MISSED"
+    stretch = f"{name}: the stretch"
+    assert verdict(stretch, step(899.0)) == ("<= 0.55", "0.90", TWO, "MISSED")
+    assert verdict(stretch, step(540.0))[3] == "met"
+
+
+@pytest.mark.parametrize(("layer", "bound"), [(TWO, 1.12), (THIRTEEN, 1.30)])
+def test_what_anti_transfer_costs(layer, bound):
+    name = f"step, {layer} over none"
+    none = step(100.0, "no AT")
+    assert verdict(name, none, step(100 * bound - 1, layer)) == (f"<= {bound:g}", f"{bound - 0.01:.2f}", layer, "met")
+    assert verdict(name, none, step(100 * bound + 1, layer))[3] == "MISSED"
+
+
+def test_what_it_costs_with_cached_targets():
+    name = "step, AT with cached targets over none"
+    rows = [step(100.0, "no AT"), *(step(us, layer, variant=CACHED)
+                                    for us, layer in ((105.0, TWO), (104.0, SEVEN), (103.0, THIRTEEN)))]  # fmt: skip
+    assert verdict(name, *rows) == ("<= 1.06", "1.05", TWO, "met")
+    rows[2] = rows[2]._replace(median_us=107.0)
+    assert verdict(name, *rows) == ("<= 1.06", "1.07", SEVEN, "MISSED")
+
+
+def test_the_quaternion_network_against_the_real_one():
+    """Each by its best provider, in a graph."""
+    name = "step, quaternion against real network, each at its best: {}, %"
+    time, memory = name.format("time"), name.format("memory")
+    rows = [step(us, layer, network=network, peak_bytes=size)
+            for us, layer, network, size in ((12.0, "no AT", "quaternion", 5), (100.0, "no AT", "real", 6),
+                                             (12.5, TWO, "quaternion", 9), (100.0, TWO, "real", 100))]  # fmt: skip
+    assert verdict(time, *rows) == ("<= -87", "-87.50", TWO, "met")
+    assert verdict(memory, *rows[2:]) == ("<= -90", "-91.00", TWO, "met")
+    faster = step(90.0, TWO, "research style", network="real", peak_bytes=89)
+    eager = step(10.0, TWO, "research style", network="real", mode="eager", peak_bytes=1)
+    found = judged([*rows, faster, eager])
+    assert found[time][2:] == ("-86.11", TWO, "MISSED")
+    assert found[memory][2:] == ("-89.89", TWO, "MISSED")
+
+
+def test_an_epoch_costs_its_steps(monkeypatch):
+    """With anti-transfer those with cached targets: an epoch's are computed before the first."""
+    name = "epoch over its steps"
+    quaternion = [case for case in EPOCHS.cases if case.network == "quaternion" and case.precision == "float32"]
+    none, two = (replace(case, precision="bf16", samples=3143) for case in quaternion)
+    assert (none.layer, two.layer) == ("no AT", TWO)
+    others = [replace(none, network=CONTROL), *quaternion]
+    monkeypatch.setattr("bench.targets.EPOCHS", EPOCHS._replace(cases=[none, two, *others]))
+    rows = [step(100.0, none.layer), step(110.0, variant=CACHED)]  # 158 of them
+    rows += [row(none, "ours", 16_300.0, "eager"), row(two, "ours", 17_900.0, "eager")]
+    assert verdict(name, *rows) == ("<= 1.05", "1.03", "no AT", "met")
+    rows += [row(case, "ours", 99_999.0, "eager") for case in others]
+    assert judged(rows)[name].verdict == "met"
+    rows[3] = rows[3]._replace(median_us=18_500.0)
+    assert judged(rows)[name][2:] == ("1.06", TWO, "MISSED")
+
+
+def test_trainings_side_by_side():
+    name = "trainings an hour, side by side against one after another"
+    rows = [shared(1, 1.0), shared(8, 4.1, mode="MPS"), shared(16, 3.9), shared(16, 9.0, precision="float32"),
+            shared(4, 9.0, status="failed")]  # fmt: skip
+    (target,) = (target for target in targets([], rows) if target.target == name)
+    assert target[1:] == (">= 4.00", "4.10", "MPS, 8: 4.10", "met")
+    (target,) = (target for target in targets([], [rows[0], *rows[2:]]) if target.target == name)
+    assert target[2:] == ("3.90", "processes, 16: 3.90", "MISSED")
+    assert judged([])[name].verdict == "not measured"
 
 
 def test_nothing_is_claimed_of_nothing():

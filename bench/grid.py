@@ -1,0 +1,69 @@
+"""How long the trainings of the paper's grid take, from measured steps.
+
+For each of two networks and two splits of three corpora: one training without anti-transfer and one for each of 13
+layers and 4 kinds of it (two single; two dual, whose first half is a single one), 636 in all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.case import FORWARD
+from bench.network import CACHED, TRAIN
+from bench.results import Row
+from bench.summary import NO_AT, RESEARCH, median
+
+NETWORKS = ("quaternion", "real")
+CORPORA = {"IEMOCAP": 4490, "RAVDESS": 1440, "TESS": 2800}  # utterances
+TRAINED, VALIDATED = 0.7, 0.2  # of them, in an epoch
+SPLITS, KINDS, LAYERS = 2, 4, 13
+TRAININGS = len(NETWORKS) * len(CORPORA) * SPLITS * (1 + KINDS * LAYERS)
+OTHERS = 6  # four networks of the orthogonal tasks, two stages of RH-Emo
+BATCH, PRECISION = 20, "bf16"
+MEASURED = (2, 7, 13)  # of the layers
+
+
+class Way(NamedTuple):
+    """Who computes the steps, and how."""
+
+    provider: str
+    variant: str
+    mode: str
+
+
+class Seconds(NamedTuple):
+    """Of a step, and of the forward pass of a batch that validates."""
+
+    step: float
+    forward: float
+
+
+SHARED = Way("ours", CACHED, "graph")  # what bench/sharing.py measures: an epoch's targets are computed before it
+WAYS = (Way("ours", "", "graph"), SHARED, Way(RESEARCH, "", "eager"))
+
+
+def measured(rows: Sequence[Row], network: str, way: Way) -> dict[int, Seconds] | None:
+    """Seconds by layer, 0 without anti-transfer; nothing where one was not measured."""
+    times = {row.key: 1e-6 * us for row in rows if (us := median(row))}
+    found = {}
+    for at in (0, *MEASURED):
+        layer, variant = (f"AT at layer {at}", way.variant) if at else (NO_AT, "")
+        case = ("step", network, layer, variant, BATCH, PRECISION)
+        step, forward = (times.get((*case, work, way.mode, way.provider)) for work in (TRAIN, FORWARD))
+        if step is None or forward is None:
+            return None
+        found[at] = Seconds(step, forward)
+    return found
+
+
+def epoch_seconds(times: Mapping[int, Seconds]) -> float:
+    """Seconds of one epoch of all trainings of one network.
+
+    Layers between the measured ones are interpolated linearly; those before the first are as the first.
+    """
+    steps, passes = (sum(math.ceil(round(part * n) / BATCH) for n in CORPORA.values()) for part in (TRAINED, VALIDATED))
+    none, *tapped = (steps * times[layer].step + passes * times[layer].forward for layer in (0, *MEASURED))
+    layers = np.interp(range(1, LAYERS + 1), MEASURED, tapped)
+    return SPLITS * (none + KINDS * float(layers.sum()))
