@@ -405,7 +405,8 @@ def _pairs(first: Group, second: Group) -> list[tuple[Run, Run]]:
 def _but_anti_transfer(run: Run) -> dict[str, Any]:
     """All settings that could change the outcome, but for anti-transfer."""
     settings = flat(run.result.get("experiment") or {})
-    free = ("anti_transfer.", "cache", "training.device", "training.deterministic")
+    where = ("device", "deterministic", "capture", "data_mib", "checkpoint_seconds")
+    free = ("anti_transfer.", "cache", *(f"training.{name}" for name in where))
     return {"kind": run.result.get("kind")} | {k: v for k, v in settings.items() if not k.startswith(free)}
 
 

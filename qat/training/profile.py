@@ -112,31 +112,34 @@ def page(events: Sequence[Any], seconds: float, steps: Steps, *, captured: bool)
         steps: what was profiled.
         captured: whether steps were replays of a CUDA graph.
     """
-    cuda = steps.device.type == "cuda"
-    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    times = {
-        (event.key, event.count): 1e-3 * getattr(event, own) / COUNT
-        for event in events
-        if event.device_type == where and event.key not in PHASES
-    }
-    busy, whole = sum(times.values()), 1e3 * seconds
+    cuda, config, whole = steps.device.type == "cuda", steps.config, 1e3 * seconds
+    name, all_, own = ("CUDA", "device_time_total", "self_device_time_total") if cuda else (
+        "CPU", "cpu_time_total", "self_cpu_time_total")  # fmt: skip
+    # On a GPU the profiler also marks the spans of phases and of the optimiser, beside the kernels in them.
+    work = [e for e in events if e.device_type.name == name and e.key not in PHASES]
+    work = [e for e in work if not (cuda and e.is_user_annotation)]
+    work.sort(key=lambda event: -getattr(event, own))
+
+    def line(name: str, microseconds: float, calls: str = "") -> str:
+        milliseconds = 1e-3 * microseconds / COUNT
+        return f"{name[:60]:60} {milliseconds:10.3f} ms {milliseconds / whole:6.1%} {calls:>6}".rstrip()
+
+    def total(these: Sequence[Any]) -> float:
+        return float(sum(getattr(event, own) for event in these))
+
     kind = "captured as a CUDA graph" if captured else "one operator after another"
-    config = steps.config
-    lines = [
-        f"A training step, {kind}: {whole:.3f} ms",
-        f"{device_name(steps.device)}; batch {config.batch}, {config.precision}; mean of {COUNT} steps, looked at",
-        "",
-    ]
-    if cuda:
-        lines += [f"{'the GPU computes':60} {busy:10.3f} ms {busy / whole:6.1%}", ""]
-    phase = "device_time_total" if cuda else "cpu_time_total"
-    spans = {e.key: 1e-3 * getattr(e, phase) / COUNT for e in events if e.key in PHASES and e.device_type.name == "CPU"}
-    lines += [f"{name:60} {spans[name]:10.3f} ms {spans[name] / whole:6.1%}" for name in PHASES if name in spans]
-    lines += ["", f"{'kernel' if cuda else 'operator, without those that it calls':60} {'':>13} {'':6} {'calls':>6}"]
-    shown = sorted(times.items(), key=lambda item: -item[1])
-    for (name, count), time_ in shown[:LINES]:
-        lines.append(f"{name[:60]:60} {time_:10.3f} ms {time_ / whole:6.1%} {count / COUNT:6.0f}")
-    rest = shown[LINES:]
-    lines.append(f"{f'{len(rest)} others':60} {sum(t for _, t in rest):10.3f} ms")
-    return "\n".join(lines) + "\n"
+    spans = {e.key: getattr(e, all_) for e in events if e.key in PHASES and e.device_type.name == "CPU"}
+    return "\n".join(
+        [
+            f"A training step, {kind}: {whole:.3f} ms",
+            f"{device_name(steps.device)}; batch {config.batch}, {config.precision}; mean of {COUNT} steps, looked at",
+            "",
+            *([line("the GPU computes", total(work)), ""] if cuda else []),
+            *(line(phase, spans[phase]) for phase in PHASES if phase in spans),
+            "",
+            f"{'kernel' if cuda else 'operator, without those that it calls':82} calls",
+            *(line(event.key, getattr(event, own), f"{event.count / COUNT:.0f}") for event in work[:LINES]),
+            line(f"{len(work[LINES:])} others", total(work[LINES:])),
+            "",
+        ]
+    )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from qat.data.rows import Rows, empty_rows
 from qat.models import VGG16, RHEmo
 from qat.training import embeddings as embeddings_module
 from qat.training import loop
+from qat.training import profile as profile_module
 from qat.training import steps as steps_module
 from qat.training.checkpoint import load_checkpoint
 from qat.training.examples import Batch, Examples, batches
@@ -441,6 +443,46 @@ def test_profile_of_captured_steps_looks_at_both_kinds(monkeypatch, tmp_path):
     assert text.count("A training step, ") == 2
     assert "captured as a CUDA graph" in text
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "trace-captured.json", "profile.txt"}
+
+
+def test_the_page_of_a_gpu_counts_each_kernel_once():
+    """Beside kernels, the profiler gives spans of phases and of the optimiser on the GPU's time line."""
+
+    def event(key, device, own, total=0.0, count=COUNT, annotation=False):
+        return SimpleNamespace(
+            key=key,
+            count=count,
+            device_type=SimpleNamespace(name=device),
+            is_user_annotation=annotation,
+            self_device_time_total=own,
+            device_time_total=total,
+            self_cpu_time_total=1e6,
+            cpu_time_total=1e6,
+        )
+
+    events = [
+        event("aten::mm", "CPU", 0.0, 400.0),
+        event("backward", "CPU", 0.0, 900.0),
+        event("backward", "CUDA", 2000.0, 2000.0, annotation=True),
+        event("Optimizer.step#Adam.step", "CUDA", 700.0, annotation=True),
+        event("gemm", "CUDA", 400.0, count=2 * COUNT),
+        event("gemm", "CUDA", 100.0, count=2 * COUNT),
+        *(event(f"small {n}", "CUDA", 1.0) for n in range(50)),
+    ]
+    steps = SimpleNamespace(device=SimpleNamespace(type="cuda"), config=TrainingConfig(precision="bf16"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile_module, "device_name", lambda device: "A GPU")
+        lines = profile_module.page(events, 2e-4, steps, captured=True).splitlines()
+    assert lines[0] == "A training step, captured as a CUDA graph: 0.200 ms"
+    assert lines[1] == "A GPU; batch 20, bf16; mean of 5 steps, looked at"
+    found = {" ".join(line.split()[:-3]): line.split()[-3:] for line in lines[3:] if line.endswith("%")}
+    assert found["the GPU computes"] == ["0.110", "ms", "55.0%"]
+    assert found["backward"] == ["0.180", "ms", "90.0%"]
+    assert found["28 others"] == ["0.006", "ms", "2.8%"]
+    assert [line.split() for line in lines if line.startswith("gemm")] == [
+        ["gemm", "0.080", "ms", "40.0%", "2"],
+        ["gemm", "0.020", "ms", "10.0%", "2"],
+    ]
 
 
 def test_the_command_line_profiles(experiment, tmp_path):
