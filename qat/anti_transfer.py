@@ -87,10 +87,10 @@ class AntiTransfer(nn.Module):
             targets = {tap: self._target(features) for tap, features in self._features(inputs(numbers)).items()}
             if not tables:
                 self._packed = {tap: t.packed if isinstance(t, GramTarget) else None for tap, t in targets.items()}
-                size = len(samples) * sum(_values(target)[:1].nbytes for target in targets.values())
-                pinned = size > self.config.cache_mib * 2**20
+                size = count * sum(_values(target)[:1].nbytes for target in targets.values())
+                home = torch.device("cpu") if size > self.config.cache_mib * 2**20 else None
                 for tap, target in targets.items():
-                    tables[f"{tap}_values"] = empty_rows(_values(target), count, pinned=pinned)
+                    tables[f"{tap}_values"] = empty_rows(_values(target), count, home)
                     if isinstance(target, GramTarget):
                         tables[f"{tap}_stats"] = target.stats.new_full((2, count), torch.nan)
             for tap, target in targets.items():

@@ -214,7 +214,8 @@ class TrainingConfig:
         deterministic: take PyTorch's deterministic algorithms.
         capture: run every step on a GPU as one captured CUDA graph: the same numbers, in a fraction of the time.
         data_mib: MiB of inputs that are kept on the device; where they take more, batches are read from the host.
-        checkpoint_seconds: seconds of training, at most, that an interruption may cost; 0 saves after every epoch.
+        checkpoint_seconds: states are written at the end of an epoch when so much time has passed since the last were;
+            0 writes them after every epoch. An interruption costs what came after them.
     """
 
     lr: float = 1e-5
@@ -246,6 +247,10 @@ class TrainingConfig:
         _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
         for name in ("batch", "epochs", "patience", "lr_patience"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+
+
+EXECUTION = ("device", "capture", "data_mib", "checkpoint_seconds")
+"""Fields of :class:`TrainingConfig` that do not decide what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -338,6 +343,15 @@ def to_plain(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [to_plain(value) for value in config]
     return str(config) if isinstance(config, Path) else config
+
+
+def decisive(plain: dict[str, Any]) -> dict[str, Any]:
+    """A plain experiment without the settings that do not decide what is learnt, but only how it is computed.
+
+    With others a run may be resumed: on another device, after it ran out of memory, or uncaptured.
+    """
+    training = {key: value for key, value in plain["training"].items() if key not in EXECUTION}
+    return plain | {"training": training}
 
 
 def from_plain(kind: type[C], plain: dict[str, Any]) -> C:

@@ -63,7 +63,7 @@ class Rows:
 
     def fetch(self, numbers: Tensor) -> Tensor:
         """These rows `[B, ...]`, on the device, by numbers on the CPU."""
-        return self.pick(numbers.to(self.device)) if self.resident else self.read(numbers).to(self.device)
+        return self.pick(numbers.to(self.device)) if self.resident else to_device(self.read(numbers), self.device)
 
     def pick(self, numbers: Tensor) -> Tensor:
         """These rows `[B, ...]` of a resident table, by numbers on the device."""
@@ -78,19 +78,27 @@ class Rows:
         return table.index_select(self.axis, numbers)
 
 
-def empty_rows(like: Tensor, count: int, *, pinned: bool = False) -> Tensor:
+def empty_rows(like: Tensor, count: int, device: torch.device | None = None) -> Tensor:
     """A table of NaN for ``count`` rows like those of ``like``; `[B, C, H, W]` on a GPU in NHWC, elsewhere as it is.
 
     Args:
         like: `[B, ...]`.
         count: rows of the table.
-        pinned: in the host's memory, from which a GPU copies while it computes.
+        device: of the table; that of ``like`` if absent.
     """
-    device = torch.device("cpu") if pinned else like.device
     nhwc = like.dim() == 4 and (like.is_cuda or not like.is_contiguous())
     shape = [count, *like.shape[1:]]
     shape = [shape[0], shape[2], shape[3], shape[1]] if nhwc else shape
-    table = torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned and like.is_cuda)
+    table = torch.empty(shape, dtype=like.dtype, device=device or like.device)
     if table.is_floating_point():
         table.fill_(torch.nan)
     return table.permute(0, 3, 1, 2) if nhwc else table
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host; to a GPU from pinned memory, while it computes, and `[B, C, H, W]` in NHWC."""
+    if device.type != "cuda":
+        return values.to(device)
+    layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+    pinned = torch.empty_like(values, memory_format=layout, pin_memory=True).copy_(values)
+    return pinned.to(device, non_blocking=True)

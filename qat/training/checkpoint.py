@@ -101,3 +101,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         number, field = name.split(".", 1)
         state.setdefault(int(number), {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, own in optimizer.state.items():
+        for field, value in own.items():
+            if value.shape == parameter.shape:  # in the parameter's layout, which Adam's kernel takes for granted
+                own[field] = torch.empty_like(parameter).copy_(value)

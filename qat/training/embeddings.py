@@ -26,13 +26,13 @@ _BATCH = 64
 def embeddings(
     encoder: RHEmoEncoder, spectrograms: Spectrograms, folder: Path, device: torch.device, *, quiet: bool
 ) -> Read:
-    """Embeddings `[B, 4, 64, 64]` of prepared samples by number, in float32; words lie in the middle of their canvas.
+    """Embeddings `[B, 4, 64, 64]` of prepared samples by number, in float32.
 
     The first call for these weights, spectrograms and their normalisation computes those of all samples and keeps them
     on disk, from where they are read. Rank 0 computes; the others then read.
 
     Args:
-        encoder: in eval mode, on ``device``.
+        encoder: on ``device``; it is put in eval mode.
         spectrograms: what is embedded.
         folder: where such things are kept; these go into a sub-folder named after a hash of all that they depend on,
             which appears whole or not at all.
@@ -40,7 +40,7 @@ def embeddings(
         quiet: no progress bar.
     """
     weights = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
+    for name, tensor in encoder.eval().state_dict().items():
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     settings = {
         "layout": LAYOUT,
@@ -56,13 +56,13 @@ def embeddings(
     elif not target.exists():
         with new_folder(target) as draft, torch.no_grad(), switched("float32"), bar(not quiet) as progress:
             numbers = torch.arange(len(spectrograms.store))
-            shape = (len(numbers), 4, 64, 64)
-            table = np.lib.format.open_memmap(draft / "embeddings.npy", mode="w+", dtype=np.float32, shape=shape)
             task = progress.add_task("Embeddings", total=len(numbers))
-            for block in numbers.split(_BATCH):
-                table[block.numpy()] = encoder(spectrograms(block).to(device)).cpu().numpy()
-                progress.advance(task, len(block))
-            table.flush()
+            with (draft / "embeddings.npy").open("wb") as out:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(numbers), 4, 64, 64)}
+                np.lib.format.write_array_header_1_0(out, header)
+                for block in numbers.split(_BATCH):
+                    out.write(encoder(spectrograms(block).to(device)).cpu().numpy().tobytes())
+                    progress.advance(task, len(block))
             write_json(draft / "meta.json", settings)
     if distributed.rank() == 0:
         distributed.barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.data.rows import Rows
+from qat.data.rows import Rows, to_device
 from qat.data.spectrogram import place_words
 
 Offsets = Callable[[int, torch.Generator | None], Tensor]
@@ -74,8 +76,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of samples.
 
-    What is drawn anew is drawn for the whole batch, so that it does not depend on the number of processes. What is read
-    from the host is read by another thread, and copied to a GPU by another stream, two batches ahead.
+    What is drawn anew is drawn for the whole batch, so that it does not depend on the number of processes. What is not
+    on the device is read by another thread, and copied to a GPU on a stream of its own, two batches ahead.
 
     Args:
         examples: the source.
@@ -86,7 +88,7 @@ def batches(
         shared: number of this process, and of how many that share each batch.
     """
     rank, processes = shared
-    copying = torch.cuda.Stream() if device.type == "cuda" and not examples.resident else None
+    copying = _copying(device) if device.type == "cuda" and not examples.resident else None
 
     def load(numbers: Tensor, there: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
         mine = len(numbers[rank::processes])
@@ -95,33 +97,36 @@ def batches(
         if examples.offsets is not None:
             found["offsets"] = examples.offsets(len(numbers), generator)[share]
         with torch.cuda.stream(copying):
-            moved = {name: _moved(value, device) for name, value in found.items()}
+            moved = {name: to_device(value, device) for name, value in found.items()}
             copied = copying.record_event() if copying else None
         return Batch(moved | {"numbers": there[share]}, mine, len(numbers)), copied
 
     if not len(order):
         return
     pairs = zip(order.split(size), order.to(device).split(size), strict=True)
-    if copying is None:
+    if examples.resident:
         for numbers, there in pairs:
             yield load(numbers, there)[0]
         return
-    with ThreadPoolExecutor(1) as thread:
-        futures = deque(thread.submit(load, *pair) for _, pair in zip(range(_AHEAD), pairs, strict=False))
-        while futures:
-            batch, copied = futures.popleft().result()
-            futures.extend(thread.submit(load, *pair) for _, pair in zip(range(1), pairs, strict=False))
-            current = torch.cuda.current_stream()
-            assert copied is not None
-            current.wait_event(copied)
-            for value in batch.loaded.values():
-                value.record_stream(current)
+    with ThreadPoolExecutor(1, initializer=_begin, initargs=(device,)) as thread:
+        loading = deque(thread.submit(load, *pair) for pair in itertools.islice(pairs, _AHEAD))
+        while loading:
+            batch, copied = loading.popleft().result()
+            loading.extend(thread.submit(load, *pair) for pair in itertools.islice(pairs, 1))
+            if copied is not None:
+                current = torch.cuda.current_stream()
+                current.wait_event(copied)
+                for value in batch.loaded.values():
+                    value.record_stream(current)
             yield batch
 
 
-def _moved(value: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return value.to(device)
-    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-    pinned = torch.empty_like(value, memory_format=layout, pin_memory=True).copy_(value)
-    return pinned.to(device, non_blocking=True)
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies; of high priority, as no stream is that computes and may be captured."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _begin(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -24,7 +24,7 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qat.config import TrainingConfig
+from qat.config import TrainingConfig, decisive
 from qat.files import write_text
 from qat.training import distributed
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
@@ -59,9 +59,8 @@ def fit(
         steps: of the objective, with what is trained how on which device.
         state: the module inside the objective whose state is saved.
         train, validation: `[n]`, numbers of the samples of these parts.
-        folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events,
-            at the latest ``training.checkpoint_seconds`` after an epoch.
-        record: saved with the kept state; must hold ``kind``.
+        folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events.
+        record: saved with the kept state; must hold ``kind`` and ``experiment``.
         judge: ``(outputs, targets) -> metrics`` of the validation part, logged as ``validation_*``.
         resume: go on from ``last.safetensors`` if it is there; the result equals an uninterrupted run.
 
@@ -77,7 +76,7 @@ def fit(
     history: History = []
     if resume and (folder / "last.safetensors").is_file():
         saved = load_checkpoint(folder / "last.safetensors", "training")
-        if saved.record["of"] != record:
+        if _but_execution(saved.record["of"]) != _but_execution(record):
             raise ValueError(f"{saved.path}: state of another experiment; resume with the same settings or start anew")
         saved.load_into(state, "state")
         load_optimizer(optimizer, saved.part("optimizer"))
@@ -87,7 +86,7 @@ def fit(
         schedule.step(loss)
     leads = distributed.rank() == 0
     quiet = quiet or not leads
-    with _Keeper(folder, steps, state, record, leads) as keeper, _progress(quiet) as progress:
+    with _Keeper(folder, steps, state, record, history, leads) as keeper, _progress(quiet) as progress:
         bar = progress.add_task(title, total=config.epochs, completed=len(history), note="")
         while not _finished(history, config):
             epoch = len(history)
@@ -99,7 +98,7 @@ def fit(
             row |= {f"validation_{k}": v for k, v in (parts | judge(outputs, targets)).items()}
             history.append(row)
             schedule.step(row["validation_total"])
-            keeper.keep(history, ended=_finished(history, config))
+            keeper.keep(ended=_finished(history, config))
             distributed.barrier()
             note = f"loss {row['train_total']:.4f} validation {row['validation_total']:.4f}"
             progress.update(bar, advance=1, note=note)
@@ -166,6 +165,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _but_execution(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"experiment": decisive(record["experiment"])}
+
+
 def _losses(history: History) -> list[float]:
     return [row["validation_total"] for row in history]
 
@@ -220,67 +223,69 @@ def _progress(quiet: bool) -> Progress:
 
 
 class _Keeper:
-    """Writes the kept state, the last one and every epoch's row, now and then, so that the disk does not set the pace.
+    """Writes the kept state, the last one and the rows of ``history``, now and then: the disk shall not set the pace.
 
-    An interrupted training goes on from the last state that was written; the best one and the rows since then are
-    written on the way out, whatever ended it.
+    An interrupted training goes on from the last state that was written, and the kept one belongs to it. Rows are also
+    written on the way out, whatever ended the training.
     """
 
-    def __init__(self, folder: Path, steps: Steps, state: nn.Module, record: dict[str, Any], leads: bool) -> None:
-        self.folder, self.steps, self.state, self.record, self.leads = folder, steps, state, record, leads
-        self.history: History = []
+    def __init__(
+        self, folder: Path, steps: Steps, state: nn.Module, record: dict[str, Any], history: History, leads: bool
+    ) -> None:
+        self.folder, self.steps, self.state, self.record = folder, steps, state, record
+        self.history, self.leads = history, leads
         self._best: tuple[int, dict[str, Tensor]] | None = None
         self._written = -math.inf
-        self._logged = 0
+        self._logged = len(history)
 
     def __enter__(self) -> _Keeper:
         if self.leads:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            # What an interrupted training logged beyond the state that it is resumed from comes again.
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._logged or None)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.leads:
-            self._write_best()
-            self._write_rows()
-            self._board.close()
+            try:
+                self._write_rows()
+            finally:
+                self._board.close()
 
-    def keep(self, history: History, ended: bool) -> None:
+    def keep(self, *, ended: bool) -> None:
         """Note an epoch's end; write what has not been for ``training.checkpoint_seconds``, at the end all."""
         if not self.leads:
             return
-        self.history, config, epoch = history, self.steps.config, len(history) - 1
+        config, epoch = self.steps.config, len(self.history) - 1
         due = ended or time.monotonic() - self._written >= config.checkpoint_seconds
         if config.keep == "last" and due:
             self._best = epoch, self.state.state_dict()
-        elif config.keep == "best" and best_epoch(_losses(history)) == epoch:
+        elif config.keep == "best" and best_epoch(_losses(self.history)) == epoch:
             tensors = self.state.state_dict()
             self._best = epoch, tensors if due else {name: tensor.clone() for name, tensor in tensors.items()}
         if due:
-            self._write_best()
+            if self._best is not None:
+                best, tensors = self._best
+                save_checkpoint(self.folder / "model.safetensors", tensors, self.record | {"epoch": best})
+                self._best = None
             assert self.steps.optimizer is not None
             tensors = {f"state.{k}": v for k, v in self.state.state_dict().items()}
             tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.steps.optimizer).items()}
-            record = {"kind": "training", "of": self.record, "history": history}
+            record = {"kind": "training", "of": self.record, "history": self.history}
             save_checkpoint(self.folder / "last.safetensors", tensors, record)
             self._write_rows()
             self._written = time.monotonic()
 
-    def _write_best(self) -> None:
-        if self._best is not None:
-            epoch, tensors = self._best
-            save_checkpoint(self.folder / "model.safetensors", tensors, self.record | {"epoch": epoch})
-            self._best = None
-
     def _write_rows(self) -> None:
+        if not self.history:
+            return
         text = io.StringIO()
         columns = list(dict.fromkeys(name for row in self.history for name in row))
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
-        if self.history:
-            write_text(self.folder / "metrics.csv", text.getvalue())
+        write_text(self.folder / "metrics.csv", text.getvalue())
         for row in self.history[self._logged :]:
             for name, value in row.items():
                 self._board.add_scalar(name.replace("_", "/", 1), value, int(row["epoch"]))

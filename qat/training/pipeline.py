@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.anti_transfer import AntiTransfer
-from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, from_plain, to_plain
+from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, decisive, from_plain, to_plain
 from qat.data.audio import load_audio
 from qat.data.rows import Rows
 from qat.data.spectrogram import Normalisation, cut, place_words, to_input, word_offsets
@@ -263,7 +263,8 @@ class _Run:
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(record["experiment"], sort_keys=False))
         steps = Steps(objective, examples, training, self.device, training=True)
         numbers = {part: torch.tensor(rows) for part, rows in parts.items()}
-        with Profile(steps, self.folder) if self.profile else contextlib.nullcontext():
+        profiled = self.profile and distributed.rank() == 0
+        with Profile(steps, self.folder) if profiled else contextlib.nullcontext():
             history = fit(
                 steps,
                 state,
@@ -310,26 +311,36 @@ def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterat
     finished = folder / "result.json"
     if finished.is_file():
         result = json.loads(finished.read_text())
-        if not (resume and result["experiment"] == plain):
+        if not (resume and decisive(result["experiment"]) == decisive(plain)):
             raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
     elif (folder / "last.safetensors").is_file() and not resume:
         raise ValueError(f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one")
     else:
         result = None
+    with (
+        _algorithms(experiment.training.deterministic),
+        distributed.process_group(experiment.training.device) as device,
+    ):
+        yield device, result
+
+
+@contextlib.contextmanager
+def _algorithms(deterministic: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms, or the fastest that cuDNN finds."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    searched, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not experiment.training.deterministic
-    if experiment.training.deterministic:
+    filled: Any = torch.utils.deterministic
+    filling, filled.fill_uninitialized_memory = filled.fill_uninitialized_memory, False
+    searched, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
+    if deterministic:
         # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Filling fresh memory only shows reads of unwritten values; it costs 5 % of a small network's step.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        with distributed.process_group(experiment.training.device) as device:
-            yield device, result
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = searched
+        filled.fill_uninitialized_memory = filling
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[Experiment, Normalisation]:
@@ -467,23 +478,28 @@ def _network_inputs(
             f"network.embedding_scale: {network.embedding_scale!r} needs an embedding and network.rhemo_mode 'frozen'"
         )
     read, embedded = data.spectrograms.rows, frozen and data.spectrograms.placing is None
-    if embedded or network.embedding_scale != "none":
+    if embedded:
         assert classifier.encoder is not None
-        known = embeddings(classifier.encoder.eval(), data.spectrograms, experiment.cache, device, quiet=quiet)
-        if network.embedding_scale != "none":
-            train = known(torch.tensor(data.parts["train"]))
-            classifier.embedding_scale.copy_(_scale(train, network.embedding_scale))
-        if embedded:
-            scale = classifier.embedding_scale.cpu()
-            read = lambda numbers: known(numbers) / scale  # noqa: E731
+        known = embeddings(classifier.encoder, data.spectrograms, experiment.cache, device, quiet=quiet)
+        scale = classifier.embedding_scale
+        read = lambda numbers: known(numbers) / scale.cpu()  # noqa: E731
+    else:
+        known = lambda numbers: classifier.eval().embed(data.spectrograms(numbers).to(device)).cpu()  # noqa: E731
+    if network.embedding_scale != "none":
+        blocks = torch.tensor(data.parts["train"]).split(64)
+        classifier.embedding_scale.copy_(_scale(map(known, blocks), network.embedding_scale))
     # What autocast would round in every step is kept rounded.
     rounded = training.precision == "bf16" and (embedded or classifier.encoder is None)
     dtype = torch.bfloat16 if rounded else None
     return Rows.within(read, data.used, device, training.data_mib, dtype), embedded
 
 
-def _scale(embeddings: Tensor, kind: str) -> Tensor:
-    return embeddings.amax() if kind == "max" else embeddings.square().mean().sqrt()
+def _scale(embeddings: Iterable[Tensor], kind: str) -> Tensor:
+    """The maximum, or the root mean square, of all blocks."""
+    if kind == "max":
+        return torch.stack([block.amax() for block in embeddings]).amax()
+    squares = [(block.square().sum(dtype=torch.float64), block.numel()) for block in embeddings]
+    return (torch.stack([total for total, _ in squares]).sum() / sum(count for _, count in squares)).sqrt()
 
 
 def _judge(experiment: Experiment, classes: list[str]) -> Callable[[Tensor, Tensor], Metrics]:

@@ -55,9 +55,13 @@ class Profile:
     def __exit__(self, *_: object) -> None:
         self.steps.around = lambda batch: contextlib.nullcontext()
         self._running.close()
+        if self.steps.graphs is not None:
+            self.steps.graphs.warm = WARM
         if self.wanted:
             size = self.steps.config.batch
-            log.warning("--profile: no epoch had %d steps of %d samples to look at", WARM + COUNT, size)
+            log.warning(
+                "--profile: after the first %d, no %d steps of %d samples in a row to look at", WARM, COUNT, size
+            )
 
     @contextlib.contextmanager
     def step(self, batch: Batch) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,8 +35,13 @@ Around = Callable[[Batch], contextlib.AbstractContextManager[object]]
 @contextlib.contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """Computes in ``training.precision``: TF32 where it is named, else accurate float32; ``bf16`` by autocast."""
-    with switched(name), torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+    with switched(name), autocast(name, device):
         yield
+
+
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The part of :func:`precision` that only a forward pass needs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
 
 
 def adam(parameters: Iterable[nn.Parameter], config: TrainingConfig, device: torch.device) -> torch.optim.Adam:
@@ -128,7 +134,7 @@ class Steps:
     def _losses(self, objective: nn.Module, loaded: Loaded) -> tuple[Losses, Tensor]:
         with record_function("gather"):
             given = self.examples.gather(loaded)
-        with record_function("forward"), precision(self.config.precision, self.device):
+        with record_function("forward"), autocast(self.config.precision, self.device):
             losses: Losses = objective(**given)
         return losses, given["targets"]
 
@@ -172,7 +178,15 @@ class Graphs:
         kind = (name, *((key, tuple(value.shape)) for key, value in tensors.items()))
         if kind not in self._captured:
             self._calls[kind] = self._calls.get(kind, 0) + 1
-            if self._failed or self._calls[kind] <= self.warm or not self._capture(kind, function, tensors):
+            if self._failed or self._calls[kind] < self.warm:
+                return function(tensors)
+            if self._calls[kind] == self.warm:
+                with waits() as found:
+                    results = function(tensors)
+                if found:
+                    self._give_up(found[0])
+                return results
+            if not self._capture(kind, function, tensors):
                 return function(tensors)
         replay, static, results = self._captured[kind]
         for key, value in tensors.items():
@@ -185,12 +199,38 @@ class Graphs:
         try:
             replay, results = captured(lambda: function(static), self.stream, self._pool)
         except RuntimeError as error:
-            self._failed = True
-            reason = str(error).strip().splitlines()[0]
-            log.warning("training.capture: no CUDA graph can hold these steps, which run uncaptured: %s", reason)
+            # Ending a capture that has failed raises again, which hides the reason.
+            reason = error.__context__ or error
+            self._give_up(str(reason).strip().partition("\n")[0] or repr(reason))
             return False
         self._captured[kind] = replay, static, results
         return True
+
+    def _give_up(self, reason: str) -> None:
+        self._failed = True
+        log.warning("training.capture: no CUDA graph can hold these steps, which run uncaptured: %s", reason)
+
+
+@contextlib.contextmanager
+def waits() -> Iterator[list[str]]:
+    """Notes what makes the host wait for the GPU, which a capture would fail at.
+
+    PyTorch before 2.12 does not recover from a failed capture (its pull requests 176752 and 180395).
+    """
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        text = str(warning.message)
+        if "synchronizing" in text:
+            found.append(text.partition("(")[0].strip())
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def captured(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> tuple[Callable[[], None], Any]:

@@ -269,9 +269,9 @@ def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch):
     asked = []
     made = anti_transfer.empty_rows
 
-    def spying(like, count, *, pinned):
-        asked.append((tuple(like.shape[1:]), pinned))
-        return made(like, count, pinned=pinned)
+    def spying(like, count, device):
+        asked.append((tuple(like.shape[1:]), device))
+        return made(like, count, device)
 
     monkeypatch.setattr(anti_transfer, "empty_rows", spying)
     # Layers 1 and 2 keep 10 numbers each of float32 a sample; layer 1's features alone would be 64 KiB.
@@ -281,7 +281,7 @@ def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch):
         term = AntiTransfer(config, VGG16(replace(TINY, width=0.01), 2))
         monkeypatch.setattr(term, "_features", lambda inputs: dict.fromkeys(("relu1", "relu2"), inputs))
         term.remember(lambda samples: torch.ones(len(samples), 4, 3, 3), samples, batch=4096)
-    assert asked == 2 * [((10,), False)] + 4 * [((10,), True)]
+    assert asked == 2 * [((10,), None)] + 4 * [((10,), torch.device("cpu"))]
 
 
 def test_settings_saved_before_there_were_these_options_still_load():
