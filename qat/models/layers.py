@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +14,8 @@ from qat.config import NetworkConfig
 from qkernels import hamilton_conv2d
 from qkernels.init import quaternion_he_
 from qkernels.nn import QuaternionConv2d, QuaternionLinear
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,15 @@ class Layers:
     hidden: Callable[[int, int], tuple[nn.Module, nn.Module]]
     head: Callable[[int, int], nn.Module]
     run: Callable[..., tuple[Any, Any]]
+
+
+def placed(module: M, device: torch.device) -> M:
+    """The module on the device; on a GPU, weights of real convolutions in the layout of its tensor cores, NHWC."""
+    if device.type == "cuda":
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module.to(device)
 
 
 def layers_of(config: NetworkConfig) -> Layers:

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,6 +25,7 @@ from qat.data.spectrogram import Normalisation, cut, place_words, to_input, word
 from qat.data.store import prepare
 from qat.files import replacing, write_json, write_text
 from qat.models import VGG16, RHEmo, RHEmoEncoder
+from qat.models.layers import placed
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, load_checkpoint
 from qat.training.data import (
@@ -46,7 +47,6 @@ from qat.training.profile import Profile
 from qat.training.steps import Steps, precision
 
 Metrics = dict[str, Any]
-M = TypeVar("M", bound=nn.Module)
 
 
 def train_classifier(
@@ -84,12 +84,12 @@ def train_classifier(
         data = load_data(experiment, _normalisation(experiment), quiet=quiet)
         classes, targets = class_targets(data.index, data.parts, experiment.task)
         torch.manual_seed(experiment.training.seed)
-        classifier = _on(device, pretrained.classifier(classes))
+        classifier = placed(pretrained.classifier(classes), device)
         inputs, embedded = _network_inputs(classifier, data, experiment, device, quiet)
         anti_transfer = pretrained.anti_transfer()
         objective = ClassificationObjective(
             classifier,
-            None if anti_transfer is None else _on(device, anti_transfer),
+            None if anti_transfer is None else placed(anti_transfer, device),
             embedded=embedded,
             multi_label=_multi_label(experiment),
         )
@@ -138,7 +138,7 @@ def pretrain_rhemo(
         data = load_data(experiment, experiment.normalisation, quiet=quiet)
         targets = rhemo_targets(data.index)
         annotated = [name for name, known in zip(TERMS, ~targets[data.used].isnan().all(0), strict=True) if known]
-        objective = RHEmoObjective(_on(device, model), experiment.rhemo, annotated)
+        objective = RHEmoObjective(placed(model, device), experiment.rhemo, annotated)
         run = _Run(experiment, folder, name or folder.name, data, {"kind": "rhemo"}, device, quiet, profile)
         rows = {
             "inputs": Rows.within(data.spectrograms.rows, data.used, device, experiment.training.data_mib),
@@ -180,7 +180,7 @@ def evaluate_run(
             data = Data(store.index, {"all": list(range(len(store)))}, spectrograms)
         classes, targets = class_targets(data.index, data.parts, experiment.task, checkpoint.record["classes"])
         objective = ClassificationObjective(
-            _on(where, load_classifier(checkpoint)), None, embedded=False, multi_label=_multi_label(experiment)
+            placed(load_classifier(checkpoint), where), None, embedded=False, multi_label=_multi_label(experiment)
         )
         # Every sample is seen once: nothing is won by keeping it on the device.
         rows = {"inputs": Rows(data.spectrograms.rows, where), "targets": Rows(targets.to(where), where)}
@@ -451,15 +451,6 @@ def _same_inputs(experiment: AnyExperiment, checkpoint: Checkpoint, setting: str
 def _one_process(what: str) -> None:
     if distributed.world_size() > 1:
         raise ValueError(f"{what} is trained by one process only; run it without torchrun")
-
-
-def _on(device: torch.device, module: M) -> M:
-    """On the device; on a GPU, the weights of real convolutions in the layout of its tensor cores."""
-    if device.type == "cuda":
-        for part in module.modules():
-            if isinstance(part, nn.Conv2d):
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module.to(device)
 
 
 def _examples(rows: dict[str, Rows], spectrograms: Spectrograms) -> Examples:

@@ -1,6 +1,7 @@
 """A training of captured steps is, bit for bit, the training of the same steps without."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,16 @@ from qat.config import AntiTransferConfig, NetworkConfig, RHEmoConfig, TrainingC
 from qat.data.rows import Rows
 from qat.data.spectrogram import word_offsets
 from qat.models import VGG16, RHEmo
+from qat.models.layers import placed
 from qat.training import loop
+from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from qat.training.examples import Examples
 from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
+from qat.training.profile import Profile
 from qat.training.steps import WARM, Steps, precision
 
-SAMPLES, BATCH, CLASSES, EPOCHS = 50, 12, 4, WARM + 3  # four batches and one of two samples
+# In training and in validation batches of 12, 12, 12 and 9 samples.
+SAMPLES, PART, BATCH, CLASSES, EPOCHS = 50, 45, 12, 4, WARM + 3
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,16 @@ def steps_of(setting: Setting, device: torch.device, capture: bool) -> Steps:
     if network is None:
         targets = torch.randint(2, (SAMPLES, 4)).float()
         targets[::3, 1] = torch.nan
-        objective = RHEmoObjective(RHEmo(RHEmoConfig(width=1 / 32)).to(device), RHEmoConfig(beta=0.01))
+        objective = RHEmoObjective(placed(RHEmo(RHEmoConfig(width=1 / 32)), device), RHEmoConfig(beta=0.01))
     else:
         targets = torch.randint(CLASSES, (SAMPLES,))
-        classifier = SpeechClassifier(network, CLASSES).to(device)
+        classifier = placed(SpeechClassifier(network, CLASSES), device)
         term = None
         if setting.layers:
             settings = AntiTransferConfig(
                 random_twin=True, layers=list(setting.layers), cache_mib=setting.remembered or 0
             )
-            term = AntiTransfer(settings, VGG16(network, 2)).to(device)
+            term = placed(AntiTransfer(settings, VGG16(network, 2)), device)
             if setting.remembered is not None:
                 with precision(config.precision, device):
                     rows |= term.remember(rows["inputs"].fetch, torch.arange(SAMPLES), BATCH)
@@ -99,14 +104,14 @@ def steps_of(setting: Setting, device: torch.device, capture: bool) -> Steps:
     return Steps(objective, Examples(rows, offsets), config, device, training=True)
 
 
-def trained(steps: Steps) -> list[Any]:
+def trained(steps: Steps, epochs: Iterable[int] = range(EPOCHS)) -> list[Any]:
     """All that a training gives, with another learning rate from the last epoch but one on."""
     numbers, found = torch.arange(SAMPLES), []
-    for epoch in range(EPOCHS):
+    for epoch in epochs:
         if epoch == EPOCHS - 2:
             steps.optimizer.param_groups[0]["lr"].fill_(1e-4)
-        found.append(loop.train_epoch(steps, numbers[:-5], epoch))
-        sums, outputs, targets = loop.evaluate(steps, numbers[-20:])
+        found.append(loop.train_epoch(steps, numbers[:PART], epoch))
+        sums, outputs, targets = loop.evaluate(steps, numbers[-PART:])
         found += [sums, outputs.tolist(), targets.nan_to_num(-1).tolist()]
     return found
 
@@ -154,6 +159,31 @@ def test_two_trainings_in_one_process_do_not_disturb_each_other(device, determin
     numbers = torch.arange(SAMPLES)
     losses = []
     for epoch in range(EPOCHS - 2):
-        losses.append(loop.train_epoch(first, numbers[:-5], epoch))
-        loop.train_epoch(second, numbers[5:], epoch)
+        losses.append(loop.train_epoch(first, numbers[:PART], epoch))
+        loop.train_epoch(second, numbers[-PART:], epoch)
     assert losses == alone[: 4 * (EPOCHS - 2) : 4]
+
+
+@pytest.mark.parametrize("setting", [SETTINGS[0], *SETTINGS[-5:]], ids=str)
+def test_a_resumed_training_is_the_same(setting, device, deterministic, tmp_path):
+    """From the state on disk: the first steps then run uncaptured again."""
+    whole, broken, resumed = (steps_of(setting, device, True) for _ in range(3))
+    expected = trained(whole)
+    first = trained(broken, range(EPOCHS - 1))
+    save_checkpoint(tmp_path / "state.safetensors", broken.objective.state_dict(), {"kind": "training"})
+    save_checkpoint(tmp_path / "adam.safetensors", optimizer_tensors(broken.optimizer), {"kind": "training"})
+    load_checkpoint(tmp_path / "state.safetensors", "training").load_into(resumed.objective)
+    load_optimizer(resumed.optimizer, load_checkpoint(tmp_path / "adam.safetensors", "training").tensors)
+    resumed.optimizer.param_groups[0]["lr"].fill_(1e-4)
+    assert first + trained(resumed, [EPOCHS - 1]) == expected
+
+
+def test_a_training_that_is_profiled_is_the_same(device, deterministic, tmp_path):
+    whole_batches = Setting("batches of 5", training={"batch": 5})
+    plain, profiled = (steps_of(whole_batches, device, True) for _ in range(2))
+    with Profile(profiled, tmp_path):
+        found = trained(profiled)
+    assert found == trained(plain)
+    text = (tmp_path / "profile.txt").read_text()
+    assert text.count("the GPU computes") == 2
+    assert all(f"\n{phase} " in text for phase in ("gather", "forward", "backward", "optimiser"))
