@@ -4,8 +4,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,17 +21,18 @@ from qat.processes import bar
 REQUIRED = ("path", "speaker", "text", "emotion")
 """Columns that a CSV must have; `duration` and `checksum` are computed when it lacks them."""
 
-NUMBERS = ("duration", "valence", "arousal", "dominance", "cut", "frames")
+NUMBERS = ("start", "duration", "valence", "arousal", "dominance", "cut", "frames")
 """Columns of numbers; all others are strings."""
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """A corpus: a folder, and a table with one row per audio file.
+    """A corpus: a folder, and a table with one row per audio file or, with the column `start`, per segment of one.
 
     Columns: `path` (relative to `root`, with slashes), `speaker`, `text`, `emotion` (empty where unknown), `duration`
     (seconds), `checksum` (SHA-256 of the file, hex), and whatever else the corpus knows, e.g. `words` (the words that
     are said, lower-case, separated by spaces), `part` (train, validation or test), `valence`, `arousal`, `dominance`.
+    With `start` (seconds) a row is the part of its file that begins there and lasts `duration`; nothing is cut to disk.
 
     Args:
         root: the folder that the paths are relative to.
@@ -57,6 +60,18 @@ class Manifest:
         content = json.dumps([self.name, columns], ensure_ascii=False) + _to_csv(self.table[columns])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def segments(self) -> list[tuple[float, ...]]:
+        """Of each row, which part of its file it is: start and duration in seconds, or `()` for the whole file."""
+        if "start" not in self.table:
+            return [()] * len(self)
+        return list(zip(self.table["start"], self.table["duration"], strict=True))
+
+    def by_file(self) -> list[list[int]]:
+        """Row numbers, in order; adjacent segments of the same file are together, so that it is read once."""
+        files = list(zip(self.table["path"], self.table["checksum"], strict=True))
+        return [list(rows) for _, rows in groupby(range(len(self)), key=files.__getitem__)]
+
     def filter(self, rows: str | Sequence[bool] | pd.Series) -> "Manifest":
         """Keep some rows.
 
@@ -80,7 +95,7 @@ def build_manifest(root: Path, rows: Iterable[Mapping[str, Any]], name: str) -> 
 
     Args:
         root: the corpus's folder.
-        rows: one mapping per file with at least `path`, `speaker`, `text` and `emotion`.
+        rows: one mapping per file with at least `path`, `speaker`, `text` and `emotion`; with `start` also `duration`.
         name: of the corpus.
 
     Returns:
@@ -100,7 +115,7 @@ def read_manifest(csv: Path, root: Path | None = None, name: str | None = None) 
 
     Args:
         csv: with a header and at least the columns `path`, `speaker`, `text`, `emotion`; `duration` and `checksum` are
-            computed from the files where they are missing.
+            computed from the files where they are missing, `duration` not beside `start`.
         root: the folder that the paths are relative to; that of the CSV by default.
         name: of the corpus; the CSV's name without its ending by default, or its folder's for `manifest.csv`.
 
@@ -146,46 +161,54 @@ def write_table(table: pd.DataFrame, csv: Path) -> None:
 
 
 def check_files(manifest: Manifest, progress: bool = True) -> pd.DataFrame:
-    """Compare every file of a corpus with its manifest.
+    """Compare every file of a corpus, or segment of one, with its manifest.
 
     Args:
         manifest: the corpus.
         progress: show a progress bar.
 
     Returns:
-        One row per unusable file: `path` and `problem` (missing, changed, undecodable, silent, too short).
+        One row per unusable file or segment: `path` and `problem` (missing, changed, undecodable, silent, too short).
     """
-    problems = []
+    problems: list[tuple[str, str]] = []
+    paths, checksums = manifest.table["path"].tolist(), manifest.table["checksum"].tolist()
+    segments = manifest.segments
     with bar(progress) as progress_bar:
         task = progress_bar.add_task(f"Check {manifest.name}", total=len(manifest))
-        for path, checksum in zip(manifest.table["path"], manifest.table["checksum"], strict=True):
-            try:
-                load_audio(manifest.root / path)
-                if sha256_of(manifest.root / path) != checksum:
-                    problems.append((path, "changed since the manifest was made: its checksum differs"))
-            except AudioError as error:
-                problems.append((path, str(error)))
-            progress_bar.advance(task)
+        for rows in manifest.by_file():
+            path, usable = paths[rows[0]], False
+            for row in rows:
+                try:
+                    load_audio(manifest.root / path, 16000, *segments[row])
+                    usable = True
+                except AudioError as error:
+                    problems.append((path, str(error)))
+            if usable and sha256_of(manifest.root / path) != checksums[rows[0]]:
+                problems.append((path, "changed since the manifest was made: its checksum differs"))
+            progress_bar.advance(task, len(rows))
     return pd.DataFrame(problems, columns=["path", "problem"])
 
 
 def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
     """Fill in `duration` and `checksum` from the files where the table has none."""
 
-    def duration(path: Path) -> float:
+    def duration(file: Path) -> float:
         import soundfile  # not above: a complete manifest is read where it is not installed
 
         try:
-            return soundfile.info(path).duration
+            return round(soundfile.info(file).duration, 6)
         except soundfile.LibsndfileError:
             return 0.0
 
-    files = [root / path for path in table["path"]]
-    _refuse(source, table["path"], [not file.is_file() for file in files], f"is no file under {root}")
-    if "duration" not in table:
-        table = table.assign(duration=[round(duration(file), 6) for file in files])
-    if "checksum" not in table:
-        table = table.assign(checksum=[sha256_of(file) for file in files])
+    paths = table["path"]
+    files = {path: root / path for path in paths.unique()}
+    there = {path: file.is_file() for path, file in files.items()}
+    _refuse(source, paths, [not there[path] for path in paths], f"is no file under {root}")
+    with ThreadPoolExecutor() as pool:  # both of them wait for the disk and compute without Python's lock
+        for column, fact in (("duration", duration), ("checksum", sha256_of)):
+            if column not in table:
+                facts = dict(zip(files, pool.map(fact, files.values()), strict=True))
+                table = table.assign(**{column: paths.map(facts)})
     return table
 
 
@@ -201,7 +224,14 @@ def _validate(table: pd.DataFrame, source: object, complete: bool = True) -> Non
         raise ValueError(f"{source}: has no rows")
     paths = table["path"]
     _refuse(source, paths, paths == "", "must not be empty")
-    _refuse(source, paths, paths.duplicated(), "must be in one row only")
+    if "start" in table:
+        if "duration" not in table:
+            raise ValueError(f"{source}: column 'duration' is missing; beside 'start' it says how long a segment is")
+        starts = table["start"].astype(float)
+        _refuse(source, starts, ~(np.isfinite(starts) & (starts >= 0)), "must be a number of seconds from 0")
+        _refuse(source, paths, table.duplicated(["path", "start"]), "must be in one row only for each 'start'")
+    else:
+        _refuse(source, paths, paths.duplicated(), "must be in one row only")
     inside = [not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts for path in paths]
     _refuse(source, paths, [not ok for ok in inside], "must be relative to the corpus folder and stay in it")
     if "duration" in table:

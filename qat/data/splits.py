@@ -7,7 +7,7 @@ of them) and gives, for each part, labels of `table.index` in the table's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
 import numpy as np
@@ -56,15 +56,16 @@ def random(table: pd.DataFrame, seed: int) -> Split:
 
 
 def by_speaker(
-    table: pd.DataFrame, seed: int, parts: Mapping[str, Iterable[str]] | None = None, group: str = "speaker"
+    table: pd.DataFrame, seed: int | None, parts: Mapping[str, Iterable[str]] | None = None, group: str = "speaker"
 ) -> Split:
     """Split by speakers, so that none is in two parts.
 
     Args:
         table: with the column `group`.
-        seed: of the shuffle of the speakers, which are then divided 70, 20 and 10 %.
+        seed: of the shuffle of the speakers, which are then divided 70, 20 and 10 %; None takes them in the order of
+            their names.
         parts: the speakers of each part instead; every speaker of the table must be in one.
-        group: the column, e.g. `session`.
+        group: the column, e.g. `session`; or `text`, so that no sentence is in two parts.
 
     Returns:
         Labels of `table.index` under train, validation and test.
@@ -75,6 +76,109 @@ def by_speaker(
     present = np.sort(column(table, group).unique())
     divided = _divide(present, seed, group) if parts is None else _given(parts, present, group)
     return _gather(table, group, divided)
+
+
+def folds(table: pd.DataFrame, seed: int, fold: int, count: int = 0, group: str = "speaker") -> Split:
+    """One fold of a cross-validation in which no speaker is in two parts.
+
+    The groups are dealt round to `count` folds after a shuffle, or one to each in the order of their names when there
+    are as many folds as groups. Fold `fold` is the test part, the next one (after the last the first) the validation
+    part, the others the training part: every group is tested once, and validated once.
+
+    Args:
+        table: with the column `group`.
+        seed: of the shuffle.
+        fold: which, from 1 to `count`.
+        count: folds, at least 3; 0 leaves one group out at a time.
+        group: the column, e.g. `session`, or `text`.
+
+    Returns:
+        Labels of `table.index` under train, validation and test.
+
+    Raises:
+        ValueError: fewer groups than folds, or no such fold.
+    """
+    groups = np.sort(column(table, group).unique())
+    count = count or len(groups)
+    if not 3 <= count <= len(groups):
+        raise ValueError(
+            f"column {group!r} has {len(groups)} different values; they cannot make {count} folds of 3 or more"
+        )
+    if not 1 <= fold <= count:
+        raise ValueError(f"fold={fold} must be from 1 to {count}")
+    if count < len(groups):
+        groups = np.random.default_rng(seed).permutation(groups)
+    dealt = [list(groups[number::count]) for number in range(count)]
+    test, validation = dealt[fold - 1], dealt[fold % count]
+    train = [name for name in groups if name not in (*validation, *test)]
+    return _gather(table, group, {"train": train, "validation": validation, "test": test})
+
+
+PAPER_ACTORS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
+    "iemocap": ("session", {"train": "123", "validation": "4", "test": "5"}),
+    "ravdess": (
+        "speaker",
+        {
+            "train": [f"{actor:02}" for actor in range(1, 19)],
+            "validation": [f"{actor:02}" for actor in range(19, 24)],
+            "test": ["24"],
+        },
+    ),
+    "emodb": (
+        "speaker",
+        {"train": ["03", "08", "09", "10", "11", "12", "13"], "validation": ["14", "15"], "test": ["16"]},
+    ),
+}
+"""Which actors the released code trains, validates and tests on: a column and its values in each part. It counts 25
+actors in RAVDESS, of which 18 are the training part, so that one is left for the test."""
+
+
+def paper_actor(table: pd.DataFrame, seed: int, corpus: str) -> Split:
+    """The actor split of the released code (WASPAA 2023, table 1), which has lists for four corpora.
+
+    IEMOCAP, RAVDESS and EmoDB: `PAPER_ACTORS`. TESS has two speakers: OAF is the training part, and YAF's files are
+    shuffled and halved into validation and test, which therefore share their speaker.
+
+    Args:
+        table: with `path`, `speaker` and, for IEMOCAP, `session`.
+        seed: of the shuffle of YAF's files; the released code's has none.
+        corpus: its name.
+
+    Returns:
+        Labels of `table.index` under train, validation and test.
+
+    Raises:
+        ValueError: no list for this corpus, or a speaker that is not on it, or of whom there is no row.
+    """
+    if corpus == "tess":
+        speakers = column(table, "speaker")
+        if set(speakers) != {"OAF", "YAF"}:
+            raise ValueError(f"the speakers of tess are OAF and YAF; there are {', '.join(sorted(set(speakers)))}")
+        files = np.random.default_rng(seed).permutation(np.sort(table.loc[speakers == "YAF", "path"].unique()))
+        half = (len(files) + 1) // 2
+        older = table.loc[speakers == "OAF", "path"].unique()
+        return _gather(table, "path", {"train": older, "validation": files[:half], "test": files[half:]})
+    if corpus not in PAPER_ACTORS:
+        raise ValueError(f"the released code has no actor split for {corpus!r}; it has {', '.join(PAPER_ACTORS)}, tess")
+    group, parts = PAPER_ACTORS[corpus]
+    return by_speaker(table, seed, parts, group)
+
+
+def by_part(table: pd.DataFrame, only_train: bool = False) -> Split:
+    """The parts that the corpus itself names in its column `part`, e.g. the subsets of LibriSpeech.
+
+    Args:
+        table: with the column `part`, whose values are train, validation and test.
+        only_train: validation and test are the training part again, as in the released code's word task.
+
+    Raises:
+        ValueError: another value.
+    """
+    named = column(table, "part")
+    if unknown := sorted(set(named) - set(PARTS)):
+        raise ValueError(f"column 'part' has {', '.join(map(repr, unknown))}; it must have {', '.join(PARTS)}")
+    split = {part: table.index[named == part].tolist() for part in PARTS}
+    return dict.fromkeys(PARTS, split["train"]) if only_train else split
 
 
 def confounded(
@@ -146,12 +250,13 @@ def column(table: pd.DataFrame, name: str) -> pd.Series:
     return table[name]
 
 
-def _divide(items: np.ndarray, seed: int, what: str) -> dict[str, list[str]]:
+def _divide(items: np.ndarray, seed: int | None, what: str) -> dict[str, list[str]]:
     if len(items) < 3:
         raise ValueError(f"column {what!r} has {len(items)} different values; three parts need at least 3")
-    shuffled = np.random.default_rng(seed).permutation(items)
+    if seed is not None:
+        items = np.random.default_rng(seed).permutation(items)
     train, validation, _ = counts(len(items))
-    return dict(zip(PARTS, map(list, np.split(shuffled, [train, train + validation])), strict=True))
+    return dict(zip(PARTS, map(list, np.split(items, [train, train + validation])), strict=True))
 
 
 def _given(parts: Mapping[str, Iterable[str]], present: np.ndarray, group: str) -> dict[str, list[str]]:
@@ -173,5 +278,5 @@ def _given(parts: Mapping[str, Iterable[str]], present: np.ndarray, group: str) 
     return given
 
 
-def _gather(table: pd.DataFrame, group: str, parts: Mapping[str, list[str]]) -> Split:
+def _gather(table: pd.DataFrame, group: str, parts: Mapping[str, Sequence[str] | np.ndarray]) -> Split:
     return {part: table.index[table[group].isin(parts[part])].tolist() for part in PARTS}

@@ -39,7 +39,7 @@ class SpectrogramStore:
         config: how they were made.
         index: one row per cut: the manifest's columns, then `cut` (its number within the file, from 0) and `frames`
             (how many of its rows hold sound, the rest is padding). Row i belongs to `magnitudes[i]`.
-        skipped: one row per file that is not in the store: `path` and `reason`.
+        skipped: one row per file, or segment, that is not in the store: `path` and `reason`.
     """
 
     folder: Path
@@ -123,7 +123,8 @@ def _write(
     manifest: Manifest, config: SpectrogramConfig, folder: Path, workers: int | None, progress: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     paths, checksums = manifest.table["path"].tolist(), manifest.table["checksum"].tolist()
-    files = [manifest.root / path for path in paths]
+    groups, segments = manifest.by_file(), manifest.segments
+    tasks = [(manifest.root / paths[rows[0]], checksums[rows[0]], [segments[row] for row in rows]) for rows in groups]
     sources: list[int] = []
     cut_numbers: list[int] = []
     frames: list[int] = []
@@ -135,19 +136,20 @@ def _write(
     ):
         _write_header(out, 0, config)
         start = out.tell()
-        task = progress_bar.add_task(f"Spectrograms of {manifest.name}", total=len(files))
-        for row, result in enumerate(run(partial(_spectrograms, config), files, checksums)):
-            if isinstance(result, str):
-                skipped.append((paths[row], result))
-            else:
-                cuts, sounding = result
-                out.write(cuts.tobytes())
-                sources += [row] * len(cuts)
-                cut_numbers += range(len(cuts))
-                frames += sounding
-            progress_bar.advance(task)
+        task = progress_bar.add_task(f"Spectrograms of {manifest.name}", total=len(paths))
+        for rows, results in zip(groups, run(partial(_spectrograms, config), *zip(*tasks, strict=True)), strict=True):
+            for row, result in zip(rows, results, strict=True):
+                if isinstance(result, str):
+                    skipped.append((paths[row], result))
+                else:
+                    cuts, sounding = result
+                    out.write(cuts.tobytes())
+                    sources += [row] * len(cuts)
+                    cut_numbers += range(len(cuts))
+                    frames += sounding
+            progress_bar.advance(task, len(rows))
         if not sources:
-            raise ValueError(f"{manifest.name}: no usable audio file among {len(files)}; the first: {skipped[0][1]}")
+            raise ValueError(f"{manifest.name}: no usable audio file among {len(paths)}; the first: {skipped[0][1]}")
         # numpy leaves room in the header for the first axis to grow, so it can be filled in last.
         out.seek(0)
         _write_header(out, len(sources), config)
@@ -161,17 +163,23 @@ def _initialise() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it, after the current file
 
 
-def _spectrograms(config: SpectrogramConfig, file: Path, checksum: str) -> tuple[NDArray[np.float32], list[int]] | str:
-    """One file's cuts and how many rows of each hold sound, or why it is skipped."""
-    try:
-        audio = load_audio(file, config.sample_rate)
-    except AudioError as error:
-        return str(error)
-    if sha256_of(file) != checksum:
+def _spectrograms(
+    config: SpectrogramConfig, file: Path, checksum: str, segments: Sequence[tuple[float, ...]]
+) -> list[tuple[NDArray[np.float32], list[int]] | str]:
+    """Of each segment of a file the cuts and how many rows of each hold sound, or why it is skipped."""
+    results: list[tuple[NDArray[np.float32], list[int]] | str] = []
+    for segment in segments:
+        try:
+            audio = load_audio(file, config.sample_rate, *segment)
+        except AudioError as error:
+            results.append(str(error))
+            continue
+        cuts = cut(audio, config).contiguous().numpy()
+        sounding = min(config.frames, -(-len(audio) // config.hop) + 1)
+        results.append((cuts, [sounding] * len(cuts)))
+    if not all(isinstance(result, str) for result in results) and sha256_of(file) != checksum:
         raise ValueError(f"{file}: changed since the manifest was made (its checksum differs); make the manifest again")
-    cuts = cut(audio, config).contiguous().numpy()
-    sounding = min(config.frames, -(-len(audio) // config.hop) + 1)
-    return cuts, [sounding] * len(cuts)
+    return results
 
 
 def _write_header(out: Any, count: int, config: SpectrogramConfig) -> None:

@@ -82,7 +82,7 @@ def read_corpus(config: CorpusConfig) -> Manifest:
     Raises:
         ValueError: unknown corpus, empty folder, unknown column, or nothing left.
     """
-    manifest = corpora.read(config.name, config.folder)
+    manifest = corpora.read(config.name, config.folder, **config.options)
     for column, values in config.where.items():
         if column not in manifest.table:
             known = ", ".join(manifest.table.columns)
@@ -127,7 +127,7 @@ def load_data(
     if distributed.rank() == 0:
         distributed.barrier()
     if trained is None:
-        parts = divide(store.index, experiment.split)
+        parts = divide(store.index, experiment.split, manifest.name)
         fitted = Normalisation.fit(normalisation, store.magnitudes, parts["train"])  # type: ignore[arg-type]
     else:
         parts = _recorded_parts(store.index, trained)
@@ -135,8 +135,8 @@ def load_data(
     return Data(store.index, parts, Spectrograms.of(store, fitted, experiment))
 
 
-def divide(index: pd.DataFrame, config: SplitConfig) -> splits.Split:
-    """Sample numbers of each part by the rule of ``config``.
+def divide(index: pd.DataFrame, config: SplitConfig, corpus: str = "") -> splits.Split:
+    """Sample numbers of each part by the rule of ``config``; ``corpus`` is the name by which ``paper-actor`` goes.
 
     Raises:
         ValueError: the rule does not fit the corpus, leaves a part empty, or was not given the speakers it needs.
@@ -145,7 +145,15 @@ def divide(index: pd.DataFrame, config: SplitConfig) -> splits.Split:
     if config.rule == "random":
         parts = splits.random(index, config.seed)
     elif config.rule == "speaker":
-        parts = splits.by_speaker(index, config.seed, listed if any(listed.values()) else None)
+        parts = splits.by_speaker(index, config.seed, listed if any(listed.values()) else None, config.group)
+    elif config.rule == "speaker-in-order":
+        parts = splits.by_speaker(index, None, group=config.group)
+    elif config.rule == "paper-actor":
+        parts = splits.paper_actor(index, config.seed, corpus)
+    elif config.rule == "folds":
+        parts = splits.folds(index, config.seed, config.fold, config.folds, config.group)
+    elif config.rule in ("part", "part-train-only"):
+        parts = splits.by_part(index, only_train=config.rule == "part-train-only")
     else:
         parts = splits.confounded(index, config.seed, listed, config.leak)
     for name in splits.PARTS:

@@ -1,20 +1,93 @@
-"""The corpora that can be had without a licence form, each a module with `read(folder)` and `make` or `fetch`."""
+"""The corpora that are known, each a module with `read(folder)`.
+
+Those that can be had without a licence form have `make` or `fetch`; the published ones `survey`, which tells what of
+them is there, missing and unexpected.
+"""
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from qat.data.manifest import Manifest, read_manifest
+import pandas as pd
+
+from qat.data.manifest import Manifest, build_manifest, check_files, read_manifest
+
+
+@dataclass(frozen=True)
+class About:
+    """A corpus in a few words: what it is, how it is obtained, and what its folder looks like."""
+
+    what: str
+    source: str
+    layout: str
+
 
 CORPORA = {
-    "demo": "synthesised speech: 18 voices, 16 sentences, 4 emotions, and single words",
-    "fillets": "acted comedy dialogue in Czech and Dutch: 4 main voices, 3242 lines",
-    "hedgewars": "game phrases by 15 voice packs; emotion by the phrase",
-    "gcin": "Mandarin syllables by 2 speakers; tone as label",
+    "demo": About(
+        "synthesised speech: 18 voices, 16 sentences, 4 emotions, and single words",
+        "qat corpus make demo",
+        "sentences/Annie/00-angry.wav",
+    ),
+    "fillets": About(
+        "acted comedy dialogue in Czech and Dutch: 4 main voices, 3242 lines",
+        "qat corpus fetch fillets",
+        "usr/share/games/fillets-ng/",
+    ),
+    "hedgewars": About(
+        "game phrases by 15 voice packs; emotion by the phrase",
+        "qat corpus fetch hedgewars",
+        "usr/share/games/hedgewars/",
+    ),
+    "gcin": About("Mandarin syllables by 2 speakers; tone as label", "qat corpus fetch gcin", "usr/share/gcin-voice/"),
+    "iemocap": About(
+        "10,039 utterances of dialogues, 10 actors in 5 sessions; emotion, valence, arousal, dominance",
+        "https://sail.usc.edu/iemocap (licence form)",
+        "Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav, Session1/dialog/EmoEvaluation/*.txt",
+    ),
+    "ravdess": About(
+        "24 actors, 2 sentences, 8 emotions: 1440 files of speech",
+        "https://zenodo.org/records/1188976, Audio_Speech_Actors_01-24.zip (CC BY-NC-SA)",
+        "Actor_01/03-01-01-01-01-01-01.wav",
+    ),
+    "tess": About(
+        "2 actresses, 200 words, 7 emotions: 2800 files",
+        "https://doi.org/10.5683/SP2/E8H2MF (CC BY-NC-ND)",
+        "OAF_back_angry.wav",
+    ),
+    "emodb": About(
+        "10 German actors, 10 sentences, 7 emotions: 535 files",
+        "http://emodb.bilderbar.info/download",
+        "wav/03a01Fa.wav",
+    ),
+    "emovo": About(
+        "6 Italian actors, 14 sentences, 7 emotions: 588 files",
+        "http://voice.fub.it/activities/corpora/emovo",
+        "f1/dis-f1-b1.wav",
+    ),
+    "savee": About(
+        "4 British men, 7 emotions: 480 files",
+        "http://kahlan.eps.surrey.ac.uk/savee (registration)",
+        "DC/a01.wav or DC_a01.wav",
+    ),
+    "cremad": About(
+        "91 actors, 12 sentences, 6 emotions: 7442 files",
+        "https://github.com/CheyneyComputerScience/CREMA-D, with Git LFS (ODbL)",
+        "AudioWAV/1001_DFA_ANG_XX.wav",
+    ),
+    "librispeech": About(
+        "single words by 331 readers, from sentences with word alignments; no emotion",
+        "https://www.openslr.org/12 (CC BY); alignments: https://github.com/bepierre/SpeechVGG or "
+        "https://zenodo.org/records/2619474",
+        "train-clean-100/103/1240/103-1240-0000.flac; word_labels/train-clean-100-selected-1000.txt or "
+        "train-clean-100/103/1240/103-1240-0000.TextGrid",
+    ),
 }
-"""Name of each corpus and what it is."""
+"""Name of each corpus and what is to be known about it."""
 
 
 def module(name: str) -> ModuleType:
@@ -31,20 +104,82 @@ def module(name: str) -> ModuleType:
     return import_module(f"{__name__}.{name}")
 
 
-def read(name: str, folder: Path) -> Manifest:
-    """Read a corpus that has been made or fetched.
+def options(name: str) -> list[str]:
+    """Names of the options of a corpus's reader."""
+    return list(inspect.signature(module(name).read).parameters)[1:]
+
+
+def read(name: str, folder: Path, **given: Any) -> Manifest:
+    """Read a corpus that has been made, fetched or obtained.
 
     Args:
         name: a key of `CORPORA`, or `csv`.
         folder: of the corpus; for `csv` the manifest file.
+        given: options of its reader.
 
     Raises:
-        ValueError: no such corpus, or nothing of it in the folder.
+        ValueError: no such corpus or option, or nothing of it in the folder.
     """
+    _accept(name, folder, given)
+    return read_manifest(Path(folder)) if name == "csv" else module(name).read(Path(folder), **given)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is found of a corpus.
+
+    Args:
+        manifest: what there is.
+        problems: one row per file that is missing or cannot be used: `path` (empty where only a count is known) and
+            `problem`.
+        remarks: one row per file that is not part of the corpus, or holds the same bytes as another: the same columns.
+    """
+
+    manifest: Manifest
+    problems: pd.DataFrame
+    remarks: pd.DataFrame
+
+
+def check(name: str, folder: Path, *, progress: bool = True, **given: Any) -> Check:
+    """Compare a corpus with what is published of it, and try to read every file.
+
+    Args:
+        name: a key of `CORPORA`, or `csv`.
+        folder: of the corpus; for `csv` the manifest file.
+        progress: show a progress bar.
+        given: options of its reader.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    _accept(name, folder, given)
+    missing: list[tuple[str, str]] = []
+    unexpected: list[tuple[str, str]] = []
+    if name != "csv" and hasattr(corpus := module(name), "survey"):
+        found = corpus.survey(Path(folder), **given)
+        missing, unexpected = found.missing, found.unexpected
+        manifest = build_manifest(Path(folder), found.rows, name)
+    else:
+        manifest = read(name, folder, **given)
+    columns = ["path", "problem"]
+    problems = pd.concat([pd.DataFrame(missing, columns=columns), check_files(manifest, progress)], ignore_index=True)
+    files = manifest.table.drop_duplicates("path")
+    first = files.drop_duplicates("checksum").set_index("checksum")["path"]
+    for path, checksum in files.loc[files["checksum"].duplicated(), ["path", "checksum"]].itertuples(index=False):
+        unexpected.append((path, f"holds the same bytes as {first[checksum]}"))
+    return Check(manifest, problems, pd.DataFrame(unexpected, columns=columns))
+
+
+def _accept(name: str, folder: Path, given: dict[str, Any]) -> None:
     if name == "csv":
-        return read_manifest(Path(folder))
-    corpus, folder = module(name), Path(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        verb = "make" if hasattr(corpus, "make") else "fetch"
-        raise ValueError(f"{folder}: empty or no folder; fill it with `qat corpus {verb} {name} --folder {folder}`")
-    return corpus.read(folder)
+        if given:
+            raise ValueError(f"corpus csv: has no options, not {', '.join(given)}")
+        return
+    known = options(name)
+    if unknown := [option for option in given if option not in known]:
+        raise ValueError(f"corpus {name}: no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
+        about = CORPORA[name]
+        command = about.source.startswith("qat ")
+        how = f"fill it with `{about.source} --folder {folder}`" if command else f"get {name} from {about.source}"
+        raise ValueError(f"{folder}: empty or no folder; {how}")

@@ -48,3 +48,31 @@ def test_unusable_files_are_named(tmp_path):
     ]:
         with pytest.raises(AudioError, match=rf"{name}: .*{why}"):
             load_audio(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg"])
+def test_a_segment_is_what_the_file_holds_there(tmp_path, rng, ending):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, rng.uniform(-0.5, 0.5, 16000), 16000)
+    whole = load_audio(path)
+    for start, duration in ((0.0, 0.25), (0.3, 0.1), (0.5, 0.5), (0.73, 0.02)):
+        segment = load_audio(path, 16000, start, duration)
+        first = round(16000 * start)
+        # Vorbis decodes from the block before, which differs in the last bits.
+        np.testing.assert_allclose(segment, whole[first : round(16000 * (start + duration))], atol=1e-4)
+    np.testing.assert_allclose(load_audio(path, 16000, 0.9), whole[14400:], atol=1e-4)
+    assert len(load_audio(path, 16000, 0.9, 5.0)) == 1600  # it ends with the file
+    assert len(load_audio(path, 8000, 0.5, 0.25)) == 2000
+    np.testing.assert_array_equal(load_audio(path, 16000, 0.0), whole)
+
+
+def test_a_segment_that_cannot_be_used_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.r_[np.full(8000, 0.5), np.zeros(8000)], 16000)
+    for segment, message in (
+        ((1.5, 0.5), r"a\.wav, from 1\.5 s: has no samples"),
+        ((0.25, 0.01), r"a\.wav, from 0\.25 s: 160 samples, fewer than one window"),
+        ((0.5, 0.25), r"a\.wav, from 0\.5 s: silent"),
+    ):
+        with pytest.raises(AudioError, match=message):
+            load_audio(tmp_path / "a.wav", 16000, *segment)
+    assert len(load_audio(tmp_path / "a.wav", 16000, 0.25, 0.25)) == 4000

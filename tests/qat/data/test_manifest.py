@@ -108,3 +108,61 @@ def test_check_files_finds_every_kind_of_trouble(make_corpus):
     assert "no such file" in problems["gone.wav"]
     assert "checksum differs" in problems["changed.wav"]
     assert "cannot be decoded" in problems["broken.wav"]
+
+
+def segments(make_corpus):
+    manifest = make_corpus({"a/1.wav": 1.0, "b/2.wav": 0.5})
+    facts = manifest.table.set_index("path")["checksum"]
+    rows = [("a/1.wav", 0.0, 0.25), ("a/1.wav", 0.25, 0.5), ("b/2.wav", 0.1, 0.2), ("a/1.wav", 0.75, 0.25)]
+    table = pd.DataFrame(rows, columns=["path", "start", "duration"]).assign(speaker="s", text="word", emotion="")
+    return type(manifest)(manifest.root, table.assign(checksum=table["path"].map(facts)), "words")
+
+
+def test_segments_of_a_file_are_rows_of_their_own(make_corpus, tmp_path):
+    manifest = segments(make_corpus)
+    assert manifest.segments == [(0.0, 0.25), (0.25, 0.5), (0.1, 0.2), (0.75, 0.25)]
+    assert manifest.by_file() == [[0, 1], [2], [3]]
+    write_manifest(manifest, manifest.root / "words.csv")
+    again = read_manifest(manifest.root / "words.csv")
+    assert again.key == manifest.key
+    assert again.segments == manifest.segments
+    moved = manifest.table.assign(start=manifest.table["start"] + 0.001)
+    assert type(manifest)(manifest.root, moved, "words").key != manifest.key
+    bare = manifest.table.drop(columns="checksum").to_dict("records")
+    assert build_manifest(manifest.root, bare, "words").key == manifest.key
+
+
+def test_whole_files_have_no_segment(make_corpus):
+    manifest = make_corpus({"a/1.wav": 0.1, "b/2.wav": 0.1})
+    assert manifest.segments == [(), ()]
+    assert manifest.by_file() == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("start\na/1.wav,s,,,0\n", "column 'duration' is missing; beside 'start' it says how long a segment is"),
+        ("start,duration\na/1.wav,s,,,-1,1\n", r"row 1, column 'start': -1\.0 must be a number of seconds from 0"),
+        ("start,duration\na/1.wav,s,,,,1\n", r"row 1, column 'start': nan must be a number of seconds from 0"),
+        (
+            "start,duration\na/1.wav,s,,,0,1\na/1.wav,s,,,0,2\n",
+            r"row 2, column 'path': 'a/1.wav' must be in one row only",
+        ),
+    ],
+)
+def test_bad_segments_are_named(make_corpus, content, message):
+    csv = make_corpus({"a/1.wav": 0.1}).root / "mine.csv"
+    csv.write_text("path,speaker,text,emotion," + content)
+    with pytest.raises(ValueError, match=message):
+        read_manifest(csv)
+
+
+def test_check_files_reads_every_segment(make_corpus):
+    manifest = segments(make_corpus)
+    assert not len(check_files(manifest, progress=False))
+    late = manifest.table.assign(start=[0.0, 5.0, 0.1, 0.75])
+    problems = check_files(type(manifest)(manifest.root, late, "words"), progress=False)
+    assert problems["path"].tolist() == ["a/1.wav"]
+    assert "from 5 s: has no samples" in problems["problem"][0]
+    (manifest.root / "b/2.wav").write_bytes((manifest.root / "a/1.wav").read_bytes())
+    assert check_files(manifest, progress=False)["path"].tolist() == ["b/2.wav"]

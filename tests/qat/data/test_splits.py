@@ -1,10 +1,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qat.config import SplitConfig
 from qat.data import splits
+from qat.training.data import divide
 
 SPEAKERS = [f"s{i}" for i in range(7)]
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
@@ -208,3 +210,181 @@ def test_missing_and_empty_label_columns_are_named():
     table.loc[3, "speaker"] = ""
     with pytest.raises(ValueError, match=f"empty in 1 of {len(table)} rows, the first being"):
         splits.by_speaker(table, 1)
+
+
+@st.composite
+def corpora(draw) -> pd.DataFrame:
+    """Utterances of two speakers a session, who say the same sentences; one to three cuts each, rows in any order."""
+    sessions, sentences = draw(st.integers(3, 6)), draw(st.integers(3, 5))
+    rows = []
+    for session in range(1, sessions + 1):
+        for sex in "FM":
+            said = draw(st.sets(st.integers(0, sentences - 1), min_size=1)) if session > 1 else range(sentences)
+            for sentence in sorted(said):
+                row = {"path": f"{session}{sex}/{sentence}.wav", "speaker": f"{session}{sex}", "session": str(session)}
+                rows += [row | {"text": f"script{sentence:02}"}] * draw(st.integers(1, 3))
+    return pd.DataFrame(rows, index=draw(st.permutations(range(0, 2 * len(rows), 2))))
+
+
+@settings(max_examples=60)
+@given(corpora(), st.integers(0, 2**32), st.sampled_from(["speaker", "session", "text"]), st.data())
+def test_folds_keep_groups_apart_and_test_each_once(table, seed, group, data):
+    groups = table[group].nunique()
+    count = data.draw(st.sampled_from([0, *range(3, groups + 1)]))
+    k = count or groups
+    every = [splits.folds(table, seed, fold, count, group) for fold in range(1, k + 1)]
+    for number, split in enumerate(every):
+        assert_partition(table, split)
+        for apart in {"speaker": ["speaker"], "session": ["session", "speaker"], "text": ["text"]}[group] + ["path"]:
+            assert_no_leak(table, split, apart)
+        assert split["validation"] == every[(number + 1) % k]["test"]
+    assert sorted(row for split in every for row in split["test"]) == sorted(table.index)
+    sizes = [len(values(table, split, group)["test"]) for split in every]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_leave_one_out_goes_by_name_and_other_folds_by_seed():
+    table = grid()
+    for fold in (1, 4, 7):
+        tested = values(table, splits.folds(table, 5, fold), "speaker")
+        assert (tested["test"], tested["validation"]) == ({f"s{fold - 1}"}, {f"s{fold % 7}"})
+    assert len({str(splits.folds(table, seed, 1, 3)) for seed in range(8)}) > 4
+    assert splits.folds(table, 1, 2, 3) == splits.folds(table.copy(), 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fold", "count", "message"),
+    [
+        (0, 3, "fold=0 must be from 1 to 3"),
+        (4, 3, "fold=4 must be from 1 to 3"),
+        (8, 0, "fold=8 must be from 1 to 7"),
+        (1, 8, "has 7 different values; they cannot make 8 folds"),
+        (1, 2, "cannot make 2 folds of 3 or more"),
+    ],
+)
+def test_folds_that_do_not_exist(fold, count, message):
+    with pytest.raises(ValueError, match=message):
+        splits.folds(grid(), 1, fold, count)
+
+
+@given(corpora(), st.integers(0, 2**32))
+def test_a_sentence_is_in_one_part_when_sentences_are_divided(table, seed):
+    split = splits.by_speaker(table, seed, group="text")
+    assert_partition(table, split)
+    assert_no_leak(table, split, "text")
+
+
+@given(corpora())
+def test_speakers_in_order(table):
+    split = splits.by_speaker(table, None)
+    assert_partition(table, split)
+    assert_no_leak(table, split, "speaker")
+    parts = values(table, split, "speaker")
+    assert max(parts["train"]) < min(parts["validation"])
+    assert max(parts["validation"]) < min(parts["test"])
+
+
+def test_ravdess_actors_in_order_are_17_5_and_2():
+    parts = values(table := grid([f"{n:02}" for n in range(1, 25)], 1), splits.by_speaker(table, None), "speaker")
+    assert parts["validation"] == {"18", "19", "20", "21", "22"}
+    assert parts["test"] == {"23", "24"}
+    assert splits.by_speaker(table, 0) != splits.by_speaker(table, None)  # 0 is a seed like any other
+
+
+def test_the_released_codes_actors():
+    """The lists in full, so that they cannot change unnoticed: IEMOCAP by sessions, RAVDESS 1-18, 19-23, 24..."""
+    numbers = [f"{n:02}" for n in range(1, 25)]
+    ravdess = grid(numbers, 2)
+    parts = values(ravdess, splits.paper_actor(ravdess, 1, "ravdess"), "speaker")
+    assert parts == {"train": set(numbers[:18]), "validation": set(numbers[18:23]), "test": {"24"}}
+    emodb = grid(["03", "08", "09", "10", "11", "12", "13", "14", "15", "16"], 2)
+    parts = values(emodb, splits.paper_actor(emodb, 1, "emodb"), "speaker")
+    assert parts["train"] == {"03", "08", "09", "10", "11", "12", "13"}
+    assert (parts["validation"], parts["test"]) == ({"14", "15"}, {"16"})
+    iemocap = grid([f"{session}{sex}" for session in range(1, 6) for sex in "FM"], 2)
+    iemocap["session"] = iemocap["speaker"].str[0]
+    split = splits.paper_actor(iemocap, 1, "iemocap")
+    assert_no_leak(iemocap, split, "speaker")
+    parts = values(iemocap, split, "session")
+    assert parts == {"train": {"1", "2", "3"}, "validation": {"4"}, "test": {"5"}}
+
+
+@given(st.integers(2, 30), st.integers(2, 30), st.integers(0, 2**32), st.data())
+def test_the_released_codes_tess(older, younger, seed, data):
+    said = {"OAF": older, "YAF": younger}
+    rows = [{"path": f"{speaker}_{n}.wav", "speaker": speaker} for speaker in said for n in range(said[speaker])]
+    rows = [row for row in rows for _ in range(data.draw(st.integers(1, 2)))]
+    table = pd.DataFrame(rows, index=data.draw(st.permutations(range(len(rows)))))
+    split = splits.paper_actor(table, seed, "tess")
+    assert_partition(table, split)
+    assert_no_leak(table, split, "path")
+    assert values(table, split, "speaker") == {"train": {"OAF"}, "validation": {"YAF"}, "test": {"YAF"}}
+    halves = [len(values(table, split, "path")[part]) for part in ("validation", "test")]
+    assert halves == [(younger + 1) // 2, younger // 2]
+
+
+def test_the_halves_of_tess_are_drawn():
+    table = pd.DataFrame([{"path": f"{s}_{n}.wav", "speaker": s} for s in ("OAF", "YAF") for n in range(40)])
+    drawn = {str(splits.paper_actor(table, seed, "tess")) for seed in range(5)}
+    assert len(drawn) == 5
+    # Which file comes first in the table has no say in it.
+    halves = values(table, splits.paper_actor(table, 1, "tess"), "path")
+    assert values(table[::-1], splits.paper_actor(table[::-1], 1, "tess"), "path") == halves
+
+
+def test_actor_splits_that_do_not_exist():
+    with pytest.raises(ValueError, match="no actor split for 'savee'; it has iemocap, ravdess, emodb, tess"):
+        splits.paper_actor(grid(), 1, "savee")
+    with pytest.raises(ValueError, match="the speakers of tess are OAF and YAF; there are s0, s1"):
+        splits.paper_actor(grid(), 1, "tess")
+    with pytest.raises(ValueError, match="speaker '01' has no row"):
+        splits.paper_actor(grid(), 1, "ravdess")
+
+
+@given(tables(), st.data())
+def test_parts_that_the_corpus_names(table, data):
+    speakers = sorted(set(table["speaker"]))
+    named = [*splits.PARTS, *(data.draw(st.sampled_from(splits.PARTS)) for _ in speakers[3:])]
+    table = table.assign(part=table["speaker"].map(dict(zip(speakers, named, strict=True))))
+    split = splits.by_part(table)
+    assert_partition(table, split)
+    assert {part: set(table.loc[rows, "part"]) for part, rows in split.items()} == {p: {p} for p in splits.PARTS}
+    assert splits.by_part(table, only_train=True) == dict.fromkeys(splits.PARTS, split["train"])
+
+
+def test_parts_with_other_names_are_refused():
+    with pytest.raises(ValueError, match="column 'part' has 'dev'; it must have train, validation, test"):
+        splits.by_part(grid().assign(part=lambda t: t["speaker"].map(lambda s: "dev" if s == "s1" else "train")))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SplitConfig("speaker", 3, group="text"), lambda t: splits.by_speaker(t, 3, group="text")),
+        (SplitConfig("speaker-in-order", 3), lambda t: splits.by_speaker(t, None)),
+        (SplitConfig("speaker-in-order", 3, group="text"), lambda t: splits.by_speaker(t, None, group="text")),
+        (SplitConfig("folds", 3, folds=4, fold=2), lambda t: splits.folds(t, 3, 2, 4)),
+        (SplitConfig("folds", 3, fold=2, group="text"), lambda t: splits.folds(t, 3, 2, 0, "text")),
+        (SplitConfig("paper-actor", 3), lambda t: splits.paper_actor(t, 3, "ravdess")),
+        (SplitConfig("part"), lambda t: splits.by_part(t)),
+        (SplitConfig("part-train-only"), lambda t: splits.by_part(t, only_train=True)),
+    ],
+)
+def test_every_rule_of_the_configuration(config, expected):
+    table = grid([f"{n:02}" for n in range(1, 25)], 2)
+    table["text"] = table["path"].str[3:5] + table["emotion"]
+    table["part"] = [splits.PARTS[i % 3] for i in range(len(table))]
+    assert divide(table, config, "ravdess") == expected(table)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"folds": 2}, "split.folds: 2 must be 0 or at least 3"),
+        ({"fold": 0}, "split.fold: 0 must be at least 1"),
+        ({"rule": "confounded", "group": "text"}, "split.group: 'text' must be 'speaker' with rule 'confounded'"),
+    ],
+)
+def test_bad_settings_are_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        SplitConfig(**changed)

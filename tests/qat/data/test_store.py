@@ -3,6 +3,7 @@ import logging
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -12,6 +13,7 @@ from qat.data.audio import load_audio
 from qat.data.manifest import build_manifest
 from qat.data.spectrogram import SpectrogramConfig, cut
 from qat.data.store import SpectrogramStore, prepare
+from qat.files import sha256_of
 
 CONFIG = SpectrogramConfig()
 
@@ -147,3 +149,38 @@ def test_open_refuses_what_is_no_store(make_corpus, tmp_path):
 def test_negative_workers(make_corpus, tmp_path):
     with pytest.raises(ValueError, match="workers=-1 must not be negative"):
         quietly(make_corpus({"a.wav": 0.5}), CONFIG, tmp_path, workers=-1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_segments_are_prepared_as_if_they_were_files(make_corpus, tmp_path, workers, monkeypatch):
+    manifest = make_corpus({"a.wav": 1.0, "b.wav": 1.0})
+    rows = [("a.wav", 0.0, 0.25), ("a.wav", 0.25, 0.5), ("a.wav", 2.0, 0.5), ("b.wav", 0.5, 0.125), ("a.wav", 0.9, 0.1)]
+    table = pd.DataFrame(rows, columns=["path", "start", "duration"]).assign(speaker="s", text=[*"vwxyz"], emotion="")
+    words = build_manifest(manifest.root, table.to_dict("records"), "words")
+    hashed = []
+    monkeypatch.setattr(store_module, "sha256_of", lambda file: hashed.append(file.name) or sha256_of(file))
+    config = SpectrogramConfig(cut="word")
+    store = quietly(words, config, tmp_path / "prepared", workers)
+    assert store.index["text"].tolist() == ["v", "w", "y", "z"]
+    assert store.skipped.to_dict("list") == {
+        "path": ["a.wav"],
+        "reason": [f"{manifest.root}/a.wav, from 2 s: has no samples"],
+    }
+    for row, (path, start, duration) in enumerate([rows[0], rows[1], rows[3], rows[4]]):
+        audio, _ = soundfile.read(manifest.root / path, dtype="float32")
+        piece = audio[round(start * 16000) : round((start + duration) * 16000)]
+        assert torch.equal(store.rows([row]), cut(piece, config))
+        assert store.index["frames"][row] == -(-len(piece) // 128) + 1
+    if not workers:
+        assert hashed == ["a.wav", "b.wav", "a.wav"]  # once for adjacent segments
+
+
+def test_a_changed_file_of_segments_is_refused(make_corpus, tmp_path):
+    manifest = make_corpus({"a.wav": 1.0})
+    rows = [
+        {"path": "a.wav", "start": s, "duration": 0.2, "speaker": "s", "text": "", "emotion": ""} for s in (0.1, 0.5)
+    ]
+    words = build_manifest(manifest.root, rows, "words")
+    soundfile.write(manifest.root / "a.wav", np.full(16000, 0.5), 16000)
+    with pytest.raises(ValueError, match=r"a\.wav: changed since the manifest was made"):
+        quietly(words, CONFIG, tmp_path / "prepared")

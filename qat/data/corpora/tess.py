@@ -1,0 +1,62 @@
+"""TESS: two actresses say 200 words with seven emotions (Pichora-Fuller and Dupuis 2020, CC BY-NC-ND 4.0)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qat.data.corpora import _published
+from qat.data.manifest import Manifest, build_manifest
+
+EMOTIONS = {
+    "angry": "angry",
+    "disgust": "disgust",
+    "fear": "fear",
+    "happy": "happy",
+    "neutral": "neutral",
+    "ps": "surprise",
+    "sad": "sad",
+}
+"""Last part of the file name; `ps` is pleasant surprise."""
+
+PUBLISHED = {"emotion": dict.fromkeys(EMOTIONS.values(), 400), "speaker": {"OAF": 1400, "YAF": 1400}}
+"""2800 files."""
+
+# One published file has the prefix OA: OA_bite_neutral.wav.
+_NAME = re.compile(rf"(OAF?|YAF)_([a-z-]+)_({'|'.join(EMOTIONS)})", re.IGNORECASE)
+
+
+def read(folder: Path) -> Manifest:
+    """Read the corpus.
+
+    Args:
+        folder: with the wav files, e.g. `OAF_back_angry.wav`, at any depth.
+
+    Returns:
+        One row per file: `speaker` is OAF (aged 64) or YAF (26), `text` the word behind "Say the word".
+
+    Raises:
+        ValueError: nothing of it in the folder.
+    """
+    return build_manifest(Path(folder), survey(Path(folder)).rows, "tess")
+
+
+def survey(folder: Path) -> _published.Survey:
+    """What is there, missing and unexpected."""
+    return _published.survey(folder, _parse, PUBLISHED, _names)
+
+
+def _parse(file: Path) -> tuple[str, _published.Row] | str:
+    name = _NAME.fullmatch(file.stem)
+    if not name:
+        return "its name is not OAF or YAF, a word and an emotion"
+    prefix, word, emotion = name[1].upper(), name[2].lower(), name[3].lower()
+    speaker = "YAF" if prefix == "YAF" else "OAF"
+    return f"{speaker}_{word}_{emotion}", {"speaker": speaker, "text": word, "emotion": EMOTIONS[emotion]}
+
+
+def _names(rows: list[_published.Row]) -> Iterator[str]:
+    """Every word that is there, by both actresses with every emotion."""
+    for word in sorted({row["text"] for row in rows}):
+        yield from (f"{speaker}_{word}_{emotion}" for speaker in PUBLISHED["speaker"] for emotion in EMOTIONS)
