@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 import qat
 from qat.config import CorpusConfig, Experiment, RHEmoExperiment, TrainingConfig, to_plain
 from qat.data.spectrogram import SpectrogramConfig
+from qat.experiments.sweep import SlurmConfig
 
 Command = Callable[[Namespace], Any]
 
@@ -40,6 +41,17 @@ RHEMO_HELP = (
     "Train one stage of RH-Emo. The defaults are stage 1 (reconstruction). Stage 2 (with emotions): --training.initial "
     "STAGE1 --rhemo.beta 0.01 --training.lr 1e-6 --training.batch 20 --training.patience 30 "
     "--training.weight_decay 1e-5"
+)
+
+CHECK_HELP = (
+    "Compare a corpus with what is published of it, and try to read every file. `problems` are files that are missing "
+    "or cannot be used, and make the exit code 1; `remarks` are files that are not part of it, or the same as another."
+)
+
+SWEEP_HELP = (
+    "Train every combination of what varies in a plan: `base` has the settings of `qat train`, `vary` a list of values "
+    "for each dotted setting, e.g. `training.seed: [1, 2]`. Each run has its own process and folder; one that fails "
+    "ends no other."
 )
 
 
@@ -65,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, f"interrupted; what is finished is kept, and {again} goes on", 130)
     if int(os.environ.get("RANK", 0)) == 0:
         _print(result, options.json)
-    return 1 if name == "corpus check" and result["unusable"] else 0
+    return 1 if name in ("corpus check", "sweep") and result["problems"] else 0
 
 
 class _Parser(ArgumentParser):
@@ -119,8 +131,11 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
     sub = command(group, "corpus fetch", _corpus_fetch, "Fetch recorded human speech from Debian's archive.")
     _corpus_arguments(sub)
     sub.add_argument("--from", type=Path | None, default=None, help="folder of packages that are downloaded already")
-    sub = command(group, "corpus check", _corpus_check, "Count a corpus and try to read every file.")
-    _corpus_arguments(sub)
+    sub = command(group, "corpus check", _corpus_check, CHECK_HELP)
+    sub.add_argument("name", type=str, help="of the corpus; `qat corpus list` shows them")
+    sub.add_argument("dir", type=Path | None, nargs="?", default=None, help="its folder (the manifest file for csv)")
+    sub.add_argument("--folder", type=Path | None, default=None, help="the same")
+    sub.add_argument("--options", type=dict[str, Any], default={}, help="of its reader, e.g. '{words: 500}'")
 
     sub = command(top, "prepare", _prepare, "Decode a corpus and store its spectrograms, once.")
     sub.add_class_arguments(CorpusConfig, "corpus")
@@ -139,6 +154,20 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
         _training_arguments(sub, defaults)
     sub = command(top, "train", _train, "Train an emotion classifier, with or without anti-transfer.")
     _training_arguments(sub, Experiment())
+
+    sub = command(top, "sweep", _sweep, SWEEP_HELP)
+    sub.add_argument("plan", type=Path, help="YAML file of settings and of what varies")
+    sub.add_argument("--out", type=Path, required=True, help="folder for all runs; the same again goes on with them")
+    sub.add_argument("--at-once", type=int, default=1, help="trainings side by side in each job, on its one GPU")
+    sub.add_argument("--jobs", type=int | None, default=None, help="jobs (default: one for each visible GPU, or one)")
+    sub.add_argument(
+        "--cluster",
+        choices=["auto", "local", "slurm"],
+        default="auto",
+        help="this machine, or a job array of Slurm; auto is slurm where there is an sbatch",
+    )
+    sub.add_class_arguments(SlurmConfig, "slurm")
+    sub.add_argument("--dry-run", action="store_true", help="only tell what would be trained")
 
     sub = command(top, "evaluate", _evaluate, "Judge a trained classifier on its own parts or on another corpus.")
     sub.add_argument("run", type=Path, help="run folder or checkpoint")
@@ -194,9 +223,17 @@ def _demo(options: Namespace) -> Any:
 
 
 def _corpus_list(options: Namespace) -> Any:
-    from qat.data.corpora import CORPORA
+    from qat.data import corpora
 
-    return CORPORA
+    known = {
+        name: dataclasses.asdict(about) | {"options": ", ".join(corpora.options(name))}
+        for name, about in corpora.CORPORA.items()
+    }
+    if options.json:
+        return known
+    for about in known.values():
+        about["what"] = "\n    ".join([about["what"], *(f"{k}: {v}" for k, v in about.items() if v and k != "what")])
+    return {name: about["what"] for name, about in known.items()}
 
 
 def _corpus_make(options: Namespace) -> Any:
@@ -208,30 +245,39 @@ def _corpus_fetch(options: Namespace) -> Any:
 
 
 def _maker(options: Namespace, verb: str, other: str) -> Callable[..., Any]:
-    from qat.data.corpora import module
+    from qat.data.corpora import CORPORA, module
 
     corpus = module(options.name)
     if not hasattr(corpus, verb):
-        raise ValueError(f"{options.name}: cannot be had with `corpus {verb}`; use `qat corpus {other} {options.name}`")
+        source = CORPORA[options.name].source
+        how = f"use `{source}`" if hasattr(corpus, other) else f"get it from {source}"
+        raise ValueError(f"{options.name}: cannot be had with `corpus {verb}`; {how}")
     function: Callable[..., Any] = getattr(corpus, verb)
     return function
 
 
 def _corpus_check(options: Namespace) -> Any:
     from qat.data import corpora
-    from qat.data.manifest import check_files
 
-    manifest = corpora.read(options.name, options.folder)
-    problems = check_files(manifest)
-    return _counted(manifest) | {"unusable": len(problems), "problems": problems.to_dict("records")}
+    folder = options.dir or options.folder
+    if folder is None or (options.dir and options.folder):
+        raise ValueError(f"name the folder of {options.name} once: `qat corpus check {options.name} DIR`")
+    found = corpora.check(options.name, folder, **options.options)
+    return _counted(found.manifest) | {
+        "unusable": len(found.problems),
+        "problems": found.problems.to_dict("records"),
+        "remarks": found.remarks.to_dict("records"),
+    }
 
 
 def _counted(manifest: Any) -> dict[str, Any]:
     table = manifest.table
+    segments = {"segments": len(table)} if "start" in table else {}
     return {
         "corpus": manifest.name,
         "folder": manifest.root,
-        "files": len(table),
+        "files": table["path"].nunique(),
+        **segments,
         "hours": round(float(table["duration"].sum()) / 3600, 3),
         "speakers": table["speaker"].nunique(),
         "emotions": {k: int(n) for k, n in table["emotion"].value_counts().items() if k},
@@ -258,6 +304,30 @@ def _train(options: Namespace) -> Any:
     from qat.training.pipeline import train_classifier
 
     return train_classifier(_chosen(Experiment, options), options.out, resume=options.resume, profile=options.profile)
+
+
+def _sweep(options: Namespace) -> Any:
+    from qat.experiments.sweep import Layout, read_plan, train_all
+
+    trainings = read_plan(options.plan)
+    layout = Layout(options.at_once, options.jobs, options.cluster, options.slurm)
+    if options.dry_run:
+        runs = [{"run": path.as_posix(), "folder": str(options.out / path)} for path in trainings]
+        return {"trainings": len(runs), "runs": runs, "problems": []}
+    outcomes = train_all(trainings, options.out, layout)
+    return {
+        "runs": [
+            {
+                "run": one.path.as_posix(),
+                "status": one.status,
+                "epochs": one.result and one.result["epochs"],
+                "accuracy": one.result and one.result["parts"]["test"].get("accuracy"),
+                "folder": str(options.out / one.path),
+            }
+            for one in outcomes
+        ],
+        "problems": [{"run": one.path.as_posix(), "problem": one.error} for one in outcomes if one.error],
+    }
 
 
 def _evaluate(options: Namespace) -> Any:
@@ -299,8 +369,9 @@ def _print(result: Any, as_json: bool) -> None:
         if name == "parts":
             names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
             console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
-        elif name == "problems":
-            console.print(_table(value))
+        elif name in ("problems", "remarks", "runs"):
+            if value:
+                console.print(_table(value))
         elif name == "summary":
             shown = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
             console.print(_table(shown.round(3).rename(columns=SUMMARY).to_dict("records")))

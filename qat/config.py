@@ -30,11 +30,13 @@ class CorpusConfig:
         name: a known corpus (``qat corpus list``) or ``csv`` for a manifest of your own.
         folder: the corpus folder, or the manifest file when ``name`` is ``csv``.
         where: keep the rows whose column has one of these values, e.g. ``{speaker: [en-us+f1, en-us+m1]}``.
+        options: of the corpus's reader, e.g. ``{speaker: session}`` for iemocap; ``qat corpus list`` names them.
     """
 
     name: str = "demo"
     folder: Path = Path("corpora/demo")
     where: dict[str, list[str]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class SplitConfig:
     """How recordings are divided into train, validation and test.
 
     Args:
-        rule: ``random`` 70/20/10 over files; ``speaker`` 70/20/10 over speakers, or the speakers listed below;
+        rule: ``random`` 70/20/10 over files, the paper's random split; ``speaker`` 70/20/10 over speakers, or the
+            speakers listed below; ``speaker-in-order``: the same without shuffling them (RAVDESS: 17, 5 and 2 actors);
+            ``paper-actor``: the released code's lists for the corpora (or manifest files) named iemocap, ravdess, tess
+            and emodb; ``folds``: one fold of a cross-validation over speakers; ``part``: as the corpus's column
+            ``part`` says (LibriSpeech's subsets); ``part-train-only``: its training part three times, as the released
+            code's word task has it;
             ``confounded``: the listed speakers, and each training speaker says one emotion always and the others
             with ``leak`` of its sentences, so that the voice predicts the emotion.
         seed: shuffles the files, the speakers, or which emotion is whose.
@@ -50,17 +57,30 @@ class SplitConfig:
         validation: speakers of the validation part.
         test: speakers of the test part.
         leak: share of sentences kept in the other emotions (``confounded``).
+        group: the column that stands for the speaker in the rules ``speaker``, ``speaker-in-order`` and ``folds``:
+            ``session`` for leave-one-session-out, ``text`` or ``script`` for parts that share no sentence.
+        folds: how many (``folds``), at least 3; 0: as many as groups, leave-one-out.
+        fold: which one is the test part, from 1; the next one is the validation part.
     """
 
-    rule: Literal["random", "speaker", "confounded"] = "random"
+    rule: Literal[
+        "random", "speaker", "speaker-in-order", "paper-actor", "folds", "part", "part-train-only", "confounded"
+    ] = "random"
     seed: int = 1
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     leak: float = 0.1
+    group: str = "speaker"
+    folds: int = 0
+    fold: int = 1
 
     def __post_init__(self) -> None:
         _require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
+        _require(self.folds == 0 or self.folds >= 3, "split.folds", self.folds, "0 or at least 3")
+        _require(self.fold >= 1, "split.fold", self.fold, "at least 1")
+        if self.rule == "confounded":
+            _require(self.group == "speaker", "split.group", self.group, "'speaker' with rule 'confounded'")
 
 
 @dataclass(frozen=True)
@@ -348,10 +368,13 @@ def to_plain(config: Any) -> Any:
 def decisive(plain: dict[str, Any]) -> dict[str, Any]:
     """A plain experiment without the settings that do not decide what is learnt, but only how it is computed.
 
-    With others a run may be resumed: on another device, after it ran out of memory, or uncaptured.
+    With others a run may be resumed: on another device, after it ran out of memory, or uncaptured. Settings that there
+    were not yet when it was saved have their defaults.
     """
-    training = {key: value for key, value in plain["training"].items() if key not in EXECUTION}
-    return plain | {"training": training}
+    kind: type[AnyExperiment] = RHEmoExperiment if "rhemo" in plain else Experiment
+    whole = to_plain(from_plain(kind, plain))
+    training = {key: value for key, value in whole["training"].items() if key not in EXECUTION}
+    return whole | {"training": training}
 
 
 def from_plain(kind: type[C], plain: dict[str, Any]) -> C:

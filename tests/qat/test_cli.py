@@ -101,7 +101,7 @@ def test_defaults_are_the_papers():
     [
         (["train", "--out", "x", "--network.width", "wide"], "network.width"),
         (["train", "--out", "x", "--network.widht", "1"], "network.widht"),
-        (["prepare", "--corpus.name", "iemocap"], "unknown corpus 'iemocap'; known are demo, fillets"),
+        (["prepare", "--corpus.name", "timit"], "unknown corpus 'timit'; known are demo, fillets"),
         (["prepare", "--corpus.folder", "/nowhere"], "/nowhere: empty or no folder"),
         (["evaluate", "/nowhere"], "/nowhere: no such checkpoint"),
         (["predict", "/nowhere", "a.wav"], "/nowhere: no such checkpoint"),
