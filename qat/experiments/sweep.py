@@ -34,7 +34,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from qat.config import AnyExperiment, Experiment, RHEmoExperiment, to_plain
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment, decisive, to_plain
 from qat.experiments.runs import flat
 from qat.files import write_text
 from qat.processes import bar
@@ -294,9 +294,8 @@ def _check_folder(folder: Path, experiment: AnyExperiment) -> None:
         theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
     else:
         return
-    ours = to_plain(experiment)
-    if theirs != ours:
-        old, new = flat(theirs), flat(ours)
+    old, new = flat(decisive(theirs)), flat(decisive(to_plain(experiment)))
+    if old != new:
         name = next((name for name in [*new, *old] if old.get(name) != new.get(name)), "settings")
         raise ValueError(
             f"{folder}: holds a run with {name} {old.get(name)!r}, and this one has {new.get(name)!r}; "
