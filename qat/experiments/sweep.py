@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -460,6 +461,7 @@ class _Share:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
+        resource_tracker.ensure_running()  # now, because starting it unblocks SIGTERM for what is started afterwards
         waiting = [folder for folder in self.runs if not _result(folder).is_file()]
         running: dict[int, tuple[Path, Any]] = {}
         try:

@@ -21,7 +21,7 @@ from qat.data import store
 from qat.experiments import sweep
 from qat.experiments.report import collect, summary_table
 from qat.experiments.sweep import Layout, Outcome, SlurmConfig, read_plan, train_all
-from qat.files import sha256_of
+from qat.files import sha256_of, write_text
 from qat.training.checkpoint import load_checkpoint
 from qat.training.pipeline import train_classifier
 
@@ -50,6 +50,10 @@ def wait_for(condition, seconds: float = 60) -> None:
 def trainer(run: Path) -> int:
     """The process that trains a run."""
     return int((run / ".lock").read_text().split()[1])
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def is_locked(run: Path) -> bool:
@@ -309,6 +313,7 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
 
     def watch(jobs, *arguments):
         wait_for((tmp_path / "killed/last.safetensors").is_file)
+        write_text(tmp_path / "rhemo/error.txt", "of an earlier time that this job was run\n")
         os.kill(trainer(tmp_path / "killed"), signal.SIGKILL)
         wait_for((tmp_path / "stopped/last.safetensors").is_file)
         controller = jobs[0]._process.pid
@@ -326,6 +331,7 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
         training=experiment.training,
         cache=experiment.cache,
     )
+    write_text(tmp_path / "waiting/error.txt", "of an earlier sweep\n")
     endless = longer(experiment, 100_000)
     trainings = {"killed": endless, "busy": experiment, "rhemo": pretraining, "stopped": endless, "waiting": experiment}
     with sweep._lock(tmp_path / "busy/.lock"):
@@ -335,6 +341,7 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
     assert not (tmp_path / "busy/split.json").exists()
     assert rhemo.status == "finished"
     assert rhemo.result["kind"] == "rhemo"
+    assert not (tmp_path / "rhemo/error.txt").exists()
     [log] = (tmp_path / ".jobs").glob("*/*.err")
     assert [(one.status, one.error) for one in (stopped, waiting)] == [
         ("stopped", f"its job ended before it; {log} may tell why")
@@ -342,17 +349,32 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
     wait_for(lambda: not is_locked(tmp_path / "stopped"), 20)
 
 
-def test_an_interruption_ends_the_jobs_first(experiment, tmp_path, monkeypatch):
-    def interrupted(*_):
-        wait_for((tmp_path / "a/last.safetensors").is_file)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweep, "_watch", interrupted)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with pytest.raises(KeyboardInterrupt):
-        train_all({Path("a"): longer(experiment, 100_000)}, tmp_path, LOCAL)
-    assert not is_locked(tmp_path / "a")
-    assert not (tmp_path / "a/error.txt").exists()
+def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment, tmp_path):
+    plan = {"base": to_plain(longer(experiment, 100_000))}
+    path = write(tmp_path, yaml.safe_dump(plan))
+    command = [sys.executable, "-m", "qat", "sweep", path, "--out", tmp_path, "--cluster", "local"]
+    environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as driver:
+        try:
+            wait_for((tmp_path / "base/last.safetensors").is_file)
+            job = parent(parent(trainer(tmp_path / "base")))
+            os.kill(job, signal.SIGSTOP)
+            os.killpg(driver.pid, signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                driver.wait(2)
+            os.kill(job, signal.SIGCONT)
+            assert driver.wait(20) == 130
+            assert not is_locked(tmp_path / "base")
+        finally:
+            os.killpg(driver.pid, signal.SIGCONT)
+            driver.kill()
+        assert driver.stderr is not None
+        told = driver.stderr.read()
+    assert told.endswith("qat sweep: interrupted; what is finished is kept, and the same command goes on\n")
+    assert "Traceback" not in told
+    assert not (tmp_path / "base/error.txt").exists()
 
 
 def test_one_process_prepares_the_spectrograms_for_all(experiment, tmp_path, monkeypatch):
