@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.config import EXECUTION
 from qat.experiments.statistics import Difference, cluster_interval, mean_and_sd, paired_difference
 
 if TYPE_CHECKING:
@@ -406,6 +405,8 @@ def _pairs(first: Group, second: Group) -> list[tuple[Run, Run]]:
 def _but_anti_transfer(run: Run) -> dict[str, Any]:
     """All settings that could change the outcome, but for anti-transfer."""
     settings = flat(run.result.get("experiment") or {})
+    from qat.config import EXECUTION  # which imports torch; a report needs none
+
     free = ("anti_transfer.", "cache", *(f"training.{name}" for name in (*EXECUTION, "deterministic")))
     return {"kind": run.result.get("kind")} | {k: v for k, v in settings.items() if not k.startswith(free)}
 
