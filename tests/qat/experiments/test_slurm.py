@@ -209,6 +209,8 @@ def test_an_interruption_takes_the_jobs_out_of_the_queue(cluster, inside, experi
     with pytest.raises(KeyboardInterrupt):
         train_all({Path("a"): experiment, Path("b"): experiment}, tmp_path, LATER)
     wait_for(lambda: not squeue(cluster), 10)
+    [script] = (tmp_path / ".jobs").glob("*/*_submission.sh")
+    assert "#SBATCH --begin=now+1hour\n" in script.read_text()
 
 
 def test_runs_of_a_job_that_somebody_cancels_are_stopped(cluster, inside, experiment, tmp_path, monkeypatch):
