@@ -14,10 +14,10 @@ from bench.case import FORWARD
 from bench.network import CACHED, TRAIN
 from bench.results import Row
 from bench.summary import NO_AT, RESEARCH, median
+from qat.data.splits import counts
 
 NETWORKS = ("quaternion", "real")
 CORPORA = {"IEMOCAP": 4490, "RAVDESS": 1440, "TESS": 2800}  # utterances
-TRAINED, VALIDATED = 0.7, 0.2  # of them, in an epoch
 SPLITS, KINDS, LAYERS = 2, 4, 13
 TRAININGS = len(NETWORKS) * len(CORPORA) * SPLITS * (1 + KINDS * LAYERS)
 OTHERS = 6  # four networks of the orthogonal tasks, two stages of RH-Emo
@@ -63,7 +63,8 @@ def epoch_seconds(times: Mapping[int, Seconds]) -> float:
 
     Layers between the measured ones are interpolated linearly; those before the first are as the first.
     """
-    steps, passes = (sum(math.ceil(round(part * n) / BATCH) for n in CORPORA.values()) for part in (TRAINED, VALIDATED))
+    parts = zip(*map(counts, CORPORA.values()), strict=True)
+    steps, passes, _ = (sum(math.ceil(size / BATCH) for size in sizes) for sizes in parts)
     none, *tapped = (steps * times[layer].step + passes * times[layer].forward for layer in (0, *MEASURED))
     layers = np.interp(range(1, LAYERS + 1), MEASURED, tapped)
     return SPLITS * (none + KINDS * float(layers.sum()))

@@ -30,7 +30,7 @@ from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, scaled, t
 from qat.training.examples import Batch, Examples
 from qat.training.loop import train_epoch
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
-from qat.training.steps import Steps
+from qat.training.steps import Steps, autocast
 
 CLASSES, LEARNING_RATE, CACHED = 4, 1e-5, "cached targets"
 TRAIN, TWIN, EPOCH, LOGITS = "step", "twin forward", "epoch", "logits"
@@ -144,7 +144,7 @@ class NetworkCase(Case):
         return sizes + twin, [] if self.work in (FORWARD, LOGITS) else sizes, sizes[self.at - 1] if self.at else None
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(self.precision, device)
 
     def operands(self, device: torch.device) -> Operands:
         """Random networks and inputs, the same each time; embeddings are not negative, an epoch's are the demo's."""

@@ -124,12 +124,11 @@ def grid(measured: Sequence[Measured]) -> str:
     lines = [_grid_line(m, way) for m in measured if not m.on_cpu for way in grids.WAYS]
     corpora = ", ".join(f"{name} {utterances}" for name, utterances in grids.CORPORA.items())
     whole, tapped = grids.TRAININGS + grids.OTHERS, ", ".join(map(str, grids.MEASURED))
-    trained, validated = (f"{100 * part:.0f} %" for part in (grids.TRAINED, grids.VALIDATED))
     return f"""\
 GPU-hours of {grids.TRAININGS} of the paper's {whole} trainings: two networks, three corpora ({corpora} utterances,
 one cut each) in two splits, each once without anti-transfer and with four kinds of it at each of {grids.LAYERS} layers.
-The other {grids.OTHERS} have other batches and inputs and are left out. An epoch is {trained} of a corpus in steps of
-{grids.BATCH} and {validated} in forward passes, {grids.PRECISION}, and nothing else. Anti-transfer at layers {tapped}
+The other {grids.OTHERS} have other batches and inputs and are left out. An epoch is 70 % of a corpus in steps of
+{grids.BATCH} and 20 % in forward passes, {grids.PRECISION}, and nothing else. Anti-transfer at layers {tapped}
 is measured; between them it is interpolated linearly, and layer 1 is taken as layer {grids.MEASURED[0]}.
 *Side by side*: with the most trainings an hour of the table of that name, which are of anti-transfer at layer 2.
 

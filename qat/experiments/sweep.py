@@ -524,13 +524,10 @@ def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
 def _prepare(experiment: AnyExperiment) -> None:
     """Make the spectrograms, unless another process is at it: then wait for them."""
     from qat.data.store import prepare
-    from qat.training.data import labelled, read_corpus
+    from qat.training.data import recordings
 
     with _lock(experiment.cache / ".lock", patient=True):
-        manifest = read_corpus(experiment.corpus)
-        if isinstance(experiment, Experiment):
-            manifest = labelled(manifest, experiment.task)
-        prepare(manifest, experiment.features, experiment.cache, progress=False)
+        prepare(recordings(experiment), experiment.features, experiment.cache, progress=False)
 
 
 def _end_with_parent() -> None:

@@ -103,6 +103,16 @@ def labelled(manifest: Manifest, task: str) -> Manifest:
     return manifest.filter(manifest.table[column] != "")
 
 
+def recordings(experiment: AnyExperiment) -> Manifest:
+    """What ``experiment`` reads: its corpus, of a classifier's the recordings that have a label.
+
+    Raises:
+        ValueError: as :func:`read_corpus` and :func:`labelled`.
+    """
+    manifest = read_corpus(experiment.corpus)
+    return labelled(manifest, experiment.task) if isinstance(experiment, Experiment) else manifest
+
+
 def load_data(
     experiment: AnyExperiment, normalisation: str, *, trained: Checkpoint | None = None, quiet: bool = False
 ) -> Data:
@@ -118,14 +128,9 @@ def load_data(
         ValueError: whatever is wrong with the corpus, the files or the split; or the corpus has lost files of
             ``trained``.
     """
-    manifest = read_corpus(experiment.corpus)
-    if isinstance(experiment, Experiment):
-        manifest = labelled(manifest, experiment.task)
-    if distributed.rank() > 0:
-        distributed.barrier()
-    store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
-    if distributed.rank() == 0:
-        distributed.barrier()
+    manifest = recordings(experiment)
+    with distributed.leader_first():
+        store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
     if trained is None:
         parts = divide(store.index, experiment.split, manifest.name)
         fitted = Normalisation.fit(normalisation, store.magnitudes, parts["train"])  # type: ignore[arg-type]

@@ -88,6 +88,16 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others, who find what it made."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def barrier() -> None:
     """Wait for every process."""
     if world_size() > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,20 +52,28 @@ def embeddings(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     target = folder / f"embeddings-{key[:16]}"
-    if distributed.rank() > 0:
-        distributed.barrier()
-    elif not target.exists():
-        with new_folder(target) as draft, torch.no_grad(), switched("float32"), bar(not quiet) as progress:
-            numbers = torch.arange(len(spectrograms.store))
-            task = progress.add_task("Embeddings", total=len(numbers))
-            with (draft / "embeddings.npy").open("wb") as out:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(numbers), 4, 64, 64)}
-                np.lib.format.write_array_header_1_0(out, header)
-                for block in numbers.split(_BATCH):
-                    out.write(encoder(spectrograms(block).to(device)).cpu().numpy().tobytes())
-                    progress.advance(task, len(block))
-            write_json(draft / "meta.json", settings)
-    if distributed.rank() == 0:
-        distributed.barrier()
+    with distributed.leader_first():
+        if not target.exists():
+            _write(target, settings, encoder, spectrograms, device, quiet)
     known = np.load(target / "embeddings.npy", mmap_mode="r")
     return lambda numbers: torch.from_numpy(known[numbers.numpy()])
+
+
+def _write(
+    target: Path,
+    settings: dict[str, Any],
+    encoder: RHEmoEncoder,
+    spectrograms: Spectrograms,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    with new_folder(target) as draft, torch.no_grad(), switched("float32"), bar(not quiet) as progress:
+        numbers = torch.arange(len(spectrograms.store))
+        task = progress.add_task("Embeddings", total=len(numbers))
+        with (draft / "embeddings.npy").open("wb") as out:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(numbers), 4, 64, 64)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for block in numbers.split(_BATCH):
+                out.write(encoder(spectrograms(block).to(device)).cpu().numpy().tobytes())
+                progress.advance(task, len(block))
+        write_json(draft / "meta.json", settings)
