@@ -48,6 +48,11 @@ CHECK_HELP = (
     "or cannot be used, and make the exit code 1; `remarks` are files that are not part of it, or the same as another."
 )
 
+STUDY_HELP = (
+    "Does anti-transfer help, where and why: many settings and seeds on a small corpus, in hours on two cores. The "
+    "same command goes on where it was stopped."
+)
+
 SWEEP_HELP = (
     "Train every combination of what varies in a plan: `base` has the settings of `qat train`, `vary` a list of values "
     "for each dotted setting, e.g. `training.seed: [1, 2]`. Each run has its own process and folder; one that fails "
@@ -112,17 +117,12 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
         return sub.add_subcommands(required=True)
 
     sub = command(top, "demo", _demo, "The whole method on a small corpus, from recordings to a report.")
-    sub.add_argument(
-        "--speech",
-        choices=["synthetic", "recorded"],
-        default="synthetic",
-        help="synthesised on the spot, or human speech (290 MB) from Debian's archive",
-    )
-    sub.add_argument("--from", type=Path | None, default=None, help="folder of Debian packages downloaded already")
-    sub.add_argument("--out", type=Path | None, default=None, help="folder for everything (default: runs/demo-SPEECH)")
+    _study_arguments(sub, "demo", seeds=1)
     sub.add_argument("--recipe", choices=["small", "paper"], default="small", help="what learns here, or the paper's")
-    sub.add_argument("--seeds", type=int, default=1, help="repeat every emotion training with so many seeds")
-    sub.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
+    sub = command(top, "study", _study, STUDY_HELP)
+    _study_arguments(sub, "study", seeds=5)
+    sub.add_argument("--layers", type=list[int], default=[2, 7, 13], help="of the quaternion network")
+    sub.add_argument("--real", type=bool, default=True, help="also the real network, in which the voice is the twin's")
 
     group = family("corpus", "Make, fetch and check corpora.")
     command(group, "corpus list", _corpus_list, "The corpora that are known.")
@@ -189,6 +189,21 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
     return parser, commands
 
 
+def _study_arguments(sub: ArgumentParser, name: str, seeds: int) -> None:
+    sub.add_argument(
+        "--speech",
+        choices=["synthetic", "recorded"],
+        default="synthetic",
+        help="synthesised on the spot, or human speech (290 MB) from Debian's archive",
+    )
+    sub.add_argument("--from", type=Path | None, default=None, help="folder of Debian packages downloaded already")
+    sub.add_argument(
+        "--out", type=Path | None, default=None, help=f"folder for everything (default: runs/{name}-SPEECH)"
+    )
+    sub.add_argument("--seeds", type=int, default=seeds, help="repeat every emotion training with so many seeds")
+    sub.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
+
+
 def _corpus_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("name", type=str, help="of the corpus; `qat corpus list` shows them")
     sub.add_argument("--folder", type=Path, required=True, help="its folder (the manifest file for csv)")
@@ -208,18 +223,41 @@ def _chosen(kind: type[Any], options: Namespace) -> Any:
 
 
 def _demo(options: Namespace) -> Any:
-    from qat.experiments.report import collect, summary_table
-    from qat.experiments.study import Study, recorded, synthetic
+    from qat.experiments.study import Study
+
+    return _studied(Study(*_material(options, "demo"), options.recipe, _seeds(options), options.workers))
+
+
+def _study(options: Namespace) -> Any:
+    from qat.experiments.inquiry import Inquiry
+
+    folder, material = _material(options, "study")
+    layers = tuple(options.layers)
+    return _studied(
+        Inquiry(folder, material, seeds=_seeds(options), workers=options.workers, layers=layers, real=options.real)
+    )
+
+
+def _material(options: Namespace, name: str) -> tuple[Path, Any]:
+    from qat.experiments.study import recorded, synthetic
 
     if options.seeds < 1 or options.workers < 1:
         raise ValueError(f"--seeds {options.seeds} and --workers {options.workers} must be at least 1")
-    folder = options.out or Path("runs") / f"demo-{options.speech}"
+    folder = options.out or Path("runs") / f"{name}-{options.speech}"
     if options.speech == "synthetic":
-        material = synthetic(folder / "corpus", options.workers)
-    else:
-        material = recorded(folder / "corpora", options["from"])
-    report = Study(folder, material, options.recipe, tuple(range(1, options.seeds + 1)), options.workers).run()
-    return {"summary": summary_table(collect(folder)), "report": report}
+        return folder, synthetic(folder / "corpus", options.workers)
+    return folder, recorded(folder / "corpora", options["from"])
+
+
+def _seeds(options: Namespace) -> tuple[int, ...]:
+    return tuple(range(1, options.seeds + 1))
+
+
+def _studied(study: Any) -> Any:
+    from qat.experiments.report import collect, summary_table
+
+    report = study.run()
+    return {"summary": summary_table(collect(study.folder)), "report": report}
 
 
 def _corpus_list(options: Namespace) -> Any:

@@ -205,13 +205,12 @@ class Study:
     def run(self) -> Path:
         """Do everything; returns the report's path."""
         torch.set_num_threads(1)  # two threads on two cores with anything else to do took three times as long as one
-        twins = {Path("twins", task): self.twin(task) for task in ("word", "voice")}
         stages: dict[str, Callable[[], int]] = {
             "get the recordings": self._obtain,
             "prepare spectrograms": self._prepare,
             "pretrain RH-Emo to reconstruct": lambda: self._pretrain_rhemo(1),
             "pretrain RH-Emo with emotions": lambda: self._pretrain_rhemo(2),
-            "pretrain the voice and the word network": lambda: self._train(_train, twins),
+            "pretrain the networks of voices and words": lambda: self._train(_train, self.twins()),
             "train and probe the emotion networks": lambda: self._train(_train_and_probe, self.trainings()),
         }
         path = self.folder / "demo.json"
@@ -258,6 +257,10 @@ class Study:
             training=self._recipe.word,
         )
 
+    def twins(self) -> dict[Path, Experiment]:
+        """The networks of the orthogonal tasks by their folders."""
+        return {Path("twins", task): self.twin(task) for task in ("word", "voice")}
+
     def trainings(self) -> dict[Path, Experiment]:
         """Every emotion training by its folder: from random weights and from twins, with anti-transfer or not."""
         voice, word = self.folder / "twins/voice", self.folder / "twins/word"
@@ -297,7 +300,7 @@ class Study:
         return _own_memory()
 
     def _prepare(self) -> int:
-        one_of_each: list[AnyExperiment] = [self.rhemo(1), self.twin("word"), self.twin("voice")]
+        one_of_each: list[AnyExperiment] = [self.rhemo(1), *self.twins().values()]
         one_of_each += list(self.trainings().values())[:1]
         for experiment in one_of_each:
             prepare(read_corpus(experiment.corpus), experiment.features, experiment.cache, workers=self.workers)
