@@ -1,4 +1,4 @@
-"""The report's figures, as SVG elements for the middle of a page."""
+"""The reports' figures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,13 @@ _STYLE: dict[Any, Any] = {
 Curve = tuple[list[int], list[float]]
 
 
+class Drawing(NamedTuple):
+    """A figure as an SVG document, for pages and print, and as PNG, for slides."""
+
+    svg: str
+    png: bytes
+
+
 @dataclass(frozen=True)
 class Measure:
     """A panel of `dots`: its title, where the figure is found, and what guessing gives."""
@@ -61,7 +68,7 @@ class Measure:
     chance: float | None = None
 
 
-def dots(groups: Sequence[Group], table: pd.DataFrame, measures: Sequence[Measure]) -> str:
+def dots(groups: Sequence[Group], table: pd.DataFrame, measures: Sequence[Measure]) -> Drawing:
     """One row a setting, one panel a measure: every seed, their mean, and in the first panel the interval.
 
     Args:
@@ -95,10 +102,43 @@ def dots(groups: Sequence[Group], table: pd.DataFrame, measures: Sequence[Measur
             axis.margins(x=0.12)
         axes[0].set_yticks(range(len(groups)), [_short(group.name, 40) for group in groups])
         axes[0].set_ylim(len(groups) - 0.5, -0.5)
-        return _svg(figure)
+        return _drawing(figure)
 
 
-def losses(groups: Sequence[Group], share: bool) -> str:
+def differences(groups: Sequence[Group], table: pd.DataFrame, measures: Mapping[str, str]) -> Drawing:
+    """One row a setting, one panel a measure: the mean difference over seeds and its interval.
+
+    Args:
+        groups: settings with a baseline.
+        table: `seed_differences`.
+        measures: title of each panel by the measure's name.
+    """
+    places = {group.name: y for y, group in enumerate(groups)}
+    with _style():
+        figure = _figure(10, 0.9 + 0.36 * len(groups))
+        axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for axis, (measure, title) in zip(axes, measures.items(), strict=True):
+            axis.set_title(title)
+            axis.set_xlabel("points")
+            axis.grid(axis="y", visible=False)
+            axis.axvline(0, color=_DARK, linewidth=0.8)
+            shown = table[(table["measure"] == measure) & table["name"].isin(places)]
+            for against, colour, shift, face in (("baseline", _BLUE, -0.13, _BLUE), ("control", _RED, 0.17, "white")):
+                for row in shown[shown["against"] == against].to_dict("records"):
+                    y, ends = places[row["name"]] + shift, [100 * row["low"], 100 * row["high"]]
+                    axis.plot(ends, [y, y], color=colour, linewidth=2, alpha=0.45)
+                    axis.plot(100 * row["mean"], y, "o", markersize=5, markeredgecolor=colour, markerfacecolor=face)
+            axis.margins(x=0.08)
+        for y in range(1, len(groups)):
+            if groups[y].first.start != groups[y - 1].first.start:
+                for axis in axes:
+                    axis.axhline(y - 0.5, color="#9aa0a8", linewidth=0.8)
+        axes[0].set_yticks(range(len(groups)), [_short(group.name, 44) for group in groups])
+        axes[0].set_ylim(len(groups) - 0.5, -0.5)
+        return _drawing(figure)
+
+
+def losses(groups: Sequence[Group], share: bool) -> Drawing:
     """Training and validation loss by epoch; dotted is cross-entropy alone, where anti-transfer adds to it."""
 
     def draw(axis: Axes, group: Group) -> None:
@@ -123,7 +163,7 @@ def losses(groups: Sequence[Group], share: bool) -> str:
     return _grid(groups, draw, "epoch", "loss", legend=legend, share=share)
 
 
-def accuracies(groups: Sequence[Group]) -> str:
+def accuracies(groups: Sequence[Group]) -> Drawing:
     """Validation accuracy by epoch."""
 
     def draw(axis: Axes, group: Group) -> None:
@@ -135,7 +175,7 @@ def accuracies(groups: Sequence[Group]) -> str:
     return _grid(groups, draw, "epoch", "accuracy, %", share=True)
 
 
-def similarities(groups: Sequence[Group]) -> str:
+def similarities(groups: Sequence[Group]) -> Drawing:
     """Squared Gram cosine to the twin by epoch."""
 
     def draw(axis: Axes, group: Group) -> None:
@@ -153,7 +193,7 @@ def similarities(groups: Sequence[Group]) -> str:
     return _grid(groups, draw, "epoch", "cos²", share=True, log=True)
 
 
-def confusions(groups: Sequence[Group]) -> str:
+def confusions(groups: Sequence[Group]) -> Drawing:
     """Confusion matrices as heat maps of row shares, with counts summed over the seeds."""
 
     def draw(axis: Axes, group: Group) -> None:
@@ -220,17 +260,19 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Figure) -> str:
-    """The figure without the XML around it, which a page has no need of."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+def _drawing(figure: Figure) -> Drawing:
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # which has its say already
+    figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
+    return Drawing(svg.getvalue(), png.getvalue())
 
 
 def embed(svg: str, number: int, label: str) -> str:
-    """The figure with ids of its own among several in one page, and a text for those who cannot see it."""
+    """The figure without the XML around it, which a page has no need of, with ids of its own among several in one page,
+    and a text for those who cannot see it."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1f{number}-", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
@@ -245,7 +287,7 @@ def _grid(
     share: bool = False,
     log: bool = False,
     aspect: float = 0.6,
-) -> str:
+) -> Drawing:
     """Small multiples: one panel a setting, under its name."""
     from matplotlib.lines import Line2D
 
@@ -270,7 +312,7 @@ def _grid(
         if legend:
             handles = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in legend]
             figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8)
-        return _svg(figure)
+        return _drawing(figure)
 
 
 def _curve(run: Run, name: str) -> Curve | None:

@@ -20,7 +20,6 @@ LAYERS = (2, 7, 13)
 
 Gram = Literal["channel", "position", "batch"]
 _GRAMS: tuple[Gram, ...] = ("channel", "position", "batch")
-_REAL_WIDTH, _REAL_EPOCHS = 1 / 16, 10
 
 
 @dataclass
@@ -30,6 +29,7 @@ class Inquiry(Study):
     Args:
         layers: of the quaternion network.
         real: whether the real network on spectrograms takes part.
+        real_width, real_epochs: its width and its epochs, in emotion and voice.
 
     Notes:
         Seeds decide initial weights, order, dropout and the split: which voice says which emotion, or which voices are
@@ -38,6 +38,8 @@ class Inquiry(Study):
 
     layers: tuple[int, ...] = LAYERS
     real: bool = True
+    real_width: float = 1 / 16
+    real_epochs: int = 10
 
     def twins(self) -> dict[Path, Experiment]:
         real = {Path("twins/real-voice"): self._real(super().twin("voice"))} if self.real else {}
@@ -63,6 +65,23 @@ class Inquiry(Study):
                     found[Path("emotion", f"real-{name}", f"seed{seed}")] = self._real(same)
         return found
 
+    def not_run(self) -> list[str]:
+        quaternion = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
+        left = [
+            f"The quaternion network was trained with anti-transfer at {quaternion} of 13, with beta 1 and never "
+            "at several layers at once; at the last only: from random weights with Gram matrices of positions or "
+            "of the batch, from the word network's weights, against words, and with a random twin.",
+            "Every seed shares the same RH-Emo and the same twins: what others would give was not tried.",
+        ]
+        if not self.real:
+            return [*left, "The real network on spectrograms was not trained."]
+        return [
+            *left,
+            f"The real network was trained at width {self.real_width:g}, for {self.real_epochs} epochs, at the same "
+            "layers, from the voice network's weights against the voice by Gram matrices of channels; other starts, "
+            "twins, Gram matrices and layers were not tried with it.",
+        ]
+
     def _settings(self) -> dict[str, tuple[Path | None, AntiTransferConfig]]:
         """Initial weights and anti-transfer by name; without it, the similarity at every layer is watched."""
         voice, word = self.folder / "twins/voice", self.folder / "twins/word"
@@ -81,7 +100,9 @@ class Inquiry(Study):
         for start in (None, voice, word):
             watched = AntiTransferConfig(start or voice, list(self.layers), beta=0)
             found[f"from-{start.name if start else 'random'}"] = start, watched
-            against(start, start or voice, _GRAMS, last if start is word else self.layers)
+            everywhere = {None: ("channel",), voice: _GRAMS, word: ()}[start]
+            against(start, start or voice, everywhere, self.layers)
+            against(start, start or voice, tuple(gram for gram in _GRAMS if gram not in everywhere), last)
             against(start, None, _GRAMS if start is voice else ("channel",), last)
         against(None, word, ("channel",), last)
         return found
@@ -91,12 +112,12 @@ class Inquiry(Study):
 
     def _real(self, experiment: Experiment) -> Experiment:
         """The same of the real network on the spectrogram."""
-        network = replace(experiment.network, domain="real", width=_REAL_WIDTH, rhemo=None, embedding_scale="none")
+        network = replace(experiment.network, domain="real", width=self.real_width, rhemo=None, embedding_scale="none")
         at, training = experiment.anti_transfer, experiment.training
         twin = self.folder / "twins/real-voice"
         return replace(
             experiment,
             network=network,
             anti_transfer=replace(at, twin=at.twin and twin),
-            training=replace(training, epochs=_REAL_EPOCHS, initial=training.initial and twin),
+            training=replace(training, epochs=self.real_epochs, initial=training.initial and twin),
         )

@@ -11,7 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.experiments.statistics import Difference, cluster_interval, mean_and_sd, paired_difference
+from qat.experiments.statistics import (
+    Difference,
+    cluster_interval,
+    false_discovery,
+    mean_and_sd,
+    over_seeds,
+    paired_difference,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,6 +143,10 @@ class Run:
         gram = self.setting("anti_transfer.gram", "channel")
         return _GRAMS.get(gram, gram) + (", centred" if self.setting("anti_transfer.centred", False) else "")
 
+    def probe(self, name: str, layer: int) -> float | None:
+        """A linear probe's accuracy at one layer, ``voice_probe`` or ``word_probe``."""
+        return number(_at(self.analysis, f"layers.{layer}.{name}"))
+
     @cached_property
     def answers(self) -> pd.DataFrame | None:
         """Test answers: ``speaker`` and ``right`` (0 or 1) by ``clip``; several cuts of a file are several clips.
@@ -234,6 +245,59 @@ def summary_table(runs: Iterable[Run]) -> pd.DataFrame:
     table = pd.DataFrame([_summary(group, groups) for group in groups])
     words = {"name", "task", "start", "anti_transfer", "baseline", "seeds"}
     return table.astype({column: float for column in table.columns if column not in words})
+
+
+MEASURES = {
+    "accuracy": "accuracy",
+    "withheld_accuracy": "accuracy, withheld",
+    "shortcut_rate": "shortcut rate",
+    "voice_probe": "voice probe",
+    "word_probe": "word probe",
+}
+"""What `seed_differences` compares, in the order of a report."""
+
+
+def seed_differences(runs: Iterable[Run]) -> pd.DataFrame:
+    """What anti-transfer changed, as differences between trainings of the same seed.
+
+    Each setting with anti-transfer is compared with its baseline (which differs in nothing but having none) and, where
+    there is one, with its control (which differs in nothing but a twin that was trained on nothing). Probes of both are
+    those of the setting's last layer.
+
+    Returns:
+        One row a comparison and measure: ``name``, ``other``, ``against`` (``baseline`` or ``control``), ``measure``
+        (of `MEASURES`), ``seeds``, ``mean``, ``low`` and ``high`` (95 % over seeds), ``rose`` and ``fell`` (seeds),
+        ``p`` (paired t test) and ``q`` (adjusted for all comparisons of this measure and kind, Benjamini-Hochberg).
+    """
+    import pandas as pd
+
+    groups = group_runs(runs)
+    rows: list[tuple[Any, ...]] = []
+    for group in groups:
+        for against, other in (("baseline", _baseline(group, groups)), ("control", _control(group, groups))):
+            for measure in MEASURES if other else ():
+                assert other is not None
+                layer = group.first.layers[-1]
+                both = [(_measured(a, measure, layer), _measured(b, measure, layer)) for a, b in _pairs(group, other)]
+                known = [(a, b) for a, b in both if a is not None and b is not None]
+                if known:
+                    found = over_seeds(*zip(*known, strict=True))
+                    low, high = found.interval or (None, None)
+                    names = (group.name, other.name, against, measure, len(known))
+                    rows.append((*names, found.mean, low, high, found.rose, found.fell, found.p, None))
+    columns = ["name", "other", "against", "measure", "seeds", "mean", "low", "high", "rose", "fell", "p", "q"]
+    table = pd.DataFrame(rows, columns=columns).astype({name: float for name in ("mean", "low", "high", "p", "q")})
+    for _, same in table[table["p"].notna()].groupby(["against", "measure"]):
+        table.loc[same.index, "q"] = false_discovery(same["p"].tolist())
+    return table
+
+
+def _measured(run: Run, measure: str, layer: int) -> float | None:
+    if measure == "accuracy":
+        return run.score("test", "accuracy")
+    if measure == "withheld_accuracy":
+        return run.score("withheld", "accuracy")
+    return number(run.analysis.get(measure)) if measure == "shortcut_rate" else run.probe(measure, layer)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -395,6 +459,21 @@ def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
         if not other.first.transfers and same and len(pairs) > most:
             best, most = other, len(pairs)
     return best
+
+
+def _control(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The setting that agrees in all on every shared seed, but for a random twin."""
+
+    def settings(run: Run) -> dict[str, Any]:
+        free = ("anti_transfer.twin", "anti_transfer.random_twin")
+        at = flat({"anti_transfer": run.setting("anti_transfer", {})})
+        return _but_anti_transfer(run) | {key: value for key, value in at.items() if key not in free}
+
+    for other in groups if group.first.transfers and not group.first.random_twin else ():
+        pairs = _pairs(group, other)
+        if other.first.random_twin and pairs and all(settings(a) == settings(b) for a, b in pairs):
+            return other
+    return None
 
 
 def _pairs(first: Group, second: Group) -> list[tuple[Run, Run]]:

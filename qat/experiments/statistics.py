@@ -1,6 +1,7 @@
 """How sure a figure is: intervals over speakers, paired differences and the spread over seeds.
 
-Clips of one speaker succeed or fail together, so the speaker is what is drawn at random, never the clip.
+Clips of one speaker succeed or fail together, so the speaker is what is drawn at random, never the clip. Where
+trainings are compared, and not trained networks, it is the seed.
 """
 
 from __future__ import annotations
@@ -110,6 +111,60 @@ def paired_difference(
         )
     interval = cluster_interval(a - b, clusters, level=level, draws=draws, seed=seed)
     return Difference(float((a - b).mean()), interval)
+
+
+class OverSeeds(NamedTuple):
+    """A mean difference of paired trainings, its interval and p-value, and the seeds in which it rose and fell."""
+
+    mean: float
+    interval: Interval | None
+    p: float | None
+    rose: int
+    fell: int
+
+
+def over_seeds(first: Sequence[float], second: Sequence[float], *, level: float = 0.95) -> OverSeeds:
+    """Mean of ``first - second``, seed by seed, with Student's interval and the p-value of the paired t test.
+
+    It tells what other seeds would give: other initial weights, orders and, where seeds draw them, splits.
+
+    Args:
+        first, second: `[n]`, one figure a seed.
+        level: coverage.
+
+    Returns:
+        No interval and no p-value from a single seed, or when all differences are the same.
+
+    Raises:
+        ValueError: the lengths differ, or there are no seeds.
+
+    >>> found = over_seeds([0.5, 0.6, 0.55], [0.4, 0.45, 0.5])
+    >>> [round(value, 3) for value in (found.mean, *found.interval, found.p)], found.rose
+    ([0.1, -0.024, 0.224, 0.074], 3)
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"first has {len(first)} seeds, second {len(second)}; both need the same, one or more")
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, interval, p = float(differences.mean()), None, None
+    if len(differences) > 1 and np.ptp(differences) > 1e-12:
+        test = ttest_1samp(differences, 0.0)
+        interval, p = Interval(*map(float, test.confidence_interval(level))), float(test.pvalue)
+    return OverSeeds(mean, interval, p, int((differences > 0).sum()), int((differences < 0).sum()))
+
+
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's adjusted p-values: of the results below 0.05, 5 % are false on average.
+
+    >>> false_discovery([0.01, 0.04, 0.5])
+    [0.03, 0.06, 0.5]
+    >>> false_discovery([])
+    []
+    """
+    from scipy.stats import false_discovery_control
+
+    return [float(value) for value in false_discovery_control(list(p_values))] if len(p_values) else []
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:

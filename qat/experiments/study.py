@@ -223,8 +223,12 @@ class Study:
             peak = action()
             seconds = spent.get(name, 0.0) + time.perf_counter() - started
             done.append({"name": name, "seconds": seconds, "peak_memory": peak})
-        write_json(path, about | {"stages": done})
+        write_json(path, about | {"stages": done, "not_run": self.not_run()})
         return write_report(self.folder)
+
+    def not_run(self) -> list[str]:
+        """What this study leaves out, in sentences for the report."""
+        return []
 
     def rhemo(self, stage: int) -> RHEmoExperiment:
         """RH-Emo's first or second training."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from qat.config import (
     to_plain,
 )
 from qat.experiments.report import collect, summary_table, write_report
+from qat.experiments.runs import seed_differences
 from qat.experiments.statistics import cluster_interval
 
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
@@ -136,8 +138,9 @@ def write_demo(
             }
             folder = top / "emotion" / name / f"seed{seed}"
             write_run(folder, result, rng, pd.concat([answers, withheld]))
-            probe = {"shortcut_rate": 0.9 - accuracy, "voice_probe": 1 - accuracy, "voice_probe_chance": 1 / 9}
-            (folder / "analysis.json").write_text(json.dumps(probe))
+            layers = {str(layer): {"voice_probe": rng.random(), "word_probe": rng.random()} for layer in (2, 7, 13)}
+            probe = {"shortcut_rate": 0.9 - accuracy + rng.random() / 20, "voice_probe_chance": 1 / 9, "layers": layers}
+            (folder / "analysis.json").write_text(json.dumps(probe | layers["13"]))
     for task, name in (("speaker", "voice"), ("word", "word")):
         result = common | {
             "kind": "classifier",
@@ -329,7 +332,71 @@ def test_the_page_is_one_file_that_asks_for_nothing(demo):
     targets = {v[1:] for _, a in page.seen for n, v in a.items() if n in ("href", "xlink:href") and v}
     assert targets <= set(ids)
     assert out.stat().st_size < 2_000_000
-    assert sum(tag == "svg" for tag, _ in page.seen) == sum(tag == "figcaption" for tag, _ in page.seen) == 6
+    assert sum(tag == "svg" for tag, _ in page.seen) == sum(tag == "figcaption" for tag, _ in page.seen) == 7
+
+
+def test_differences_over_seeds_are_those_of_the_same_seed_and_layer(demo):
+    top, _, _, page = demo
+    table = pd.read_csv(top / "differences.csv")
+    compared = {
+        "at-voice": {"baseline": "baseline"},
+        "from-voice-at-voice": {"baseline": "from-voice", "control": "from-voice-at-random"},
+        "from-voice-at-random": {"baseline": "from-voice"},
+    }
+    pairs = table[["name", "against", "other"]].drop_duplicates().itertuples(index=False)
+    assert {tuple(pair) for pair in pairs} == {
+        (name, against, other) for name, others in compared.items() for against, other in others.items()
+    }
+
+    def read(name: str, measure: str) -> np.ndarray:
+        figures = []
+        for seed in SEEDS:
+            folder = top / "emotion" / name / f"seed{seed}"
+            parts = json.loads((folder / "result.json").read_text())["parts"]
+            analysis = json.loads((folder / "analysis.json").read_text())
+            figures.append(
+                {
+                    "accuracy": parts["test"]["accuracy"],
+                    "withheld_accuracy": parts["withheld"]["accuracy"],
+                    "shortcut_rate": analysis["shortcut_rate"],
+                    "voice_probe": analysis["layers"]["13"]["voice_probe"],
+                    "word_probe": analysis["layers"]["13"]["word_probe"],
+                }[measure]
+            )
+        return np.array(figures)
+
+    for row in table.to_dict("records"):
+        d = read(row["name"], row["measure"]) - read(row["other"], row["measure"])
+        assert row["mean"] == pytest.approx(d.mean())
+        half = 4.3026527 * d.std(ddof=1) / 3**0.5  # Student's t with 2 degrees of freedom
+        assert (row["low"], row["high"]) == pytest.approx((d.mean() - half, d.mean() + half))
+        assert (row["rose"], row["fell"], row["seeds"]) == (sum(d > 0), sum(d < 0), 3)
+    for _, same in table.groupby(["against", "measure"]):
+        ranked = sorted(same["p"])
+        for p, q in zip(same["p"], same["q"], strict=True):
+            assert q == pytest.approx(
+                min(len(ranked) * ranked[k] / (k + 1) for k in range(ranked.index(p), len(ranked)))
+            )
+    assert "What anti-transfer changed, over seeds" in " ".join(page.words)
+
+
+def test_probes_are_compared_at_the_layer_of_anti_transfer(demo, tmp_path):
+    shutil.copytree(demo[0] / "emotion", tmp_path / "emotion")
+    for seed in SEEDS:
+        file = tmp_path / "emotion/at-voice" / f"seed{seed}" / "result.json"
+        result = json.loads(file.read_text())
+        result["experiment"]["anti_transfer"]["layers"] = [2]
+        file.write_text(json.dumps(result))
+    table = seed_differences(collect(tmp_path)).set_index(["name", "against", "measure"])
+    layers = {
+        name: [
+            json.loads((tmp_path / "emotion" / name / f"seed{s}" / "analysis.json").read_text())["layers"]["2"]
+            for s in SEEDS
+        ]
+        for name in ("at-voice", "baseline")
+    }
+    expected = np.mean([a["voice_probe"] - b["voice_probe"] for a, b in zip(*layers.values(), strict=True)])
+    assert table.loc[("at-voice", "baseline", "voice_probe"), "mean"] == pytest.approx(expected)
 
 
 def test_ids_are_unique_in_the_page(demo):

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from qat.experiments.statistics import cluster_interval, mean_and_sd, paired_difference
+from qat.experiments.statistics import (
+    cluster_interval,
+    false_discovery,
+    mean_and_sd,
+    over_seeds,
+    paired_difference,
+)
 
 
 @pytest.fixture
@@ -105,6 +111,35 @@ def test_bad_input_is_named():
         paired_difference([1, 0], [1], ["a", "b"])
     with pytest.raises(ValueError, match="values is empty"):
         mean_and_sd([])
+
+
+def test_differences_over_seeds_have_students_interval_and_p_value(rng):
+    first, second = rng.random(5), rng.random(5)
+    d = first - second
+    found = over_seeds(first.tolist(), second.tolist())
+    error = d.std(ddof=1) / 5**0.5
+    t = 2.7764451  # of a two-sided 5 % with 4 degrees of freedom, from a table
+    assert found.mean == pytest.approx(d.mean())
+    assert found.interval == pytest.approx((d.mean() - t * error, d.mean() + t * error))
+    assert (found.p < 0.05) == (abs(d.mean()) > t * error)
+    assert (found.rose, found.fell) == (sum(d > 0), sum(d < 0))
+    back = over_seeds(second.tolist(), first.tolist())
+    assert (back.mean, back.p, back.rose) == (pytest.approx(-found.mean), pytest.approx(found.p), found.fell)
+
+
+def test_one_seed_and_equal_differences_have_no_interval():
+    assert over_seeds([0.5], [0.4])[1:] == (None, None, 1, 0)
+    assert over_seeds([0.5, 0.6], [0.4, 0.5])[1:] == (None, None, 2, 0)
+    assert over_seeds([0.5, 0.5], [0.5, 0.5]) == (0, None, None, 0, 0)
+    with pytest.raises(ValueError, match="first has 1 seeds, second 2"):
+        over_seeds([0.5], [0.4, 0.5])
+
+
+def test_false_discovery_is_benjamini_and_hochbergs(rng):
+    p = rng.random(12)
+    ranked = sorted(p)
+    by_hand = [min(min(12 * ranked[k] / (k + 1), 1) for k in range(ranked.index(value), 12)) for value in p]
+    assert false_discovery(p.tolist()) == pytest.approx(by_hand)
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
 
-from qat.config import CorpusConfig, TrainingConfig
 from qat.data.corpora import demo
 from qat.experiments.probes import linear_probe, shortcut_rate
 from qat.experiments.study import LAYER, Study, recorded, synthetic
@@ -51,39 +51,6 @@ def test_comparisons_differ_in_one_thing_only(tmp_path):
     assert runs["emotion/from-voice-at-random/seed1"].anti_transfer.twin is None
 
 
-@pytest.fixture(scope="module")
-def tiny_study(tmp_path_factory) -> Study:
-    """Every stage for real, on a few clips with the smallest networks."""
-    folder = tmp_path_factory.mktemp("study")
-    voices = {"train": ["f2", "m1", "m3"], "validation": ["f3"], "test": ["f1", "m4"]}
-    material = synthetic(folder / "corpus")
-    recipe = material.recipes["small"]
-    once = TrainingConfig(lr=1e-3, epochs=1, device="cpu")
-    tiny = replace(
-        recipe,
-        network=replace(recipe.network, width=0.01),
-        rhemo=replace(recipe.rhemo, width=0.01),
-        **{stage: once for stage in ("stage1", "stage2", "voice", "word", "emotion")},
-    )
-
-    def where(config: CorpusConfig) -> CorpusConfig:
-        heard = {"speaker": voices["train"]} if "speaker" in config.where else {}
-        return replace(config, where=config.where | heard)
-
-    material = replace(
-        material,
-        obtain=lambda: demo.make(
-            folder / "corpus", voices=voices, sentences=demo.SENTENCES[:5], words=demo.WORDS[:3], progress=False
-        ),
-        rhemo=where(material.rhemo),
-        voice=where(material.voice),
-        word=where(material.word),
-        split=lambda seed: replace(synthetic(folder).split(seed), **voices),
-        recipes={"small": tiny},
-    )
-    return Study(folder, material)
-
-
 def test_a_study_runs_from_recordings_to_a_report_and_keeps_what_is_finished(tiny_study):
     report = tiny_study.run()
     assert report.is_file()
@@ -94,6 +61,8 @@ def test_a_study_runs_from_recordings_to_a_report_and_keeps_what_is_finished(tin
         analysis = json.loads((path.parent / "analysis.json").read_text())
         assert 0 <= analysis["shortcut_rate"] <= 1
         assert 0 <= analysis["voice_probe"] <= 1
+        assert 0 <= analysis["word_probe"] <= 1
+        assert analysis["layers"] == {"13": {name: analysis[name] for name in ("voice_probe", "word_probe")}}
     about = json.loads((tiny_study.folder / "demo.json").read_text())
     assert about["synthetic"]
     assert [stage["name"] for stage in about["stages"]][-1] == "train and probe the emotion networks"
@@ -123,6 +92,20 @@ def test_linear_probe_finds_what_is_there_and_not_what_is_not():
     for column, label in enumerate("xyz"):
         signal[:, column] += 6 * (labels == label)
     assert linear_probe(signal, labels, texts) > 0.9
+
+
+def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number():
+    rng = np.random.default_rng()
+    labels = np.tile(["x", "y", "z"], 40).astype(object)
+    texts = np.repeat([f"t{i:02d}" for i in range(24)], 5).astype(object)
+    for width in (7, 500):
+        x = rng.normal(size=(120, width)).astype(np.float32) + 0.3 * (labels[:, None] == "x")
+        tested = np.isin(texts, sorted(set(texts))[::4])
+        mean, deviation = x[~tested].mean(0), x[~tested].std(0)
+        z = (x - mean) / deviation
+        plain = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(z[~tested], labels[~tested])
+        answers = plain.predict(z[tested])
+        assert linear_probe(x, labels, texts) == pytest.approx((answers == labels[tested]).mean(), abs=1.01 / 30)
 
 
 def test_linear_probe_is_tested_on_texts_that_it_has_not_seen():
