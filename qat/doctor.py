@@ -15,6 +15,8 @@ NEEDED_FOR = {
     "sklearn": "linear probes",
     "matplotlib": "the report",
     "tensorboard": "TensorBoard events",
+    "submitit": "sweeps and grids",
+    "praatio": "word alignments as TextGrids",
     "espeakng_loader": "the demo corpus",
     "triton": "kernels on NVIDIA GPUs",
 }
