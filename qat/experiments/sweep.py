@@ -21,7 +21,6 @@ import subprocess
 import threading
 import time
 import traceback
-from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -39,9 +38,10 @@ from qat.config import AnyExperiment, Experiment, RHEmoExperiment, decisive, to_
 from qat.experiments.runs import flat
 from qat.files import write_text
 from qat.processes import bar
+from qat.settings import check, instantiate, naming, parser_of
 
 C = TypeVar("C")
-Status = Literal["finished", "failed", "busy", "stopped"]
+Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
 
 SEED = "training.seed"
 
@@ -121,7 +121,7 @@ class Outcome:
     Args:
         path: of its folder, below the sweep's.
         status: ``finished``; ``failed``: it raised, or its process died; ``busy``: somebody else is training it;
-            ``stopped``: its job ended before it did.
+            ``stopped``: its job ended before it did; ``waiting``: what it builds on is not finished.
         error: one line, unless it is finished. ``error.txt`` in the run's folder has the traceback.
         result: what ``result.json`` holds, if it is finished.
     """
@@ -148,22 +148,21 @@ def read_plan(path: Path) -> dict[Path, Experiment]:
     plan = ArgumentParser(exit_on_error=False)
     plan.add_argument("--base", type=dict[str, Any], default={})
     plan.add_argument("--vary", type=dict[str, list[Any]], default={})
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Experiment)
+    parser = parser_of(Experiment)
     text = path.read_text(encoding="utf-8")
-    with _naming(path):
+    with naming(path):
         read = plan.parse_string(text)
         base, vary = read.base or {}, read.vary or {}
-    with _naming(path, "base"):
+    with naming(path, "base"):
         for setting, value in flat(base).items():
-            _check(setting, value)
+            check(Experiment, setting, value)
         settings = parser.parse_object(base)
     values: dict[str, list[Any]] = {}
     for setting, listed in vary.items():
         values[setting] = []
         for value in listed:
-            with _naming(path, "vary", f"{setting} {value!r}"):
-                _check(setting, value)
+            with naming(path, "vary", f"{setting} {value!r}"):
+                check(Experiment, setting, value)
                 values[setting].append(parser.parse_object({setting: value})[setting])
         if not listed or any(value in values[setting][:n] for n, value in enumerate(values[setting])):
             raise ValueError(f"{path}: vary: {setting}: {listed!r} must be a list of one or more values, each once")
@@ -173,37 +172,13 @@ def read_plan(path: Path) -> dict[Path, Experiment]:
         choice = dict(zip(values, numbers, strict=True))
         for setting, n in choice.items():
             settings[setting] = values[setting][n]
-        with _naming(path, ", ".join(f"{setting} {vary[setting][n]!r}" for setting, n in choice.items()) or "base"):
-            chosen = parser.instantiate(settings)
-            experiment = Experiment(**{one.name: chosen[one.name] for one in dataclasses.fields(Experiment)})
+        with naming(path, ", ".join(f"{setting} {vary[setting][n]!r}" for setting, n in choice.items()) or "base"):
+            experiment = instantiate(parser, Experiment, settings)
         parts = {setting: names[setting][n] for setting, n in choice.items()}
         seed = [parts.pop(SEED)] if SEED in parts else []
+        assert isinstance(experiment, Experiment)
         trainings[Path(",".join(parts.values()) or "base", *seed)] = experiment
     return trainings
-
-
-@contextmanager
-def _naming(*place: object) -> Iterator[None]:
-    """Say in one line where a wrong setting stands."""
-    try:
-        yield
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(": ".join([*map(str, place), " ".join(str(error).split())])) from None
-
-
-def _check(setting: object, value: object) -> None:
-    """Refuse what the parser lets through: a value instead of a group of settings, and null for everything."""
-    kind: Any = Experiment
-    for part in str(setting).split("."):
-        if not dataclasses.is_dataclass(kind):
-            return
-        if part not in {one.name for one in dataclasses.fields(kind)}:
-            raise ValueError(f"{setting}: {value!r} must be of a setting that `qat train` has")
-        kind = get_type_hints(kind)[part]
-    if dataclasses.is_dataclass(kind):
-        raise ValueError(f"{setting}: {value!r} must be of one setting; this is a group of them")
-    if value is None and type(None) not in get_args(kind):
-        raise ValueError(f"{setting}: null must be a value; this setting cannot be absent")
 
 
 def _names(values: dict[str, list[Any]]) -> dict[str, list[str]]:

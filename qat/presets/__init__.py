@@ -1,0 +1,151 @@
+"""Presets: the settings of every training of the paper's grid, as files of layers that lie over each other.
+
+``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``demo`` is
+what learns in minutes, on synthesised speech. A file is a list of layers::
+
+    - settings: {training: {batch: 20}}
+    - when: {network: real, stage: [word, speaker]}
+      settings: {training: {batch: 40}}
+
+A layer holds for the trainings that have every attribute of its ``when``, with that value or one of a list; the later
+layer wins. Settings are those of ``qat train``, or of ``qat pretrain rhemo`` in RH-Emo's stages; each kind of training
+takes what it has.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment
+from qat.settings import check, instantiate, naming, parser_of
+
+NAMES = ("paper", "released-code", "demo")
+
+ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
+"""What tells trainings apart: ``stage`` is rhemo-1, rhemo-2, word, speaker or emotion; ``network`` quaternion or real.
+Emotion trainings have the others too: ``corpus``, ``split`` (random, actor), ``at`` (none, single_S, single_W, dual_SW,
+dual_WS), ``layer`` and ``seed``."""
+
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings of some trainings.
+
+    Args:
+        when: allowed values by attribute; empty: of all trainings.
+        settings: nested, as in a YAML file.
+    """
+
+    when: Mapping[str, Sequence[Any]]
+    settings: Plain
+
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether a training with these attributes takes it."""
+        return all(name in attributes and attributes[name] in values for name, values in self.when.items())
+
+
+def kind_of(stage: str) -> type[AnyExperiment]:
+    """What a stage trains."""
+    return RHEmoExperiment if stage.startswith("rhemo") else Experiment
+
+
+def read_layers(source: str | Path) -> list[Layer]:
+    """The layers of a preset, or of a file of the same form.
+
+    Raises:
+        ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
+            values, are named with the layer's number.
+    """
+    path = files("qat.presets") / f"{source}.yaml" if source in NAMES else Path(source)
+    if not path.is_file():
+        raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(listed, list):
+        raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
+    parsers = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
+    layers = []
+    for number, one in enumerate(listed, 1):
+        with naming(source, f"layer {number}"):
+            if not isinstance(one, dict) or not {"settings"} <= one.keys() <= {"settings", "when"}:
+                raise ValueError(f"{one!r} must have `settings` and perhaps `when`, and nothing else")
+            when, settings = one.get("when") or {}, one["settings"]
+            for name, value in (("when", when), ("settings", settings)):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name}: {value!r} must be names and values")
+            if unknown := [name for name in when if name not in ATTRIBUTES]:
+                raise ValueError(f"when: {unknown[0]!r} must be one of {', '.join(ATTRIBUTES)}")
+            _check(settings, parsers)
+        layers.append(Layer({k: v if isinstance(v, list) else [v] for k, v in when.items()}, settings))
+    return layers
+
+
+def laid(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -> Plain:
+    """The settings of a training: ``base``, and over it every layer that holds; of groups, field by field.
+
+    Args:
+        attributes: of the training, see :data:`ATTRIBUTES`.
+        layers: the later wins.
+        base: nested settings.
+
+    >>> layer = Layer({"network": ["real"]}, {"training": {"batch": 40}})
+    >>> laid({"network": "real"}, [layer], {"training": {"batch": 20, "seed": 2}})
+    {'training': {'batch': 40, 'seed': 2}}
+    """
+    known = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
+    settings = {group: dict(value) if isinstance(value, dict) else value for group, value in base.items()}
+    for layer in layers:
+        for group, value in layer.settings.items() if layer.holds(attributes) else ():
+            if known is None or group in known:
+                settings[group] = settings.get(group, {}) | value if isinstance(value, dict) else value
+    return settings
+
+
+def experiment(settings: Plain, stage: str) -> AnyExperiment:
+    """The experiment of a stage from nested settings; what they do not say has its default.
+
+    Raises:
+        ValueError: a wrong or unknown setting.
+    """
+    kind = kind_of(stage)
+    parser = parser_of(kind)
+    with naming(stage):
+        for setting, value in _settings(settings).items():
+            check(kind, setting, value)
+        return instantiate(parser, kind, parser.parse_object(settings))
+
+
+def _settings(nested: Plain) -> Plain:
+    """Values by ``group.field``: what such a field holds may be a mapping itself."""
+    return {
+        name: value
+        for group, inner in nested.items()
+        for name, value in (
+            {f"{group}.{field}": one for field, one in inner.items()} if isinstance(inner, dict) else {group: inner}
+        ).items()
+    }
+
+
+def _check(settings: Plain, parsers: Mapping[type[AnyExperiment], Any]) -> None:
+    """Every setting must be one of a kind of experiment, with a value that it takes."""
+    for setting, value in _settings(settings).items():
+        refused: list[Exception] = []
+        for kind, parser in parsers.items():
+            try:
+                check(kind, setting, value)
+                parser.parse_object({setting: value})
+            except (ArgumentError, ValueError, TypeError) as error:
+                refused.append(error)
+        if len(refused) == len(parsers):
+            raise refused[0]
