@@ -98,6 +98,8 @@ class NetworkConfig:
         rhemo: checkpoint of RH-Emo whose encoder makes the embedding (both embedding domains need it).
         rhemo_mode: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen weights, batch norm in train
             mode; ``trainable``: trained along.
+        outputs: of the last layer, if more than there are classes (8 for TESS's 7 in the released code); the others are
+            called ``unused-8`` and so on, and are never right.
         embedding_scale: ``none``, or what embeddings are divided by, over the training part: their ``max`` or ``rms``
             (root mean square). Without batch norm, thirteen layers hardly learn from values far from 1.
     """
@@ -110,10 +112,12 @@ class NetworkConfig:
     rhemo: Path | None = None
     rhemo_mode: Literal["frozen", "batch-statistics", "trainable"] = "frozen"
     embedding_scale: Literal["none", "max", "rms"] = "none"
+    outputs: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.width > 0, "network.width", self.width, "above 0")
         _require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
+        _require(self.outputs is None or self.outputs >= 1, "network.outputs", self.outputs, "at least 1, or absent")
         if self.domain == "quaternion":
             _require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
 
@@ -226,8 +230,12 @@ class TrainingConfig:
         stopping: ``standard`` or ``reference-window`` (the released code's rule).
         seed: of initialisation, order, dropout and word offsets.
         word_offset: where a word lies in its canvas: one random place per ``sample`` or per ``batch`` in training.
-        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer); the
-            last layer is initialised anew where the classes are others.
+        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer), with
+            RH-Emo's encoder where both train it; the last layer is initialised anew where the classes are others.
+        initial_head: ``keep`` the last layer of ``initial`` where the classes are the same; ``new`` initialises it anew
+            even there, as the released code does.
+        accuracy: over ``samples``; ``batches``: the mean of the accuracies of consecutive batches, as in the released
+            code, which gives the samples of a last, short batch more weight.
         device: ``auto`` takes CUDA where there is one.
         precision: ``float32``; ``tf32``: products of float32 rounded to TF32 on GPUs that can; ``bf16``: layers compute
             in bfloat16, weights and optimiser stay float32.
@@ -251,6 +259,8 @@ class TrainingConfig:
     seed: int = 1
     word_offset: Literal["sample", "batch"] = "sample"
     initial: Path | None = None
+    initial_head: Literal["keep", "new"] = "keep"
+    accuracy: Literal["samples", "batches"] = "samples"
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     deterministic: bool = True

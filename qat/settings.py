@@ -6,6 +6,7 @@ import dataclasses
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
@@ -51,6 +52,7 @@ def check(kind: type[AnyExperiment], setting: object, value: object) -> None:
         raise ValueError(f"{setting}: null must be a value; this setting cannot be absent")
 
 
+@cache
 def parser_of(kind: type[AnyExperiment]) -> ArgumentParser:
     """A parser of all settings of one kind of experiment."""
     parser = ArgumentParser(exit_on_error=False)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qat.config import AnyExperiment, decisive, to_plain
+from qat.config import EXECUTION, AnyExperiment, decisive, to_plain
 from qat.experiments.runs import flat
 from qat.experiments.sweep import Layout, Outcome, train_all
 from qat.files import sha256_of
@@ -56,11 +55,11 @@ class Plan:
         A run of the plan that it builds on counts by its address, another checkpoint by its file's content, the corpus
         by its reader, folder, selection and options. ``cache`` and how it is computed (the device) do not count.
         """
-        settings = _decisive(experiment)
+        settings = _decisive(to_plain(experiment))
         for name in CHECKPOINTS:
             if (path := settings.get(name)) is not None:
                 settings[name] = self._identity(Path(path), name)
-        default = _decisive(type(experiment)())
+        default = _decisive(to_plain(type(experiment)()))
         settings["corpus.folder"] = str(Path(settings["corpus.folder"]).absolute())
         different = {key: value for key, value in settings.items() if key not in default or default[key] != value}
         text = json.dumps({"kind": type(experiment).__name__} | different, sort_keys=True)
@@ -92,8 +91,8 @@ class Plan:
         for path, experiment in self.trainings.items():
             result = self.folder / path / "result.json"
             if result.is_file():
-                theirs = _decisive(json.loads(result.read_text(encoding="utf-8"))["experiment"])
-                _agree(self.folder / path, theirs, _decisive(experiment))
+                theirs = decisive(json.loads(result.read_text(encoding="utf-8"))["experiment"])
+                _agree(self.folder / path, _decisive(theirs), _decisive(to_plain(experiment)))
                 done.add(path)
         return done
 
@@ -137,16 +136,15 @@ class Plan:
         return sha256_of(file)
 
 
-def _decisive(experiment: AnyExperiment | Mapping[str, Any]) -> dict[str, Any]:
+def _decisive(plain: dict[str, Any]) -> dict[str, Any]:
     """Settings by dotted name; a corpus' selection and options as a whole."""
-    plain = dict(experiment) if isinstance(experiment, Mapping) else to_plain(experiment)
-    settings = decisive(plain)
-    del settings["cache"]
-    return {
+    free = ("cache", *(f"training.{name}" for name in EXECUTION))
+    settings = {
         f"{group}.{name}" if isinstance(value, dict) else group: one
-        for group, value in settings.items()
+        for group, value in plain.items()
         for name, one in (value.items() if isinstance(value, dict) else [("", value)])
     }
+    return {name: value for name, value in settings.items() if name not in free}
 
 
 def _agree(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -14,10 +14,13 @@ takes what it has.
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +68,27 @@ def read_layers(source: str | Path) -> list[Layer]:
         ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
             values, are named with the layer's number.
     """
-    path = files("qat.presets") / f"{source}.yaml" if source in NAMES else Path(source)
+    if source in NAMES:
+        return list(_preset(str(source)))
+    path = Path(source)
     if not path.is_file():
         raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
+    return _read(path, source)
+
+
+@cache
+def _preset(name: str) -> tuple[Layer, ...]:
+    return tuple(_read(files("qat.presets") / f"{name}.yaml", name))
+
+
+def _read(path: Traversable, source: object) -> list[Layer]:
     try:
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(listed, list):
         raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
-    parsers = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
+    parsers: dict[type[AnyExperiment], Any] = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
     layers = []
     for number, one in enumerate(listed, 1):
         with naming(source, f"layer {number}"):
@@ -118,12 +132,18 @@ def experiment(settings: Plain, stage: str) -> AnyExperiment:
     Raises:
         ValueError: a wrong or unknown setting.
     """
-    kind = kind_of(stage)
-    parser = parser_of(kind)
+    return _experiment(json.dumps(settings, sort_keys=True), stage)
+
+
+@cache  # parsing takes a tenth of a second, and hundreds of trainings differ in nothing but their layer
+def _experiment(settings: str, stage: str) -> AnyExperiment:
+    kind: Any = kind_of(stage)
+    parser, plain = parser_of(kind), json.loads(settings)
     with naming(stage):
-        for setting, value in _settings(settings).items():
+        for setting, value in _settings(plain).items():
             check(kind, setting, value)
-        return instantiate(parser, kind, parser.parse_object(settings))
+        made: AnyExperiment = instantiate(parser, kind, parser.parse_object(plain))
+        return made
 
 
 def _settings(nested: Plain) -> Plain:

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 
-def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
+def classification_metrics(
+    logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None
+) -> dict[str, Any]:
     """Weighted accuracy, unweighted accuracy, macro F1 and confusion matrix over samples.
 
     Args:
         logits: `[n, K]`. targets: `[n]` class indices.
-        classes: the K class names.
+        classes: the names of the K outputs; one that is in no target is never right.
+        batch: take for accuracy the mean of the accuracies of consecutive batches of so many samples.
 
     Returns:
         ``accuracy`` (WA: share of samples right), ``uar`` (UA: mean recall over the classes that occur in ``targets``),
-        ``macro_f1``, ``confusion`` (rows true, columns predicted) and ``samples``.
+        ``macro_f1`` (mean over the outputs that are targets or answers), ``confusion`` (rows true, columns predicted) and ``samples``.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 
@@ -25,7 +28,7 @@ def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str]) 
     support = confusion.sum(1)
     recall = confusion.diag()[support > 0] / support[support > 0]
     return {
-        "accuracy": (confusion.diag().sum() / confusion.sum()).item(),
+        "accuracy": _share(logits.argmax(1) == targets, batch),
         "uar": recall.mean().item(),
         "macro_f1": multiclass_f1_score(logits, targets, num_classes=len(classes), average="macro").item(),
         "confusion": confusion.tolist(),
@@ -33,12 +36,13 @@ def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str]) 
     }
 
 
-def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
+def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> dict[str, Any]:
     """Mean average precision and macro F1 of a multi-label task.
 
     Args:
         logits: `[n, V]`. targets: `[n, V]` of 0 and 1.
         classes: the V labels.
+        batch: as in :func:`classification_metrics`.
 
     Returns:
         ``accuracy`` (share of single yes/no answers right), ``average_precision`` (mean over the labels that occur),
@@ -52,8 +56,14 @@ def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dic
         logits.sigmoid(), truth, num_labels=len(classes), average=None, thresholds=None
     )
     return {
-        "accuracy": ((logits > 0) == truth.bool()).float().mean().item(),
+        "accuracy": _share((logits > 0) == truth.bool(), batch),
         "average_precision": torch.as_tensor(precision)[occurring].mean().item(),
         "macro_f1": multilabel_f1_score(logits.sigmoid(), truth, num_labels=len(classes)).item(),
         "samples": len(targets),
     }
+
+
+def _share(right: Tensor, batch: int | None) -> float:
+    """Of what is right: `[n]`, or `[n, V]`."""
+    shares = [part.float().mean() for part in right.split(batch or len(right))]
+    return torch.stack(shares).mean().item()

@@ -83,6 +83,7 @@ def train_classifier(
         pretrained = _Pretrained.load(experiment)
         data = load_data(experiment, _normalisation(experiment), quiet=quiet)
         classes, targets = class_targets(data.index, data.parts, experiment.task)
+        classes = _outputs(classes, experiment)
         torch.manual_seed(experiment.training.seed)
         classifier = placed(pretrained.classifier(classes), device)
         inputs, embedded = _network_inputs(classifier, data, experiment, device, quiet)
@@ -401,9 +402,11 @@ class _Pretrained:
             self.rhemo.load_into(classifier.encoder, "encoder")
         if self.initial is not None:
             source = self._vgg(self.initial)
-            if self.initial.record["classes"] != classes:
+            if self.initial.record["classes"] != classes or self.experiment.training.initial_head == "new":
                 source.classifier[-1] = classifier.net.classifier[-1]
             classifier.net.load_state_dict(source.state_dict())
+            if classifier.encoder is not None and self._trains_encoder(self.initial):
+                self.initial.load_into(classifier.encoder, "encoder")
         return classifier
 
     def anti_transfer(self) -> AntiTransfer | None:
@@ -412,6 +415,11 @@ class _Pretrained:
         if config.random_twin:
             return AntiTransfer(config, VGG16(self.experiment.network, num_classes=2))
         return None if self.twin is None else AntiTransfer(config, self._vgg(self.twin))
+
+    def _trains_encoder(self, checkpoint: Checkpoint) -> bool:
+        """Whether RH-Emo was trained along there, and is here."""
+        modes = {self.experiment.network.rhemo_mode, _settings(checkpoint)[0].network.rhemo_mode}
+        return modes == {"trainable"}
 
     def _vgg(self, checkpoint: Checkpoint) -> VGG16:
         net = VGG16(self.experiment.network, len(checkpoint.record["classes"]))
@@ -493,9 +501,22 @@ def _scale(embeddings: Iterable[Tensor], kind: str) -> Tensor:
     return (torch.stack([total for total, _ in squares]).sum() / sum(count for _, count in squares)).sqrt()
 
 
+def _outputs(classes: list[str], experiment: Experiment) -> list[str]:
+    """The names of all outputs of a network."""
+    outputs = experiment.network.outputs
+    if outputs is None:
+        return classes
+    if _multi_label(experiment):
+        raise ValueError(f"network.outputs: {outputs} must be absent with task {experiment.task}")
+    if outputs < len(classes):
+        raise ValueError(f"network.outputs: {outputs} must be at least {len(classes)}, the number of classes")
+    return [*classes, *(f"unused-{n}" for n in range(len(classes) + 1, outputs + 1))]
+
+
 def _judge(experiment: Experiment, classes: list[str]) -> Callable[[Tensor, Tensor], Metrics]:
     metrics = presence_metrics if _multi_label(experiment) else classification_metrics
-    return lambda outputs, targets: metrics(outputs, targets, classes)
+    batch = experiment.training.batch if experiment.training.accuracy == "batches" else None
+    return lambda outputs, targets: metrics(outputs, targets, classes, batch)
 
 
 def _judged(steps: Steps, samples: Tensor, judge: Callable[[Tensor, Tensor], Metrics]) -> tuple[Metrics, Tensor]:
@@ -513,7 +534,8 @@ def _write_predictions(
     tables = []
     for part, logits in outputs.items():
         rows = data.index.iloc[data.parts[part]].reset_index(drop=True)
-        table = rows[["path", "cut", "speaker", "text"]].assign(label=rows[LABEL_COLUMN[experiment.task]])
+        columns = [name for name in ("path", "cut", "start", "speaker", "text") if name in rows]
+        table = rows[columns].assign(label=rows[LABEL_COLUMN[experiment.task]])
         table.insert(0, "part", part)
         if not _multi_label(experiment):
             table["predicted"] = [classes[k] for k in logits.argmax(1)]

@@ -247,6 +247,74 @@ def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(ex
     assert changed == ["net.classifier.6.bias", "net.classifier.6.weight"]
 
 
+def test_the_last_layer_can_be_initialised_anew_where_the_classes_are_the_same(experiment, tmp_path):
+    train_classifier(trained(experiment, epochs=1), tmp_path / "first", quiet=True)
+    new = trained(experiment, initial=tmp_path / "first", initial_head="new", lr=1e-12, epochs=1)
+    train_classifier(new, tmp_path / "new", quiet=True)
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "new")
+    changed = [k for k in before if not torch.allclose(before[k], after[k], atol=1e-9)]
+    assert "net.classifier.6.weight" in changed
+    assert set(changed) <= {"net.classifier.6.bias", "net.classifier.6.weight"}
+
+
+def test_a_trained_encoder_goes_on_in_the_second_half(experiment, tmp_path):
+    network = replace(experiment.network, rhemo_mode="trainable", embedding_scale="none")
+    first = trained(replace(experiment, network=network), epochs=1)
+    train_classifier(first, tmp_path / "first", quiet=True)
+    second = trained(first, initial=tmp_path / "first", lr=1e-12, epochs=1)
+    train_classifier(second, tmp_path / "second", quiet=True)
+    before, after, pretrained = (
+        load_checkpoint(path, kind).part("encoder")["0.weight"]
+        for path, kind in (
+            (tmp_path / "first", "classifier"),
+            (tmp_path / "second", "classifier"),
+            (network.rhemo, "rhemo"),
+        )
+    )
+    assert torch.allclose(before, after, atol=1e-9)
+    assert not torch.allclose(pretrained, after, atol=1e-6)
+
+
+def test_accuracy_of_batches_is_that_of_consecutive_predictions(experiment, tmp_path):
+    result = train_classifier(trained(experiment, accuracy="batches", batch=4), tmp_path / "run", quiet=True)
+    predictions = pd.read_csv(tmp_path / "run/predictions.csv")
+    again = evaluate_run(tmp_path / "run", device="cpu", quiet=True)
+    unequal = 0
+    for part, scores in result["parts"].items():
+        right = [float(a == b) for a, b in predictions.query("part == @part")[["label", "predicted"]].to_numpy()]
+        batches = [right[n : n + 4] for n in range(0, len(right), 4)]
+        expected = sum(sum(batch) / len(batch) for batch in batches) / len(batches)
+        assert scores["accuracy"] == pytest.approx(expected)
+        assert again[part]["accuracy"] == pytest.approx(expected)
+        unequal += len(right) % 4 > 0
+    assert unequal
+    logged = pd.read_csv(tmp_path / "run/metrics.csv")["validation_accuracy"][result["kept_epoch"]]
+    assert logged == pytest.approx(result["parts"]["validation"]["accuracy"], abs=1e-6)
+
+
+def test_a_network_may_have_more_outputs_than_classes(experiment, twin, tmp_path):
+    more = replace(experiment, network=replace(experiment.network, outputs=5))
+    result = train_classifier(trained(more, epochs=1), tmp_path / "run", quiet=True)
+    assert result["classes"] == ["angry", "neutral", "sad", "unused-4", "unused-5"]
+    assert weights(tmp_path / "run")["net.classifier.6.bias"].shape == (5,)
+    confusion = np.array(result["parts"]["train"]["confusion"])
+    assert confusion.shape == (5, 5)
+    assert not confusion[3:].any()
+    predictions = pd.read_csv(tmp_path / "run/predictions.csv")
+    assert {"p_unused-4", "p_unused-5"} < set(predictions.columns)
+    again = evaluate_run(tmp_path / "run", device="cpu", quiet=True)
+    assert again["test"]["confusion"] == result["parts"]["test"]["confusion"]
+    started = with_twin(trained(more, initial=tmp_path / "run", epochs=1), twin, layers=[2])
+    train_classifier(started, tmp_path / "second", quiet=True)
+    with pytest.raises(ValueError, match=r"network\.outputs: 2 must be at least 3, the number of classes"):
+        train_classifier(
+            replace(experiment, network=replace(experiment.network, outputs=2)), tmp_path / "few", quiet=True
+        )
+    several = replace(more, task="word-presence")
+    with pytest.raises(ValueError, match=r"network\.outputs: 5 must be absent with task word-presence"):
+        train_classifier(several, tmp_path / "several", quiet=True)
+
+
 def test_twins_that_do_not_fit_are_refused(experiment, twin, rhemo, tmp_path):
     wide = replace(experiment.network, width=0.03)
     for change, message in (

@@ -43,6 +43,25 @@ def test_classification_metrics_agree_with_scikit_learn():
     assert metrics["samples"] == 64
 
 
+def test_accuracy_of_batches_gives_a_short_last_one_more_weight():
+    """Three batches of 4, 4 and 1: the last sample alone is a third of the mean."""
+    rng = np.random.default_rng()
+    truth, logits = rng.integers(0, 3, 9), rng.normal(size=(9, 3))
+    right = (logits.argmax(1) == truth).astype(float)
+    metrics = classification_metrics(torch.tensor(logits), torch.tensor(truth), list("abc"), batch=4)
+    assert metrics["accuracy"] == pytest.approx((right[:4].mean() + right[4:8].mean() + right[8]) / 3)
+    plain = classification_metrics(torch.tensor(logits), torch.tensor(truth), list("abc"))
+    assert plain["accuracy"] == pytest.approx(right.mean())
+    assert {name: metrics[name] for name in metrics if name != "accuracy"} == {
+        name: plain[name] for name in plain if name != "accuracy"
+    }
+    truth, logits = rng.integers(0, 2, (5, 3)), rng.normal(size=(5, 3))
+    right = ((logits > 0) == truth).mean(1)
+    targets = torch.tensor(truth, dtype=torch.float32)
+    metrics = presence_metrics(torch.tensor(logits), targets, list("abc"), batch=2)
+    assert metrics["accuracy"] == pytest.approx((right[:2].mean() + right[2:4].mean() + right[4]) / 3)
+
+
 def test_unweighted_accuracy_is_over_the_classes_that_occur():
     logits = torch.eye(3)[[0, 0, 1]]
     assert classification_metrics(logits, torch.tensor([0, 0, 0]), list("abc"))["uar"] == pytest.approx(2 / 3)
