@@ -20,7 +20,10 @@ from jsonargparse import ArgumentParser, Namespace
 import qat
 from qat.config import CorpusConfig, Experiment, RHEmoExperiment, TrainingConfig, to_plain
 from qat.data.spectrogram import SpectrogramConfig
+from qat.experiments.cost import Assumed
+from qat.experiments.grid import CORPORA, Selection
 from qat.experiments.sweep import SlurmConfig
+from qat.presets import VALUES
 
 Command = Callable[[Namespace], Any]
 
@@ -46,6 +49,22 @@ RHEMO_HELP = (
 CHECK_HELP = (
     "Compare a corpus with what is published of it, and try to read every file. `problems` are files that are missing "
     "or cannot be used, and make the exit code 1; `remarks` are files that are not part of it, or the same as another."
+)
+
+GRID_HELP = (
+    "Train the paper's grid, or a part of it: RH-Emo, the networks of words and speakers, then for each corpus, split "
+    "and network one without anti-transfer and one for each kind of it and layer. What is finished is never trained "
+    "again."
+)
+
+GRID_HOURS = (
+    "estimated, not measured: what is left to train, one after another on one device, by counting multiplications; "
+    "epochs and tflops (1e12 operations a second) are assumed or taken from finished trainings, as `basis` says"
+)
+
+PRESET_HELP = (
+    "Print a preset's settings of one training, for `qat train --config FILE` (or `qat pretrain ...`): the paper's "
+    "reading of what paper and released code disagree on, or the code's."
 )
 
 STUDY_HELP = (
@@ -82,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, f"interrupted; what is finished is kept, and {again} goes on", 130)
     if int(os.environ.get("RANK", 0)) == 0:
         _print(result, options.json)
-    return 1 if name in ("corpus check", "sweep") and result["problems"] else 0
+    return 1 if name in ("corpus check", "sweep", "grid") and result["problems"] else 0
 
 
 class _Parser(ArgumentParser):
@@ -122,7 +141,8 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
     sub = command(top, "study", _study, STUDY_HELP)
     _study_arguments(sub, "study", seeds=5)
     sub.add_argument("--layers", type=list[int], default=[2, 7, 13], help="of the quaternion network")
-    sub.add_argument("--real", type=bool, default=True, help="also the real network, in which the voice is the twin's")
+    sub.add_argument("--real", type=bool, default=True, help="also the real network")
+    sub.add_argument("--brief", action="store_true", help="about half of the settings")
 
     group = family("corpus", "Make, fetch and check corpora.")
     command(group, "corpus list", _corpus_list, "The corpora that are known.")
@@ -158,16 +178,27 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
     sub = command(top, "sweep", _sweep, SWEEP_HELP)
     sub.add_argument("plan", type=Path, help="YAML file of settings and of what varies")
     sub.add_argument("--out", type=Path, required=True, help="folder for all runs; the same again goes on with them")
-    sub.add_argument("--at-once", type=int, default=1, help="trainings side by side in each job, on its one GPU")
-    sub.add_argument("--jobs", type=int | None, default=None, help="jobs (default: one for each visible GPU, or one)")
-    sub.add_argument(
-        "--cluster",
-        choices=["auto", "local", "slurm"],
-        default="auto",
-        help="this machine, or a job array of Slurm; auto is slurm where there is an sbatch",
-    )
-    sub.add_class_arguments(SlurmConfig, "slurm")
+    _layout_arguments(sub)
     sub.add_argument("--dry-run", action="store_true", help="only tell what would be trained")
+
+    sub = command(top, "grid", _grid, GRID_HELP)
+    sub.add_argument("--out", type=Path, required=True, help="folder for everything; the same again goes on with it")
+    sub.add_argument("--preset", type=str, default="paper", help="paper, released-code or demo")
+    sub.add_argument("--settings", type=Path | None, default=None, help="file of layers that lie over the preset's")
+    sub.add_argument("--folders", type=dict[str, Path], default={}, help="of corpora (default: corpora/NAME)")
+    sub.add_class_arguments(Selection)
+    _layout_arguments(sub)
+    sub.add_argument("--dry-run", action="store_true", help="only tell what would be trained, and what it may cost")
+    sub.add_class_arguments(Assumed, "assumed")
+
+    sub = command(top, "preset", _preset, PRESET_HELP)
+    sub.add_argument("name", type=str, help="paper, released-code or demo")
+    sub.add_argument("--stage", choices=[*VALUES["stage"]], default="emotion")
+    sub.add_argument("--network", choices=[*VALUES["network"]], default="quaternion", help="not in RH-Emo's stages")
+    sub.add_argument("--corpus", choices=[*CORPORA], default="iemocap", help="this and what follows: of stage emotion")
+    sub.add_argument("--split", choices=[*VALUES["split"]], default="random")
+    sub.add_argument("--at", choices=[*VALUES["at"]], default="none", help="anti-transfer against (S)peakers, (W)ords")
+    sub.add_argument("--layer", choices=[*VALUES["layer"]][1:], type=int, default=2, help="of anti-transfer")
 
     sub = command(top, "evaluate", _evaluate, "Judge a trained classifier on its own parts or on another corpus.")
     sub.add_argument("run", type=Path, help="run folder or checkpoint")
@@ -182,7 +213,7 @@ def _parser() -> tuple[ArgumentParser, dict[str, Command]]:
     sub.add_argument("run", type=Path, help="run folder or checkpoint")
     sub.add_argument("files", type=Path, nargs="+", help="wav, flac, mp3, ogg or opus")
     sub.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1...")
-    sub = command(top, "report", _report, "A table and an HTML page from finished runs.")
+    sub = command(top, "report", _report, "A table and an HTML page from finished runs, or from a grid's.")
     sub.add_argument("folder", type=Path, help="folder that holds runs, at any depth")
     sub.add_argument("--out", type=Path | None, default=None, help="HTML file (default: report.html in the folder)")
     command(top, "doctor", _doctor, "What is installed, what works here and what is missing.")
@@ -209,6 +240,18 @@ def _corpus_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("--folder", type=Path, required=True, help="its folder (the manifest file for csv)")
 
 
+def _layout_arguments(sub: ArgumentParser) -> None:
+    sub.add_argument("--at-once", type=int, default=1, help="trainings side by side in each job, on its one GPU")
+    sub.add_argument("--jobs", type=int | None, default=None, help="jobs (default: one for each visible GPU, or one)")
+    sub.add_argument(
+        "--cluster",
+        choices=["auto", "local", "slurm"],
+        default="auto",
+        help="this machine, or a job array of Slurm; auto is slurm where there is an sbatch",
+    )
+    sub.add_class_arguments(SlurmConfig, "slurm")
+
+
 def _training_arguments(sub: ArgumentParser, defaults: Experiment | RHEmoExperiment) -> None:
     sub.add_argument("--config", action="config", help="YAML file of settings; options after it win")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
@@ -232,10 +275,8 @@ def _study(options: Namespace) -> Any:
     from qat.experiments.inquiry import Inquiry
 
     folder, material = _material(options, "study")
-    layers = tuple(options.layers)
-    return _studied(
-        Inquiry(folder, material, seeds=_seeds(options), workers=options.workers, layers=layers, real=options.real)
-    )
+    chosen = {"layers": tuple(options.layers), "real": options.real, "brief": options.brief}
+    return _studied(Inquiry(folder, material, seeds=_seeds(options), workers=options.workers, **chosen))
 
 
 def _material(options: Namespace, name: str) -> tuple[Path, Any]:
@@ -345,10 +386,10 @@ def _train(options: Namespace) -> Any:
 
 
 def _sweep(options: Namespace) -> Any:
-    from qat.experiments.sweep import Layout, read_plan, train_all
+    from qat.experiments.sweep import read_plan, train_all
 
     trainings = read_plan(options.plan)
-    layout = Layout(options.at_once, options.jobs, options.cluster, options.slurm)
+    layout = _layout(options)
     if options.dry_run:
         runs = [{"run": path.as_posix(), "folder": str(options.out / path)} for path in trainings]
         return {"trainings": len(runs), "runs": runs, "problems": []}
@@ -368,6 +409,60 @@ def _sweep(options: Namespace) -> Any:
     }
 
 
+def _layout(options: Namespace) -> Any:
+    from qat.experiments.sweep import Layout
+
+    return Layout(options.at_once, options.jobs, options.cluster, options.slurm)
+
+
+def _grid(options: Namespace) -> Any:
+    from qat.experiments.cost import estimate
+    from qat.experiments.grid import Grid
+
+    layout, selection = _layout(options), Selection(**{f.name: options[f.name] for f in dataclasses.fields(Selection)})
+    grid = Grid(options.out, options.preset, selection, options.folders, options.settings)
+    total = {"trainings": len(grid.plan.trainings), "finished": len(grid.plan.finished())}
+    if options.dry_run:
+        stages = estimate(grid.plan, grid.table, options.assumed)
+        runs = {"runs": grid.table.to_dict("records")} if options.json else {}
+        hours = {"gpu_hours": round(float(stages["hours"].sum()), 1), "note": GRID_HOURS}
+        return total | {"stages": stages.to_dict("records")} | hours | runs | {"problems": []}
+    if missing := grid.missing():
+        raise ValueError("; ".join(missing))
+    grid.write()
+    outcomes = grid.plan.run(layout)
+    names = dict(zip(grid.table["run"], grid.table["name"], strict=True))
+    return {
+        **total,
+        "finished": sum(one.status == "finished" for one in outcomes),
+        "folder": options.out,
+        "problems": [
+            {"training": names[one.path.name], "run": one.path.as_posix(), "problem": one.error}
+            for one in outcomes
+            if one.error
+        ],
+    }
+
+
+def _preset(options: Namespace) -> Any:
+    import yaml
+
+    from qat.experiments.grid import base
+    from qat.presets import experiment, laid, read_layers
+
+    place = {} if options.stage.startswith("rhemo") else {"network": options.network}
+    if options.stage == "emotion":
+        place |= {name: options[name] for name in ("corpus", "split", "at")}
+        place["layer"] = 0 if options.at == "none" else options.layer
+    settings = laid({"stage": options.stage, **place}, read_layers(options.name), base(options.stage, place))
+    # Whole, because other commands have other defaults; but for the folder, which is the user's to say.
+    whole = to_plain(experiment(settings, options.stage))
+    del whole["corpus"]["folder"]
+    if place.get("layer"):
+        whole["anti_transfer"]["layers"] = [place["layer"]]
+    return whole if options.json else yaml.safe_dump(whole, sort_keys=False)
+
+
 def _evaluate(options: Namespace) -> Any:
     from qat.training.pipeline import evaluate_run
 
@@ -384,6 +479,15 @@ def _report(options: Namespace) -> Any:
     from qat.experiments.report import collect, summary_table, write_report
 
     report = write_report(options.folder, options.out)
+    if (options.folder / "plan.csv").is_file():
+        from qat.experiments.grid_report import read_table1, short_table
+
+        table = read_table1(report)
+        made_up = sorted(set(table.loc[table["kind"] == "synthesised", "corpus"]))
+        if options.json:
+            return {"table1": table, "synthesised": made_up, "report": report}
+        notes = {"synthesised, not to compare with the paper": ", ".join(made_up)} if made_up else {}
+        return {"table1": short_table(table), **notes, "report": report}
     return {"summary": summary_table(collect(options.folder)), "report": report}
 
 
@@ -400,6 +504,9 @@ def _print(result: Any, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console()
+    if isinstance(result, str):
+        print(result, end="")
+        return
     if isinstance(result, list):
         console.print(_table(result))
         return
@@ -407,7 +514,7 @@ def _print(result: Any, as_json: bool) -> None:
         if name == "parts":
             names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
             console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
-        elif name in ("problems", "remarks", "runs"):
+        elif name in ("problems", "remarks", "runs", "stages", "table1"):
             if value:
                 console.print(_table(value))
         elif name == "summary":

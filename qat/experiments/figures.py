@@ -32,6 +32,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qat",  # the same figure has the same bytes
     "text.parse_math": False,  # names may hold dollar signs
+    "font.sans-serif": ["DejaVu Sans"],  # every text of an SVG names the whole list
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -136,6 +137,95 @@ def differences(groups: Sequence[Group], table: pd.DataFrame, measures: Mapping[
         axes[0].set_yticks(range(len(groups)), [_short(group.name, 44) for group in groups])
         axes[0].set_ylim(len(groups) - 0.5, -0.5)
         return _drawing(figure)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of `by_layer`.
+
+    Args:
+        label: in the legend; lines of one label look alike.
+        look: its colour: that of an anti-transfer method, a network or ``mean``.
+        values: by layer, or one level, dashed.
+        hollow: dotted with hollow squares, to tell two lines of one colour apart.
+        chosen: the layer that gets a ring.
+    """
+
+    label: str
+    look: str
+    values: Mapping[int, float] | float
+    hollow: bool = False
+    chosen: int | None = None
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.values) if isinstance(self.values, Mapping) else []
+
+
+_AMBER, _GREEN = "#c77d0a", "#3b7d4f"
+_LOOKS = {"single_S": _BLUE, "single_W": _AMBER, "dual_SW": _RED, "dual_WS": _GREEN, "mean": "#1d2129"} | {
+    "quaternion": _BLUE,
+    "real": _AMBER,
+}
+
+
+def by_layer(panels: Mapping[str, Sequence[Line]], ylabel: str, guess: float | None = None) -> Drawing:
+    """Lines over the layer of anti-transfer, one panel a title, two in a row, with the same axes.
+
+    Args:
+        panels: lines by title.
+        ylabel: of the values.
+        guess: what guessing gives, dotted in red.
+    """
+    ticks = {layer for lines in panels.values() for line in lines for layer in line.layers}
+    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+    with _style():
+        figure = _figure(5 * columns, 0.6 + 2.7 * rows)
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        legend: dict[str, Any] = {}
+        for place, (axis, (title, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
+            axis.set_title(title)
+            if guess is not None:
+                legend["guessing"] = axis.axhline(guess, color=_RED, linewidth=1, linestyle=":")
+            for line in lines:
+                legend.setdefault(line.label, _draw_line(axis, line))
+            axis.set_xticks(sorted(ticks))
+            axis.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
+            axis.tick_params(labelbottom=True)
+            axis.set_ylabel(ylabel if place % 2 == 0 else "")
+            axis.set_xlabel("layer")
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.legend(
+            handles=list(legend.values()),
+            labels=list(legend),
+            loc="outside upper left",
+            ncols=min(7, len(legend)),
+            frameon=False,
+            fontsize=8,
+        )
+        return _drawing(figure)
+
+
+def _draw_line(axis: Axes, line: Line) -> Any:
+    colour = _LOOKS.get(line.look, _GREY)
+    if not isinstance(line.values, Mapping):
+        return axis.axhline(line.values, color=colour, linewidth=1.2, linestyle="-." if line.hollow else _DASHED)
+    (handle,) = axis.plot(
+        line.layers,
+        list(line.values.values()),
+        color=colour,
+        linewidth=2.4 if line.look == "mean" else 1.3,
+        linestyle=":" if line.hollow else "-",
+        marker="s" if line.hollow else "o",
+        markersize=3.5,
+        markerfacecolor="white" if line.hollow else colour,
+    )
+    if line.chosen in line.values:
+        assert line.chosen is not None
+        ring = line.chosen, line.values[line.chosen]
+        axis.plot(*ring, "o", markersize=9, markerfacecolor="none", markeredgecolor=colour)
+    return handle
 
 
 def losses(groups: Sequence[Group], share: bool) -> Drawing:
@@ -263,7 +353,7 @@ def _figure(width: float, height: float) -> Figure:
 def _drawing(figure: Figure) -> Drawing:
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # which has its say already
+    figure.set_layout_engine(None)  # places are found already, and finding them takes as long as drawing
     figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return Drawing(svg.getvalue(), png.getvalue())
 

@@ -32,9 +32,16 @@ from qat.settings import check, instantiate, naming, parser_of
 NAMES = ("paper", "released-code", "demo")
 
 ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
-"""What tells trainings apart: ``stage`` is rhemo-1, rhemo-2, word, speaker or emotion; ``network`` quaternion or real.
-Emotion trainings have the others too: ``corpus``, ``split`` (random, actor), ``at`` (none, single_S, single_W, dual_SW,
-dual_WS), ``layer`` and ``seed``."""
+"""What tells trainings apart. RH-Emo's stages have no ``network``, and what follows it only emotion trainings have."""
+
+VALUES: Mapping[str, Sequence[Any]] = {
+    "stage": ("rhemo-1", "rhemo-2", "word", "speaker", "emotion"),
+    "network": ("quaternion", "real"),
+    "split": ("random", "actor"),
+    "at": ("none", "single_S", "single_W", "dual_SW", "dual_WS"),
+    "layer": range(14),
+}
+"""What attributes can be, where that is known; layer 0 is that of ``at`` none."""
 
 Plain = dict[str, Any]
 
@@ -100,8 +107,13 @@ def _read(path: Traversable, source: object) -> list[Layer]:
                     raise ValueError(f"{name}: {value!r} must be names and values")
             if unknown := [name for name in when if name not in ATTRIBUTES]:
                 raise ValueError(f"when: {unknown[0]!r} must be one of {', '.join(ATTRIBUTES)}")
+            when = {name: value if isinstance(value, list) else [value] for name, value in when.items()}
+            for name, values in when.items():
+                for value in values if name in VALUES else ():
+                    if value not in VALUES[name]:
+                        raise ValueError(f"when: {name}: {value!r} must be one of {', '.join(map(str, VALUES[name]))}")
             _check(settings, parsers)
-        layers.append(Layer({k: v if isinstance(v, list) else [v] for k, v in when.items()}, settings))
+        layers.append(Layer(when, settings))
     return layers
 
 

@@ -20,7 +20,8 @@ def classification_metrics(
 
     Returns:
         ``accuracy`` (WA: share of samples right), ``uar`` (UA: mean recall over the classes that occur in ``targets``),
-        ``macro_f1`` (mean over the outputs that are targets or answers), ``confusion`` (rows true, columns predicted) and ``samples``.
+        ``macro_f1`` (over the outputs that are targets or answers), ``confusion`` (rows true, columns predicted) and
+        ``samples``.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 

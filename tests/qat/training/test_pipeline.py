@@ -25,7 +25,7 @@ from qat.config import (
     from_plain,
     to_plain,
 )
-from qat.data.manifest import write_manifest
+from qat.data.manifest import build_manifest, write_manifest
 from qat.models import VGG16
 from qat.training import distributed, loop
 from qat.training.checkpoint import load_checkpoint
@@ -290,9 +290,29 @@ def test_accuracy_of_batches_is_that_of_consecutive_predictions(experiment, tmp_
     assert unequal
     logged = pd.read_csv(tmp_path / "run/metrics.csv")["validation_accuracy"][result["kept_epoch"]]
     assert logged == pytest.approx(result["parts"]["validation"]["accuracy"], abs=1e-6)
+    plain = train_classifier(trained(experiment, batch=4), tmp_path / "plain", quiet=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+    for part, scores in plain["parts"].items():
+        assert scores | {"accuracy": result["parts"][part]["accuracy"]} == result["parts"][part]
 
 
-def test_a_network_may_have_more_outputs_than_classes(experiment, twin, tmp_path):
+def test_predictions_of_segments_say_where_they_start(experiment, corpus, tmp_path):
+    rows = [
+        row | {"start": start, "duration": 0.4}
+        for row in corpus.table.drop(columns=["checksum", "duration"]).to_dict("records")
+        for start in (0.0, 0.5)
+    ]
+    write_manifest(build_manifest(corpus.root, rows, "halves"), corpus.root / "halves.csv")
+    halves = replace(experiment, corpus=CorpusConfig("csv", corpus.root / "halves.csv"))
+    train_classifier(trained(halves, epochs=1), tmp_path / "run", quiet=True)
+    predictions = pd.read_csv(tmp_path / "run/predictions.csv")
+    assert predictions.columns[:5].tolist() == ["part", "path", "cut", "start", "speaker"]
+    assert sorted(zip(predictions["path"], predictions["start"], strict=True)) == [
+        (row["path"], row["start"]) for row in sorted(rows, key=lambda row: (row["path"], row["start"]))
+    ]
+
+
+def test_a_network_may_have_more_outputs_than_classes(experiment, corpus, tmp_path):
     more = replace(experiment, network=replace(experiment.network, outputs=5))
     result = train_classifier(trained(more, epochs=1), tmp_path / "run", quiet=True)
     assert result["classes"] == ["angry", "neutral", "sad", "unused-4", "unused-5"]
@@ -302,10 +322,22 @@ def test_a_network_may_have_more_outputs_than_classes(experiment, twin, tmp_path
     assert not confusion[3:].any()
     predictions = pd.read_csv(tmp_path / "run/predictions.csv")
     assert {"p_unused-4", "p_unused-5"} < set(predictions.columns)
+    path = predictions["path"][0]
+    row = predict(tmp_path / "run", [corpus.root / path]).iloc[0]
+    assert row["unused-5"] == pytest.approx(predictions["p_unused-5"][0], abs=1e-4)
     again = evaluate_run(tmp_path / "run", device="cpu", quiet=True)
     assert again["test"]["confusion"] == result["parts"]["test"]["confusion"]
-    started = with_twin(trained(more, initial=tmp_path / "run", epochs=1), twin, layers=[2])
-    train_classifier(started, tmp_path / "second", quiet=True)
+    follower = with_twin(
+        trained(experiment, initial=tmp_path / "run", lr=1e-12, epochs=1), tmp_path / "run", layers=[2]
+    )
+    assert train_classifier(follower, tmp_path / "three", quiet=True)["classes"] == ["angry", "neutral", "sad"]
+    again = replace(follower, network=more.network)
+    train_classifier(again, tmp_path / "five", quiet=True)
+    before, three, five = (weights(tmp_path / name) for name in ("run", "three", "five"))
+    head = ["net.classifier.6.bias", "net.classifier.6.weight"]
+    assert [k for k in before if before[k].shape != three[k].shape] == head
+    assert all(torch.allclose(before[k], three[k], atol=1e-9) for k in before if k not in head)
+    assert all(torch.allclose(before[k], five[k], atol=1e-9) for k in before)
     with pytest.raises(ValueError, match=r"network\.outputs: 2 must be at least 3, the number of classes"):
         train_classifier(
             replace(experiment, network=replace(experiment.network, outputs=2)), tmp_path / "few", quiet=True
@@ -596,6 +628,7 @@ def test_the_order_of_samples_changes_with_the_epoch(experiment, tmp_path, monke
         (lambda: TrainingConfig(lr=-1), "training.lr"),
         (lambda: NetworkConfig(width=-1), "network.width"),
         (lambda: NetworkConfig(dropout=2), "network.dropout"),
+        (lambda: NetworkConfig(outputs=0), "network.outputs: 0 must be at least 1"),
         (lambda: SplitConfig(leak=2), "split.leak"),
         (lambda: RHEmoConfig(beta=-1), "rhemo.beta"),
         (lambda: from_plain(NetworkConfig, {"width": 1.0, "depth": 3}), "unknown setting depth"),
@@ -641,7 +674,8 @@ train_classifier(from_plain(Experiment, json.loads(sys.argv[1])), Path(sys.argv[
 
 def test_two_processes_train_like_one_at_the_same_global_batch(experiment, twin, tmp_path):
     """Batch 11 over 25 samples leaves a last batch of 3: two samples for one process, one for the other."""
-    run = with_twin(trained(experiment, epochs=2, lr=1e-4, batch=11), twin, layers=[2, 7], beta=[1.0, 0.5])
+    few = trained(experiment, epochs=2, lr=1e-4, batch=11, accuracy="batches")
+    run = with_twin(few, twin, layers=[2, 7], beta=[1.0, 0.5])
     run = replace(run, network=replace(run.network, dropout=0.0))
     alone = train_classifier(run, tmp_path / "one", quiet=True)
     (tmp_path / "ddp.py").write_text(DDP)
@@ -656,6 +690,7 @@ def test_two_processes_train_like_one_at_the_same_global_batch(experiment, twin,
     a, b = (pd.read_csv(tmp_path / name / "metrics.csv").drop(columns="seconds") for name in ("one", "two"))
     pd.testing.assert_frame_equal(a, b, rtol=1e-4)
     assert alone["parts"]["train"]["total"] == pytest.approx(both["parts"]["train"]["total"], rel=1e-4)
+    assert alone["parts"]["train"]["accuracy"] == both["parts"]["train"]["accuracy"]
     pd.testing.assert_series_equal(
         pd.read_csv(tmp_path / "one/predictions.csv")["path"], pd.read_csv(tmp_path / "two/predictions.csv")["path"]
     )

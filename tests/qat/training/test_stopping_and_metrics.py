@@ -62,6 +62,15 @@ def test_accuracy_of_batches_gives_a_short_last_one_more_weight():
     assert metrics["accuracy"] == pytest.approx((right[:2].mean() + right[2:4].mean() + right[4]) / 3)
 
 
+def test_an_answer_that_is_no_class_is_wrong():
+    """Six samples of two classes; outputs 2 and 3 are none, and two samples are answered with them."""
+    logits = torch.eye(4)[[0, 2, 0, 1, 3, 0]]
+    metrics = classification_metrics(logits, torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b", "unused-3", "unused-4"])
+    assert metrics["confusion"] == [[2, 0, 1, 0], [1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert metrics["accuracy"] == pytest.approx(3 / 6)
+    assert metrics["uar"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
 def test_unweighted_accuracy_is_over_the_classes_that_occur():
     logits = torch.eye(3)[[0, 0, 1]]
     assert classification_metrics(logits, torch.tensor([0, 0, 0]), list("abc"))["uar"] == pytest.approx(2 / 3)
