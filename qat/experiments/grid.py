@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from qat.config import AnyExperiment, Experiment, to_plain
+from qat.config import AntiTransferConfig, AnyExperiment, Experiment, to_plain
 from qat.data.corpora import iemocap
 from qat.experiments.stages import RUNS, Plan
 from qat.files import write_text
@@ -148,6 +148,8 @@ class Grid:
         if tasks:
             twin = None if transfer.random_twin else self._orthogonal(_TASKS[tasks[-1]], network)
             transfer = replace(transfer, layers=[layer], twin=twin)
+        else:
+            transfer = AntiTransferConfig()  # also where settings of all emotion trainings have a twin
         training = replace(made.training, initial=initial, seed=seed)
         return self._add("emotion", place, replace(made, anti_transfer=transfer, training=training))
 

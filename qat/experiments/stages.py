@@ -35,6 +35,7 @@ class Plan:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.trainings: dict[Path, AnyExperiment] = {}
+        self._hashes: dict[Path, str] = {}
 
     def add(self, experiment: AnyExperiment) -> Path:
         """Plan a training, unless it is planned already.
@@ -133,7 +134,9 @@ class Plan:
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"{setting}: {path} must be a checkpoint, or a run of the plan that was added before")
-        return sha256_of(file)
+        if file not in self._hashes:  # RH-Emo has half a gigabyte, and hundreds of trainings name it
+            self._hashes[file] = sha256_of(file)
+        return self._hashes[file]
 
 
 def _decisive(plain: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,18 @@ def test_own_settings_lie_over_the_preset(tmp_path):
     assert own.plan.trainings[Path("runs") / b.iloc[-2]].training.lr == 0.5
 
 
+@pytest.mark.parametrize("transfer", ["{random_twin: true}", "{twin: twin, beta: 2.0}"])
+def test_a_baseline_has_no_anti_transfer_whatever_emotion_trainings_have(transfer, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"- when: {{stage: emotion}}\n  settings: {{anti_transfer: {transfer}}}\n")
+    chosen = Selection(["tess"], ["real"], ["random"], ["none", "single_W"], [2])
+    plain, own = Grid(tmp_path, "paper", chosen), Grid(tmp_path, "paper", chosen, settings=file)
+    a, b = (grid.table.set_index("name")["run"] for grid in (plain, own))
+    assert a["emotion real tess random none"] == b["emotion real tess random none"]
+    single = "emotion real tess random single_W layer 2"
+    assert len({a[single], b[single], b["emotion real tess random none"]}) == 3
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -214,23 +226,25 @@ def command(small: Path, out: Path, *more: str) -> list[str]:
     return ["grid", "--preset", "demo", "--corpora", "[demo]", "--out", str(out), "--cluster", "local", *where, *more]
 
 
-def test_a_grid_is_trained_level_by_level_and_never_twice(small, tmp_path, capsys):
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("network", ["real", pytest.param("quaternion", marks=pytest.mark.slow)])
+def test_a_grid_is_trained_level_by_level_and_never_twice(network, small, tmp_path, capsys):
     out = tmp_path / "out"
-    asked = ["--networks", "[quaternion]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[actor]"]
+    asked = ["--networks", f"[{network}]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[actor]"]
     assert cli.main([*command(small, out, *asked), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["trainings"], told["finished"], told["problems"]) == (7, 7, [])
+    names = ["rhemo-1", "rhemo-2"] if network == "quaternion" else []
+    names += ["emotion none", "speaker", "emotion single_S", "word", "emotion dual_SW"]
+    assert (told["trainings"], told["finished"], told["problems"]) == (len(names), len(names), [])
     plan = pd.read_csv(out / "plan.csv", keep_default_na=False)
-    names = ["rhemo-1", "rhemo-2", "emotion none", "speaker", "emotion single_S", "word", "emotion dual_SW"]
     assert [f"{row.stage} {row.at}".strip() for row in plan.itertuples()] == names
     results = {row.name: json.loads((out / "runs" / row.run / "result.json").read_text()) for row in plan.itertuples()}
-    single, dual = (results[f"emotion quaternion demo actor {at} layer 13"] for at in ("single_S", "dual_SW"))
+    single, dual = (results[f"emotion {network} demo actor {at} layer 13"] for at in ("single_S", "dual_SW"))
     run = dict(zip(plan["name"], plan["run"], strict=True))
-    assert (
-        Path(dual["experiment"]["training"]["initial"]).name == run["emotion quaternion demo actor single_S layer 13"]
-    )
-    assert Path(dual["experiment"]["anti_transfer"]["twin"]).name == run["word quaternion"]
-    assert Path(single["experiment"]["anti_transfer"]["twin"]).name == run["speaker quaternion"]
+    first_half = run[f"emotion {network} demo actor single_S layer 13"]
+    assert Path(dual["experiment"]["training"]["initial"]).name == first_half
+    assert Path(dual["experiment"]["anti_transfer"]["twin"]).name == run[f"word {network}"]
+    assert Path(single["experiment"]["anti_transfer"]["twin"]).name == run[f"speaker {network}"]
     asked_again = yaml.safe_load((out / "grid.yaml").read_text())
     assert asked_again["preset"] == "demo"
     assert asked_again["layers"] == [13]
@@ -239,10 +253,12 @@ def test_a_grid_is_trained_level_by_level_and_never_twice(small, tmp_path, capsy
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == written
     assert cli.main([*command(small, out, *asked), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
-    assert told["finished"] == 7
+    assert told["finished"] == len(names)
     assert told["gpu_hours"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_a_grid_killed_at_random_points_gives_what_an_undisturbed_one_does(small, tmp_path):
     asked = ["--networks", "[real]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[random]"]
     environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1])}

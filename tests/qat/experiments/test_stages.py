@@ -17,6 +17,7 @@ from qat.config import (
     TrainingConfig,
     to_plain,
 )
+from qat.experiments import stages
 from qat.experiments.runs import read_json
 from qat.experiments.stages import Plan
 from qat.experiments.sweep import Layout
@@ -103,6 +104,17 @@ def test_a_foreign_checkpoint_counts_by_its_content(tmp_path):
         plan.address(Experiment(network=NetworkConfig(rhemo=tmp_path / "absent")))
     with pytest.raises(ValueError, match="or a run of the plan that was added before"):
         plan.address(Experiment(network=NetworkConfig(rhemo=plan.folder / "runs" / "0123456789abcdef")))
+
+
+def test_a_foreign_checkpoint_is_read_once(tmp_path, monkeypatch):
+    write_text(tmp_path / "own" / "model.safetensors", "weights")
+    read: list[Path] = []
+    monkeypatch.setattr(stages, "sha256_of", lambda file: read.append(file) or "0" * 64)
+    plan = Plan(tmp_path / "plan")
+    plain = Experiment(network=NetworkConfig(rhemo=tmp_path / "own"))
+    for seed in (1, 2, 3):
+        plan.add(replace(plain, training=TrainingConfig(seed=seed)))
+    assert read == [tmp_path / "own" / "model.safetensors"]
 
 
 @pytest.fixture
