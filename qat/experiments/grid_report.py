@@ -177,8 +177,8 @@ class _GridPage(Page):
         items = []
         for kind, corpora in self.of_kind.items():
             said = {
-                "paper": "recorded speech, by the name of the corpus; qat corpus check tells whether its files are those "
-                "that are published. Its accuracies stand beside the paper's; how far the settings are the paper's, the "
+                "paper": "recorded speech, by the name of the corpus; qat corpus check tells whether its files are the "
+                "published ones. Its accuracies stand beside the paper's; how far the settings are the paper's, the "
                 "last section tells.",
                 "recorded": "recorded speech that the paper does not have; nothing of it stands beside the paper's.",
                 "synthesised": "synthesised speech. No number of it compares with the paper's.",

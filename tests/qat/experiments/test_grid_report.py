@@ -30,6 +30,7 @@ from qat.config import (
     to_plain,
 )
 from qat.experiments import paper
+from qat.experiments.grid_report import _GridPage
 from qat.experiments.report import write_report
 from qat.experiments.statistics import cluster_interval
 
@@ -633,6 +634,19 @@ def test_a_corpus_is_what_was_read_whatever_the_plan_calls_it(tmp_path, rng):
     assert "TESS (synthesised)" in page.text
     assert "trained beforehand (rhemo-1, rhemo-2, speaker) learnt from synthesised speech" in page.text
     assert set(read(tmp_path, "figure2")["corpora"]) == {"tess", "savee"}  # never averaged with each other
+
+
+def test_accuracy_over_batches_and_outputs_without_a_class_are_minded(tmp_path, rng):
+    plan = Plan(tmp_path, rng).grid(("tess",), networks=("real",), splits=("random",), methods=("none",))
+    file = tmp_path / "runs" / plan.rows[0]["run"] / "result.json"
+    result = json.loads(file.read_text())
+    assert "means over batches" not in _GridPage(paper.Grid.read(plan.write())).conventions()
+    result["experiment"]["training"]["accuracy"] = "batches"
+    result["classes"].append("unused-8")
+    file.write_text(json.dumps(result))
+    page = _GridPage(paper.Grid.read(tmp_path))
+    assert "means over batches (training.accuracy batches)" in page.conventions()
+    assert page.guess("tess") == pytest.approx(100 / 7)
 
 
 @pytest.mark.parametrize("beforehand", [False, True])
