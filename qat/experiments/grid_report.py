@@ -26,7 +26,7 @@ from qat.experiments.page import (
     signed,
 )
 from qat.experiments.paper import METHODS, Grid, Setting
-from qat.experiments.runs import _POSITIONS, TASKS, Group, Run, flat, number
+from qat.experiments.runs import POSITIONS, TASKS, Group, Run, flat, number
 from qat.files import replacing
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class _GridPage(Page):
     def conventions(self) -> str:
         """Which features a layer's number stands for, and what accuracy is where it is not over clips."""
         used = sorted({run.setting("anti_transfer.position", "relu") for run in self.grid.runs if run.layers})
-        what = " or ".join(f"{name} ({_POSITIONS.get(name, name)})" for name in used)
+        what = " or ".join(f"{name} ({POSITIONS.get(name, name)})" for name in used)
         text = f"Layer n is convolution n, with anti_transfer.position {what}." if used else ""
         if any(run.setting("training.accuracy") == "batches" for run in self.grid.runs):
             text += (
@@ -570,7 +570,7 @@ class _GridPage(Page):
     def guess(self, corpus: str) -> float | None:
         """What guessing gives, in percent; outputs that stand for no class do not count."""
         runs = [run for setting in self.grid.emotion if setting.corpus == corpus for run in setting.group.runs]
-        counts = {sum(not name.startswith("unused-") for name in run.classes) for run in runs}
+        counts = {len(run.true_classes) for run in runs}
         return 100 / counts.pop() if len(counts) == 1 and 0 not in counts else None
 
     def panels(self) -> dict[tuple[str, str], list[Group]]:

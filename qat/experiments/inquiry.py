@@ -63,7 +63,7 @@ class Inquiry(Study):
                 )
         if self.real:
             for seed in self.seeds:
-                for name in ("from-voice", *(f"from-voice-at-{at}" for at in self._real_kinds())):
+                for name in ("from-voice", *(f"from-voice-at-voice-channel-{layer}" for layer in self.layers)):
                     same = found[Path("emotion", name, f"seed{seed}")]
                     found[Path("emotion", f"real-{name}", f"seed{seed}")] = self._real(same)
         return found
@@ -87,7 +87,7 @@ class Inquiry(Study):
             *left,
             f"The real network was trained at width {self.real_width:g}, for {self.real_epochs} epochs, at the same "
             "layers, from the voice network's weights against the voice by Gram matrices of channels; other starts, "
-            "twins, Gram matrices and layers were not tried with it.",
+            "twins (a random one among them), Gram matrices and layers were not tried with it.",
         ]
 
     def _settings(self) -> dict[str, tuple[Path | None, AntiTransferConfig]]:
@@ -115,9 +115,6 @@ class Inquiry(Study):
                 against(start, None, _GRAMS if start is voice and not self.brief else _GRAMS[:1], last)
         against(None, word, _GRAMS[:1], last)
         return found
-
-    def _real_kinds(self) -> list[str]:
-        return [f"voice-channel-{layer}" for layer in self.layers] + [f"random-channel-{self.layers[-1]}"]
 
     def _real(self, experiment: Experiment) -> Experiment:
         """The same of the real network on the spectrogram."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qat.experiments.runs import (
     Group,
     Run,
-    _difference,
+    clip_difference,
     collect,
     number,
     read_json,
@@ -365,7 +365,7 @@ def _gain(group: Group, base: Group) -> tuple[Difference | None, int]:
     """Accuracy over the baseline's, of the seeds that both have, and how many these are."""
     seeds = {run.seed for run in base.runs}
     own = [run for run in group.runs if run.seed in seeds]
-    return (_difference(Group(group.name, own), base), len(own)) if own else (None, 0)
+    return (clip_difference(Group(group.name, own), base), len(own)) if own else (None, 0)
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:

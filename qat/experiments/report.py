@@ -139,7 +139,7 @@ class _Page(Page):
             runs += f" First, for the others to build on: {names}."
         if self.main:
             first = self.main[0].first
-            classes = f" ({', '.join(first.classes)})" if 0 < len(first.classes) <= 12 else ""
+            classes = f" ({', '.join(first.true_classes)})" if 0 < len(first.classes) <= 12 else ""
             task = {"emotion": "the emotion", "speaker": "who speaks"}.get(first.task, "the words")
             runs += (
                 f" Then {count(len(self.main), 'setting')} of {self.network()}, which tells {task}{classes} from a "
@@ -325,7 +325,7 @@ class _Page(Page):
                 [
                     group.name,
                     str(TASKS.get(row["task"], row["task"])),
-                    count(len(group.first.classes)) if group.first.classes else "–",
+                    count(len(group.first.true_classes)) if group.first.classes else "–",
                     _accuracy(row),
                     percent(row["uar"]),
                     *(decimal(row[column]) for column in ("average_precision", "reconstruction", "constant")),
@@ -406,7 +406,7 @@ class _Page(Page):
     # Figures
 
     def dots(self) -> str:
-        classes = len(self.main[0].first.classes) if self.main else 0
+        classes = len(self.main[0].first.true_classes) if self.main else 0
         guess = 1 / classes if classes else None
         probe = next(
             (chance for g in self.main for chance in g.values(lambda r: number(r.analysis.get("voice_probe_chance")))),

@@ -32,12 +32,13 @@ TASKS = {
 }
 """What networks are trained for, in the order of a report."""
 
-_POSITIONS = {
+POSITIONS = {
     "relu": "after ReLU, before pooling",
     "pre-relu": "before ReLU",
     "slice": "input of that convolution",
     "pool5": "last pool, whatever the layer",
 }
+"""Which features a layer stands for, by ``anti_transfer.position``."""
 _GRAMS = {
     "channel": "one cosine per sample",
     "position": "one cosine per sample, over positions",
@@ -76,6 +77,11 @@ class Run:
     @property
     def classes(self) -> list[str]:
         return [str(name) for name in self.result.get("classes") or []]
+
+    @property
+    def true_classes(self) -> list[str]:
+        """The classes without what `network.outputs` adds to them."""
+        return [name for name in self.classes if not name.startswith("unused-")]
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """The experiment's value at ``anti_transfer.beta``, say."""
@@ -127,7 +133,7 @@ class Run:
             return f"none ({layers} watched, beta 0)" if self.has_twin else "none"
         position = self.setting("anti_transfer.position", "relu")
         twin = "random twin (control)" if self.random_twin else f"twin {_origin(self.setting('anti_transfer.twin'))}"
-        place = f"{layers} ({_POSITIONS.get(position, position)})"
+        place = f"{layers} ({POSITIONS.get(position, position)})"
         return f"{place}, beta {self.beta}, {twin}, {self._compared}"
 
     @property
@@ -405,7 +411,7 @@ def _summary(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
             speakers = pooled["speaker"].nunique()
             interval = cluster_interval(pooled["right"], list(pooled["speaker"]))
     base = _baseline(group, groups)
-    difference = _difference(group, base) if base else None
+    difference = clip_difference(group, base) if base else None
     best = group.mean(lambda run: number(run.result.get("kept_epoch")))
 
     def score(name: str, part: str = "test") -> float | None:
@@ -490,7 +496,7 @@ def _but_anti_transfer(run: Run) -> dict[str, Any]:
     return {"kind": run.result.get("kind")} | {k: v for k, v in settings.items() if not k.startswith(free)}
 
 
-def _difference(group: Group, base: Group) -> Difference | None:
+def clip_difference(group: Group, base: Group) -> Difference | None:
     """Accuracy of the group minus the baseline's; no interval without both runs' answers to the same clips."""
     import pandas as pd
 

@@ -365,7 +365,7 @@ def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment, tmp_pat
             with pytest.raises(subprocess.TimeoutExpired):
                 driver.wait(2)
             os.kill(job, signal.SIGCONT)
-            assert driver.wait(20) == 130
+            assert driver.wait(100) == 130
             assert not is_locked(tmp_path / "base")
         finally:
             os.killpg(driver.pid, signal.SIGCONT)
