@@ -118,14 +118,13 @@ def test_a_foreign_checkpoint_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny(experiment: Experiment, corpus, cache, tiny_training):
-    """A plan of real trainings: RH-Emo, twin, two emotion networks."""
+def tiny(experiment: Experiment, tiny_training: TrainingConfig):
+    """A plan of real trainings: a twin, and two emotion networks of which one builds on it."""
 
     def plan_in(folder: Path) -> tuple[Plan, dict[str, Path]]:
-        plan, once, runs = Plan(folder), replace(tiny_training, epochs=1), {}
-        rhemo = RHEmoExperiment(experiment.corpus, normalisation="log", rhemo=RHEmoConfig(width=0.01), cache=cache)
-        runs["rhemo"] = plan.add(replace(rhemo, training=once))
-        plain = replace(experiment, network=replace(experiment.network, rhemo=runs["rhemo"]), training=once)
+        plan, runs = Plan(folder), {}
+        network = NetworkConfig(domain="real", width=0.01, init="he")
+        plain = replace(experiment, network=network, training=replace(tiny_training, epochs=1))
         runs["twin"] = plan.add(replace(plain, task="speaker"))
         runs["baseline"] = plan.add(plain)
         runs["single"] = plan.add(replace(plain, anti_transfer=AntiTransferConfig(runs["twin"], [2])))
@@ -141,7 +140,7 @@ def times(folder: Path) -> dict[str, int]:
 def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
     plan, _ = tiny(tmp_path / "first")
     outcomes = plan.run(LOCAL)
-    assert [outcome.status for outcome in outcomes] == ["finished"] * 4
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 3
     assert [outcome.path for outcome in outcomes] == list(plan.trainings)
     assert plan.finished() == set(plan.trainings)
     before = times(plan.folder / "runs")
@@ -153,7 +152,7 @@ def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
     weights = load_file(again["single"] / "model.safetensors")
     shutil.rmtree(again["single"])
     kept = times(moved.folder / "runs")
-    assert [outcome.status for outcome in moved.run(LOCAL)] == ["finished"] * 4
+    assert [outcome.status for outcome in moved.run(LOCAL)] == ["finished"] * 3
     after = times(moved.folder / "runs")
     assert {name: after[name] for name in kept if name != "."} == {name: kept[name] for name in kept if name != "."}
     retrained = load_file(again["single"] / "model.safetensors")
@@ -167,7 +166,6 @@ def test_what_builds_on_a_failure_waits_and_the_rest_goes_on(tiny, tmp_path):
     status = {outcome.path: outcome for outcome in plan.run(LOCAL)}
     names = {name: status[path.relative_to(tmp_path)] for name, path in runs.items()}
     assert {name: one.status for name, one in names.items()} == {
-        "rhemo": "finished",
         "twin": "failed",
         "baseline": "finished",
         "single": "waiting",
