@@ -21,13 +21,12 @@ from qat.config import AntiTransferConfig, AnyExperiment, Experiment, to_plain
 from qat.data.corpora import iemocap
 from qat.experiments.stages import RUNS, Plan
 from qat.files import write_text
-from qat.presets import ATTRIBUTES, experiment, laid, read_layers
+from qat.presets import ATTRIBUTES, VALUES, experiment, laid, read_layers
 
 CORPORA = ("iemocap", "ravdess", "tess", "emodb", "emovo", "savee", "cremad", "demo")
 """Emotion corpora that a grid can have; the paper's are the first three."""
 
-NETWORKS, SPLITS = ("quaternion", "real"), ("random", "actor")
-METHODS = ("none", "single_S", "single_W", "dual_SW", "dual_WS")
+NETWORKS, SPLITS, METHODS = VALUES["network"], VALUES["split"], VALUES["at"]
 
 _TASKS = {"S": "speaker", "W": "word"}
 _LISTED = ("iemocap", "ravdess", "tess", "emodb")  # corpora of which the released code lists the actors of each part

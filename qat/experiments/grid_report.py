@@ -18,9 +18,13 @@ from qat.experiments.page import (
     decimal,
     duration,
     escaped,
+    folded,
     folder_beside,
+    interval,
     memory,
     percent,
+    plus_minus,
+    points,
     records,
     seed_count,
     signed,
@@ -379,9 +383,9 @@ class _GridPage(Page):
             if row["accuracy"] != row["accuracy"]:
                 return f"{row['finished']} of {row['planned']}"
             layer = f" ({row['layer']})" if row["layer"] else ""
-            lines = [f"<strong>{percent(row['accuracy'])}</strong>{_plus_minus(row['accuracy_sd'])}{layer}"]
+            lines = [f"<strong>{percent(row['accuracy'])}</strong>{plus_minus(row['accuracy_sd'])}{layer}"]
             if row["accuracy_low"] == row["accuracy_low"]:
-                lines.append(f"<small>{_interval(row['accuracy_low'], row['accuracy_high'])}</small>")
+                lines.append(f"<small>{interval(row['accuracy_low'], row['accuracy_high'])}</small>")
             if row["paper_accuracy"] == row["paper_accuracy"]:
                 lines.append(f"<small>paper {_at_layer(row['paper_accuracy'], row['paper_layer'])}</small>")
                 lines.append(f"<small>{signed(row['difference'])}</small>")
@@ -422,10 +426,10 @@ class _GridPage(Page):
                     [
                         _NAMES.get(row["what"], row["what"]),
                         count(row["cells"]),
-                        _points(row["gain"]),
-                        "–" if whole else _points(row["paper_same"]),
-                        _points(row["paper_table"]),
-                        _points(row["paper_text"]),
+                        points(row["gain"]),
+                        "–" if whole else points(row["paper_same"]),
+                        points(row["paper_table"]),
+                        points(row["paper_text"]),
                     ]
                 )
             caption = (
@@ -448,14 +452,14 @@ class _GridPage(Page):
             ("AT", lambda row: METHODS.get(row["at"], row["at"]).replace(" ", "\N{NO-BREAK SPACE}")),
             ("Layer", lambda row: _whole(row["layer"])),
             ("Valida\N{SOFT HYPHEN}tion, %", lambda row: percent(row["validation_accuracy"])),
-            ("Test ± sd, %", lambda row: f"{percent(row['accuracy'])}{_plus_minus(row['accuracy_sd'])}"),
+            ("Test ± sd, %", lambda row: f"{percent(row['accuracy'])}{plus_minus(row['accuracy_sd'])}"),
             ("Seeds", lambda row: _whole(row["seeds"])),
-            ("95 % interval", lambda row: _interval(row["accuracy_low"], row["accuracy_high"])),
-            ("Gain [95 %]", lambda row: _points(row["gain"], row["gain_low"], row["gain_high"])),
+            ("95 % interval", lambda row: interval(row["accuracy_low"], row["accuracy_high"])),
+            ("Gain [95 %]", lambda row: points(row["gain"], row["gain_low"], row["gain_high"])),
             ("By test (layer)", lambda row: _at_layer(row["test_accuracy"], row["test_layer"])),
-            ("Opti\N{SOFT HYPHEN}mism", lambda row: _points(row["optimism"]) if row["layer"] else "–"),
+            ("Opti\N{SOFT HYPHEN}mism", lambda row: points(row["optimism"]) if row["layer"] else "–"),
             ("Paper (layer)", lambda row: _at_layer(row["paper_accuracy"], row["paper_layer"])),
-            ("Minus paper", lambda row: _points(row["difference"])),
+            ("Minus paper", lambda row: points(row["difference"])),
         ]
         content = ""
         for corpus in self.grid.corpora:
@@ -496,7 +500,7 @@ class _GridPage(Page):
                     TASKS.get(first.task, first.task),
                     str(first.setting("corpus.name", "–")),
                     count(len(first.classes)) if first.classes else "–",
-                    f"{percent(row['accuracy'])}{_plus_minus(row['accuracy_sd'])}",
+                    f"{percent(row['accuracy'])}{plus_minus(row['accuracy_sd'])}",
                     percent(row["uar"]),
                     decimal(row["reconstruction"]),
                     decimal(row["constant"]),
@@ -595,7 +599,7 @@ class _GridPage(Page):
             accuracy = f"{about}: accuracy on the validation part by epoch."
             body = self.figure(figures.losses(logged, share=True), loss, logged, f"losses-{corpus}-{split}")
             body += self.figure(figures.accuracies(logged), accuracy, logged, f"validation-{corpus}-{split}")
-            content += _folded(f"{self.called(corpus)}, {split} split", body)
+            content += folded(f"{self.called(corpus)}, {split} split", body)
         return content
 
     def confusions(self) -> str:
@@ -609,7 +613,7 @@ class _GridPage(Page):
                 "answer. Each cell: clips of the test part, summed over seeds, and their share of the row."
             )
             body = self.figure(figures.confusions(counted), caption, counted, f"confusions-{corpus}-{split}")
-            content += _folded(f"{self.called(corpus)}, {split} split", body)
+            content += folded(f"{self.called(corpus)}, {split} split", body)
         return content
 
     def time_and_memory(self) -> str:
@@ -703,7 +707,7 @@ class _GridPage(Page):
             "resources.csv has every setting."
         )
         head = ["Network", "AT", "Layer", "Device", "Seconds per epoch", "Times no AT", "Peak memory", "Times no AT"]
-        return _folded(
+        return folded(
             "By network, anti-transfer and layer",
             self.tabulate([*head, "Epochs", "Trainings"], body, caption, words=2),
         )
@@ -718,13 +722,13 @@ class _GridPage(Page):
         facts += [[name, ", ".join(sorted(found))] for name, found in versions.items()]
         content = self.tabulate(["What", "Which"], facts, "What the runs were made with.", words=2) if facts else ""
         if self.asked:
-            content += _folded("What was asked (grid.yaml)", f"<pre>{escaped(self.asked)}</pre>")
+            content += folded("What was asked (grid.yaml)", f"<pre>{escaped(self.asked)}</pre>")
         stages: dict[str, list[Run]] = {}
         for setting in self.grid.settings:
             stages.setdefault(f"{setting.stage} {setting.network}".strip(), []).extend(setting.group.runs)
         for stage, trained in stages.items():
             if trained:
-                content += _folded(stage, _settings(trained), count(len(trained), "training"))
+                content += folded(stage, _settings(trained), count(len(trained), "training"))
         return content
 
 
@@ -755,30 +759,12 @@ def _line(table: pd.DataFrame, split: str, at: str) -> Line:
     return Line(label, at, values, hollow, int(next(iter(chosen))) if len(chosen) else None)
 
 
-def _folded(title: str, content: str, note: str = "") -> str:
-    return f"<details><summary>{escaped(title)} <span>{escaped(note)}</span></summary>{content}</details>"
-
-
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return row["corpus"], row["network"], row["split"]
 
 
 def _numbers(values: list[int]) -> str:
     return ", ".join(map(str, values))
-
-
-def _plus_minus(deviation: float) -> str:
-    return "" if deviation != deviation else f" ± {percent(deviation)}"
-
-
-def _interval(low: float, high: float) -> str:
-    return "–" if low != low else f"{percent(low)} to {percent(high)}"
-
-
-def _points(value: float, low: float = float("nan"), high: float = float("nan")) -> str:
-    if value != value:
-        return "–"
-    return signed(value) + (f" [{signed(low)}, {signed(high)}]" if low == low else "")
 
 
 def _at_layer(accuracy: float, layer: Any) -> str:

@@ -129,6 +129,25 @@ def signed(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
+def interval(low: float, high: float) -> str:
+    return "–" if low != low else f"{percent(low)} to {percent(high)}"
+
+
+def points(value: float, low: float = float("nan"), high: float = float("nan")) -> str:
+    """A difference in percentage points, with its interval where there is one."""
+    if value != value:
+        return "–"
+    return signed(value) + (f" [{signed(low)}, {signed(high)}]" if low == low else "")
+
+
+def plus_minus(deviation: float) -> str:
+    return "" if deviation != deviation else f" ± {percent(deviation)}"
+
+
+def folded(title: str, content: str, note: str = "") -> str:
+    return f"<details><summary>{escaped(title)} <span>{escaped(note)}</span></summary>{content}</details>"
+
+
 def bar(share: float) -> Html:
     return Html(f'<span class="bar" style="width:{12 * share:.2f}em"></span>{100 * share:.0f} %')
 

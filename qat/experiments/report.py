@@ -18,11 +18,14 @@ from qat.experiments.page import (
     decimal,
     duration,
     escaped,
+    folded,
+    interval,
     memory,
     percent,
+    plus_minus,
+    points,
     records,
     seed_count,
-    signed,
 )
 from qat.experiments.runs import (
     MEASURES,
@@ -397,10 +400,8 @@ class _Page(Page):
                     f"<li>seed {escaped(run.seed)}, "
                     f"<code>{escaped(run.folder.relative_to(self.folder))}</code>{escaped(differs)}</li>"
                 )
-            body += (
-                f"<details><summary>{escaped(group.name)} <span>{seed_count([len(group.runs)])}</span></summary>"
-                f"<ul>{''.join(items)}</ul><pre>{escaped(shown)}</pre></details>"
-            )
+            content = f"<ul>{''.join(items)}</ul><pre>{escaped(shown)}</pre>"
+            body += folded(group.name, content, seed_count([len(group.runs)]))
         return body
 
     # Figures
@@ -459,7 +460,7 @@ class _Page(Page):
                 f"{0.05 * len(rows):.1f}; {len(sure)} with a false discovery rate below 5 %."
             )
             named = "; ".join(
-                f"{row['name']} {signed(row['mean'])} [{signed(row['low'])}, {signed(row['high'])}]"
+                f"{row['name']} {points(row['mean'], row['low'], row['high'])}"
                 for row in records(sure.sort_values("p"))[:8]
             )
             items.append(
@@ -471,7 +472,7 @@ class _Page(Page):
     def differences_table(self, table: pd.DataFrame, measures: Mapping[str, str]) -> str:
         cells = {
             (row["name"], row["against"], row["measure"]): (
-                f"{signed(row['mean'])} [{signed(row['low'])}, {signed(row['high'])}] "
+                f"{points(row['mean'], row['low'], row['high'])} "
                 f"{row['rose']:.0f}↑ {row['fell']:.0f}↓{'*' if row['q'] < 0.05 else ''}"
             )
             for row in records(table)
@@ -553,17 +554,12 @@ def _scored(part: str) -> Callable[[Run], float | None]:
 
 
 def _accuracy(row: _Row) -> str:
-    deviation = "" if row["accuracy_sd"] != row["accuracy_sd"] else f" ± {percent(row['accuracy_sd'])}"
-    return f"{percent(row['accuracy'])}{deviation}"
+    return f"{percent(row['accuracy'])}{plus_minus(row['accuracy_sd'])}"
 
 
 def _interval(row: _Row) -> str:
-    low, high = row["accuracy_low"], row["accuracy_high"]
-    return "–" if low != low else f"{percent(low)} to {percent(high)}"
+    return interval(row["accuracy_low"], row["accuracy_high"])
 
 
 def _difference(row: _Row) -> str:
-    difference, low, high = row["difference"], row["difference_low"], row["difference_high"]
-    if difference != difference:
-        return "–"
-    return signed(difference) + (f" [{signed(low)}, {signed(high)}]" if low == low else "")
+    return points(row["difference"], row["difference_low"], row["difference_high"])
