@@ -16,6 +16,7 @@ from qat.config import EXECUTION, AnyExperiment, decisive, to_plain
 from qat.experiments.runs import flat
 from qat.experiments.sweep import Layout, Outcome, train_all
 from qat.files import sha256_of
+from qat.settings import by_field
 
 CHECKPOINTS = ("network.rhemo", "anti_transfer.twin", "training.initial")
 """Settings that name a run to build on."""
@@ -142,12 +143,7 @@ class Plan:
 def _decisive(plain: dict[str, Any]) -> dict[str, Any]:
     """Settings by dotted name; a corpus' selection and options as a whole."""
     free = ("cache", *(f"training.{name}" for name in EXECUTION))
-    settings = {
-        f"{group}.{name}" if isinstance(value, dict) else group: one
-        for group, value in plain.items()
-        for name, one in (value.items() if isinstance(value, dict) else [("", value)])
-    }
-    return {name: value for name, value in settings.items() if name not in free}
+    return {name: value for name, value in by_field(plain).items() if name not in free}
 
 
 def _agree(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from qat.config import AnyExperiment, Experiment, RHEmoExperiment
-from qat.settings import check, instantiate, naming, parser_of
+from qat.settings import by_field, check, instantiate, naming, parser_of
 
 NAMES = ("paper", "released-code", "demo")
 
@@ -152,26 +152,15 @@ def _experiment(settings: str, stage: str) -> AnyExperiment:
     kind: Any = kind_of(stage)
     parser, plain = parser_of(kind), json.loads(settings)
     with naming(stage):
-        for setting, value in _settings(plain).items():
+        for setting, value in by_field(plain).items():
             check(kind, setting, value)
         made: AnyExperiment = instantiate(parser, kind, parser.parse_object(plain))
         return made
 
 
-def _settings(nested: Plain) -> Plain:
-    """Values by ``group.field``: what such a field holds may be a mapping itself."""
-    return {
-        name: value
-        for group, inner in nested.items()
-        for name, value in (
-            {f"{group}.{field}": one for field, one in inner.items()} if isinstance(inner, dict) else {group: inner}
-        ).items()
-    }
-
-
 def _check(settings: Plain, parsers: Mapping[type[AnyExperiment], Any]) -> None:
     """Every setting must be one of a kind of experiment, with a value that it takes."""
-    for setting, value in _settings(settings).items():
+    for setting, value in by_field(settings).items():
         refused: list[Exception] = []
         for kind, parser in parsers.items():
             try:
