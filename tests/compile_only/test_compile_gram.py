@@ -56,7 +56,7 @@ def recorded(arch, shape, dtype, layout, centred, packed):
     return recording.launches
 
 
-@pytest.mark.parametrize(("arch", "mode", "size", "dtype", "layout", "centred", "packed"), cases())
+@pytest.mark.parametrize(("arch", "mode", "size", "dtype", "layout", "centred", "packed"), [*cases()])
 def test_kernels(arch, mode, size, dtype, layout, centred, packed, tmp_path):
     launches = recorded(arch, SHAPES[mode][size], dtype, layout, centred, packed)
     assert launches[-1].arguments["MODE"] == mode

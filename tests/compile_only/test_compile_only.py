@@ -131,7 +131,7 @@ def recorded(arch, plan, run, dtype):
     return recording.launches
 
 
-@pytest.mark.parametrize(("arch", "kernel", "form", "precision", "dtype", "tile", "variant"), cases())
+@pytest.mark.parametrize(("arch", "kernel", "form", "precision", "dtype", "tile", "variant"), [*cases()])
 def test_tile(arch, kernel, form, precision, dtype, tile, variant, tmp_path):
     launches = recorded(arch, Plan(form, precision, tile, 1), VARIANTS[kernel][variant], dtype)
     (main,) = [entry for entry in launches if entry.kernel.__name__ == MAIN[kernel]]

@@ -111,7 +111,7 @@ def test_modes_and_types(shape, dtype):
     check(*features(shape, dtype, torch.channels_last))
 
 
-@pytest.mark.parametrize(("shape", "dtype", "centred"), quick(QUICK, [torch.bfloat16, torch.float32], [False, True]))
+@pytest.mark.parametrize(("shape", "dtype", "centred"), [*quick(QUICK, [torch.bfloat16, torch.float32], [False, True])])
 def test_blocks_of_columns_at_a_time(shape, dtype, centred, chunked):
     check(*features(shape, dtype), centred=centred)
     a, b = (x.detach() for x in features(shape, dtype))
@@ -188,7 +188,7 @@ def test_unused_outputs_of_the_tap():
     assert torch.equal(torch.autograd.grad(same, a, incoming)[0], incoming)
 
 
-@pytest.mark.parametrize(("shape", "gram", "centred"), quick(SHAPES, ["channel", "position"], [False, True]))
+@pytest.mark.parametrize(("shape", "gram", "centred"), [*quick(SHAPES, ["channel", "position"], [False, True])])
 def test_targets(shape, gram, centred):
     a, b = (x.detach() for x in features(shape))
     check_target(a.requires_grad_(), b, gram, centred)
@@ -212,7 +212,7 @@ def test_targets_are_packed_and_not():
     assert [gram_target(torch.rand(shape)).packed for shape in shapes] == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize(("shape", "size"), quick(QUICK, [1e-30, 1e30, 1e-10, 1e10]))
+@pytest.mark.parametrize(("shape", "size"), [*quick(QUICK, [1e-30, 1e30, 1e-10, 1e10])])
 def test_float32_of_any_size(shape, size):
     """And each sample of another, with the second operand's going the other way."""
     a, b = (x.detach() for x in features(shape))
@@ -222,7 +222,7 @@ def test_float32_of_any_size(shape, size):
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind"), quick(QUICK[:2], [(torch.float16, 1e-4, 6e3), (torch.bfloat16, 1e-30, 1e30)])
+    ("shape", "kind"), [*quick(QUICK[:2], [(torch.float16, 1e-4, 6e3), (torch.bfloat16, 1e-30, 1e30)])]
 )
 def test_half_types_of_any_size(shape, kind):
     dtype, *sizes = kind
@@ -263,7 +263,9 @@ def test_dead_parts_of_features_do_not_hide_the_rest(size):
             assert gradient[2].eq(0).all()
 
 
-@pytest.mark.parametrize(("shape", "bad", "other_is_dead"), quick(QUICK, [float("nan"), float("inf")], [True, False]))
+@pytest.mark.parametrize(
+    ("shape", "bad", "other_is_dead"), [*quick(QUICK, [float("nan"), float("inf")], [True, False])]
+)
 def test_nan_is_not_silenced(bad, shape, other_is_dead):
     a, b = (x.detach() for x in features((2, *shape[1:])))
     a[0, 1, 1, 1] = bad

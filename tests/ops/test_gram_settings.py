@@ -24,7 +24,7 @@ def test_modes():
 
 
 @pytest.mark.parametrize(("shapes", "limit"), [(QUATERNION, 3e6), (REAL, 11e6)], ids=["quaternion", "real"])
-@pytest.mark.parametrize(("half", "arch"), itertools.product([True, False], ARCHS))
+@pytest.mark.parametrize(("half", "arch"), [*itertools.product([True, False], ARCHS)])
 def test_memory_beside_features_at_batch_20(shapes, limit, half, arch):
     """Parts of Gram matrices, what is kept of them, and the sums of all programs."""
     for rows, columns in shapes:
