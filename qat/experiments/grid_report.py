@@ -30,7 +30,7 @@ from qat.experiments.page import (
     signed,
 )
 from qat.experiments.paper import METHODS, Grid, Setting
-from qat.experiments.runs import POSITIONS, TASKS, Group, Run, flat, number
+from qat.experiments.runs import POSITIONS, TASKS, Group, Run, flat, made_with, number
 from qat.files import replacing
 
 if TYPE_CHECKING:
@@ -714,13 +714,9 @@ class _GridPage(Page):
 
     def provenance(self) -> str:
         runs = self.grid.runs
-        versions: dict[str, set[str]] = {}
-        for run in runs:
-            for name, version in (run.result.get("versions") or {}).items():
-                versions.setdefault(str(name), set()).add(str(version))
-        facts = [["devices", "; ".join(sorted({paper.device(run) for run in runs}))]] if runs else []
-        facts += [[name, ", ".join(sorted(found))] for name, found in versions.items()]
-        content = self.tabulate(["What", "Which"], facts, "What the runs were made with.", words=2) if facts else ""
+        content = ""
+        if runs:
+            content += self.tabulate(["What", "Which"], made_with(runs), "What the runs were made with.", words=2)
         if self.asked:
             content += folded("What was asked (grid.yaml)", f"<pre>{escaped(self.asked)}</pre>")
         stages: dict[str, list[Run]] = {}

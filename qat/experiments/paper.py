@@ -16,6 +16,7 @@ from qat.experiments.runs import (
     Run,
     clip_difference,
     collect,
+    devices,
     number,
     read_json,
     summary_table,
@@ -264,7 +265,7 @@ def summary(grid: Grid) -> pd.DataFrame:
             "epoch_seconds": _mean(group, "seconds_per_epoch"),
             "seconds": _mean(group, "seconds"),
             "peak_memory": max(group.values(lambda run: number(run.result.get("peak_memory"))), default=None),
-            "device": "; ".join(sorted({device(run) for run in group.runs})),
+            "device": devices(group.runs),
         }
         rows.append(row)
     words = {"stage", "corpus", "network", "split", "at", "layer", "name", "planned", "seeds", "device"}
@@ -452,12 +453,6 @@ def figure2(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def device(run: Run) -> str:
-    """Where a run was trained, with the number of processes."""
-    processes = int(number(run.result.get("processes")) or 1)
-    return f"{f'{processes} × ' if processes > 1 else ''}{run.result.get('device', 'an unnamed device')}"
-
-
 def resources(grid: Grid) -> pd.DataFrame:
     """Time and memory of every setting on every device.
 
@@ -469,8 +464,8 @@ def resources(grid: Grid) -> pd.DataFrame:
 
     rows = []
     for setting in grid.settings:
-        for name in sorted({device(run) for run in setting.group.runs}):
-            group = Group(setting.name, [run for run in setting.group.runs if device(run) == name])
+        for name in sorted({run.device for run in setting.group.runs}):
+            group = Group(setting.name, [run for run in setting.group.runs if run.device == name])
             memory = group.values(lambda run: number(run.result.get("peak_memory")))
             rows.append(
                 {"device": name, **setting.labels, "seeds": len(group.runs)}

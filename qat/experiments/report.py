@@ -32,8 +32,10 @@ from qat.experiments.runs import (
     TASKS,
     Run,
     collect,
+    devices,
     flat,
     group_runs,
+    made_with,
     number,
     read_json,
     seed_differences,
@@ -103,7 +105,7 @@ class _Page(Page):
         self.mark = f"{self.corpus[:1].upper()}{self.corpus[1:]}"
         rules = {run.setting("split.rule") for group in self.main for run in group.runs}
         self.unseen, self.confounded = rules <= {"speaker", "confounded"}, "confounded" in rules
-        self.devices = "; ".join(sorted({str(run.result.get("device", "an unnamed device")) for run in runs}))
+        self.devices = devices(runs)
 
     def html(self) -> str:
         sections = [
@@ -379,11 +381,7 @@ class _Page(Page):
         return self.tabulate(head, body, caption, words=1)
 
     def provenance(self) -> str:
-        versions: dict[str, set[str]] = {}
-        for run in self.runs:
-            for name, version in (run.result.get("versions") or {}).items():
-                versions.setdefault(str(name), set()).add(str(version))
-        facts = [["device", self.devices], *([name, ", ".join(sorted(found))] for name, found in versions.items())]
+        facts = made_with(self.runs)
         if self.demo.get("recipe"):
             facts.append(["recipe", str(self.demo["recipe"])])
         body = self.tabulate(["What", "Which"], facts, "What the runs were made with.", words=2)

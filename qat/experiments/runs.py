@@ -149,6 +149,12 @@ class Run:
         gram = self.setting("anti_transfer.gram", "channel")
         return _GRAMS.get(gram, gram) + (", centred" if self.setting("anti_transfer.centred", False) else "")
 
+    @property
+    def device(self) -> str:
+        """Where it was trained, with the number of processes."""
+        processes = int(number(self.result.get("processes")) or 1)
+        return f"{f'{processes} × ' if processes > 1 else ''}{self.result.get('device', 'an unnamed device')}"
+
     def probe(self, name: str, layer: int) -> float | None:
         """A linear probe's accuracy at one layer, ``voice_probe`` or ``word_probe``."""
         return number(_at(self.analysis, f"layers.{layer}.{name}"))
@@ -316,6 +322,20 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def devices(runs: Iterable[Run]) -> str:
+    """Every device that one of these runs was trained on."""
+    return "; ".join(sorted({run.device for run in runs}))
+
+
+def made_with(runs: Sequence[Run]) -> list[list[str]]:
+    """What these runs were made with: the devices, and every version of each program, a row each."""
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        for name, version in (run.result.get("versions") or {}).items():
+            versions.setdefault(str(name), set()).add(str(version))
+    return [["devices", devices(runs)], *([name, ", ".join(sorted(found))] for name, found in versions.items())]
 
 
 def number(value: Any) -> float | None:
