@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -363,6 +364,8 @@ AnyExperiment = Experiment | RHEmoExperiment
 
 C = TypeVar("C")
 
+_type_hints = cache(get_type_hints)  # a grid compares hundreds of trainings with what is there
+
 
 def to_plain(config: Any) -> Any:
     """A config as dicts, lists and strings, ready for YAML and JSON."""
@@ -375,16 +378,41 @@ def to_plain(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def decisive(plain: dict[str, Any]) -> dict[str, Any]:
-    """A plain experiment without the settings that do not decide what is learnt, but only how it is computed.
+def by_field(nested: dict[str, Any]) -> dict[str, Any]:
+    """Values by ``group.field``; what such a field holds may be a mapping itself, and stays whole.
 
-    With others a run may be resumed: on another device, after it ran out of memory, or uncaptured. Settings that there
-    were not yet when it was saved have their defaults.
+    >>> by_field({"task": "word", "corpus": {"name": "csv", "where": {"speaker": ["ann"]}}})
+    {'task': 'word', 'corpus.name': 'csv', 'corpus.where': {'speaker': ['ann']}}
+    """
+    found: dict[str, Any] = {}
+    for group, value in nested.items():
+        found |= (
+            {f"{group}.{field}": one for field, one in value.items()} if isinstance(value, dict) else {group: value}
+        )
+    return found
+
+
+def decisive(plain: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a plain experiment that decide what is learnt, by ``group.field``.
+
+    With other values of the rest a run may be resumed: on another device, after it ran out of memory, uncaptured, or
+    with another cache. Settings that there were not yet when it was saved have their defaults.
     """
     kind: type[AnyExperiment] = RHEmoExperiment if "rhemo" in plain else Experiment
-    whole = to_plain(from_plain(kind, plain))
-    training = {key: value for key, value in whole["training"].items() if key not in EXECUTION}
-    return whole | {"training": training}
+    free = ("cache", *(f"training.{name}" for name in EXECUTION))
+    return {name: value for name, value in by_field(to_plain(from_plain(kind, plain))).items() if name not in free}
+
+
+def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first setting that differs, with its value in a run that is there and in one that is wanted.
+
+    >>> difference({"task": "word", "training.lr": 0.1}, {"task": "word", "training.lr": 0.2})
+    'training.lr 0.1, and this one has 0.2'
+    """
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
+            return f"{name} {theirs.get(name)!r}, and this one has {ours.get(name)!r}"
+    return None
 
 
 def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
@@ -393,7 +421,7 @@ def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
     if unknown := sorted(plain.keys() - known):
         raise ValueError(f"{kind.__name__}: unknown setting {', '.join(unknown)}; saved by another version?")
     values = dict(plain)
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in _type_hints(kind).items():  # type: ignore[arg-type]
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = from_plain(hint, values[name])  # type: ignore[arg-type]
         elif Path in (hint, *get_args(hint)) and values.get(name) is not None:

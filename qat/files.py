@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,27 @@ def new_folder(target: Path) -> Iterator[Path]:
             # Another process finished the same work first; its result is as good.
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def make_once(target: Path, make: Callable[[Path], None]) -> None:
+    """Have ``make`` fill a folder that becomes ``target``, unless there is one; whoever else wants it waits meanwhile.
+
+    Args:
+        target: absent, or whole.
+        make: is given an empty folder.
+    """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("a") as lock:
+        # Without fcntl (Windows) or flock (some network file systems) several may make it; one of the results is kept.
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with new_folder(target) as draft:
+                make(draft)
 
 
 def sha256_of(path: Path) -> str:

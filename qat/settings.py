@@ -52,20 +52,6 @@ def check(kind: type[AnyExperiment], setting: object, value: object) -> None:
         raise ValueError(f"{setting}: null must be a value; this setting cannot be absent")
 
 
-def by_field(nested: dict[str, Any]) -> dict[str, Any]:
-    """Values by ``group.field``; what such a field holds may be a mapping itself, and stays whole.
-
-    >>> by_field({"task": "word", "corpus": {"name": "csv", "where": {"speaker": ["ann"]}}})
-    {'task': 'word', 'corpus.name': 'csv', 'corpus.where': {'speaker': ['ann']}}
-    """
-    found: dict[str, Any] = {}
-    for group, value in nested.items():
-        found |= (
-            {f"{group}.{field}": one for field, one in value.items()} if isinstance(value, dict) else {group: value}
-        )
-    return found
-
-
 @cache
 def parser_of(kind: type[AnyExperiment]) -> ArgumentParser:
     """A parser of all settings of one kind of experiment."""

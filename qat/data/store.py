@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.data.audio import AudioError, load_audio
 from qat.data.manifest import Manifest, read_table, write_table
 from qat.data.spectrogram import SpectrogramConfig, cut
-from qat.files import new_folder, sha256_of, write_json
+from qat.files import make_once, sha256_of, write_json
 from qat.processes import bar, ordered_map
 
 LAYOUT = 1
@@ -94,7 +94,8 @@ def prepare(
         manifest: the corpus.
         config: how audio becomes spectrograms.
         folder: for all stores; this one goes into a sub-folder named after the corpus and a hash of its content
-            (checksums and all columns of the manifest) and of the settings. It appears there whole or not at all.
+            (checksums and all columns of the manifest) and of the settings. It appears there whole or not at all;
+            another process that wants it meanwhile waits.
         workers: processes of one thread each; 0 works in this one, None takes the available cores.
         progress: show a progress bar.
 
@@ -107,12 +108,14 @@ def prepare(
     settings = {"layout": LAYOUT, "config": asdict(config), "manifest": manifest.key}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     target = Path(folder) / f"{manifest.name}-{key[:16]}"
-    if not target.exists():
-        with new_folder(target) as draft:
-            index, skipped = _write(manifest, config, draft, workers, progress)
-            write_table(index, draft / "index.csv")
-            write_table(skipped, draft / "skipped.csv")
-            write_json(draft / "meta.json", settings | {"corpus": manifest.name, "cuts": len(index)})
+
+    def make(draft: Path) -> None:
+        index, skipped = _write(manifest, config, draft, workers, progress)
+        write_table(index, draft / "index.csv")
+        write_table(skipped, draft / "skipped.csv")
+        write_json(draft / "meta.json", settings | {"corpus": manifest.name, "cuts": len(index)})
+
+    make_once(target, make)
     store = SpectrogramStore.open(target)
     if count := len(store.skipped):
         log.warning("%s: %d of %d files skipped, see %s", manifest.name, count, len(manifest), target / "skipped.csv")

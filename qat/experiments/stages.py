@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qat.config import EXECUTION, AnyExperiment, decisive, to_plain
+from qat.config import AnyExperiment, decisive, difference, to_plain
 from qat.experiments.runs import flat
 from qat.experiments.sweep import Layout, Outcome, train_all
 from qat.files import sha256_of
-from qat.settings import by_field
 
 CHECKPOINTS = ("network.rhemo", "anti_transfer.twin", "training.initial")
 """Settings that name a run to build on."""
@@ -57,11 +56,11 @@ class Plan:
         A run of the plan that it builds on counts by its address, another checkpoint by its file's content, the corpus
         by its reader, folder, selection and options. ``cache`` and how it is computed (the device) do not count.
         """
-        settings = _decisive(to_plain(experiment))
+        settings = decisive(to_plain(experiment))
         for name in CHECKPOINTS:
             if (path := settings.get(name)) is not None:
                 settings[name] = self._identity(Path(path), name)
-        default = _decisive(to_plain(type(experiment)()))
+        default = decisive(to_plain(type(experiment)()))
         settings["corpus.folder"] = str(Path(settings["corpus.folder"]).absolute())
         different = {key: value for key, value in settings.items() if key not in default or default[key] != value}
         text = json.dumps({"kind": type(experiment).__name__} | different, sort_keys=True)
@@ -93,8 +92,11 @@ class Plan:
         for path, experiment in self.trainings.items():
             result = self.folder / path / "result.json"
             if result.is_file():
-                theirs = decisive(json.loads(result.read_text(encoding="utf-8"))["experiment"])
-                _agree(self.folder / path, _decisive(theirs), _decisive(to_plain(experiment)))
+                theirs = json.loads(result.read_text(encoding="utf-8"))["experiment"]
+                if found := difference(_placeless(theirs), _placeless(to_plain(experiment))):
+                    raise ValueError(
+                        f"{self.folder / path}: holds a run with {found}; delete it, or choose another folder"
+                    )
                 done.add(path)
         return done
 
@@ -140,21 +142,8 @@ class Plan:
         return self._hashes[file]
 
 
-def _decisive(plain: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name; a corpus' selection and options as a whole."""
-    free = ("cache", *(f"training.{name}" for name in EXECUTION))
-    return {name: value for name, value in by_field(plain).items() if name not in free}
-
-
-def _agree(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuse a finished run of other settings; where its corpus and what it builds on lay does not count."""
-    for name in (*CHECKPOINTS, "corpus.folder"):
-        for settings in (theirs, ours):
-            if settings.get(name) is not None:
-                settings[name] = Path(settings[name]).name
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"{folder}: holds a run with {name} {theirs.get(name)!r}, and this one has {value!r}; delete it, or "
-                "choose another folder"
-            )
+def _placeless(plain: dict[str, Any]) -> dict[str, Any]:
+    """Decisive settings in which the corpus, and what is built on, go by their names, wherever they lie."""
+    settings = decisive(plain)
+    paths = (*CHECKPOINTS, "corpus.folder")
+    return settings | {name: Path(settings[name]).name for name in paths if settings.get(name) is not None}

@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 
-from qat.config import AnyExperiment, Experiment, RHEmoExperiment, decisive, to_plain
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment
 from qat.experiments.runs import flat
 from qat.files import write_text
 from qat.processes import bar
 from qat.settings import check, instantiate, naming, parser_of
+from qat.training.checkpoint import check_run
 
 C = TypeVar("C")
 Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
@@ -92,7 +92,8 @@ class Layout:
 
     Args:
         at_once: trainings side by side in each job, on its one GPU; on a CPU each has one thread if there are several.
-        jobs: the runs are dealt out to so many; absent: one for each GPU that this process sees, or one.
+        jobs: so many share the runs, each taking the next that nobody trains; absent: one for each GPU that this
+            process sees, or one.
         cluster: ``slurm``, ``local``, or ``auto``, which is ``slurm`` where there is an sbatch.
         slurm: what jobs ask of it.
     """
@@ -242,13 +243,13 @@ def train_all(trainings: Mapping[Path, AnyExperiment], folder: Path, layout: Lay
     folder = folder.absolute()
     experiments = {path: _absolute(experiment) for path, experiment in trainings.items()}
     for path, experiment in experiments.items():
-        _check_folder(folder / path, experiment)
+        check_run(folder / path, experiment)
     runs = {folder / path: experiment for path, experiment in experiments.items()}
     runs = {run: experiment for run, experiment in runs.items() if not _result(run).is_file()}
     for run in runs:
         _error(run).unlink(missing_ok=True)
-    logs = _train_in_jobs(runs, folder, layout) if runs else {}
-    return [_outcome(path, folder / path, logs.get(folder / path)) for path in experiments]
+    logs = _train_in_jobs(runs, folder, layout) if runs else None
+    return [_outcome(path, folder / path, logs) for path in experiments]
 
 
 def _absolute(config: C) -> C:
@@ -263,22 +264,6 @@ def _absolute(config: C) -> C:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def _check_folder(folder: Path, experiment: AnyExperiment) -> None:
-    if _result(folder).is_file():
-        theirs = json.loads(_result(folder).read_text(encoding="utf-8"))["experiment"]
-    elif (folder / "last.safetensors").is_file():
-        theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
-    else:
-        return
-    old, new = flat(decisive(theirs)), flat(decisive(to_plain(experiment)))
-    if old != new:
-        name = next((name for name in [*new, *old] if old.get(name) != new.get(name)), "settings")
-        raise ValueError(
-            f"{folder}: holds a run with {name} {old.get(name)!r}, and this one has {new.get(name)!r}; "
-            "choose another folder, or delete this one"
-        )
-
-
 def _result(folder: Path) -> Path:
     return folder / "result.json"
 
@@ -287,7 +272,7 @@ def _error(folder: Path) -> Path:
     return folder / "error.txt"
 
 
-def _outcome(path: Path, folder: Path, log: Path | None) -> Outcome:
+def _outcome(path: Path, folder: Path, logs: Path | None) -> Outcome:
     if _result(folder).is_file():
         return Outcome(path, "finished", result=json.loads(_result(folder).read_text(encoding="utf-8")))
     if _error(folder).is_file():
@@ -295,11 +280,11 @@ def _outcome(path: Path, folder: Path, log: Path | None) -> Outcome:
     with _lock(folder / ".lock") as free:
         if not free:
             return Outcome(path, "busy", f"{(folder / '.lock').read_text(encoding='utf-8')} is training it")
-    return Outcome(path, "stopped", f"its job ended before it; {log} may tell why")
+    return Outcome(path, "stopped", f"the jobs ended before it; the logs in {logs} may tell why")
 
 
 @contextmanager
-def _lock(file: Path, *, patient: bool = False) -> Iterator[bool]:
+def _lock(file: Path) -> Iterator[bool]:
     """Hold the lock of a file, which ends with this process at the latest; yields whether it could be had.
 
     The file says who holds it.
@@ -309,7 +294,7 @@ def _lock(file: Path, *, patient: bool = False) -> Iterator[bool]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
@@ -319,15 +304,14 @@ def _lock(file: Path, *, patient: bool = False) -> Iterator[bool]:
             yield True
 
 
-def _train_in_jobs(runs: dict[Path, AnyExperiment], folder: Path, layout: Layout) -> dict[Path, Path]:
-    """Wait until every run's job has ended; returns the job's log for each run."""
+def _train_in_jobs(runs: dict[Path, AnyExperiment], folder: Path, layout: Layout) -> Path:
+    """Wait until every job has ended; returns the folder of their logs."""
     from submitit import AutoExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     logging.getLogger("submitit").setLevel(logging.ERROR)
     own = folder / ".jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
     driver = own / "driver"
-    shares = _deal(runs, layout, driver)
     executor = AutoExecutor(own, cluster="slurm" if layout.is_slurm else "local", slurm_max_num_timeout=_REQUEUES)
     executor.update_parameters(**_parameters(layout))
     submitted: list[Any] = []
@@ -335,7 +319,7 @@ def _train_in_jobs(runs: dict[Path, AnyExperiment], folder: Path, layout: Layout
         with _lock(driver):
             # Jobs on this machine end with this process, not by a terminal's Ctrl-C; sbatch's words are in the error.
             with _blocked(), redirect_stderr(io.StringIO()):
-                submitted += executor.submit_array(shares)
+                submitted += executor.submit_array(_jobs(runs, layout, driver))
             _watch(submitted, list(runs), layout.is_slurm)
     except (FailedJobError, FailedSubmissionError) as error:
         told = " ".join(str(error).split())
@@ -347,16 +331,15 @@ def _train_in_jobs(runs: dict[Path, AnyExperiment], folder: Path, layout: Layout
             else:
                 job.wait()
         raise
-    return {run: job.paths.stderr for job, share in zip(submitted, shares, strict=True) for run in share.runs}
+    return own
 
 
-def _deal(runs: dict[Path, AnyExperiment], layout: Layout, driver: Path) -> list[_Share]:
-    """The runs in as many shares as there are jobs, by turns, so that neighbours of like length are spread."""
+def _jobs(runs: dict[Path, AnyExperiment], layout: Layout, driver: Path) -> list[_Job]:
     gpus = [] if layout.is_slurm else _gpus()
     jobs = min(layout.jobs or len(gpus) or 1, len(runs))
     return [
-        _Share(
-            runs={run: runs[run] for run in list(runs)[n::jobs]},
+        _Job(
+            runs=runs,
             at_once=layout.at_once,
             gpu=gpus[n % len(gpus)] if gpus else None,
             driver=None if layout.is_slurm else driver,
@@ -416,11 +399,11 @@ def _queued(array: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Share:
-    """The runs of one job, of which so many go on at once, each in its own process. What submitit calls.
+class _Job:
+    """Takes one run after the other that nobody trains, so many at once, each in its own process. What submitit calls.
 
     Args:
-        runs: by their folders.
+        runs: of all jobs, by their folders.
         at_once: processes.
         gpu: the only one that they may see; None leaves that to the cluster.
         driver: a file that is locked as long as somebody waits for this job; it ends without.
@@ -437,17 +420,17 @@ class _Share:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         resource_tracker.ensure_running()  # now, because starting it unblocks SIGTERM for what is started afterwards
-        waiting = [folder for folder in self.runs if not _result(folder).is_file()]
         running: dict[int, tuple[Path, Any]] = {}
         try:
-            while waiting or running:
-                while waiting and len(running) < self.at_once:
-                    folder = waiting.pop(0)
+            while True:
+                while len(running) < self.at_once and (folder := self._next(running)) is not None:
                     arguments = (self.runs[folder], folder, self.at_once > 1)
                     process = context.Process(target=_train, args=arguments)
                     with _blocked():
                         process.start()
                     running[process.sentinel] = folder, process
+                if not running:
+                    return
                 for ended in wait(list(running), timeout=1):
                     folder, process = running.pop(ended)  # type: ignore[arg-type]
                     process.join()
@@ -464,11 +447,23 @@ class _Share:
             for _, process in running.values():
                 process.join()
 
+    def _next(self, running: dict[int, tuple[Path, Any]]) -> Path | None:
+        mine = {folder for folder, _ in running.values()}  # which may not have locked it yet
+        return next((folder for folder in self.runs if folder not in mine and _is_free(folder)), None)
+
     def checkpoint(self) -> Any:
         """What submitit queues again when the time is up or the job is preempted: the same, which goes on."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a run is neither finished nor failed, and nobody trains it."""
+    if _result(folder).is_file() or _error(folder).is_file():
+        return False
+    with _lock(folder / ".lock") as free:
+        return free
 
 
 def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
@@ -486,7 +481,6 @@ def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
             if not mine:
                 return
             _error(folder).unlink(missing_ok=True)
-            _prepare(experiment)
             if isinstance(experiment, RHEmoExperiment):
                 pretrain_rhemo(experiment, folder, resume=True, quiet=True)
             else:
@@ -494,15 +488,6 @@ def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         write_text(_error(folder), f"{line}\n\n{traceback.format_exc()}")
-
-
-def _prepare(experiment: AnyExperiment) -> None:
-    """Make the spectrograms, unless another process is at it: then wait for them."""
-    from qat.data.store import prepare
-    from qat.training.data import recordings
-
-    with _lock(experiment.cache / ".lock", patient=True):
-        prepare(recordings(experiment), experiment.features, experiment.cache, progress=False)
 
 
 def _end_with_parent() -> None:

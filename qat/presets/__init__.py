@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from qat.config import AnyExperiment, Experiment, RHEmoExperiment
-from qat.settings import by_field, check, instantiate, naming, parser_of
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment, by_field
+from qat.settings import check, instantiate, naming, parser_of
 
 NAMES = ("paper", "released-code", "demo")
 

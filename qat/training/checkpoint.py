@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qat.config import AnyExperiment, decisive, difference, to_plain
 from qat.files import replacing
 
 
@@ -52,6 +54,22 @@ class Checkpoint:
                     f"this network's is {tuple(own[name].shape)}"
                 )
         module.load_state_dict(tensors)
+
+
+def check_run(folder: Path, experiment: AnyExperiment) -> None:
+    """Refuse a folder that holds a run, finished or interrupted, of other settings.
+
+    Raises:
+        ValueError: naming the first decisive setting that differs, and both values.
+    """
+    if (folder / "result.json").is_file():
+        theirs = json.loads((folder / "result.json").read_text(encoding="utf-8"))["experiment"]
+    elif (folder / "last.safetensors").is_file():
+        theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
+    else:
+        return
+    if found := difference(decisive(theirs), decisive(to_plain(experiment))):
+        raise ValueError(f"{folder}: holds a run with {found}; choose another folder, or delete this one")
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:

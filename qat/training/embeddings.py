@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from qat.config import to_plain
 from qat.data.rows import Read
-from qat.files import new_folder, write_json
+from qat.files import make_once, write_json
 from qat.models import RHEmoEncoder
 from qat.processes import bar
 from qat.training import distributed
@@ -36,7 +37,7 @@ def embeddings(
         encoder: on ``device``; it is put in eval mode.
         spectrograms: what is embedded.
         folder: where such things are kept; these go into a sub-folder named after a hash of all that they depend on,
-            which appears whole or not at all.
+            which appears whole or not at all. Another process that wants them meanwhile waits.
         device: where to compute; a GPU rounds otherwise than a CPU, so each has embeddings of its own.
         quiet: no progress bar.
     """
@@ -53,27 +54,26 @@ def embeddings(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     target = folder / f"embeddings-{key[:16]}"
     with distributed.leader_first():
-        if not target.exists():
-            _write(target, settings, encoder, spectrograms, device, quiet)
+        make_once(target, partial(_write, settings, encoder, spectrograms, device, quiet))
     known = np.load(target / "embeddings.npy", mmap_mode="r")
     return lambda numbers: torch.from_numpy(known[numbers.numpy()])
 
 
 def _write(
-    target: Path,
     settings: dict[str, Any],
     encoder: RHEmoEncoder,
     spectrograms: Spectrograms,
     device: torch.device,
     quiet: bool,
+    folder: Path,
 ) -> None:
-    with new_folder(target) as draft, torch.no_grad(), switched("float32"), bar(not quiet) as progress:
+    with torch.no_grad(), switched("float32"), bar(not quiet) as progress:
         numbers = torch.arange(len(spectrograms.store))
         task = progress.add_task("Embeddings", total=len(numbers))
-        with (draft / "embeddings.npy").open("wb") as out:
+        with (folder / "embeddings.npy").open("wb") as out:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(numbers), 4, 64, 64)}
             np.lib.format.write_array_header_1_0(out, header)
             for block in numbers.split(_BATCH):
                 out.write(encoder(spectrograms(block).to(device)).cpu().numpy().tobytes())
                 progress.advance(task, len(block))
-        write_json(draft / "meta.json", settings)
+        write_json(folder / "meta.json", settings)

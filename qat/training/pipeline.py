@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.anti_transfer import AntiTransfer
-from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, decisive, from_plain, to_plain
+from qat.config import AnyExperiment, CorpusConfig, Experiment, RHEmoExperiment, from_plain, to_plain
 from qat.data.audio import load_audio
 from qat.data.rows import Rows
 from qat.data.spectrogram import Normalisation, cut, place_words, to_input, word_offsets
@@ -27,7 +27,7 @@ from qat.files import replacing, write_json, write_text
 from qat.models import VGG16, RHEmo, RHEmoEncoder
 from qat.models.layers import placed
 from qat.training import distributed
-from qat.training.checkpoint import Checkpoint, load_checkpoint
+from qat.training.checkpoint import Checkpoint, check_run, load_checkpoint
 from qat.training.data import (
     LABEL_COLUMN,
     Data,
@@ -308,12 +308,12 @@ class _Run:
 @contextlib.contextmanager
 def _run_folder(experiment: AnyExperiment, folder: Path, resume: bool) -> Iterator[tuple[torch.device, Metrics | None]]:
     """The device to train on, and the result if this very experiment is finished already."""
-    plain = to_plain(experiment)
+    check_run(folder, experiment)
     finished = folder / "result.json"
     if finished.is_file():
-        result = json.loads(finished.read_text())
-        if not (resume and decisive(result["experiment"]) == decisive(plain)):
+        if not resume:
             raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
+        result = json.loads(finished.read_text())
     elif (folder / "last.safetensors").is_file() and not resume:
         raise ValueError(f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one")
     else:

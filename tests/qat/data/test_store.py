@@ -1,6 +1,11 @@
+import errno
+import fcntl
 import json
 import logging
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -20,6 +25,10 @@ CONFIG = SpectrogramConfig()
 
 def quietly(manifest, config, folder, workers=0):
     return prepare(manifest, config, folder, workers=workers, progress=False)
+
+
+def visible(folder):
+    return [path for path in folder.iterdir() if not path.match(".*.lock")]
 
 
 @pytest.mark.parametrize("rule", ["audio", "reference", "word"])
@@ -94,7 +103,7 @@ def test_no_usable_file_leaves_nothing(make_corpus, tmp_path):
     manifest = make_corpus({"a.wav": 0.005})
     with pytest.raises(ValueError, match=r"noise: no usable audio file among 1; the first: .*a\.wav: 80 samples"):
         quietly(manifest, CONFIG, tmp_path / "prepared")
-    assert not list((tmp_path / "prepared").iterdir())
+    assert not visible(tmp_path / "prepared")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -103,7 +112,7 @@ def test_a_changed_file_is_refused_and_leaves_nothing(make_corpus, tmp_path, wor
     soundfile.write(manifest.root / "b.wav", np.full(8000, 0.5), 16000)
     with pytest.raises(ValueError, match=r"b\.wav: changed since the manifest was made"):
         quietly(manifest, CONFIG, tmp_path / "prepared", workers)
-    assert not list((tmp_path / "prepared").iterdir())
+    assert not visible(tmp_path / "prepared")
 
 
 def test_interruption_leaves_nothing(make_corpus, tmp_path, monkeypatch):
@@ -117,12 +126,36 @@ def test_interruption_leaves_nothing(make_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "load_audio", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quietly(manifest, CONFIG, tmp_path / "prepared")
-    assert not list((tmp_path / "prepared").iterdir())
+    assert not visible(tmp_path / "prepared")
 
 
-def test_whoever_finishes_second_takes_the_first_result(make_corpus, tmp_path, monkeypatch):
+def test_one_process_prepares_for_all_that_wait(make_corpus, tmp_path, monkeypatch):
+    manifest = make_corpus({"a.wav": 0.5})
+    started, go, written = threading.Event(), threading.Event(), []
+    write = store_module._write
+
+    def slowly(*arguments):
+        written.append(manifest)
+        started.set()
+        assert go.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(store_module, "_write", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(quietly, manifest, CONFIG, tmp_path)
+        assert started.wait(60)
+        second = pool.submit(quietly, manifest, CONFIG, tmp_path)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.5)
+        go.set()
+        assert first.result().folder == second.result().folder
+    assert len(written) == 1
+
+
+def test_where_nothing_can_be_locked_the_first_result_stays(make_corpus, tmp_path, monkeypatch):
     manifest = make_corpus({"a.wav": 0.5})
     write = store_module._write
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "no locks available")))
 
     def overtaken(*arguments):
         monkeypatch.setattr(store_module, "_write", write)
@@ -133,7 +166,7 @@ def test_whoever_finishes_second_takes_the_first_result(make_corpus, tmp_path, m
     monkeypatch.setattr(store_module, "_write", overtaken)
     store = quietly(manifest, CONFIG, tmp_path / "prepared")
     assert len(store) == 1
-    assert list((tmp_path / "prepared").iterdir()) == [store.folder]
+    assert visible(tmp_path / "prepared") == [store.folder]
 
 
 def test_open_refuses_what_is_no_store(make_corpus, tmp_path):

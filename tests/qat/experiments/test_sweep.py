@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import yaml
 import qat
 from qat import cli
 from qat.config import Experiment, RHEmoConfig, RHEmoExperiment, to_plain
-from qat.data import store
 from qat.experiments import sweep
 from qat.experiments.report import collect, summary_table
 from qat.experiments.sweep import Layout, Outcome, SlurmConfig, read_plan, train_all
@@ -198,11 +196,11 @@ def test_auto_is_slurm_where_there_is_an_sbatch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("visible", "jobs", "expected"),
     [
-        (None, None, {"0": 2, "1": 2, "2": 1}),
-        ("4,GPU-ab,6", None, {"4": 2, "GPU-ab": 2, "6": 1}),
-        (None, 2, {"0": 3, "1": 2}),
-        (None, 4, {"0": 3, "1": 1, "2": 1}),
-        (None, 9, {"0": 2, "1": 2, "2": 1}),
+        (None, None, ["0", "1", "2"]),
+        ("4,GPU-ab,6", None, ["4", "GPU-ab", "6"]),
+        (None, 2, ["0", "1"]),
+        (None, 4, ["0", "1", "2", "0"]),
+        (None, 9, ["0", "1", "2", "0", "1"]),
     ],
 )
 def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
@@ -213,14 +211,41 @@ def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     runs = {tmp_path / str(n): Experiment() for n in range(5)}
-    shares = sweep._deal(runs, Layout(jobs=jobs, cluster="local"), tmp_path / "driver")
-    seen: dict[str, int] = {}
-    for share in shares:
-        replace(share, runs={})()
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == share.gpu
-        seen[share.gpu] = seen.get(share.gpu, 0) + len(share.runs)
-    assert seen == expected
-    assert sorted(folder for share in shares for folder in share.runs) == list(runs)
+    made = sweep._jobs(runs, Layout(jobs=jobs, cluster="local"), tmp_path / "driver")
+    assert [job.gpu for job in made] == expected
+    for job in made:
+        assert job.runs == runs
+        replace(job, runs={})()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == job.gpu
+
+
+def test_a_job_takes_what_is_not_finished_nor_failed_nor_being_trained(tmp_path):
+    write_text(tmp_path / "finished/result.json", "{}")
+    write_text(tmp_path / "failed/error.txt", "ValueError: no such checkpoint\n")
+    write_text(tmp_path / "stopped/last.safetensors", "")
+    with sweep._lock(tmp_path / "busy/.lock"):
+        names = ["finished", "failed", "busy", "stopped", "new"]
+        assert [name for name in names if sweep._is_free(tmp_path / name)] == ["stopped", "new"]
+    assert sweep._is_free(tmp_path / "busy")
+    job = sweep._Job({tmp_path / name: Experiment() for name in names}, 2, None, None)
+    assert job._next({}) == tmp_path / "busy"
+    assert job._next({0: (tmp_path / "busy", None)}) == tmp_path / "stopped", "it has been started, but has no lock yet"
+
+
+def test_no_run_waits_behind_a_long_one_while_another_job_is_free(experiment, tmp_path, monkeypatch):
+    def watch(*arguments):
+        wait_for((tmp_path / "long/last.safetensors").is_file)
+        os.kill(process := trainer(tmp_path / "long"), signal.SIGSTOP)
+        wait_for(lambda: all((tmp_path / name / "result.json").is_file() for name in ("b", "c", "d")), 100)
+        os.kill(process, signal.SIGCONT)
+        watched(*arguments)
+
+    watched = sweep._watch
+    monkeypatch.setattr(sweep, "_watch", watch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    trainings = {Path("long"): longer(experiment, 30)} | {Path(name): experiment for name in ("b", "c", "d")}
+    outcomes = train_all(trainings, tmp_path, replace(LOCAL, jobs=2))
+    assert [one.status for one in outcomes] == ["finished"] * 4
 
 
 def test_a_dry_run_names_what_would_be_trained(tmp_path, capsys):
@@ -313,7 +338,6 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
 
     def watch(jobs, *arguments):
         wait_for((tmp_path / "killed/last.safetensors").is_file)
-        write_text(tmp_path / "rhemo/error.txt", "of an earlier time that this job was run\n")
         os.kill(trainer(tmp_path / "killed"), signal.SIGKILL)
         wait_for((tmp_path / "stopped/last.safetensors").is_file)
         controller = jobs[0]._process.pid
@@ -341,10 +365,10 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
     assert not (tmp_path / "busy/split.json").exists()
     assert rhemo.status == "finished"
     assert rhemo.result["kind"] == "rhemo"
-    assert not (tmp_path / "rhemo/error.txt").exists()
-    [log] = (tmp_path / ".jobs").glob("*/*.err")
+    [logs] = (tmp_path / ".jobs").iterdir()
+    assert list(logs.glob("*.err"))
     assert [(one.status, one.error) for one in (stopped, waiting)] == [
-        ("stopped", f"its job ended before it; {log} may tell why")
+        ("stopped", f"the jobs ended before it; the logs in {logs} may tell why")
     ] * 2
     wait_for(lambda: not is_locked(tmp_path / "stopped"), 20)
 
@@ -375,17 +399,3 @@ def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment, tmp_pat
     assert told.endswith("qat sweep: interrupted; what is finished is kept, and the same command goes on\n")
     assert "Traceback" not in told
     assert not (tmp_path / "base/error.txt").exists()
-
-
-def test_one_process_prepares_the_spectrograms_for_all(experiment, tmp_path, monkeypatch):
-    prepared = []
-    monkeypatch.setattr(store, "prepare", lambda manifest, *_, **__: prepared.append(len(manifest)))
-    experiment = replace(experiment, cache=tmp_path)
-    with sweep._lock(tmp_path / ".lock"):
-        second = threading.Thread(target=sweep._prepare, args=(experiment,))
-        second.start()
-        second.join(0.5)
-        assert second.is_alive()
-        assert not prepared
-    second.join()
-    assert prepared == [36]

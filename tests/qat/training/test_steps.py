@@ -448,8 +448,8 @@ def test_rhemo_trains_in_bfloat16(corpus, cache, rhemo, tmp_path):
 
 def test_embeddings_are_computed_once_for_all_trainings(experiment, cache, tmp_path, monkeypatch):
     asked = []
-    made = embeddings_module.new_folder
-    monkeypatch.setattr(embeddings_module, "new_folder", lambda target: asked.append(target.name) or made(target))
+    write = embeddings_module._write
+    monkeypatch.setattr(embeddings_module, "_write", lambda *given: asked.append(given) or write(*given))
     fresh = replace(experiment, cache=tmp_path / "cache")
     train_classifier(fresh, tmp_path / "a", quiet=True)
     train_classifier(changed(fresh, seed=2), tmp_path / "b", quiet=True)
