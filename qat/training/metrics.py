@@ -49,17 +49,15 @@ def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch:
         ``accuracy`` (share of single yes/no answers right), ``average_precision`` (mean over the labels that occur),
         ``macro_f1`` at probability 0.5, and ``samples``.
     """
-    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+    from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
 
-    truth = targets.long()
-    occurring = truth.any(0)
-    precision = multilabel_average_precision(
-        logits.sigmoid(), truth, num_labels=len(classes), average=None, thresholds=None
-    )
+    truth, scores = targets.long(), logits.sigmoid()
+    occurring = truth.any(0).nonzero().flatten().tolist()
+    precision = [binary_average_precision(scores[:, k], truth[:, k]) for k in occurring]
     return {
         "accuracy": _share((logits > 0) == truth.bool(), batch),
-        "average_precision": torch.as_tensor(precision)[occurring].mean().item(),
-        "macro_f1": multilabel_f1_score(logits.sigmoid(), truth, num_labels=len(classes)).item(),
+        "average_precision": torch.tensor(precision).mean().item(),
+        "macro_f1": multilabel_f1_score(scores, truth, num_labels=len(classes)).item(),
         "samples": len(targets),
     }
 

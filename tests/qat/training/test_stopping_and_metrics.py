@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,12 @@ def test_presence_metrics_agree_with_scikit_learn():
         average_precision_score(truth, logits, average="macro"), rel=1e-4
     )
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, logits > 0, average="macro"), rel=1e-4)
+
+
+def test_labels_that_do_not_occur_have_no_precision(recwarn):
+    truth = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    logits = torch.tensor([[2.0, 1, 5], [1, 3, 5], [3, -1, 5]])
+    first, second = 1.0, (1 / 1 + 2 / 3) / 2  # of the second label, the last sample has the least score
+    assert presence_metrics(logits, truth, list("abc"))["average_precision"] == pytest.approx((first + second) / 2)
+    assert math.isnan(presence_metrics(logits, 0 * truth, list("abc"))["average_precision"])
+    assert not recwarn.list
