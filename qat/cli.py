@@ -242,7 +242,12 @@ def _corpus_arguments(sub: ArgumentParser) -> None:
 
 def _layout_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("--at-once", type=int, default=1, help="trainings side by side in each job, on its one GPU")
-    sub.add_argument("--jobs", type=int | None, default=None, help="jobs (default: one for each visible GPU, or one)")
+    sub.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="jobs that share the runs (default: one for each visible GPU, or one)",
+    )
     sub.add_argument(
         "--cluster",
         choices=["auto", "local", "slurm"],
