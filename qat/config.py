@@ -408,6 +408,8 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
 
     >>> difference({"task": "word", "training.lr": 0.1}, {"task": "word", "training.lr": 0.2})
     'training.lr 0.1, and this one has 0.2'
+    >>> difference({"rhemo.width": 1.0}, {})
+    'rhemo.width 1.0, and this one has None'
     """
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):

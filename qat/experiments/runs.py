@@ -151,7 +151,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        """Where it was trained, with the number of processes."""
+        """Where it was trained, with the number of processes if there were several."""
         processes = int(number(self.result.get("processes")) or 1)
         return f"{f'{processes} × ' if processes > 1 else ''}{self.result.get('device', 'an unnamed device')}"
 

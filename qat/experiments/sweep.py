@@ -1,7 +1,8 @@
 """Many trainings from one plan: on this machine's processors or GPUs, or as a job array of a Slurm cluster.
 
-The runs' folders are the only state. Whoever trains a run holds the lock in its folder, so that the same sweep may be
-started again at any time, wherever it was stopped: finished runs are left alone, the others go on.
+The runs' folders are the only state. Whoever trains a run holds the lock in its folder (and, for a moment, whoever
+looks whether it is free), so that the same sweep may be started again at any time, wherever it was stopped: finished
+runs are left alone, the others go on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ does not survive a fork."""
 _ASK_SLURM = 30.0
 """Seconds between questions whether jobs are still there, which matters only for those that were killed."""
 
+_LAST_BREATH = 1.0
+"""Seconds after the death of a training until it has failed: where its whole job is being killed, it has not."""
+
 _REQUEUES = 10
 """Times that a job may use up its time limit before it is given up."""
 
@@ -92,8 +96,8 @@ class Layout:
 
     Args:
         at_once: trainings side by side in each job, on its one GPU; on a CPU each has one thread if there are several.
-        jobs: so many share the runs, each taking the next that nobody trains; absent: one for each GPU that this
-            process sees, or one.
+        jobs: the runs are dealt out to so many, and one that is through takes what others have not begun; absent: one
+            for each GPU that this process sees, or one.
         cluster: ``slurm``, ``local``, or ``auto``, which is ``slurm`` where there is an sbatch.
         slurm: what jobs ask of it.
     """
@@ -122,7 +126,7 @@ class Outcome:
     Args:
         path: of its folder, below the sweep's.
         status: ``finished``; ``failed``: it raised, or its process died; ``busy``: somebody else is training it;
-            ``stopped``: its job ended before it did; ``waiting``: what it builds on is not finished.
+            ``stopped``: the jobs ended before it did; ``waiting``: what it builds on is not finished.
         error: one line, unless it is finished. ``error.txt`` in the run's folder has the traceback.
         result: what ``result.json`` holds, if it is finished.
     """
@@ -335,12 +339,15 @@ def _train_in_jobs(runs: dict[Path, AnyExperiment], folder: Path, layout: Layout
 
 
 def _jobs(runs: dict[Path, AnyExperiment], layout: Layout, driver: Path) -> list[_Job]:
+    """Every job with all runs; first its own, dealt by turns so that neighbours of like length are spread."""
     gpus = [] if layout.is_slurm else _gpus()
     jobs = min(layout.jobs or len(gpus) or 1, len(runs))
+    shares = [list(runs)[n::jobs] for n in range(jobs)]
     return [
         _Job(
-            runs=runs,
-            at_once=layout.at_once,
+            runs={run: runs[run] for share in shares[n:] + shares[:n] for run in share},
+            at_once=min(layout.at_once, len(shares[0])),
+            one_thread=layout.at_once > 1,
             gpu=gpus[n % len(gpus)] if gpus else None,
             driver=None if layout.is_slurm else driver,
         )
@@ -372,23 +379,26 @@ def _parameters(layout: Layout) -> dict[str, Any]:
 
 
 def _watch(jobs: list[Any], folders: list[Path], is_slurm: bool) -> None:
-    """Show how many runs have ended until every job has."""
+    """Show how many runs have ended until every job has, or nothing is left for those still in a queue."""
     asked = time.monotonic()
+    array = jobs[0].job_id.partition("_")[0]
     with bar(True) as progress:
         task = progress.add_task("trainings", total=len(folders))
-        ended = False
+        ended, done = False, 0
         while not ended:
             if is_slurm:
-                ended = all(job.paths.result_pickle.exists() for job in jobs)
+                ended = done == len(folders) or all(job.paths.result_pickle.exists() for job in jobs)
                 if not ended and time.monotonic() - asked > _ASK_SLURM:
                     asked = time.monotonic()
-                    ended = not _queued(jobs[0].job_id.partition("_")[0])
+                    ended = not _queued(array)
             else:
                 ended = all(job.done() for job in jobs)
             done = sum(_result(one).is_file() or _error(one).is_file() for one in folders)
             progress.update(task, completed=done)
             if not ended:
                 time.sleep(1)
+    if is_slurm:
+        subprocess.run(["scancel", "--state", "PENDING", array], capture_output=True, check=False)
 
 
 def _queued(array: str) -> bool:
@@ -400,17 +410,19 @@ def _queued(array: str) -> bool:
 
 @dataclass(frozen=True)
 class _Job:
-    """Takes one run after the other that nobody trains, so many at once, each in its own process. What submitit calls.
+    """Trains one run after the other that is free, so many at once, each in its own process. What submitit calls.
 
     Args:
-        runs: of all jobs, by their folders.
+        runs: by their folders, in the order in which this job wants them.
         at_once: processes.
+        one_thread: of each on a CPU.
         gpu: the only one that they may see; None leaves that to the cluster.
         driver: a file that is locked as long as somebody waits for this job; it ends without.
     """
 
     runs: dict[Path, AnyExperiment]
     at_once: int
+    one_thread: bool
     gpu: str | None
     driver: Path | None
 
@@ -424,7 +436,7 @@ class _Job:
         try:
             while True:
                 while len(running) < self.at_once and (folder := self._next(running)) is not None:
-                    arguments = (self.runs[folder], folder, self.at_once > 1)
+                    arguments = (self.runs[folder], folder, self.one_thread)
                     process = context.Process(target=_train, args=arguments)
                     with _blocked():
                         process.start()
@@ -435,6 +447,7 @@ class _Job:
                     folder, process = running.pop(ended)  # type: ignore[arg-type]
                     process.join()
                     if code := process.exitcode:
+                        time.sleep(_LAST_BREATH)
                         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
                         write_text(_error(folder), f"the process {how}\n")
                 if self.driver is not None:
@@ -459,7 +472,7 @@ class _Job:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether a run is neither finished nor failed, and nobody trains it."""
+    """Whether a run is neither finished nor failed, and nobody trains it. Only a new sweep tries again what failed."""
     if _result(folder).is_file() or _error(folder).is_file():
         return False
     with _lock(folder / ".lock") as free:
@@ -476,18 +489,17 @@ def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if one_thread:
         torch.set_num_threads(1)
-    try:
-        with _lock(folder / ".lock") as mine:
-            if not mine:
-                return
-            _error(folder).unlink(missing_ok=True)
+    with _lock(folder / ".lock") as mine:
+        if not mine or _error(folder).is_file():
+            return
+        try:
             if isinstance(experiment, RHEmoExperiment):
                 pretrain_rhemo(experiment, folder, resume=True, quiet=True)
             else:
                 train_classifier(experiment, folder, resume=True, quiet=True)
-    except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        write_text(_error(folder), f"{line}\n\n{traceback.format_exc()}")
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            write_text(_error(folder), f"{line}\n\n{traceback.format_exc()}")
 
 
 def _end_with_parent() -> None:

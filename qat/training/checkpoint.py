@@ -64,7 +64,7 @@ def check_run(folder: Path, experiment: AnyExperiment) -> None:
     """
     if (folder / "result.json").is_file():
         theirs = json.loads((folder / "result.json").read_text(encoding="utf-8"))["experiment"]
-    elif (folder / "last.safetensors").is_file():
+    elif (folder / "last.safetensors").is_file() and (folder / "experiment.yaml").is_file():
         theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
     else:
         return

@@ -258,7 +258,7 @@ class _Run:
             "normalisation": to_plain(self.data.spectrograms.normalisation),
             "files": files,
         }
-        # A run that is resumed wrote these already; `fit` is yet to find out whether it is the same run.
+        # A run that is resumed wrote these already; `fit` is yet to find out whether its recordings are the same.
         if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
             write_json(self.folder / "split.json", files)
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(record["experiment"], sort_keys=False))

@@ -25,7 +25,7 @@ from qat.config import (
     to_plain,
 )
 from qat.experiments.report import collect, summary_table, write_report
-from qat.experiments.runs import seed_differences
+from qat.experiments.runs import Run, made_with, seed_differences
 from qat.experiments.statistics import cluster_interval
 
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
@@ -550,3 +550,9 @@ def test_a_seed_is_counted_once(tmp_path):
 def test_importing_the_report_is_cheap():
     code = "import sys, qat.experiments.report; print({'matplotlib', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_device_is_named_with_its_processes():
+    alone = Run(Path("a"), "a", 1, {"device": "H100", "processes": 1, "versions": {"torch": "2.13"}}, {}, None, None)
+    several = replace(alone, result=alone.result | {"processes": 2, "versions": {"torch": "2.11"}})
+    assert made_with([alone, several, alone]) == [["devices", "2 × H100; H100"], ["torch", "2.11, 2.13"]]

@@ -22,7 +22,7 @@ import qat
 from qat.config import to_plain
 from qat.experiments import sweep
 from qat.experiments.sweep import Layout, SlurmConfig, train_all
-from qat.files import sha256_of
+from qat.files import sha256_of, write_text
 from qat.training.checkpoint import load_checkpoint
 from qat.training.pipeline import train_classifier
 
@@ -167,7 +167,10 @@ def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster
             assert {number for _, number in array} <= {"0", "1"}
             before = load_checkpoint(first / "last.safetensors", "training").record["history"]
             assert 0 < len(before) < 6
-            job = f"{array.pop()[0]}_0"
+            # The other job trains all else, and ends.
+            wait_for(lambda: len(squeue(cluster)) == 1, 100)
+            assert [(tmp_path / f"out/base/seed{seed}/result.json").is_file() for seed in (1, 2, 3)] == [0, 1, 1]
+            job = "_".join(squeue(cluster)[0][:2])
             # Slurm may send SIGTERM at any time, which is no reason to end; SIGUSR2 comes when the time is nearly up.
             # With a limit of ten minutes, submitit takes every one for that.
             subprocess.run(["scancel", "--signal", "TERM", job], env=cluster, check=True)
@@ -223,6 +226,19 @@ def test_runs_of_a_job_that_somebody_cancels_are_stopped(cluster, inside, experi
     monkeypatch.setattr(sweep, "_ASK_SLURM", 0.0)
     [one] = train_all({Path("a"): experiment}, tmp_path, replace(LATER, jobs=1))
     assert one.status == "stopped"
+
+
+def test_jobs_for_which_nothing_is_left_leave_the_queue(cluster, inside, experiment, tmp_path, monkeypatch):
+    def watch(*arguments):
+        for name in "ab":
+            write_text(tmp_path / name / "result.json", "{}")
+        watched(*arguments)
+
+    watched = sweep._watch
+    monkeypatch.setattr(sweep, "_watch", watch)
+    outcomes = train_all({Path("a"): experiment, Path("b"): experiment}, tmp_path, LATER)
+    assert [one.status for one in outcomes] == ["finished"] * 2
+    wait_for(lambda: not squeue(cluster), 10)
 
 
 LATER = Layout(jobs=2, slurm=SlurmConfig(minutes=10, gpus=0, extra={"begin": "now+1hour"}))

@@ -149,6 +149,7 @@ def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
 
     shutil.move(tmp_path / "first", tmp_path / "second")
     moved, again = tiny(tmp_path / "second")
+    assert moved.finished() == set(moved.trainings)
     weights = load_file(again["single"] / "model.safetensors")
     shutil.rmtree(again["single"])
     kept = times(moved.folder / "runs")

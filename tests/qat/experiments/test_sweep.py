@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import yaml
 
 import qat
 from qat import cli
-from qat.config import Experiment, RHEmoConfig, RHEmoExperiment, to_plain
+from qat.config import Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig, to_plain
 from qat.experiments import sweep
 from qat.experiments.report import collect, summary_table
 from qat.experiments.sweep import Layout, Outcome, SlurmConfig, read_plan, train_all
@@ -214,9 +215,39 @@ def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
     made = sweep._jobs(runs, Layout(jobs=jobs, cluster="local"), tmp_path / "driver")
     assert [job.gpu for job in made] == expected
     for job in made:
-        assert job.runs == runs
         replace(job, runs={})()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == job.gpu
+
+
+@pytest.mark.parametrize(
+    ("jobs", "at_once", "own", "slots"),
+    [(1, 1, ["01234"], 1), (2, 1, ["024", "13"], 1), (3, 4, ["03", "14", "2"], 2), (9, 4, [*"01234"], 1)],
+)
+def test_a_job_trains_its_own_runs_first_and_takes_no_more_at_once_than_its_share(tmp_path, jobs, at_once, own, slots):
+    runs = {tmp_path / str(n): Experiment(training=TrainingConfig(seed=n)) for n in range(5)}
+    made = sweep._jobs(runs, Layout(at_once, jobs, "local"), tmp_path / "driver")
+    for n, job in enumerate(made):
+        order = "".join(own[n:] + own[:n])
+        assert "".join(run.name for run in job.runs) == order
+        assert job.runs == runs
+        assert (job.at_once, job.one_thread) == (slots, at_once > 1)
+    assert len(made) == len(own)
+
+
+def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(tmp_path, monkeypatch):
+    """The second job found the run free while the first was starting it, and gets its lock when it has failed."""
+    write = sweep.write_text
+    monkeypatch.setattr(
+        sweep, "write_text", lambda file, text: write(file, f"locked: {is_locked(file.parent)}. {text}")
+    )
+    for rhemo in (tmp_path / "absent", None):  # the second would fail otherwise
+        experiment = Experiment(network=NetworkConfig(rhemo=rhemo))
+        process = multiprocessing.get_context("fork").Process(target=sweep._train, args=(experiment, tmp_path, False))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        told = (tmp_path / "error.txt").read_text()
+        assert told.startswith(f"locked: True. ValueError: {tmp_path}/absent: no such checkpoint\n")
 
 
 def test_a_job_takes_what_is_not_finished_nor_failed_nor_being_trained(tmp_path):
@@ -227,7 +258,7 @@ def test_a_job_takes_what_is_not_finished_nor_failed_nor_being_trained(tmp_path)
         names = ["finished", "failed", "busy", "stopped", "new"]
         assert [name for name in names if sweep._is_free(tmp_path / name)] == ["stopped", "new"]
     assert sweep._is_free(tmp_path / "busy")
-    job = sweep._Job({tmp_path / name: Experiment() for name in names}, 2, None, None)
+    job = sweep._Job({tmp_path / name: Experiment() for name in names}, 2, False, None, None)
     assert job._next({}) == tmp_path / "busy"
     assert job._next({0: (tmp_path / "busy", None)}) == tmp_path / "stopped", "it has been started, but has no lock yet"
 
