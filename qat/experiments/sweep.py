@@ -54,7 +54,7 @@ _ASK_SLURM = 30.0
 """Seconds between questions whether jobs are still there, which matters only for those that were killed."""
 
 _LAST_BREATH = 1.0
-"""Seconds after the death of a training until it has failed: where its whole job is being killed, it has not."""
+"""Seconds from the death of a training until it counts as failed, which a job that is being killed does not live."""
 
 _REQUEUES = 10
 """Times that a job may use up its time limit before it is given up."""
@@ -446,10 +446,8 @@ class _Job:
                 for ended in wait(list(running), timeout=1):
                     folder, process = running.pop(ended)  # type: ignore[arg-type]
                     process.join()
-                    if code := process.exitcode:
-                        time.sleep(_LAST_BREATH)
-                        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                        write_text(_error(folder), f"the process {how}\n")
+                    if process.exitcode:
+                        _record_death(folder, process.exitcode)
                 if self.driver is not None:
                     with _lock(self.driver) as alone:
                         if alone:
@@ -477,6 +475,15 @@ def _is_free(folder: Path) -> bool:
         return False
     with _lock(folder / ".lock") as free:
         return free
+
+
+def _record_death(folder: Path, code: int) -> None:
+    """The process of a run has died: it has failed, unless the job is being killed too or another has taken over."""
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    with _lock(folder / ".lock") as mine:
+        if mine:
+            time.sleep(_LAST_BREATH)
+            write_text(_error(folder), f"the process {how}\n")
 
 
 def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
