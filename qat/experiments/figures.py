@@ -196,14 +196,7 @@ def by_layer(panels: Mapping[str, Sequence[Line]], ylabel: str, guess: float | N
             axis.set_xlabel("layer")
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        figure.legend(
-            handles=list(legend.values()),
-            labels=list(legend),
-            loc="outside upper left",
-            ncols=min(7, len(legend)),
-            frameon=False,
-            fontsize=8,
-        )
+        _legend(figure, legend)
         return _drawing(figure)
 
 
@@ -380,6 +373,7 @@ def _grid(
 ) -> Drawing:
     """Small multiples: one panel a setting, under its name."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     groups = groups[:PANELS]
     columns = 2 if len(groups) in (2, 4) else min(3, len(groups))
@@ -394,15 +388,31 @@ def _grid(
                 axis.yaxis.set_major_formatter("{x:g}")
             axis.set_title("\n".join(textwrap.wrap(_short(group.name, 80), 40)))
             draw(axis, group)
+            if xlabel == "epoch":
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.tick_params(labelbottom=True)
             axis.set_ylabel(ylabel if place % columns == 0 else "")
             axis.set_xlabel(xlabel if place + columns >= len(groups) else "")
         for axis in axes[len(groups) :]:
             axis.set_visible(False)
         if legend:
-            handles = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in legend]
-            figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8)
+            _legend(figure, {label: Line2D([], [], color=colour, linestyle=style) for label, colour, style in legend})
         return _drawing(figure)
+
+
+def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """Above all panels, in as many columns as fit the figure's width."""
+    points = 40 + 4.6 * max(map(len, handles))  # of a column, in letters of 8 points
+    columns = max(1, min(len(handles), int(72 * figure.get_figwidth() / points)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(handles) / columns) - 1))
+    figure.legend(
+        handles=list(handles.values()),
+        labels=list(handles),
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def _curve(run: Run, name: str) -> Curve | None:

@@ -24,6 +24,7 @@ from qat.config import (
     TrainingConfig,
     to_plain,
 )
+from qat.experiments import figures
 from qat.experiments.report import collect, summary_table, write_report
 from qat.experiments.runs import Run, made_with, seed_differences
 from qat.experiments.statistics import cluster_interval
@@ -556,3 +557,19 @@ def test_a_device_is_named_with_its_processes():
     alone = Run(Path("a"), "a", 1, {"device": "H100", "processes": 1, "versions": {"torch": "2.13"}}, {}, None, None)
     several = replace(alone, result=alone.result | {"processes": 2, "versions": {"torch": "2.11"}})
     assert made_with([alone, several, alone]) == [["devices", "2 × H100; H100"], ["torch", "2.11, 2.13"]]
+
+
+@pytest.mark.parametrize("labels", [["mean"], ["no AT", "single S, random"] * 4, ["validation, cross-entropy"] * 4])
+@pytest.mark.parametrize("panels", [1, 2, 3])
+def test_a_legend_fits_its_figure(panels, labels, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_drawing", drawn.append)
+    lines = [figures.Line(f"{label} {n}", "mean", {1: 50.0, 13: 60.0}) for n, label in enumerate(labels)]
+    figures.by_layer({f"panel {n}": lines for n in range(panels)}, "accuracy, %")
+    [figure] = drawn
+    figure.draw_without_rendering()
+    legend, axis = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+    assert len(figure.legends[0].get_texts()) == len(labels)
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y0 > axis.y1
+    assert axis.height > figure.dpi
