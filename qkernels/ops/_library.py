@@ -1,6 +1,7 @@
 """Registers an operator with PyTorch: implementation, shapes, derivative."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,12 @@ from torch import Tensor
 
 
 def define(
-    name: str, *, fake: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    differentiable: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorator that turns a plain tensor function into the operator ``qkernels::name``.
 
@@ -17,7 +23,8 @@ def define(
         name: the operator's name.
         fake: the function's result as empty tensors.
         save: stores in `ctx` what `backward` needs; called as `save(ctx, inputs, output)`.
-        backward: gradients of all arguments; made of operators, so that it can be differentiated again.
+        backward: gradients of the differentiable arguments; made of operators, so that it can be differentiated again.
+        differentiable: names of the arguments that `backward` gives gradients of, in its order; None for all.
 
     Returns:
         The decorator.
@@ -35,10 +42,27 @@ def define(
 
         operator = torch.library.custom_op(f"qkernels::{name}", forward, mutates_args=())
         operator.register_fake(fake)
-        operator.register_autograd(backward, setup_context=save)
+        derivative = backward if differentiable is None else _padded(backward, differentiable, function)
+        operator.register_autograd(derivative, setup_context=save)
         return operator
 
     return decorate
+
+
+def _padded(
+    backward: Callable[..., Any], differentiable: tuple[str, ...], function: Callable[..., Any]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """`backward` as PyTorch wants it: a gradient for each argument of `function`, None for those without."""
+    places = {name: place for place, name in enumerate(inspect.signature(function).parameters)}
+    chosen = [places[name] for name in differentiable]
+
+    def padded(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        out: list[Tensor | None] = [None] * len(places)
+        for place, gradient in zip(chosen, backward(ctx, *gradients), strict=True):
+            out[place] = gradient
+        return tuple(out)
+
+    return padded
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -53,7 +77,7 @@ def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-def first_order_only(name: str) -> dict[str, Callable[..., Any]]:
+def first_order_only(name: str) -> dict[str, Any]:
     """`save` and `backward` of an operator that is the gradient of `name`, and has none itself."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import qkernels
 from qkernels import runtime
-from qkernels.ops import _launch
+from qkernels.ops import _launch, _library
 
 CONV = torch.zeros(1, 4, 3, 3), torch.zeros(4, 1, 1, 3, 3)
 LINEAR = torch.zeros(1, 2048), torch.zeros(4, 512, 512)
@@ -231,3 +231,21 @@ def test_a_device_is_a_constant_to_the_compiler(monkeypatch):
     monkeypatch.setattr(_launch, "_properties", _launch._properties.__wrapped__)
     compiled = torch.compile(lambda x: x + _launch.arch_of_device(x.device), fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 75
+
+
+def test_gradients_go_to_the_arguments_they_are_named_for():
+    """Whatever stands between them, and in whatever order the backward gives them."""
+
+    @_library.define(
+        "named_gradients",
+        fake=lambda x, number, y, z: torch.empty_like(x),
+        save=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[2]),
+        backward=lambda ctx, dy: (dy * ctx.saved_tensors[0], dy * ctx.saved_tensors[1]),
+        differentiable=("y", "x"),
+    )
+    def product(x: torch.Tensor, number: int, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return x * y
+
+    x, y, z = (torch.full((2,), value, requires_grad=True) for value in (3.0, 5.0, 7.0))
+    gradients = torch.autograd.grad(product(x, 1, y, z).sum(), (x, y, z), allow_unused=True)
+    assert [None if gradient is None else gradient.tolist() for gradient in gradients] == [[5, 5], [3, 3], None]

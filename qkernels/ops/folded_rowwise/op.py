@@ -26,7 +26,7 @@ def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(trained, frozen, *output[1:])
 
 
-def _forward_backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _forward_backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     trained, frozen, *rest = ctx.saved_tensors
     need_trained, need_frozen, *_ = ctx.needs_input_grad
     dtrained = dfrozen = None
@@ -34,10 +34,16 @@ def _forward_backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tupl
         dtrained = folded_rowwise_da(dloss, trained, frozen, *rest, 0, *ctx.how)
     if dloss is not None and need_frozen:
         dfrozen = folded_rowwise_da(dloss, frozen, trained, *rest, 1, *ctx.how)
-    return dtrained, dfrozen, None, None, None
+    return dtrained, dfrozen
 
 
-@define("folded_rowwise", fake=_forward_fake, save=_forward_save, backward=_forward_backward)
+@define(
+    "folded_rowwise",
+    fake=_forward_fake,
+    save=_forward_save,
+    backward=_forward_backward,
+    differentiable=("trained", "frozen"),
+)
 def folded_rowwise(
     trained: Tensor, frozen: Tensor, clamp: str, weight: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

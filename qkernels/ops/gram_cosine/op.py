@@ -60,8 +60,8 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _forward_backward(
     ctx: Any, dcosine: Tensor | None, dloss: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return *gradients(ctx, dcosine, dloss, None), *[None] * 8
+) -> tuple[Tensor | None, Tensor | None]:
+    return gradients(ctx, dcosine, dloss, None)
 
 
 def gradients(
@@ -82,7 +82,7 @@ def gradients(
     return da, db
 
 
-@define("gram_cosine", fake=_forward_fake, save=_forward_save, backward=_forward_backward)
+@define("gram_cosine", fake=_forward_fake, save=_forward_save, backward=_forward_backward, differentiable=("a", "b"))
 def gram_cosine(
     a: Tensor,
     b: Tensor,
