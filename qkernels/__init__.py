@@ -9,6 +9,7 @@ torch.Size([1, 8, 16, 16])
 from qkernels import init, nn, reference
 from qkernels.functional import (
     GramTarget,
+    PackedWeight,
     anti_transfer_loss,
     anti_transfer_tap,
     gram_cosine,
@@ -17,11 +18,13 @@ from qkernels.functional import (
     hamilton_conv_transpose2d,
     hamilton_linear,
     linear_cka,
+    pack_weights,
 )
 from qkernels.runtime import backend_of, form_of, set_backend, set_form
 
 __all__ = [
     "GramTarget",
+    "PackedWeight",
     "anti_transfer_loss",
     "anti_transfer_tap",
     "backend_of",
@@ -34,6 +37,7 @@ __all__ = [
     "init",
     "linear_cka",
     "nn",
+    "pack_weights",
     "reference",
     "set_backend",
     "set_form",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +19,7 @@ from qkernels.ops.gram_cosine import reference as gram_reference
 from qkernels.ops.gram_cosine.config import GRAMS
 from qkernels.ops.hamilton_conv import op as conv_op
 from qkernels.ops.hamilton_conv import reference as conv_reference
+from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
 
@@ -27,6 +29,8 @@ POOLS = (None, 2)
 REDUCTIONS = ("mean", "none", "sum")
 SEMANTICS = ("paper", "folded-rowwise")
 CLAMPS = ("each", "product")
+UNIT = (1, 1, 0, 0, 1, 1, 1)
+"""Stride, padding and dilation of both axes, and the groups, of a linear map as a convolution."""
 
 
 @overload
@@ -42,6 +46,9 @@ def hamilton_conv2d(
     activation: str | None = ...,
     pool: int | None = ...,
     tap: Literal[False] = ...,
+    x_is_relu: bool = ...,
+    mask_gradient: bool = ...,
+    packed: PackedWeight | None = ...,
 ) -> Tensor: ...
 
 
@@ -58,6 +65,9 @@ def hamilton_conv2d(
     activation: str | None = ...,
     pool: int | None = ...,
     tap: Literal[True],
+    x_is_relu: bool = ...,
+    mask_gradient: bool = ...,
+    packed: PackedWeight | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -73,6 +83,9 @@ def hamilton_conv2d(
     activation: str | None = None,
     pool: int | None = None,
     tap: bool = False,
+    x_is_relu: bool = False,
+    mask_gradient: bool = True,
+    packed: PackedWeight | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Quaternion convolution, y = pool(activation(weight (x) x + bias)), a Hamilton product from the left.
 
@@ -85,6 +98,10 @@ def hamilton_conv2d(
         activation: None or "relu".
         pool: None, or 2 for the maxima of 2x2 windows, as `torch.nn.functional.max_pool2d(y, 2)`.
         tap: with a pool, return the map in front of it too.
+        x_is_relu: x is a ReLU's output, and the gradient by x goes through its mask, [x > 0], where it is written.
+        mask_gradient: False leaves the mask of this call's ReLU out of its backward. Then whatever reads y must say
+            `x_is_relu`, or gradients are wrong; so a chain of layers applies each mask once, at no cost.
+        packed: the weight as `pack_weights` returned it, for calls on the Triton backend with the same weight.
 
     Returns:
         `[B, 4 P, Ho, Wo]`, or the pooled `[B, 4 P, Ho // 2, Wo // 2]`; with `tap` both, (map, pooled). On the Triton
@@ -94,9 +111,11 @@ def hamilton_conv2d(
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.conv2d` does. Saved for the backward: x, weight, and the output
-        where there is a ReLU; with a pool on the Triton backend, one byte for each of its outputs instead of the map.
-        Differentiable to any order; on the Triton backend behind a ReLU or pool to the first.
+        Casts under autocast as `torch.nn.functional.conv2d` does; on the Triton backend weight and bias are read as
+        they are, so that their gradients come in their own type. Saved for the backward: x, weight, and the output
+        where its ReLU's mask is needed; with a pool on the Triton backend, one byte for each of its outputs instead of
+        the map, and the packed weight. Differentiable to any order; on the Triton backend behind a ReLU or pool, and
+        with `x_is_relu`, to the first.
 
         On the Triton backend sums are in float32, results the same in every run, and float32 operands are multiplied
         as such unless PyTorch's switch for convolutions allows tf32 (`torch.backends.cudnn.allow_tf32`, which PyTorch
@@ -125,17 +144,23 @@ def hamilton_conv2d(
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
     ]
     _check_output_size([length // pool for length in size] if pool else size, x)
-    x, weight, bias = _same_type(x, weight, bias)
-    backend, form = runtime.plan_of("hamilton_conv2d", x, weight)
-    relu, window = activation == "relu", (stride, padding, dilation, groups)
+    x, weight, bias, backend, how = _operands_of_layer("hamilton_conv2d", x, weight, bias)
+    relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
+    tiles, tickets = _packed(packed, x, weight, backend, how)
     if pool and backend == "triton":
-        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, *window, relu, tap, form)
+        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, tiles, tickets, window, relu, tap, x_is_relu, how)
         return (y, pooled) if tap else pooled
     if backend == "reference":
-        y = conv_reference.hamilton_conv2d(x, weight, bias, *window)
+        # A second ReLU changes no value, and masks the gradient.
+        y = conv_reference.hamilton_conv2d(
+            x.relu() if x_is_relu else x, weight, bias, stride, padding, dilation, groups
+        )
         y = y.relu() if relu else y
     else:
-        y = conv_op.hamilton_conv2d(x, weight, bias, *window, relu, backend, form)
+        masks = (x_is_relu, mask_gradient or bool(pool))
+        y = conv_op.hamilton_conv2d(
+            x, weight, bias, tiles, tickets, None, window, relu, 0.0, *masks, x.dtype, backend, how
+        )
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
@@ -191,24 +216,43 @@ def hamilton_conv_transpose2d(
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, output_padding, strict=True)
     ]
     _check_output_size(size, x)
-    x, weight, bias = _same_type(x, weight, bias)
-    backend, form = runtime.plan_of("hamilton_conv_transpose2d", x, weight)
+    x, weight, bias, backend, how = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
     if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation
         )
-    window = (stride, padding, dilation, groups)
-    return conv_op.hamilton_conv2d_dx(x, None, None, None, weight, bias, size, *window, backend, form)
+    window = (*stride, *padding, *dilation, groups)
+    tiles, tickets = _packed(None, x, weight, backend, how)
+    return conv_op.hamilton_conv2d_dx(x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, how)
 
 
-def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """Quaternion linear map, y = activation(weight (x) x + bias), a Hamilton product from the left.
+def hamilton_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    dropout: float = 0.0,
+    flatten: bool = False,
+    x_is_relu: bool = False,
+    mask_gradient: bool = True,
+    packed: PackedWeight | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Quaternion linear map, y = dropout(activation(weight (x) x + bias)), a Hamilton product from the left.
 
     Args:
         x: `[..., 4 K]`, features planar `[r | i | j | k]`.
         weight: `[4, N, K]`.
         bias: `[4 N]`.
         activation: None or "relu".
+        dropout: probability of zeroing an element of y; the others are divided by 1 - dropout.
+        flatten: x is maps `[B, 4 Q, H, W]`, Q H W = K, read as `torch.flatten(x, 1)` without copying them.
+        x_is_relu: x is a ReLU's output (behind any dropout), and the gradient by x goes through its mask, [x > 0],
+            where it is written.
+        mask_gradient: False leaves the mask of this call's ReLU out of its backward, as in `hamilton_conv2d`.
+        packed: the weight as `pack_weights` returned it, for calls on the Triton backend with the same weight.
+        dtype: type of y, by default that of x (or autocast's).
 
     Returns:
         `[..., 4 N]`.
@@ -217,26 +261,89 @@ def hamilton_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ac
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.linear` does. Differentiable to any order; on the Triton backend
-        behind a ReLU to the first. There float32 follows PyTorch's switch for matrix products
-        (`torch.backends.cuda.matmul.allow_tf32`, off by default).
+        Casts under autocast as `torch.nn.functional.linear` does, but for weight and bias on the Triton backend, as in
+        `hamilton_conv2d`. Differentiable to any order; on the Triton backend behind a ReLU, and with `x_is_relu`, to
+        the first. There float32 follows PyTorch's switch for matrix products (`torch.backends.cuda.matmul.allow_tf32`,
+        off by default), and ReLU and dropout are part of the kernel, whose random numbers are not PyTorch's, but seeded
+        by its generator.
 
     (WASPAA 2023, section 2.1; Parcollet et al. 2019.)
     """
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, [..., 4 K]; got a scalar")
     _check_rank("weight", weight, ("4", "N", "K"))
-    _check_channels(x.shape[-1], 4 * weight.shape[2], "4 * weight.shape[2]")
+    features = _features_of(x, flatten)
+    leading = x.shape[:1] if flatten else x.shape[:-1]
+    _check_channels(features, 4 * weight.shape[2], "4 * weight.shape[2]")
     _check_bias(bias, 4 * weight.shape[1])
     _check_option("activation", activation, ACTIVATIONS)
-    x, weight, bias = _same_type(x, weight, bias)
-    backend, form = runtime.plan_of("hamilton_linear", x, weight)
-    if backend == "reference":
-        y = linear_reference.hamilton_linear(x, weight, bias)
-        return y.relu() if activation else y
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = linear_op.hamilton_linear(rows, weight, bias, activation == "relu", backend, form)
-    return y.view(*x.shape[:-1], y.shape[1])
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
+    # On the Triton backend a convolution whose kernel is the whole map, or of maps of one pixel.
+    weight = weight.unflatten(2, (-1, *(x.shape[2:] if flatten else (1, 1))))
+    x = x if flatten else x.reshape(math.prod(x.shape[:-1]), features, 1, 1)
+    x, weight, bias, backend, how = _operands_of_layer("hamilton_linear", x, weight, bias)
+    relu, dtype = activation == "relu", dtype or x.dtype
+    if backend == "triton":
+        tiles, tickets = _packed(packed, x, weight, backend, how)
+        # Where a dropout is fused, what the ReLU zeroes and what it zeroes have one mask.
+        fused = dropout if relu and dropout < 1 else 0.0
+        seed = torch.randint(2**62, (1,), device=x.device) if fused else None
+        options = (relu, fused, x_is_relu, mask_gradient or fused != dropout)
+        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, backend, how)
+        dropout = 0.0 if fused else dropout
+    elif backend == "reference":
+        x = x.relu() if x_is_relu else x
+        y = linear_reference.hamilton_linear(x.flatten(1), weight.flatten(2), bias)
+        y = y.relu() if relu else y
+    else:
+        masks = (x_is_relu, mask_gradient or dropout > 0)
+        y = linear_op.hamilton_linear(x.flatten(1), weight.flatten(2), bias, relu, *masks, how)
+    y = torch.nn.functional.dropout(y, dropout) if dropout else y
+    return y.to(dtype).view(*leading, 4 * weight.shape[1])
+
+
+class PackedWeight(NamedTuple):
+    """A weight as the Triton kernels read it, for maps of one type: made by `pack_weights`.
+
+    Attributes:
+        tiles: `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type.
+        tickets: zeros with which the kernels of the layer count; whoever is given them leaves them so.
+        how: form and precision that the tiles are for.
+    """
+
+    tiles: Tensor
+    tickets: Tensor
+    how: str
+
+
+def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[PackedWeight | None]:
+    """Weights of several layers as the Triton kernels read them, in one launch for all of them.
+
+    A layer that is given no packed weight packs its own. What is packed holds as long as the weight does not change.
+
+    Args:
+        weights: of each layer the public function that it is for, by name, and the weight, `[4, P, Q, kh, kw]` or
+            `[4, N, K]`; of a linear map with `flatten` as `[4, N, Q, H, W]`.
+        x: the first layer's input; of the others only the type and the device count, which are the same.
+
+    Returns:
+        One for each weight; None where its layer is not computed by the Triton backend.
+
+    Raises:
+        ValueError: as the layers.
+
+    (The signed tiles of `ops/hamilton_conv/kernels.py`.)
+    """
+    x = _autocast(x, autocast_dtype(x.device.type))
+    plans = [runtime.plan_of(name, x, weight) for name, weight in weights]
+    chosen = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
+    packed: list[PackedWeight | None] = [None] * len(weights)
+    if chosen:
+        hows = [plans[i][1] for i in chosen]
+        tiles, tickets = conv_op.hamilton_pack([weights[i][1].detach() for i in chosen], " ".join(hows), x.dtype)
+        sizes = [packed_size(weights[i][1].numel(), how) for i, how in zip(chosen, hows, strict=True)]
+        for i, how, part, counters in zip(chosen, hows, tiles.split(sizes), tickets.split(MOST_TICKETS), strict=True):
+            packed[i] = PackedWeight(part, counters, how)
+    return packed
 
 
 class GramTarget(NamedTuple):
@@ -518,24 +625,58 @@ def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
     return function(a, b, *args)
 
 
-def _same_type(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts as autocast does for torch's own convolutions, all but float64; then all must be of one type and device."""
+def _operands_of_layer(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, str, str]:
+    """The operands as a layer reads them, its backend and how it computes.
+
+    Casts as autocast does for torch's own convolutions, all but float64; then all must be of one type and device. The
+    Triton kernels read parameters in their own type: there only x is cast, and laid out as they read it, in one pass.
+    """
     dtype = autocast_dtype(x.device.type)
-    if dtype:
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+    cast = _autocast(x, dtype)
+    backend, how = runtime.plan_of(name, cast, weight)
+    if backend == "triton" and x.dim() == 4:
+        cast = x.to(cast.dtype, memory_format=torch.channels_last)
+    elif backend != "triton":
+        weight = _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x must be of a floating-point type; got {x.dtype}")
-    for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and other.dtype != x.dtype:
-            raise ValueError(f"{name} must have the type of x; got {other.dtype} and {x.dtype}")
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} must be on the device of x; got {other.device} and {x.device}")
-    return x, weight, bias
+    if not cast.dtype.is_floating_point:
+        raise ValueError(f"x must be of a floating-point type; got {cast.dtype}")
+    for label, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != cast.dtype and (dtype is None or backend != "triton"):
+            raise ValueError(f"{label} must have the type of x; got {other.dtype} and {cast.dtype}")
+        if other is not None and other.device != cast.device:
+            raise ValueError(f"{label} must be on the device of x; got {other.device} and {cast.device}")
+    return cast, weight, bias, backend, how
 
 
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+def _packed(
+    packed: PackedWeight | None, x: Tensor, weight: Tensor, backend: str, how: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tiles and tickets for a layer; only the Triton backend has any."""
+    if backend != "triton":
+        return None, None
+    if packed is None:
+        return conv_op.hamilton_pack([weight.detach()], how, x.dtype)
+    if packed.how != how or packed.tiles.dtype != x.dtype or packed.tiles.numel() != packed_size(weight.numel(), how):
+        raise ValueError(
+            f"packed must be of this weight, for {x.dtype} and {how!r}; got {packed.tiles.numel()} elements for "
+            f"{packed.tiles.dtype} and {packed.how!r}"
+        )
+    return packed.tiles, packed.tickets
+
+
+def _features_of(x: Tensor, flatten: bool) -> int:
+    if flatten and x.dim() != 4:
+        raise ValueError(f"x must have shape [B, 4 Q, H, W] with flatten=True; got {tuple(x.shape)}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, [..., 4 K]; got a scalar")
+    return x.shape[1:].numel() if flatten else x.shape[-1]
+
+
+def _autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.to(dtype) if dtype and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _pair(name: str, value: int | Pair, least: int) -> Pair:

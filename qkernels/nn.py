@@ -205,13 +205,14 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
 
 
 class QuaternionLinear(_QuaternionLayer):
-    """Quaternion linear map, y = activation(weight (x) x + bias).
+    """Quaternion linear map, y = dropout(activation(weight (x) x + bias)).
 
     Args:
         in_features: real features of the input, 4 per quaternion.
         out_features: real features of the output, 4 per quaternion.
         bias: whether there is a real bias per output feature.
         activation: None or "relu".
+        dropout: probability of zeroing an element of y in training.
         init: "he" or "glorot" (`qkernels.init`).
         generator: source of randomness of the initialisation.
         device: device of the parameters.
@@ -234,6 +235,7 @@ class QuaternionLinear(_QuaternionLayer):
         bias: bool = True,
         *,
         activation: str | None = None,
+        dropout: float = 0.0,
         init: str = "he",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -242,13 +244,15 @@ class QuaternionLinear(_QuaternionLayer):
         n, k = _quaternions("out_features", out_features), _quaternions("in_features", in_features)
         F._check_option("activation", activation, F.ACTIVATIONS)
         super().__init__((4, n, k), out_features, bias, init, generator, device, dtype)
-        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        self.in_features, self.out_features = in_features, out_features
+        self.activation, self.dropout = activation, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.hamilton_linear(x, self.weight, self.bias, activation=self.activation)
+        dropout = self.dropout if self.training else 0.0
+        return F.hamilton_linear(x, self.weight, self.bias, activation=self.activation, dropout=dropout)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}" + _settings(self, ", ", activation=None)
+        return f"{self.in_features}, {self.out_features}" + _settings(self, ", ", activation=None, dropout=0.0)
 
 
 class QuaternionBatchNorm2d(nn.Module):

@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.config import NetworkConfig
-from qkernels import hamilton_conv2d
+from qkernels import PackedWeight, hamilton_conv2d, hamilton_linear, pack_weights
 from qkernels.init import quaternion_he_
 from qkernels.nn import QuaternionConv2d, QuaternionLinear
 
 M = TypeVar("M", bound=nn.Module)
 
 
+class Link(NamedTuple):
+    """How a layer is joined to its neighbours, see `qkernels.hamilton_conv2d`; real layers do without.
+
+    Args:
+        x_is_relu: its input is the output of a ReLU that left its mask to it.
+        mask_gradient: False: it leaves the mask of its ReLU to the layer that reads its output.
+        packed: its weight as the GPU's kernels read it.
+    """
+
+    x_is_relu: bool = False
+    mask_gradient: bool = True
+    packed: PackedWeight | None = None
+
+
 @dataclass(frozen=True)
 class Layers:
-    """How one number system builds a 3x3 convolution and a linear layer, and runs the convolution.
+    """How one number system builds a 3x3 convolution and a linear layer, and runs them.
 
     Args:
         conv: ``(in_channels, out_channels) -> module``, 3x3, padding 1, initialised.
         hidden: ``(in_features, out_features) -> (module, module)``: a linear layer, initialised, and its ReLU, which
             does nothing where it is part of the layer.
         head: ``(in_features, out_features) -> module``: the last layer, which is real in every domain.
-        run: ``(module, x, activation, pool, tap) -> (y, pooled)`` with activation ``"relu"`` or ``None``; ``pooled`` is
-            y behind a 2x2 max pool where that is asked for and part of the convolution, else ``None``; beside it y is
-            ``None`` unless a ``tap`` needs it.
+        run: ``(module, x, activation, pool, tap, link) -> (y, pooled)`` with activation ``"relu"`` or ``None``;
+            ``pooled`` is y behind a 2x2 max pool where that is asked for and part of the convolution, else ``None``;
+            beside it y is ``None`` unless a ``tap`` needs it.
+        run_hidden: ``(module, x, dropout, link, dtype) -> y``: a hidden layer with its ReLU and dropout, on features
+            `[B, K]` or maps `[B, C, H, W]`, which are read as `torch.flatten(x, 1)`; y of ``dtype``, by default as it
+            comes.
+        packed: ``(modules, maps, x) -> weights`` of convolutions and hidden layers, the first of which reads maps of
+            that size, as the kernels read them.
     """
 
     conv: Callable[[int, int], nn.Module]
     hidden: Callable[[int, int], tuple[nn.Module, nn.Module]]
     head: Callable[[int, int], nn.Module]
     run: Callable[..., tuple[Any, Any]]
+    run_hidden: Callable[..., Tensor]
+    packed: Callable[..., list[PackedWeight | None]]
 
 
 def placed(module: M, device: torch.device) -> M:
@@ -62,19 +83,43 @@ def _quaternion(init: str) -> Layers:
         return module
 
     def run(
-        module: nn.Module, x: Tensor, activation: str | None, pool: bool = False, tap: bool = False
+        module: nn.Module,
+        x: Tensor,
+        activation: str | None,
+        pool: bool = False,
+        tap: bool = False,
+        link: Link = Link(),  # noqa: B008 (it cannot change)
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
         arguments = (x, module.weight, module.bias, 1, 1)
+        joined: dict[str, Any] = {"activation": activation, **link._asdict()}
         if pool and tap:
-            return hamilton_conv2d(*arguments, activation=activation, pool=2, tap=True)
-        y = hamilton_conv2d(*arguments, activation=activation, pool=2 if pool else None)
+            return hamilton_conv2d(*arguments, pool=2, tap=True, **joined)
+        y = hamilton_conv2d(*arguments, pool=2 if pool else None, **joined)
         return (None, y) if pool else (y, None)
 
     def hidden(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
         return QuaternionLinear(inputs, outputs, activation="relu"), nn.Identity()
 
-    return Layers(conv, hidden, nn.Linear, run)
+    def run_hidden(
+        module: nn.Module, x: Tensor, dropout: float, link: Link, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        assert isinstance(module, QuaternionLinear)
+        options: dict[str, Any] = {"dropout": dropout, "flatten": x.dim() == 4, "dtype": dtype, **link._asdict()}
+        return hamilton_linear(x, module.weight, module.bias, activation=module.activation, **options)
+
+    def packed(modules: Sequence[nn.Module], maps: tuple[int, int], x: Tensor) -> list[PackedWeight | None]:
+        weights = []
+        for module in modules:
+            if isinstance(module, QuaternionLinear):
+                weights.append(("hamilton_linear", module.weight.unflatten(2, (-1, *maps))))
+                maps = (1, 1)
+            else:
+                assert isinstance(module, QuaternionConv2d)
+                weights.append(("hamilton_conv2d", module.weight))
+        return pack_weights(weights, x)
+
+    return Layers(conv, hidden, nn.Linear, run, run_hidden, packed)
 
 
 def _real(init: str) -> Layers:
@@ -96,7 +141,12 @@ def _real(init: str) -> Layers:
         return initialised(nn.Linear(inputs, outputs))
 
     def run(
-        module: nn.Module, x: Tensor, activation: str | None, pool: bool = False, tap: bool = False
+        module: nn.Module,
+        x: Tensor,
+        activation: str | None,
+        pool: bool = False,
+        tap: bool = False,
+        link: Link = Link(),  # noqa: B008
     ) -> tuple[Tensor, None]:
         y = module(x)
         return F.relu(y) if activation == "relu" else y, None
@@ -104,4 +154,13 @@ def _real(init: str) -> Layers:
     def hidden(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
         return linear(inputs, outputs), nn.ReLU()
 
-    return Layers(conv, hidden, linear, run)
+    def run_hidden(
+        module: nn.Module, x: Tensor, dropout: float, link: Link, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        y = F.relu(module(x.flatten(1)))
+        return (F.dropout(y, dropout) if dropout else y).to(dtype or y.dtype)
+
+    def packed(modules: Sequence[nn.Module], maps: tuple[int, int], x: Tensor) -> list[PackedWeight | None]:
+        return [None] * len(modules)
+
+    return Layers(conv, hidden, linear, run, run_hidden, packed)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.config import NetworkConfig
-from qat.models.layers import layers_of
+from qat.models.layers import Link, layers_of
+from qkernels import PackedWeight
 
 Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From features `[B, C, H, W]` to what the next layer is given in their place, and what is made of them."""
@@ -70,14 +73,18 @@ class VGG16(nn.Module):
     def __init__(self, config: NetworkConfig, num_classes: int) -> None:
         super().__init__()
         layers = layers_of(config)
-        self._run = layers.run
+        self._layers = layers
         channels, height, width = INPUT[config.domain]
+        # A frozen network's packed weights, with the version that they are of; and those that a graph may still read.
+        self._kept: tuple[Any, list[PackedWeight | None]] | None = None
+        self._outlived: list[Any] = []
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):
             self.convs.append(layers.conv(channels, out_channels))
             channels = out_channels
         self.pool = nn.AdaptiveAvgPool2d(7) if config.adaptive_pool else nn.Identity()
-        cells = 49 if config.adaptive_pool else (height // 32) * (width // 32)
+        self._last_map = (7, 7) if config.adaptive_pool else (height // 32, width // 32)
+        cells = self._last_map[0] * self._last_map[1]
         hidden = scaled(HIDDEN, config.width)
         self.classifier = nn.Sequential(
             *layers.hidden(channels * cells, hidden),
@@ -94,14 +101,47 @@ class VGG16(nn.Module):
             x: the input.
             taps: by the name of a feature map (see :func:`tap_name`), what it goes through.
         """
-        x, made = self._features(x, taps or {}, stop=False)
-        return self.classifier(torch.flatten(self.pool(x), 1)), made
+        packed = self._packed(x, len(self.convs), hidden=True)
+        x, made = self._features(x, taps or {}, packed, stop=False)
+        first, _, first_dropout, second, _, second_dropout, head = self.classifier
+        rates = [dropout.p if self.training else 0.0 for dropout in (first_dropout, second_dropout)]
+        x = self._layers.run_hidden(first, self.pool(x), rates[0], Link(False, False, packed[-2]))
+        # The few logits are computed in float32 in any precision: casting for them would take longer.
+        x = self._layers.run_hidden(second, x, rates[1], Link(True, True, packed[-1]), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return head(x), made
 
     def features_at(self, x: Tensor, names: Collection[str]) -> dict[str, Tensor]:
         """The feature maps with these names (see :func:`tap_name`); nothing deeper is computed."""
-        return self._features(x, dict.fromkeys(names, lambda features: (features, features)), stop=True)[1]
+        taps = dict.fromkeys(names, lambda features: (features, features))
+        return self._features(x, taps, self._packed(x, self._depth(names)), stop=True)[1]
 
-    def _features(self, x: Tensor, taps: Mapping[str, Tap], stop: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    @staticmethod
+    def _depth(names: Collection[str]) -> int:
+        """How many convolutions are needed for the maps with these names."""
+        deepest = 0
+        for kind, number in (re.fullmatch(r"(\D+)(\d*)", name).groups() for name in names):  # type: ignore[union-attr]
+            if kind != "input":
+                deepest = max(deepest, POOL_AFTER[int(number) - 1] if kind == "pool" else int(number))
+        return deepest
+
+    def _packed(self, x: Tensor, convs: int, hidden: bool = False) -> list[PackedWeight | None]:
+        """The first weights as the kernels read them, in one launch; those of a frozen network are kept."""
+        modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
+        weights = [module.weight for module in modules]
+        if not modules or x.device.type == "cpu" or any(weight.requires_grad for weight in weights):
+            return self._layers.packed(modules, self._last_map, x)
+        settings = (x.dtype, torch.is_autocast_enabled(x.device.type), convs, hidden)
+        version = (settings, *((weight.data_ptr(), weight._version) for weight in weights))
+        if self._kept is None or self._kept[0] != version:
+            # What a CUDA graph reads must live as long as the graph, which this network outlives.
+            self._outlived += [self._kept] if self._kept else []
+            self._kept = version, self._layers.packed(modules, self._last_map, x)
+        return self._kept[1]
+
+    def _features(
+        self, x: Tensor, taps: Mapping[str, Tap], packed: Sequence[PackedWeight | None], stop: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         made: dict[str, Tensor] = {}
 
         def tap(name: str, features: Tensor) -> Tensor:
@@ -110,16 +150,20 @@ class VGG16(nn.Module):
             return features
 
         x = tap("input", x)
-        pools = 0
+        pools, x_is_relu = 0, False
         for n, conv in enumerate(self.convs, 1):
             if stop and len(made) == len(taps):
                 break
             relu, conv_name = f"relu{n}", f"conv{n}"
             pool = n in POOL_AFTER and not (stop and taps.keys() <= {*made, relu})
+            # Only the next convolution reads the output: the ReLU's mask is of no cost there.
+            chained = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {relu, conv_name}
+            link = Link(x_is_relu, not chained, packed[n - 1])
             if conv_name in taps:
-                y, pooled = F.relu(tap(conv_name, self._run(conv, x, None)[0])), None
+                y, pooled = F.relu(tap(conv_name, self._layers.run(conv, x, None, link=link)[0])), None
             else:
-                y, pooled = self._run(conv, x, "relu", pool, relu in taps)
+                y, pooled = self._layers.run(conv, x, "relu", pool, relu in taps, link)
+            x_is_relu = chained
             # With a fused pool nothing follows the tapped map: the convolution adds its gradient to the pool's.
             y = tap(relu, y)
             x = y if pooled is None else pooled

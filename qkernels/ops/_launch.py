@@ -76,11 +76,12 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def arch_of(x: Tensor) -> int:
-    """Compute capability that kernels on `x` are planned for, as 10 major + minor."""
+def arch_of(place: Tensor | torch.device) -> int:
+    """Compute capability that kernels on a tensor or device are planned for, as 10 major + minor."""
     if recording := _recording.get():
         return recording.arch
-    return _properties(x.device)[0] if x.is_cuda else INTERPRETED_ARCH
+    device = place.device if isinstance(place, Tensor) else place
+    return _properties(device)[0] if device.type == "cuda" else INTERPRETED_ARCH
 
 
 def multiprocessors_of(x: Tensor) -> int:

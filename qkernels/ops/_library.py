@@ -34,7 +34,8 @@ def define(
         @functools.wraps(function)
         def forward(*args: Any) -> Any:
             # The dispatcher leaves autocast on inside an operator: aten calls made here would be cast again.
-            device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            first = args[0] if isinstance(args[0], (list, tuple)) else args
+            device = next(arg.device.type for arg in first if isinstance(arg, Tensor))
             if autocast_dtype(device):
                 with torch.autocast(device, enabled=False):
                     return function(*args)

@@ -20,7 +20,7 @@ from torch import Tensor
 from qkernels.ops import _launch
 from qkernels.ops.gram_cosine.config import gram_form
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
-from qkernels.ops.hamilton_conv.config import cpu_form, triton_form
+from qkernels.ops.hamilton_conv.config import cpu_form, how_of
 
 BACKENDS = ("auto", "reference", "triton")
 FORMS = ("auto", *KERNEL_FORMS)
@@ -93,8 +93,9 @@ def set_form(form: str) -> _Restore:
     """Chooses how Hamilton products are computed, from now on or for a `with` block; for the current thread.
 
     Args:
-        form: "auto" is a pure function of shape, type and architecture; "dense" expands the weight to a real one;
-            "q16" takes the 16 component products, "q8" the 8 of the fast algorithm. The reference backend ignores it.
+        form: "auto" is a pure function of shape, type and architecture; "dense" expands the weight to a real one
+            (plain PyTorch only); "signed" takes the 16 component products as one (Triton only); "q8" takes the 8 of
+            the fast algorithm (of the Triton kernels, float32 without TF32 only). The reference backend ignores it.
 
     Returns:
         A context manager that restores the previous form.
@@ -161,7 +162,7 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
         args: its arguments, tensors first.
 
     Returns:
-        "einsum" for the reference backend; "dense", "q16" or "q8" for a Hamilton product; "channel" (C x C) or
+        "einsum" for the reference backend; "dense", "signed" or "q8" for a Hamilton product; "channel" (C x C) or
         "position" (N x N) for the Gram cosine.
 
     Raises:
@@ -173,19 +174,14 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
     if name in ("gram_cosine", "anti_transfer_loss"):
         samples, channels, *positions = args[0].shape
         return gram_form("channel", samples, channels, math.prod(positions))
-    backend, form = plan_of(name, *args)
-    if backend == "triton" and form == "auto":
-        kind = "matmul" if name == "hamilton_linear" else "conv"
-        x, (_, p, q, *kernel) = args[0], args[1].shape
-        return triton_form(p, q, math.prod(kernel), _launch.precision_of(x.dtype, kind), _launch.arch_of(x))
-    return form
+    return plan_of(name, *args)[1].partition("-")[0]
 
 
 def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
-    """Backend and form for the operator of a Hamilton product.
+    """Backend for the operator of a Hamilton product, and how: the form, on the Triton backend with the precision.
 
-    The form stays "auto" for "triton", which decides at each launch, since PyTorch's TF32 switches may change until
-    then.
+    PyTorch's TF32 switches are read here, so that a backward multiplies as its forward did; under `torch.compile` they
+    are read when the function is compiled.
 
     Raises:
         ValueError: as `backend_of` and `form_of`.
@@ -193,23 +189,35 @@ def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
     backend, form = backend_of(name, x, weight), _settings.form
     if backend == "reference":
         return backend, "einsum"
-    if backend == "torch" and form == "q16":
+    if backend == "triton":
+        return backend, _kernels_how(name, form, tuple(weight.shape), x.dtype, x.device)
+    if form == "signed":
         raise ValueError(
-            f"form 'q16' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
+            f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
             f"({_obstacle(x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
-    if backend == "torch" and form == "auto":
-        return backend, _automatic_form(x, weight)
-    return backend, form
+    return backend, _automatic_form(name, x, weight) if form == "auto" else form
 
 
-def _automatic_form(x: Tensor, weight: Tensor) -> str:
+def _kernels_how(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    precision = _launch.precision_of(dtype, "matmul" if name == "hamilton_linear" else "conv")
+    _, p, q, *kernel = shape
+    return how_of(form, p, q, math.prod(kernel), precision, _launch.arch_of(device))
+
+
+_kernels_how._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _launch.arch_of_device
+
+
+def _automatic_form(name: str, x: Tensor, weight: Tensor) -> str:
     # Half types keep the operands as stored; q8 would have to widen them. On a GPU eight thin products only
     # cost launches.
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
         return "dense"
-    _, p, q, *kernel = weight.shape
-    return cpu_form(p, q, math.prod(kernel), math.prod(x.shape[2:]) if kernel else 1)
+    _, p, *columns = weight.shape
+    if name == "hamilton_linear":
+        return cpu_form(p, math.prod(columns))
+    q, *kernel = columns
+    return cpu_form(p, q, math.prod(kernel), math.prod(x.shape[2:]))
 
 
 def _name_of(op: str | Callable[..., Any]) -> str:

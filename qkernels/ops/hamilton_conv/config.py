@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-FORMS = ("dense", "q16", "q8")
-PRODUCTS = {"dense": 1, "q16": 16, "q8": 8}
+# "dense": one real product with the expanded weight, in plain PyTorch. "signed": the 16 products of the definition as
+# one, from signed tiles, in the Triton kernels. "q8": the 8 products of the fast algorithm, in both.
+FORMS = ("dense", "signed", "q8")
+PRODUCTS = {"signed": 16, "q8": 8}
 
 
 def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
@@ -36,33 +38,54 @@ def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
     return "q8" if p * q * kernel_area >= products_per_map * (p + q) else "dense"
 
 
-def triton_form(p: int, q: int, taps: int, precision: str, arch: int) -> str:
+def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> str:
     """The form that the Triton kernels take by themselves: of the weight's shape alone, so that no batch size changes
     it.
 
-    A measured form (`python -m qkernels.tune`) comes first. Without one, "q16" for half types and tf32, where q8 would
-    round sums of components; "q8" for accurate float32, where products and not loads take the time; "dense" for so few
-    channels that tiles of quaternions would be empty. This rule is computed from the model of `clocks`, not measured.
+    A measured form (`python -m qkernels.tune`) comes first. Without one, "q8" for accurate float32, where products and
+    not loads take the time, from 16 channels on, for which its tiles are made; else "signed". This rule is computed
+    from the model of `clocks`, not measured.
 
     Args:
         p: rows of quaternions of the weight.
         q: columns of quaternions of the weight, those of one group.
-        taps: kernel positions, kh kw.
+        positions: of the kernel, kh kw.
         precision: "half", "tf32" or "ieee", see `Plan`.
         arch: compute capability, 90 for 9.0.
 
     Returns:
-        "dense", "q16" or "q8".
+        "signed" or "q8".
 
     >>> triton_form(128, 128, 9, "half", 90), triton_form(128, 128, 9, "ieee", 90), triton_form(16, 1, 9, "ieee", 90)
-    ('q16', 'q8', 'dense')
+    ('signed', 'q8', 'signed')
     """
-    measured = _table(arch)["forms"].get((precision, p, q, taps))
+    measured = _table(arch)["forms"].get((precision, p, q, positions))
     if measured:
         return measured
-    if min(p, q) < (16 if precision == "ieee" else 32):
-        return "dense"
-    return "q8" if precision == "ieee" else "q16"
+    return "q8" if precision == "ieee" and min(p, q) >= 16 else "signed"
+
+
+def how_of(form: str, p: int, q: int, positions: int, precision: str, arch: int) -> str:
+    """What the operators take as `how`: form and precision, such as "signed-half".
+
+    Raises:
+        ValueError: the kernels do not have that form.
+    """
+    if form == "auto":
+        form = triton_form(p, q, positions, precision, arch)
+    if form == "dense":
+        raise ValueError("form 'dense' is plain PyTorch's; the Triton kernels have 'signed' and 'q8', or 'auto'")
+    if form == "q8" and precision != "ieee":
+        raise ValueError(
+            "form 'q8' of the Triton kernels is for float32 operands without TF32, where it adds components unrounded; "
+            "use 'signed' or 'auto'"
+        )
+    return f"{form}-{precision}"
+
+
+def packed_size(elements: int, how: str) -> int:
+    """Elements of a packed weight: eight tiles instead of four components, for tf32 twice, see kernels.py."""
+    return elements * (4 if how.endswith("-tf32") else 2)
 
 
 @dataclass(frozen=True)
@@ -70,11 +93,13 @@ class Tile:
     """Launch settings of one program.
 
     Args:
-        m: rows: pixels of a gather, input channels of a weight gradient.
-        n: columns: output channels.
-        k: summed in one step: input channels of a gather, pixels of a weight gradient.
+        m: pixels: of a gather those that are written, of a weight gradient those of a step.
+        n: quaternion channels of the output that are written.
+        k: quaternion channels of the input: of a gather those of a step (of one component, or for few channels of all),
+            of a weight gradient those that are written.
         warps: warps of a program.
         stages: depth of the software pipeline.
+        registers: of a thread, at most (tests/compile_only); the model counts programs a multiprocessor by it.
     """
 
     m: int
@@ -82,6 +107,7 @@ class Tile:
     k: int
     warps: int
     stages: int
+    registers: int = 255
 
 
 @dataclass(frozen=True)
@@ -89,11 +115,11 @@ class Plan:
     """How one product is computed.
 
     Args:
-        form: "dense", "q16" or "q8".
+        form: "signed" or "q8".
         precision: of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three tf32
             products for one of float32, where it was measured to be as accurate).
         tile: launch settings.
-        splits: programs that share one sum; more than one costs a second kernel that adds their parts.
+        splits: programs that share one sum; the last one to arrive adds their parts.
     """
 
     form: str
@@ -108,41 +134,54 @@ class Problem:
 
     Args:
         kernel: "gather" (convolution, data gradient, transposed convolution) or "dw" (weight gradient).
-        pixels: of one class of the output: rows of a gather, the sum of a weight gradient.
+        pixels: of one phase of the output: rows of a gather, the sum of a weight gradient.
         n: quaternion channels of a group that are written; for "dw" those of the output.
         k: quaternion channels of a group that are summed; for "dw" those of the input.
-        taps: kernel positions.
+        positions: of the kernel.
         groups: of the channels.
-        classes: of the output's pixels, see kernels.py.
+        phases: of the output's pixels, see kernels.py.
+        pool: whether a gather's epilogue takes the maxima of windows.
     """
 
     kernel: str
     pixels: int
     n: int
     k: int
-    taps: int
+    positions: int
     groups: int = 1
-    classes: int = 1
+    phases: int = 1
+    pool: bool = False
 
     @property
     def key(self) -> tuple[str, int, int, int, int, int, int]:
         """What a measurement is looked up by: pixels to the next power of two."""
-        return self.kernel, self.pixels.bit_length(), self.n, self.k, self.taps, self.groups, self.classes
+        return self.kernel, self.pixels.bit_length(), self.n, self.k, self.positions, self.groups, self.phases
 
     def flat(self, form: str, tile: Tile) -> bool:
-        """Whether "dense" has to take (tap, channel) pairs one by one: blocks of the input's channels do not fit."""
-        block = tile.m if self.kernel == "dw" else tile.k
-        return form == "dense" and (self.groups > 1 or 4 * self.k % block != 0)
+        """Whether positions and channels are taken one by one: the input's channels would leave a block half empty."""
+        return form == "signed" and self.k < (32 if self.kernel == "gather" else tile.k) and self.k % tile.k != 0
 
-    def grid(self, form: str, tile: Tile) -> tuple[int, int]:
-        """Programs of one split, and steps of their sum."""
-        parts = 4 if form == "dense" else 1
-        n, k, copies, flat = parts * self.n, parts * self.k, self.groups * self.classes, self.flat(form, tile)
-        block = tile.m if self.kernel == "dw" else tile.k
-        blocks = _cdiv(k * self.taps, block) if flat else self.taps * _cdiv(k, block)
+    def blocks(self, form: str, tile: Tile) -> int:
+        """Of a gather: steps of the sum. Of a weight gradient: blocks of (position, input channel) pairs."""
         if self.kernel == "dw":
-            return _cdiv(n, tile.n) * blocks * copies, _cdiv(self.pixels, tile.k)
-        return _cdiv(self.pixels, tile.m) * _cdiv(n, tile.n) * copies, blocks
+            return _cdiv(self.k * self.positions, tile.k) if self.flat(form, tile) else self._blocks_of_channels(tile)
+        if self.flat(form, tile):
+            return _cdiv(4 * self.k * self.positions, tile.k)
+        return (4 if form == "signed" else 1) * self._blocks_of_channels(tile)
+
+    def _blocks_of_channels(self, tile: Tile) -> int:
+        return self.positions * _cdiv(self.k, tile.k)
+
+    def tiles(self, form: str, tile: Tile) -> int:
+        """Programs of one split that write a part of the result each."""
+        copies = self.groups * self.phases
+        if self.kernel == "dw":
+            return _cdiv(self.n, tile.n) * (self.blocks(form, tile) + 1) * copies  # one sums the bias gradient
+        return _cdiv(self.pixels, tile.m) * _cdiv(self.n, tile.n) * copies
+
+    def steps(self, form: str, tile: Tile) -> int:
+        """Of one sum."""
+        return _cdiv(self.pixels, tile.m) if self.kernel == "dw" else self.blocks(form, tile)
 
 
 def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
@@ -150,12 +189,12 @@ def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors
 
     Args:
         problem: the product's size.
-        form: "dense", "q16" or "q8".
+        form: "signed" or "q8".
         precision: "half", "tf32" or "ieee".
         arch: compute capability, 90 for 9.0; one without tiles of its own takes those of the next lower one.
         multiprocessors: of the GPU.
 
-    >>> plan(Problem("gather", 320, 128, 128, 9), "q16", "half", 90, 132).splits > 1  # few pixels: share their sums
+    >>> plan(Problem("gather", 320, 128, 128, 9), "signed", "half", 90, 132).splits > 1  # few pixels: share their sums
     True
     """
     forced = _forced.get()
@@ -173,8 +212,7 @@ def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessor
 
 def _fitted(option: Plan, problem: Problem) -> Plan:
     """The same plan with no empty split: measurements are looked up by the rounded number of pixels."""
-    _, steps = problem.grid(option.form, option.tile)
-    return replace(option, splits=whole_splits(steps, option.splits))
+    return replace(option, splits=_possible_splits(problem, option.form, option.tile, option.splits))
 
 
 @contextlib.contextmanager
@@ -191,12 +229,23 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 
 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
-    """Every plan that the architecture's tiles allow, with 1, 2, 4 ... splits of the sum, none of them empty."""
-    fitting = [tile for tile in tiles(problem.kernel, form, precision, arch) if not problem.flat(form, tile)]
-    for tile in fitting or [Tile(*numbers) for numbers in FLAT_TILES[precision]]:
-        _, steps = problem.grid(form, tile)
-        for exponent in range(min(max(steps, 1), MOST_SPLITS).bit_length()):
-            yield Plan(form, precision, tile, whole_splits(steps, 2**exponent))
+    """Every plan that the architecture's tiles allow, with 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
+    for tile in tiles(problem.kernel, form, precision, arch):
+        if problem.flat(form, tile) != (tile in flat_tiles(problem.kernel, precision, arch)):
+            continue
+        if problem.pool and tile.n == 64 and form == "signed":  # spills
+            continue
+        for exponent in range(MOST_SPLITS.bit_length()):
+            for splits in (2**exponent, 3 * 2**exponent // 2):
+                yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
+
+
+def _possible_splits(problem: Problem, form: str, tile: Tile, splits: int) -> int:
+    """As many of the splits as have a step of the sum each, a ticket for each tile, and parts of some size."""
+    tiles_ = problem.tiles(form, tile)
+    if tiles_ > MOST_TICKETS:
+        return 1
+    return whole_splits(problem.steps(form, tile), splits)
 
 
 def whole_splits(steps: int, splits: int) -> int:
@@ -208,108 +257,244 @@ def whole_splits(steps: int, splits: int) -> int:
     return max(1, min(steps, splits, (2**31 - 1) // max(steps, 1)))
 
 
-def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
-    """A model of the time in clock cycles: a step waits for its products or its operands, a multiprocessor for its
-    programs.
+@dataclass(frozen=True)
+class Cost:
+    """What the model says of one launch, in clock cycles of a multiprocessor.
 
-    The rates of products are the data sheets'; L2_BYTES is the assumption of the design notes; the fixed costs are
-    rough.
+    Attributes:
+        total: of the launch.
+        residents: programs that a multiprocessor holds at once.
+        shared: bytes of shared memory of a program.
+        bound: what a step waits for: "products", "loads" (from the L2 cache), or "latency" of its own.
+        parts: the share of the total that goes to parts of shared sums.
     """
-    tile, parts = plan.tile, 1 if plan.form == "dense" else 4
-    programs, steps = problem.grid(plan.form, tile)
-    rate = PRODUCTS_PER_CLOCK[_known(arch)][plan.precision]
-    passes, size = 2 if plan.form == "q8" else 1, 2 if plan.precision == "half" else 4
-    products = PRODUCTS[plan.form] * tile.m * tile.n * tile.k / rate
-    operands = passes * parts * (tile.m + tile.n) * tile.k * size / L2_BYTES
-    programs *= plan.splits
-    side_by_side = max(1, 8 // tile.warps)
-    time = _cdiv(programs, multiprocessors) * _cdiv(steps, plan.splits) * (max(products, operands) + STEP_CLOCKS)
-    time += _cdiv(programs, side_by_side * multiprocessors) * PROGRAM_CLOCKS
+
+    total: float
+    residents: int
+    shared: int
+    bound: str
+    parts: float
+
+
+def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
+    """The model's time in clock cycles, see `cost`."""
+    return cost(problem, plan, arch, multiprocessors).total
+
+
+def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
+    """A model of the time of one launch; nothing in it was measured on a GPU.
+
+    A multiprocessor holds as many programs as registers and shared memory allow. Their steps take what their products
+    or their loads take together, but no less than the latency of one step of one program. The last round of programs
+    may leave multiprocessors idle. Programs that share a sum write their parts, and the last one reads them.
+
+    Rates of products are the data sheets'; L2_BYTES, LATENCY and the fixed costs are assumptions (design notes).
+    """
+    tile, precision = plan.tile, plan.precision
+    rate = PRODUCTS_PER_CLOCK[_known(arch)][precision]
+    size = 2 if precision == "half" else 4
+    rows, columns = (4 * tile.k, 4 * tile.n) if problem.kernel == "dw" else (tile.m, 4 * tile.n)
+    depth = tile.m if problem.kernel == "dw" else tile.k
+    passes = 1
+    if plan.form == "signed":
+        products, loads = rows * columns * depth, (rows + columns) * depth * size
+    elif problem.kernel == "dw":
+        passes, products, loads = 2, 4 * tile.k * tile.n * depth, (rows + columns) * depth * size
+    else:
+        passes, products, loads = 2, 4 * tile.m * tile.n * depth, (4 * rows + columns) * depth * size
+    shared = tile.stages * loads
+    residents = _residents(tile, shared, arch)
+    programs, steps = problem.tiles(plan.form, tile) * plan.splits, _cdiv(problem.steps(plan.form, tile), plan.splits)
+    product_clocks, load_clocks = products / rate, loads / L2_BYTES
+    latency = max(product_clocks, load_clocks, LATENCY / max(1, tile.stages - 1)) + STEP_CLOCKS
+    each = _cdiv(programs, multiprocessors)  # of the busiest multiprocessor
+    rounds, rest = divmod(each, residents)
+    busy = max(product_clocks, load_clocks)
+
+    def round_clocks(together: int) -> float:
+        return passes * steps * max(together * busy, latency) + PROGRAM_CLOCKS if together else 0.0
+
+    time = rounds * round_clocks(residents) + round_clocks(rest)
+    parts = 0.0
     if plan.splits > 1:
-        elements = programs * parts * tile.m * tile.n
-        time += LAUNCH_CLOCKS + 8 * elements / (multiprocessors * L2_BYTES)
-    return time
+        elements = rows * columns // (4 if problem.kernel == "dw" else 1)
+        traffic = 8 * programs * elements / (multiprocessors * L2_BYTES)
+        parts = TICKET_CLOCKS + traffic + plan.splits * 4 * elements / L2_BYTES
+    bound = "latency" if latency > residents * busy else "products" if product_clocks >= load_clocks else "loads"
+    return Cost(time + parts, residents, shared, bound, parts / (time + parts))
 
 
-# Multiply-adds of a multiprocessor per clock (data sheets of A100, H100, B200); bytes it loads from L2.
+def _residents(tile: Tile, shared: int, arch: int) -> int:
+    """Programs that a multiprocessor holds at once."""
+    by_registers = 65536 // (32 * tile.warps * _cdiv(tile.registers, 8) * 8)
+    by_shared = SHARED_BYTES[_known(arch)] // (shared + 1024)
+    return max(1, min(by_registers, by_shared, 64 // tile.warps, 32))
+
+
+# Multiply-adds of a multiprocessor per clock (data sheets of A100, H100, B200); bytes of its shared memory.
 PRODUCTS_PER_CLOCK = {
     80: {"half": 1024, "tf32": 512, "tf32x3": 170, "ieee": 64},
     90: {"half": 2048, "tf32": 1024, "tf32x3": 341, "ieee": 128},
     100: {"half": 4096, "tf32": 2048, "tf32x3": 682, "ieee": 128},
 }
-L2_BYTES = 36
-STEP_CLOCKS, PROGRAM_CLOCKS, LAUNCH_CLOCKS = 50, 1500, 5000
+SHARED_BYTES = {80: 167_936, 90: 233_472, 100: 233_472}
+CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
+# Bytes that a multiprocessor loads from the L2 cache per clock, and how many clocks the first of them takes.
+L2_BYTES, LATENCY = 36, 700
+# Of a step: barriers, addresses; of a program: its start, its epilogue; of a shared sum: barrier, ticket, first load.
+STEP_CLOCKS, PROGRAM_CLOCKS, TICKET_CLOCKS = 120, 1500, 2000
 MOST_SPLITS = 256
+# Tiles of a launch that several programs may share the sum of: each has a counter.
+MOST_TICKETS = 1024
 
-# m, n, k, warps, stages of each architecture's tiles, by form and precision; both kernels take them unless "dw" has
-# its own.
-TILES: dict[int, dict[tuple[str, ...], tuple[tuple[int, int, int, int, int], ...]]] = {
+# m, n, k, warps, stages, registers of each architecture's tiles, by kernel, form and precision; "flat": those of
+# "signed" for few channels.
+TILES: dict[int, dict[tuple[str, str, str], tuple[tuple[int, ...], ...]]] = {
     80: {
-        ("dense", "half"): ((64, 64, 64, 8, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3)),
-        ("q16", "half"): ((64, 32, 32, 8, 2), (64, 16, 32, 4, 3), (32, 16, 32, 4, 3)),
-        ("dw", "q16", "half"): ((64, 16, 32, 4, 3), (32, 16, 32, 4, 3)),
-        ("q8", "half"): ((64, 32, 32, 8, 2), (64, 16, 32, 4, 2), (32, 16, 32, 4, 2)),
-        ("dw", "q8", "half"): ((64, 16, 32, 8, 2), (64, 32, 16, 8, 2), (32, 16, 32, 4, 2)),
-        ("dense", "tf32"): ((64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
-        ("q16", "tf32"): ((32, 16, 16, 4, 3),),
-        ("dw", "q16", "tf32"): ((64, 16, 16, 8, 3), (32, 16, 16, 4, 3)),
-        ("q8", "tf32"): ((32, 16, 16, 4, 2),),
-        ("dw", "q8", "tf32"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
-        ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
-        ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
-        ("q8", "ieee"): ((64, 32, 16, 8, 2), (32, 16, 16, 4, 1)),
-        ("dw", "q8", "ieee"): ((64, 32, 16, 8, 1), (32, 16, 16, 4, 1)),
-        ("dense", "tf32x3"): ((64, 32, 16, 4, 2),),
-        ("q8", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 8, 2)),
+        ("gather", "signed", "half"): (
+            (128, 16, 64, 8, 3),
+            (64, 32, 32, 4, 4),
+            (64, 32, 64, 4, 3),
+            (64, 16, 64, 4, 4),
+            (32, 16, 64, 4, 4),
+            (32, 32, 64, 4, 3),
+        ),
+        ("gather", "flat", "half"): (
+            (128, 16, 64, 4, 2),
+            (64, 16, 64, 4, 3),
+            (128, 4, 64, 4, 3),
+            (64, 16, 64, 4, 1),
+            (128, 16, 32, 8, 3),
+        ),
+        ("dw", "signed", "half"): (
+            (64, 32, 16, 8, 3),
+            (64, 16, 16, 4, 4),
+            (64, 32, 32, 8, 3),
+            (32, 32, 32, 8, 4),
+            (64, 16, 32, 8, 3),
+            (32, 32, 16, 4, 4),
+        ),
+        ("dw", "flat", "half"): ((64, 16, 16, 4, 3), (64, 4, 16, 4, 3), (64, 32, 16, 8, 3)),
+        ("gather", "signed", "tf32"): ((64, 32, 32, 8, 3), (64, 16, 32, 4, 3), (32, 16, 32, 4, 3), (128, 16, 32, 8, 3)),
+        ("gather", "flat", "tf32"): ((64, 16, 32, 4, 2), (64, 16, 32, 8, 3), (64, 4, 32, 4, 2), (32, 16, 32, 4, 2)),
+        ("dw", "signed", "tf32"): ((32, 16, 16, 4, 3), (32, 32, 16, 8, 3), (32, 32, 32, 8, 3), (32, 16, 32, 8, 3)),
+        ("dw", "flat", "tf32"): ((32, 16, 16, 4, 2), (32, 4, 16, 4, 2)),
+        ("gather", "signed", "ieee"): ((32, 16, 16, 4, 2), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)),
+        ("gather", "flat", "ieee"): ((32, 16, 16, 4, 1), (64, 4, 16, 4, 1), (32, 16, 16, 8, 1)),
+        ("dw", "signed", "ieee"): ((16, 16, 16, 8, 1), (16, 16, 8, 4, 1), (16, 8, 16, 4, 1)),
+        ("dw", "flat", "ieee"): ((16, 16, 16, 8, 1), (16, 4, 16, 4, 1), (16, 16, 8, 4, 1)),
+        ("gather", "q8", "ieee"): ((64, 32, 16, 8, 2), (32, 16, 16, 4, 1)),
+        ("dw", "q8", "ieee"): ((16, 32, 64, 8, 1), (16, 16, 32, 4, 1)),
+        ("gather", "signed", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("gather", "flat", "tf32x3"): ((32, 16, 16, 4, 1), (32, 4, 16, 4, 1)),
+        ("dw", "signed", "tf32x3"): ((16, 16, 16, 8, 2), (16, 16, 8, 4, 2)),
+        ("dw", "flat", "tf32x3"): ((16, 16, 16, 8, 1), (16, 4, 16, 4, 1)),
+        ("gather", "q8", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 8, 2)),
+        ("dw", "q8", "tf32x3"): ((16, 16, 64, 8, 2), (16, 16, 32, 8, 2)),
     },
     90: {
-        ("dense", "half"): ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3)),
-        ("q16", "half"): ((128, 64, 32, 8, 3), (128, 32, 32, 8, 3), (64, 32, 32, 4, 3), (32, 16, 32, 4, 3)),
-        ("q8", "half"): ((128, 32, 32, 8, 2), (64, 32, 32, 8, 3)),
-        ("dense", "tf32"): ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
-        ("q16", "tf32"): ((128, 32, 16, 8, 3), (64, 32, 16, 4, 3), (64, 16, 16, 4, 3)),
-        ("q8", "tf32"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
-        ("dense", "ieee"): ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2)),
-        ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
-        ("q8", "ieee"): ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (32, 16, 16, 4, 2)),
-        ("dense", "tf32x3"): ((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
-        ("q8", "tf32x3"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
-        ("dw", "q8", "tf32x3"): ((64, 32, 16, 8, 2),),
+        ("gather", "signed", "half"): (
+            (128, 64, 64, 8, 3),
+            (128, 32, 64, 8, 4),
+            (64, 64, 64, 4, 3),
+            (64, 32, 64, 4, 4),
+            (64, 16, 64, 4, 4),
+            (32, 16, 64, 4, 4),
+            (32, 32, 64, 4, 3),
+        ),
+        ("gather", "flat", "half"): (
+            (128, 16, 64, 4, 3),
+            (128, 32, 64, 8, 3),
+            (64, 16, 64, 4, 3),
+            (128, 4, 64, 4, 3),
+            (128, 16, 64, 4, 1),
+            (256, 16, 64, 8, 1),
+        ),
+        ("dw", "signed", "half"): (
+            (64, 32, 32, 8, 4),
+            (64, 32, 32, 4, 3),
+            (64, 16, 32, 4, 4),
+            (64, 32, 16, 4, 4),
+            (64, 16, 16, 4, 4),
+        ),
+        ("dw", "flat", "half"): ((64, 16, 16, 4, 3), (64, 4, 16, 4, 3), (64, 32, 16, 8, 3), (128, 16, 16, 4, 3)),
+        ("gather", "signed", "tf32"): ((128, 32, 32, 8, 3), (64, 32, 32, 4, 3), (64, 16, 32, 4, 4), (32, 16, 32, 4, 3)),
+        ("gather", "flat", "tf32"): ((64, 16, 32, 4, 2), (128, 16, 32, 4, 2), (64, 4, 32, 4, 2)),
+        ("dw", "signed", "tf32"): (
+            (32, 16, 16, 4, 3),
+            (32, 32, 32, 8, 3),
+            (32, 32, 16, 4, 3),
+            (32, 16, 8, 4, 3),
+            (32, 32, 8, 4, 3),
+        ),
+        ("dw", "flat", "tf32"): ((32, 16, 16, 4, 2), (32, 16, 8, 4, 3), (32, 4, 16, 4, 2), (32, 4, 8, 4, 3)),
+        ("gather", "signed", "ieee"): ((32, 16, 16, 4, 2), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)),
+        ("gather", "flat", "ieee"): ((32, 16, 16, 4, 1), (64, 4, 16, 4, 1), (32, 16, 16, 8, 1)),
+        ("dw", "signed", "ieee"): ((16, 16, 16, 8, 1), (16, 16, 8, 4, 1), (16, 8, 16, 4, 1)),
+        ("dw", "flat", "ieee"): ((16, 16, 16, 8, 1), (16, 4, 16, 4, 1), (16, 16, 8, 4, 1)),
+        ("gather", "q8", "ieee"): ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("dw", "q8", "ieee"): ((16, 64, 64, 8, 2), (16, 32, 64, 8, 2), (16, 16, 32, 4, 2)),
+        ("gather", "signed", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("gather", "flat", "tf32x3"): ((32, 16, 16, 4, 1), (32, 4, 16, 4, 1)),
+        ("dw", "signed", "tf32x3"): ((16, 16, 16, 8, 2), (16, 16, 8, 4, 2)),
+        ("dw", "flat", "tf32x3"): ((16, 16, 16, 8, 1), (16, 4, 16, 4, 1)),
+        ("gather", "q8", "tf32x3"): ((64, 32, 16, 8, 2), (64, 16, 16, 4, 2)),
+        ("dw", "q8", "tf32x3"): ((16, 32, 64, 8, 2),),
     },
     100: {
-        ("dense", "half"): ((128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3)),
-        ("q16", "half"): ((64, 32, 32, 8, 3), (64, 16, 32, 4, 3), (32, 16, 32, 4, 3)),
-        ("q8", "half"): ((64, 32, 32, 8, 2), (64, 16, 32, 8, 2)),
-        ("dw", "q8", "half"): ((64, 16, 32, 8, 2), (32, 16, 32, 4, 2)),
-        ("dense", "tf32"): ((128, 64, 32, 8, 3),),
-        ("q16", "tf32"): ((64, 32, 16, 8, 3), (64, 16, 16, 8, 3)),
-        ("dw", "q16", "tf32"): ((64, 16, 16, 8, 3), (32, 16, 16, 4, 3)),
-        ("q8", "tf32"): ((64, 32, 16, 8, 2),),
-        ("dw", "q8", "tf32"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
-        ("dense", "ieee"): ((32, 32, 16, 4, 2),),
-        ("q16", "ieee"): ((32, 16, 16, 8, 1), (16, 16, 16, 4, 1)),
-        ("q8", "ieee"): ((64, 32, 16, 8, 1), (32, 16, 16, 8, 1)),
-        ("dw", "q8", "ieee"): ((64, 32, 16, 8, 2),),
-        ("dense", "tf32x3"): ((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
-        ("q8", "tf32x3"): ((64, 32, 16, 8, 2),),
-        ("dw", "q8", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("gather", "signed", "half"): (
+            (128, 64, 64, 8, 3),
+            (128, 32, 64, 8, 4),
+            (64, 64, 64, 4, 3),
+            (64, 32, 64, 4, 4),
+            (64, 16, 64, 4, 4),
+            (32, 16, 64, 4, 4),
+        ),
+        ("gather", "flat", "half"): (
+            (128, 16, 64, 4, 3),
+            (128, 32, 64, 8, 3),
+            (64, 16, 64, 4, 3),
+            (128, 4, 64, 4, 3),
+            (128, 16, 64, 4, 1),
+        ),
+        ("dw", "signed", "half"): (
+            (64, 32, 32, 8, 4),
+            (64, 32, 32, 4, 3),
+            (64, 16, 32, 4, 4),
+            (64, 32, 16, 4, 4),
+            (64, 16, 16, 4, 4),
+        ),
+        ("dw", "flat", "half"): ((64, 16, 16, 4, 3), (64, 4, 16, 4, 3), (64, 32, 16, 8, 3)),
+        ("gather", "signed", "tf32"): ((128, 32, 32, 8, 3), (64, 32, 32, 4, 3), (64, 16, 32, 4, 4), (32, 16, 32, 4, 3)),
+        ("gather", "flat", "tf32"): ((64, 16, 32, 4, 2), (128, 16, 32, 4, 2), (64, 4, 32, 4, 2)),
+        ("dw", "signed", "tf32"): ((32, 16, 16, 4, 3), (32, 32, 32, 8, 3), (32, 32, 16, 4, 3)),
+        ("dw", "flat", "tf32"): ((32, 16, 16, 4, 2), (32, 4, 16, 4, 2)),
+        ("gather", "signed", "ieee"): ((32, 16, 16, 4, 2), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)),
+        ("gather", "flat", "ieee"): ((32, 16, 16, 4, 1), (64, 4, 16, 4, 1), (32, 16, 16, 8, 1)),
+        ("dw", "signed", "ieee"): ((16, 16, 16, 8, 1), (16, 16, 8, 4, 1), (16, 8, 16, 4, 1)),
+        ("dw", "flat", "ieee"): ((16, 16, 16, 8, 1), (16, 4, 16, 4, 1), (16, 16, 8, 4, 1)),
+        ("gather", "q8", "ieee"): ((64, 32, 16, 8, 1), (32, 16, 16, 8, 1)),
+        ("dw", "q8", "ieee"): ((16, 32, 64, 8, 2),),
+        ("gather", "signed", "tf32x3"): ((64, 16, 16, 8, 2), (32, 16, 16, 4, 2)),
+        ("gather", "flat", "tf32x3"): ((32, 16, 16, 4, 1), (32, 4, 16, 4, 1)),
+        ("dw", "signed", "tf32x3"): ((16, 16, 16, 8, 2), (16, 16, 8, 4, 2)),
+        ("dw", "flat", "tf32x3"): ((16, 16, 16, 8, 1), (16, 4, 16, 4, 1)),
+        ("gather", "q8", "tf32x3"): ((64, 32, 16, 8, 2),),
+        ("dw", "q8", "tf32x3"): ((16, 16, 64, 8, 2), (16, 16, 32, 4, 2)),
     },
-}
-
-
-# For "dense" where it is flat, on every architecture: an address of its own for each element leaves few registers.
-FLAT_TILES = {
-    "half": ((64, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
-    "tf32": ((32, 32, 32, 4, 1),),
-    "tf32x3": ((32, 32, 16, 4, 1),),
-    "ieee": ((32, 32, 16, 4, 1),),
 }
 
 
 def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
-    """The tiles of an architecture: those of its table, all of which compile without spills (tests/compile_only)."""
+    """The tiles of an architecture, all of which compile without spills (tests/compile_only)."""
     table = TILES[_known(arch)]
-    return tuple(Tile(*numbers) for numbers in table.get((kernel, form, precision)) or table[form, precision])
+    own = tuple(Tile(*numbers) for numbers in table[kernel, form, precision])
+    return own + flat_tiles(kernel, precision, arch) if form == "signed" else own
+
+
+def flat_tiles(kernel: str, precision: str, arch: int) -> tuple[Tile, ...]:
+    """Those of them that take positions and channels one by one, for few channels."""
+    return tuple(Tile(*numbers) for numbers in TILES[_known(arch)][kernel, "flat", precision])
 
 
 def _known(arch: int) -> int:
@@ -328,7 +513,7 @@ def _table(arch: int) -> dict[str, dict[Any, Any]]:
     if not path.exists():
         return {"forms": {}, "plans": {}}
     rows = json.loads(path.read_text())
-    forms = {(row["precision"], row["p"], row["q"], row["taps"]): row["form"] for row in rows["forms"]}
+    forms = {(row["precision"], row["p"], row["q"], row["positions"]): row["form"] for row in rows["forms"]}
     plans = {
         (*row["problem"], row["form"], row["asked"]): Plan(
             row["form"], row["precision"], Tile(*row["tile"]), row["splits"]

@@ -1,4 +1,7 @@
-"""The convolution's three products in plain PyTorch: one real convolution ("dense") or eight thin ones ("q8")."""
+"""The convolution's three products in plain PyTorch: one real convolution ("dense") or eight thin ones ("q8").
+
+`window` is (stride, padding, dilation) of both axes and the groups, seven numbers.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -15,13 +18,11 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
+    window: Ints,
     form: str,
 ) -> Tensor:
     """y = weight (x) x + bias."""
+    stride, padding, dilation, groups = _geometry(window)
     if form == "dense":
         real = algebra.expand_weight(weight, groups)
         real_bias = None if bias is None else _group_first(bias[None], groups)[0]
@@ -38,13 +39,11 @@ def data_gradient(
     dy: Tensor,
     weight: Tensor,
     size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
+    window: Ints,
     form: str,
 ) -> Tensor:
     """dx, the gradient of <dy, weight (x) x>: a transposed convolution of dy onto maps of `size`."""
+    stride, padding, dilation, groups = _geometry(window)
     batch, channels = dy.shape[0], 4 * weight.shape[2] * groups
     if form == "dense":
         real, shape = algebra.expand_weight(weight, groups), (batch, channels, *size)
@@ -60,13 +59,11 @@ def weight_gradient(
     dy: Tensor,
     x: Tensor,
     kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
+    window: Ints,
     form: str,
 ) -> Tensor:
     """dw, the gradient of <dy, weight (x) x>."""
+    stride, padding, dilation, groups = _geometry(window)
     p, q = dy.shape[1] // 4, x.shape[1] // (4 * groups)
     if form == "dense":
         inputs, outputs, shape = _group_first(x, groups), _group_first(dy, groups), (4 * p, 4 * q, *kernel_size)
@@ -75,6 +72,11 @@ def weight_gradient(
     inputs, outputs = _products(algebra.input_products, x), _products(algebra.output_products, dy)
     z = conv2d_weight(inputs, (8 * p, q, *kernel_size), outputs, stride, padding, dilation, 8 * groups)
     return algebra.weight_from_products(z.unflatten(0, (8, -1))).to(x.dtype)
+
+
+def _geometry(window: Ints) -> tuple[Ints, Ints, Ints, int]:
+    """Stride, padding and dilation of both axes, and the groups."""
+    return window[:2], window[2:4], window[4:6], window[6]
 
 
 def _products(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

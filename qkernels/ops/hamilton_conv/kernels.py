@@ -1,38 +1,124 @@
 """The convolution's kernels. A map is dense NHWC; its channels are planar, (component, group, channel).
 
-Letters: b image; h, w pixel; c component; k channel that is summed over, n channel that is written.
+Letters: b image; h, w pixel; m row of a tile of pixels; k channel that is summed over, n channel that is written, both
+of one component; a component that is written, c component that is summed over; u, v position in the kernel.
 
-A *gather* covers both directions. For the tap (u, v), output pixel (i, j) reads the source pixel (i * scale +
-shift(u), j * scale + shift(v)). A convolution is one gather, with scale = stride and shift(u) = u * dilation -
-padding. Its adjoint is one for each class of output pixels with the same remainder by the stride, `phase`: pixel phase
-+ i * stride reads i + (phase + padding - u * dilation) / stride, from the taps for which that is whole. No tap is read
-in vain.
+A *gather* covers both directions. For the position (u, v), output pixel (i, j) reads the source pixel (i * stride + u *
+dilation - padding, ...). Its adjoint is one gather for each *phase*, the output pixels with the same remainder by the
+stride: pixel phase + i * stride reads i + (phase + padding - u * dilation) / stride, from the positions for which that
+is whole. No position is read in vain. In both, the source moves by a fixed `DELTA` from one position to the next.
 
-A *source* is the map that is gathered, or the gradient in front of an epilogue, put together while it is loaded:
-
-    SOURCE      map [pixels]  gate           pooled [windows]  code       value
-    "map"       x or dy                                                   map
-    "relu"      dy            y behind ReLU                               [gate > 0] map
-    "pool"                                   d pooled          position   [code == position] pooled
-    "map+pool"  dy                           d pooled          position   the sum of "map" and "pool"
-    "relu+pool" dy            y behind ReLU  d pooled          position   the sum of "relu" and "pool"
+*Signed*: the 16 products of the definition as one. A tile of the source has one component c in a step, a tile of the
+weight all four components a of the output side by side: its columns (a, n) are read from component a ^ c with the sign
+of algebra.SIGNS[a][c], out of eight tiles [w, -w] that `_hamilton_pack_kernel` wrote. The expanded weight, twice as
+large, never exists. A product may run asynchronously only if nothing else in its iteration needs the result: so there
+is one product an iteration.
 
 `do_not_specialize` names the sizes that change from call to call: one binary serves them all.
-
-`code` says which pixel of a 2x2 window its maximum came from, 0 to 3 in reading order; 4: none, behind a ReLU.
 """
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+# Rows of a tile that are written at a time where several programs share a sum.
+FINISH_ROWS: tl.constexpr = tl.constexpr(16)
 
-@triton.jit
-def _negated(x):
-    """-x by the sign bit for half types: one integer operation for two values."""
-    if x.dtype.primitive_bitwidth == 16:
-        return (x.to(tl.int16, bitcast=True) ^ -32768).to(x.dtype, bitcast=True)
-    else:
-        return -x
+
+@dataclass(frozen=True)
+class How:
+    """What is compiled into a kernel.
+
+    Attributes:
+        BLOCK_M: pixels of a tile; of a weight gradient, those of a step.
+        BLOCK_N: channels of each component that are written; of a weight gradient, the output's.
+        BLOCK_K: channels that are summed in a step; of a weight gradient, the input's that are written.
+        FLAT: 0, or the channels of a component: they are so few that a step runs over (position, component, channel).
+        EVEN_K, EVEN_N: whether the blocks fit the channels without a rest.
+        PRECISION, UPCAST: of the products, see `_dot`.
+        NEGATIVE: bit 4 a + c is set where component c enters component a with a minus.
+        SPLIT: whether several programs share a sum.
+        KERNEL, STRIDE, PADDING, DILATION: of the convolution, (vertical, horizontal).
+        STEP: from one position that counts to the next; DELTA: from its source pixel to the next one's.
+        ADJOINT: the direction.
+        MAYBE_EMPTY: a phase may have no position.
+        HAS_BIAS, RELU, POOL, WRITE_MAP: the epilogue of a convolution; of a weight gradient, whether there is a bias.
+        DROPOUT: zeroes some elements behind the ReLU, and scales the others.
+        MASKED: the result is a gradient by the output of a ReLU, whose mask it goes through.
+        SCALED: the result is multiplied by a number.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    FLAT: int = 0
+    EVEN_K: bool = False
+    EVEN_N: bool = False
+    PRECISION: str = "ieee"
+    UPCAST: bool = False
+    NEGATIVE: int = 0
+    SPLIT: bool = False
+    KERNEL: tuple[int, int] = (1, 1)
+    STRIDE: tuple[int, int] = (1, 1)
+    PADDING: tuple[int, int] = (0, 0)
+    DILATION: tuple[int, int] = (1, 1)
+    STEP: tuple[int, int] = (1, 1)
+    DELTA: tuple[int, int] = (1, 1)
+    ADJOINT: bool = False
+    MAYBE_EMPTY: bool = False
+    HAS_BIAS: bool = False
+    RELU: bool = False
+    POOL: bool = False
+    WRITE_MAP: bool = True
+    DROPOUT: bool = False
+    MASKED: bool = False
+    SCALED: bool = False
+
+
+class Weight(NamedTuple):
+    """The packed weight, and how far its tiles, positions, groups and channels lie apart."""
+
+    ptr: Any
+    stride_tile: Any
+    stride_position: Any
+    stride_group: Any
+    stride_k: Any
+    stride_n: Any
+
+
+class Output(NamedTuple):
+    """What an epilogue writes: the map, the maxima of its windows and their argmax; and reads: bias, the ReLU's output
+    whose mask a gradient goes through, the seed of a dropout.
+    """
+
+    y_ptr: Any
+    pooled_ptr: Any
+    argmax_ptr: Any
+    bias_ptr: Any
+    relu_ptr: Any
+    seed_ptr: Any
+
+
+class Rows(NamedTuple):
+    """Which pixels a program writes: images, the grid of one phase, the size of the map, the phase."""
+
+    batch: Any
+    grid_h: Any
+    grid_w: Any
+    y_h: Any
+    y_w: Any
+    phase_h: Any
+    phase_w: Any
+
+
+class Shared(NamedTuple):
+    """Where programs that share a sum leave their parts, and count who has arrived."""
+
+    partial_ptr: Any
+    ticket_ptr: Any
+    splits: Any
 
 
 @triton.jit
@@ -46,21 +132,21 @@ def _rounded(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _dot(a, b, acc, HOW: tl.constexpr):
     """acc + a b in float32. UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16."""
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    if HOW.UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=HOW.PRECISION)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision=HOW.PRECISION)
 
 
 @triton.jit
-def _first_tap(phase, padding, dilation, stride, kernel):
-    """The smallest tap that hits a source pixel from this class of output pixels; `kernel` where none does."""
+def _first_position(phase, padding, dilation, stride, kernel):
+    """The first position that hits a source pixel from this phase; `kernel` where none does."""
     first = kernel
     for back in range(kernel):
-        tap = kernel - 1 - back
-        first = tl.where((phase + padding - tap * dilation) % stride == 0, tap, first)
+        position = kernel - 1 - back
+        first = tl.where((phase + padding - position * dilation) % stride == 0, position, first)
     return first
 
 
@@ -80,54 +166,199 @@ def _pixels(m, height, width, batch, POOL: tl.constexpr):
 
 
 @triton.jit
-def _source_rows(b, h, w, ok, source_h, source_w, channels, SOURCE: tl.constexpr):
-    """Where the pixels (h, w) of a map of source_h x source_w lie: offsets and masks of the map and of its 2x2
-    windows, and the position in the window.
+def _first_maximum(value, at, other, other_at):
+    """The larger of two values and where it is; NaN counts as largest, the earlier one wins a tie."""
+    take = (value > other) | (value != value) | ((value == other) & (at < other_at))
+    return tl.where(take, value, other), tl.where(take, at, other_at)
+
+
+@triton.jit
+def _write(acc, m, channel, n_ok, channels, rows, output, scale, HOW: tl.constexpr):
+    """The epilogue of a tile [pixels m, channels]: + bias, ReLU, dropout or the mask of a gradient; the map, the maxima
+    of its windows with their argmax.
     """
-    inside = ok & (h >= 0) & (h < source_h) & (w >= 0) & (w < source_w)
-    pixel = (b.to(tl.int64) * source_h * source_w + h * source_w + w) * channels
-    if SOURCE == "map" or SOURCE == "relu":
-        return pixel, inside, pixel, inside, w
+    b, h, w, ok = _pixels(m[:, None], rows.grid_h, rows.grid_w, rows.batch, HOW.POOL)
+    if HOW.ADJOINT:
+        h, w = rows.phase_h + h * HOW.STRIDE[0], rows.phase_w + w * HOW.STRIDE[1]
+    at = (b.to(tl.int64) * rows.y_h * rows.y_w + h * rows.y_w + w) * channels + channel[None, :]
+    mask = ok & (h < rows.y_h) & (w < rows.y_w) & n_ok[None, :]
+    if HOW.HAS_BIAS:
+        acc += tl.load(output.bias_ptr + channel, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if HOW.RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    if HOW.DROPOUT:  # of probability 1 - 1 / scale
+        keep = tl.rand(tl.load(output.seed_ptr), at) * scale < 1.0
+        acc = tl.where(keep, acc * scale, 0.0)
+    elif HOW.SCALED:
+        acc *= scale
+    if HOW.MASKED:
+        of_relu = tl.load(output.relu_ptr + at, mask=mask, other=0.0)
+        acc = tl.where(of_relu.to(tl.float32) <= 0, 0.0, acc)  # NaN lets pass, as in PyTorch
+    y = acc.to(output.y_ptr.dtype.element_ty)
+    if HOW.WRITE_MAP:
+        tl.store(output.y_ptr + at, y, mask=mask)
+    if HOW.POOL:
+        # The maxima are those of the map as stored, so that argmax and ties are those of pooling it afterwards.
+        windows = tl.reshape(y.to(tl.float32), (y.shape[0] // 4, 4, y.shape[1]))
+        argmax = tl.zeros_like(windows).to(tl.int32) + tl.arange(0, 4)[None, :, None]
+        largest, argmax = tl.reduce((windows, argmax), 1, _first_maximum)
+        if HOW.RELU:
+            argmax = tl.where(largest <= 0, 4, argmax)
+        first = tl.max(tl.reshape(m, (m.shape[0] // 4, 4)), 1, keep_dims=True) // 4
+        b, h, w, ok = _pixels(first, rows.grid_h, rows.grid_w, rows.batch, False)
+        half_h, half_w = rows.y_h // 2, rows.y_w // 2
+        at = (b.to(tl.int64) * half_h * half_w + h * half_w + w) * channels + channel[None, :]
+        mask = ok & (h < half_h) & (w < half_w) & n_ok[None, :]
+        tl.store(output.pooled_ptr + at, largest.to(output.y_ptr.dtype.element_ty), mask=mask)
+        tl.store(output.argmax_ptr + at, argmax.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _all_there(ticket_ptr, splits):
+    """Whether this is the last of `splits` programs to come here, each with its part in memory; the count is left at 0.
+
+    It decides who sums the parts, never in which order.
+    """
+    tl.debug_barrier()  # the whole program's stores come before its ticket
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def _summed(partial_ptr, at, part, parts, splits):
+    """The parts of an element in their order: [split, part, element]. ".cg": an L1 cache may hold what they were."""
+    total = tl.zeros(at.shape, tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + (tl.cast(split, tl.int64) * parts + part) + at, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _own_part(shared, size):
+    """Where this program's part of its tile's sum lies, of `size` elements, and how far the next split's is from it."""
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    parts = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64) * size
+    return tile, tile.to(tl.int64) * size, parts
+
+
+@triton.jit
+def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, shared, HOW: tl.constexpr):
+    """The epilogue of all parts `[BLOCK_M, 4 BLOCK_N]` of a tile, by the last program to arrive."""
+    COLUMNS: tl.constexpr = 4 * HOW.BLOCK_N
+    tile, part, parts = _own_part(shared, HOW.BLOCK_M * COLUMNS)
+    if _all_there(shared.ticket_ptr + tile, shared.splits):
+        for block in range(HOW.BLOCK_M // FINISH_ROWS):
+            row = block * FINISH_ROWS + tl.arange(0, FINISH_ROWS)
+            at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            total = _summed(shared.partial_ptr, at, part, parts, shared.splits)
+            _write(total, first_row + row, channel, n_ok, channels, rows, output, scale, HOW)
+
+
+@triton.jit
+def _gather_of(phase, HOW: tl.constexpr):
+    """Positions in a row of the kernel that count, the first of them, its shift of the source, steps of the sum."""
+    if HOW.ADJOINT:
+        phase_h, phase_w = phase // HOW.STRIDE[1], phase % HOW.STRIDE[1]
+        u = _first_position(phase_h, HOW.PADDING[0], HOW.DILATION[0], HOW.STRIDE[0], HOW.KERNEL[0])
+        v = _first_position(phase_w, HOW.PADDING[1], HOW.DILATION[1], HOW.STRIDE[1], HOW.KERNEL[1])
+        shift_h = (phase_h + HOW.PADDING[0] - u * HOW.DILATION[0]) // HOW.STRIDE[0]
+        shift_w = (phase_w + HOW.PADDING[1] - v * HOW.DILATION[1]) // HOW.STRIDE[1]
+        across = tl.cdiv(HOW.KERNEL[1] - v, HOW.STEP[1])
+        positions = tl.cdiv(HOW.KERNEL[0] - u, HOW.STEP[0]) * across
+        return (phase_h, phase_w), (u, v), (shift_h, shift_w), across, positions
     else:
-        windows_h, windows_w = source_h // 2, source_w // 2
-        windowed = inside & (h // 2 < windows_h) & (w // 2 < windows_w)
-        window = (b.to(tl.int64) * windows_h * windows_w + h // 2 * windows_w + w // 2) * channels
-        return pixel, inside, window, windowed, h % 2 * 2 + w % 2
+        zero = tl.full((), 0, tl.int32)  # functions return no plain numbers
+        shift = (zero - HOW.PADDING[0], zero - HOW.PADDING[1])
+        return (zero, zero), (zero, zero), shift, zero + HOW.KERNEL[1], zero + HOW.KERNEL[0] * HOW.KERNEL[1]
 
 
-@triton.jit
-def _load(source, rows, channels, channels_ok, SOURCE: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile [pixels, channels] of the source; rows [pixels, 1], or of the tile where each column has its own tap."""
-    map_ptr, gate_ptr, pooled_ptr, code_ptr = source
-    pixel, inside, window, windowed, position = rows
-    if SOURCE != "pool":
-        at = pixel + channels
-        mask = inside & channels_ok
-        value = tl.load(map_ptr + at, mask=mask, other=0.0)
-        if SOURCE == "relu" or SOURCE == "relu+pool":
-            gate = tl.load(gate_ptr + at, mask=mask, other=0.0)
-            value = tl.where(gate.to(tl.float32) <= 0, 0.0, value)  # NaN lets pass, as in PyTorch
-    if SOURCE == "pool" or SOURCE == "map+pool" or SOURCE == "relu+pool":
-        at = window + channels
-        mask = windowed & channels_ok
-        code = tl.load(code_ptr + at, mask=mask, other=4).to(tl.int32)
-        routed = tl.load(pooled_ptr + at, mask=mask, other=0.0)
-        routed = tl.where(code == position, routed, 0.0)
-        if SOURCE == "pool":  # noqa: SIM108 (Triton has no value yet in the other branch)
-            value = routed
-        else:
-            value = (value.to(tl.float32) + routed.to(tl.float32)).to(routed.dtype)
-    return _rounded(value, PRECISION)
+@triton.jit(do_not_specialize=["batch", "x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits", "scale"])
+def _hamilton_conv_kernel(
+    x_ptr, weight, output, partial_ptr, ticket_ptr, batch, x_h, x_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n,
+    splits, scale, HOW: tl.constexpr,
+):  # fmt: skip
+    """y = epilogue(w (x) x), or its adjoint, from signed tiles: a convolution, a data gradient, a linear map.
 
-
-@triton.jit
-def _load_quaternions(source, rows, channels, ok, size, SOURCE: tl.constexpr, PRECISION: tl.constexpr):
-    """The tiles of the components r, i, j, k, which lie `size` channels apart."""
-    r = _load(source, rows, channels, ok, SOURCE, PRECISION)
-    i = _load(source, rows, channels + size, ok, SOURCE, PRECISION)
-    j = _load(source, rows, channels + 2 * size, ok, SOURCE, PRECISION)
-    k = _load(source, rows, channels + 3 * size, ok, SOURCE, PRECISION)
-    return r, i, j, k
+    One program owns BLOCK_M pixels of one phase, BLOCK_N channels of all four components of one group, and one of
+    `splits` parts of the sum over positions, components and channels. It reads the source once for each position, as
+    every block of channels does again; the tile of the weight is read by every block of pixels.
+    """
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
+    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    BLOCK_K: tl.constexpr = HOW.BLOCK_K
+    Q: tl.constexpr = HOW.FLAT
+    NEGATIVE: tl.constexpr = HOW.NEGATIVE
+    group, split = tl.program_id(1) % groups, tl.program_id(2)
+    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, HOW)
+    first_row = tl.program_id(0) // tiles_n * BLOCK_M
+    m = first_row + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, 4 * BLOCK_N)
+    a = column // BLOCK_N
+    n = tl.program_id(0) % tiles_n * BLOCK_N + column % BLOCK_N
+    n_ok = (n < N) | HOW.EVEN_N
+    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, HOW.POOL)
+    if not HOW.ADJOINT:
+        i, j = i * HOW.STRIDE[0], j * HOW.STRIDE[1]
+    h, w = i + shift[0], j + shift[1]
+    x_channels = 4 * groups * (Q if Q else K)
+    pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
+    k = tl.arange(0, BLOCK_K)
+    w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
+    chunks = tl.cdiv(K, BLOCK_K)
+    steps = tl.cdiv(4 * Q * positions, BLOCK_K) if Q else 4 * positions * chunks
+    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
+    if not HOW.MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
+        tl.assume(first_step < last_step)
+    acc = tl.zeros((BLOCK_M, 4 * BLOCK_N), tl.float32)
+    if Q:
+        for step in range(first_step, last_step):
+            e = step * BLOCK_K + k
+            position, c, q = e // (4 * Q), e // Q % 4, e % Q
+            k_ok = position < positions
+            u, v = position // across, position % across
+            source_h, source_w = h[:, None] + (u * HOW.DELTA[0])[None, :], w[:, None] + (v * HOW.DELTA[1])[None, :]
+            ok = m_ok[:, None] & k_ok[None, :] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
+            offset = (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * x_channels
+            # The channels of one group lie in a row only where there is no other.
+            channel = e % (4 * Q) if groups == 1 else c * (groups * Q) + group * Q + q
+            x = tl.load(x_ptr + pixel[:, None] + (offset + channel)[None, :], mask=ok, other=0.0)
+            u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
+            at = (u * HOW.KERNEL[1] + v) * weight.stride_position + q * weight.stride_k
+            tile = (a[None, :] ^ c[:, None]) + 4 * ((NEGATIVE >> (4 * a[None, :] + c[:, None])) & 1)
+            w_tile = tl.load(
+                w_at + tile * weight.stride_tile + at[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0
+            )
+            acc = _dot(x, w_tile, acc, HOW)
+    else:
+        x_at = x_ptr + pixel[:, None] + (group * K + k)[None, :]
+        w_at += (k * weight.stride_k)[:, None]
+        for step in range(first_step, last_step):
+            chunk, c, position = step % chunks * BLOCK_K, step // chunks % 4, step // (4 * chunks)
+            k_ok = (chunk + k < K) | HOW.EVEN_K
+            u, v = position // across, position % across
+            source_h, source_w = h + u * HOW.DELTA[0], w + v * HOW.DELTA[1]
+            ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
+            offset = (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * x_channels + c * (groups * K) + chunk
+            x = tl.load(x_at + offset, mask=ok[:, None] & k_ok[None, :], other=0.0)
+            u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
+            tile = (a ^ c) + 4 * ((NEGATIVE >> (4 * a + c)) & 1)
+            at = (u * HOW.KERNEL[1] + v) * weight.stride_position + chunk * weight.stride_k
+            w_tile = tl.load(
+                w_at + ((tile * weight.stride_tile)[None, :] + at), mask=k_ok[:, None] & n_ok[None, :], other=0.0
+            )
+            acc = _dot(x, w_tile, acc, HOW)
+    rows = Rows(batch, grid_h, grid_w, y_h, y_w, phase[0], phase[1])
+    shared = Shared(partial_ptr, ticket_ptr, splits)
+    channel = a * (groups * N) + group * N + n
+    if HOW.SPLIT:
+        _, part, parts = _own_part(shared, BLOCK_M * 4 * BLOCK_N)
+        at = tl.arange(0, BLOCK_M)[:, None] * (4 * BLOCK_N) + column[None, :]
+        tl.store(partial_ptr + (split * parts + part) + at, acc)
+        _write_shared(first_row, channel, n_ok, 4 * groups * N, rows, output, scale, shared, HOW)
+    else:
+        _write(acc, m, channel, n_ok, 4 * groups * N, rows, output, scale, HOW)
 
 
 @triton.jit
@@ -138,554 +369,463 @@ def _hadamard(r, i, j, k):
 
 
 @triton.jit
-def _hadamard_operands(x, scale, PRECISION: tl.constexpr):
-    """scale H x, summed in float32 and rounded once to the type of x, or to tf32."""
-    h0, h1, h2, h3 = _hadamard(x[0].to(tl.float32), x[1].to(tl.float32), x[2].to(tl.float32), x[3].to(tl.float32))
-    h0, h1 = _rounded((h0 * scale).to(x[0].dtype), PRECISION), _rounded((h1 * scale).to(x[0].dtype), PRECISION)
-    h2, h3 = _rounded((h2 * scale).to(x[0].dtype), PRECISION), _rounded((h3 * scale).to(x[0].dtype), PRECISION)
-    return h0, h1, h2, h3
+def _four_tiles(at, stride, mask):
+    """Four tiles that lie `stride` apart."""
+    t0 = tl.load(at, mask=mask, other=0.0)
+    t1 = tl.load(at + stride, mask=mask, other=0.0)
+    t2 = tl.load(at + 2 * stride, mask=mask, other=0.0)
+    t3 = tl.load(at + 3 * stride, mask=mask, other=0.0)
+    return t0, t1, t2, t3
 
 
 @triton.jit
-def _first_maximum(value, code, other, other_code):
-    """The larger of two values with its code; NaN counts as largest, the smaller code wins a tie."""
-    take = (value > other) | (value != value) | ((value == other) & (code < other_code))
-    return tl.where(take, value, other), tl.where(take, code, other_code)
-
-
-@triton.jit
-def _output_rows(m, grid, phase, stride, y_size, ADJOINT: tl.constexpr, POOL: tl.constexpr):
-    """Where the rows m of one class are written: offsets and masks of pixels `[M, 1]` and of windows `[M / 4, 1]`."""
-    batch, grid_h, grid_w = grid
-    y_h, y_w, channels = y_size
-    b, h, w, ok = _pixels(m[:, None], grid_h, grid_w, batch, POOL)
-    if ADJOINT:
-        h, w = phase[0] + h * stride[0], phase[1] + w * stride[1]
-    pixel = (b.to(tl.int64) * y_h * y_w + h * y_w + w) * channels
-    pixel_ok = ok & (h < y_h) & (w < y_w)
-    if POOL:
-        first = tl.max(tl.reshape(m, (m.shape[0] // 4, 4)), 1, keep_dims=True)
-        b, h, w, ok = _pixels(first // 4, grid_h, grid_w, batch, False)
-        window = (b.to(tl.int64) * (y_h // 2) * (y_w // 2) + h * (y_w // 2) + w) * channels
-        return pixel, pixel_ok, window, ok & (h < y_h // 2) & (w < y_w // 2)
-    else:
-        return pixel, pixel_ok, pixel, pixel_ok
-
-
-@triton.jit
-def _store_output(
-    acc, target, bias_ptr, rows, n, n_ok,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, WRITE_MAP: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of a tile [pixels, channels]: + bias, ReLU, the map, the maxima of its windows with their codes."""
-    y_ptr, pooled_ptr, code_ptr = target
-    pixel, pixel_ok, window, window_ok = rows
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
-    y = acc.to(y_ptr.dtype.element_ty)
-    if WRITE_MAP:
-        tl.store(y_ptr + pixel + n[None, :], y, mask=pixel_ok & n_ok[None, :])
-    if POOL:
-        # The maxima are those of the map as stored, so that codes and ties are those of pooling it afterwards.
-        windows = tl.reshape(y.to(tl.float32), (y.shape[0] // 4, 4, y.shape[1]))
-        codes = tl.zeros_like(windows).to(tl.int32) + tl.arange(0, 4)[None, :, None]
-        largest, code = tl.reduce((windows, codes), 1, _first_maximum)
-        if RELU:
-            code = tl.where(largest <= 0, 4, code)
-        mask = window_ok & n_ok[None, :]
-        tl.store(pooled_ptr + window + n[None, :], largest.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(code_ptr + window + n[None, :], code.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _shift(tap, phase, padding, dilation, stride, ADJOINT: tl.constexpr):
-    """From a row of the output's class to the source pixel under the tap."""
-    if ADJOINT:
-        return (phase + padding - tap * dilation) // stride
-    else:
-        return tap * dilation - padding
-
-
-@triton.jit
-def _gather(tap, place, window, SOURCE: tl.constexpr, ADJOINT: tl.constexpr):
-    """The source rows under the tap-th tap that counts, and the number of that tap in the kernel."""
-    b, h0, w0, ok, source_h, source_w, channels = place
-    taps_w, kernel_w, first, step, phase, padding, dilation, stride = window
-    u, v = first[0] + tap // taps_w * step[0], first[1] + tap % taps_w * step[1]
-    h = h0 + _shift(u, phase[0], padding[0], dilation[0], stride[0], ADJOINT)
-    w = w0 + _shift(v, phase[1], padding[1], dilation[1], stride[1], ADJOINT)
-    return _source_rows(b, h, w, ok, source_h, source_w, channels, SOURCE), u * kernel_w + v
-
-
-@triton.jit
-def _planar(channel, size, group, groups):
-    """Where the (component, channel) of one group, of `size` quaternion channels, lies in a map of all groups."""
-    return channel // size * (groups * size) + group * size + channel % size
-
-
-@triton.jit
-def _quaternion_operands(
-    step, source, place, window, weight, k_tile, n, n_ok, K, first_channel, size,
-    SOURCE: tl.constexpr, ADJOINT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in one step of the sum."""
-    w_ptr, stride_wc, stride_wt, stride_wk, stride_wn = weight
-    k_chunks = tl.cdiv(K, k_tile.shape[0])
-    k = step % k_chunks * k_tile.shape[0] + k_tile
-    k_ok = (k < K) | EVEN_K
-    rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
-    x = _load_quaternions(source, rows, (first_channel + k)[None, :], k_ok[None, :], size, SOURCE, PRECISION)
-    at = w_ptr + tap * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
-    ok = k_ok[:, None] & n_ok[None, :]
-    w0 = tl.load(at, mask=ok, other=0.0)
-    w1 = tl.load(at + stride_wc, mask=ok, other=0.0)
-    w2 = tl.load(at + 2 * stride_wc, mask=ok, other=0.0)
-    w3 = tl.load(at + 3 * stride_wc, mask=ok, other=0.0)
-    return x, (w0, w1, w2, w3)
-
-
-@triton.jit
-def _dense_operands(
-    step, source, place, window, weight, k_tile, n, n_ok, K, group, groups, taps, size,
-    SOURCE: tl.constexpr, ADJOINT: tl.constexpr, FLAT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The tiles of the source and of the expanded weight; FLAT: of (tap, channel) pairs, not of one tap's channels."""
-    w_ptr, _, stride_wt, stride_wk, stride_wn = weight
-    if FLAT:
-        e = step * k_tile.shape[0] + k_tile
-        k, k_ok = e % K, e < taps * K
-        rows, tap = _gather((e // K)[None, :], place, window, SOURCE, ADJOINT)
-        channels = _planar(k, K // 4, group, groups)
-        at = w_ptr + tl.trans(tap) * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
-    else:
-        k_chunks = tl.cdiv(K, k_tile.shape[0])
-        k = step % k_chunks * k_tile.shape[0] + k_tile
-        k_ok = (k < K) | EVEN_K
-        rows, tap = _gather(step // k_chunks, place, window, SOURCE, ADJOINT)
-        channels = k
-        at = w_ptr + tap * stride_wt + k[:, None] * stride_wk + n[None, :] * stride_wn
-    x = _load(source, rows, channels[None, :], k_ok[None, :], SOURCE, PRECISION)
-    return x, tl.load(at, mask=k_ok[:, None] & n_ok[None, :], other=0.0)
-
-
-@triton.jit
-def _q16_products(acc, x, w, ADJOINT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + M(w) x, for the adjoint acc + (M(w) - 2 w_r I) x; each accumulator in one run, which ptxas pipelines."""
-    acc_r, acc_i, acc_j, acc_k = acc
-    xr, xi, xj, xk = x
-    w0, w1, w2, w3 = w
-    nr, ni, nj, nk = _negated(xr), _negated(xi), _negated(xj), _negated(xk)
-    tr, ti, tj, tk = (nr, ni, nj, nk) if ADJOINT else (xr, xi, xj, xk)
-    acc_r = _dot(tr, w0, acc_r, PRECISION, UPCAST)
-    acc_r = _dot(ni, w1, acc_r, PRECISION, UPCAST)
-    acc_r = _dot(nj, w2, acc_r, PRECISION, UPCAST)
-    acc_r = _dot(nk, w3, acc_r, PRECISION, UPCAST)
-    acc_i = _dot(ti, w0, acc_i, PRECISION, UPCAST)
-    acc_i = _dot(xr, w1, acc_i, PRECISION, UPCAST)
-    acc_i = _dot(xk, w2, acc_i, PRECISION, UPCAST)
-    acc_i = _dot(nj, w3, acc_i, PRECISION, UPCAST)
-    acc_j = _dot(tj, w0, acc_j, PRECISION, UPCAST)
-    acc_j = _dot(nk, w1, acc_j, PRECISION, UPCAST)
-    acc_j = _dot(xr, w2, acc_j, PRECISION, UPCAST)
-    acc_j = _dot(xi, w3, acc_j, PRECISION, UPCAST)
-    acc_k = _dot(tk, w0, acc_k, PRECISION, UPCAST)
-    acc_k = _dot(xj, w1, acc_k, PRECISION, UPCAST)
-    acc_k = _dot(ni, w2, acc_k, PRECISION, UPCAST)
-    acc_k = _dot(xr, w3, acc_k, PRECISION, UPCAST)
-    return acc_r, acc_i, acc_j, acc_k
-
-
-@triton.jit
-def _four_products(acc, x, w, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _four_products(acc, x, w, HOW: tl.constexpr):
     """acc + x w, component by component."""
-    acc_r = _dot(x[0], w[0], acc[0], PRECISION, UPCAST)
-    acc_i = _dot(x[1], w[1], acc[1], PRECISION, UPCAST)
-    acc_j = _dot(x[2], w[2], acc[2], PRECISION, UPCAST)
-    acc_k = _dot(x[3], w[3], acc[3], PRECISION, UPCAST)
+    acc_r = _dot(x[0], w[0], acc[0], HOW)
+    acc_i = _dot(x[1], w[1], acc[1], HOW)
+    acc_j = _dot(x[2], w[2], acc[2], HOW)
+    acc_k = _dot(x[3], w[3], acc[3], HOW)
     return acc_r, acc_i, acc_j, acc_k
 
 
-@triton.jit(do_not_specialize=["batch", "source_h", "source_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits"])
-def _hamilton_conv_kernel(
-    map_ptr, gate_ptr, pooled_source_ptr, code_source_ptr, w_ptr, bias_ptr, y_ptr, pooled_ptr, code_ptr, partial_ptr,
-    batch, source_h, source_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n, splits,
-    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, step_h, step_w,
-    stride_wc, stride_wt, stride_wg, stride_wk, stride_wn,
-    FORM: tl.constexpr, ADJOINT: tl.constexpr, SOURCE: tl.constexpr, FLAT: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, MAYBE_EMPTY: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr, POOL: tl.constexpr, WRITE_MAP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW: tl.constexpr):
+    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in one step of the sum."""
+    h, w, m_ok, x_h, x_w, across, size, K = place
+    k = step % chunks * HOW.BLOCK_K + tl.arange(0, HOW.BLOCK_K)
+    k_ok = (k < K) | HOW.EVEN_K
+    u, v = step // chunks // across, step // chunks % across
+    source_h, source_w = h + u * HOW.DELTA[0], w + v * HOW.DELTA[1]
+    ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
+    x_at += (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * (4 * size) + k[None, :]
+    u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
+    w_at += ((u * HOW.KERNEL[1] + v) * weight.stride_position + k * weight.stride_k)[:, None]
+    x = _four_tiles(x_at, size, ok[:, None] & k_ok[None, :])
+    return x, _four_tiles(w_at, weight.stride_tile, k_ok[:, None] & n_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["batch", "x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits", "scale"])
+def _hamilton_conv_q8_kernel(
+    x_ptr, weight, output, partial_ptr, ticket_ptr, batch, x_h, x_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n,
+    splits, scale, HOW: tl.constexpr,
 ):  # fmt: skip
-    """y = epilogue(w (x) source), or its adjoint: the convolution, and its data gradient or transposed convolution.
+    """As `_hamilton_conv_kernel`, by 8 products: y = C ((A w) * (B x)), the adjoint B^T ((A w) * (C^T dy)).
 
-    One program owns BLOCK_M pixels of one class, BLOCK_N channels of one group, and one of `splits` parts of the sum
-    over taps and channels; a part goes to `partial` [split, class, pixel, channel] in float32, for
-    `_hamilton_finish_kernel`. K and N count the quaternion channels of a group, and a program has all four components;
-    for "dense", the real ones.
-
-    "q16": the 16 products of algebra.SIGNS. M(w)^T = 2 r I - M(w), so the adjoint changes the sign of the tiles that
-    meet r, and of the result. "q8": y = C ((A w) * (B x)), the adjoint B^T ((A w) * (C^T dy)), with w_ptr on [H w; -2
-    w]; the factor 1/4 of A goes to the source, which keeps half types in range (Howell & Lafon 1975). It reads the
-    source twice: four accumulators at a time fit the registers, eight spill. "dense": w_ptr on the expanded weight;
-    FLAT sums over single (tap, channel) pairs, for few channels and for groups.
+    The packed weight is [H w; -2 w]; the factor 1/4 of A goes to the source (Howell & Lafon 1975). It reads the source
+    twice: four accumulators at a time fit the registers, eight spill.
     """
-    group = tl.program_id(1) % groups
-    phase = tl.program_id(1) // groups
-    split = tl.program_id(2)
-    m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = (n < N) | EVEN_N
-    if ADJOINT:
-        phase_h, phase_w = phase // stride_w, phase % stride_w
-        first_u = _first_tap(phase_h, padding_h, dilation_h, stride_h, kernel_h)
-        first_v = _first_tap(phase_w, padding_w, dilation_w, stride_w, kernel_w)
-        scale_h, scale_w, classes = 1, 1, stride_h * stride_w
-    else:
-        phase_h, phase_w, first_u, first_v = 0, 0, 0, 0
-        scale_h, scale_w, classes = stride_h, stride_w, 1
-    taps_w = tl.cdiv(kernel_w - first_v, step_w)
-    taps = tl.cdiv(kernel_h - first_u, step_h) * taps_w
-    parts: tl.constexpr = 1 if FORM == "dense" else 4
-    size = groups * K * parts // 4
-    source = (map_ptr, gate_ptr, pooled_source_ptr, code_source_ptr)
-    b, i, j, m_ok = _pixels(m[:, None], grid_h, grid_w, batch, POOL)
-    place = (b, i * scale_h, j * scale_w, m_ok, source_h, source_w, 4 * size)
-    window = (taps_w, kernel_w, (first_u, first_v), (step_h, step_w), (phase_h, phase_w), (padding_h, padding_w),
-              (dilation_h, dilation_w), (stride_h, stride_w))  # fmt: skip
-
-    weight = (w_ptr + group * stride_wg, stride_wc, stride_wt, stride_wk, stride_wn)
-    k_tile = tl.arange(0, BLOCK_K)
-    steps = tl.cdiv(taps * K, BLOCK_K) if FLAT else taps * tl.cdiv(K, BLOCK_K)
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
+    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    group, split = tl.program_id(1) % groups, tl.program_id(2)
+    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, HOW)
+    first_row = tl.program_id(0) // tiles_n * BLOCK_M
+    m = first_row + tl.arange(0, BLOCK_M)
+    first_n = tl.program_id(0) % tiles_n * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    n_ok = (n < N) | HOW.EVEN_N
+    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, HOW.POOL)
+    if not HOW.ADJOINT:
+        i, j = i * HOW.STRIDE[0], j * HOW.STRIDE[1]
+    h, w = i + shift[0], j + shift[1]
+    size = groups * K
+    x_at = x_ptr + (((b.to(tl.int64) * x_h + h) * x_w + w) * (4 * size))[:, None] + group * K
+    w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
+    place = (h, w, m_ok, x_h, x_w, across, size, K)
+    chunks = tl.cdiv(K, HOW.BLOCK_K)
+    steps = positions * chunks
     first_step, last_step = split * steps // splits, (split + 1) * steps // splits
-    if not MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
+    if not HOW.MAYBE_EMPTY:
         tl.assume(first_step < last_step)
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if FORM == "dense":
-        for step in range(first_step, last_step):
-            x, w = _dense_operands(step, source, place, window, weight, k_tile, n, n_ok, K, group, groups, taps, size,
-                                   SOURCE, ADJOINT, FLAT, EVEN_K, PRECISION)  # fmt: skip
-            acc_r = _dot(x, w, acc_r, PRECISION, UPCAST)
+    acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
+    for step in range(first_step, last_step):
+        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW)
+        h0, h1, h2, h3 = _hadamard(-x[0] if HOW.ADJOINT else x[0], x[1], x[2], x[3])
+        x = (h0 * 0.25, h1 * 0.25, h2 * 0.25, h3 * 0.25)
+        acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, HOW)
+    # C = S [H | I] and B^T = [H | I by algebra.INPUT_ORDER]: the plain products join the transformed ones.
+    acc_r, acc_i, acc_j, acc_k = _hadamard(acc_r, acc_i, acc_j, acc_k)
+    acc_r = -acc_r if HOW.ADJOINT else acc_r
+    w_at += 4 * weight.stride_tile
+    for step in range(first_step, last_step):
+        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW)
+        if HOW.ADJOINT:
+            acc_r, acc_j, acc_k, acc_i = _four_products((acc_r, acc_j, acc_k, acc_i), x, tiles, HOW)
+        else:
+            x = (x[0], x[2], x[3], x[1])
+            acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, HOW)
+    acc_r = -acc_r
+    rows = Rows(batch, grid_h, grid_w, y_h, y_w, phase[0], phase[1])
+    channel, spread, channels = group * N + n, groups * N, 4 * groups * N
+    if HOW.SPLIT:
+        shared = Shared(partial_ptr, ticket_ptr, splits)
+        _, part, parts = _own_part(shared, BLOCK_M * 4 * BLOCK_N)
+        at = tl.arange(0, BLOCK_M)[:, None] * (4 * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
+        own_ptr = partial_ptr + (split * parts + part) + at
+        tl.store(own_ptr, acc_r)
+        tl.store(own_ptr + BLOCK_N, acc_i)
+        tl.store(own_ptr + 2 * BLOCK_N, acc_j)
+        tl.store(own_ptr + 3 * BLOCK_N, acc_k)
+        column = tl.arange(0, 4 * BLOCK_N)
+        n = first_n + column % BLOCK_N
+        channel = column // BLOCK_N * spread + group * N + n
+        _write_shared(first_row, channel, (n < N) | HOW.EVEN_N, channels, rows, output, scale, shared, HOW)
     else:
-        acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
-        for step in range(first_step, last_step):
-            x, w = _quaternion_operands(step, source, place, window, weight, k_tile, n, n_ok, K, group * K, size,
-                                        SOURCE, ADJOINT, EVEN_K, PRECISION)  # fmt: skip
-            acc = (acc_r, acc_i, acc_j, acc_k)
-            if FORM == "q16":
-                acc_r, acc_i, acc_j, acc_k = _q16_products(acc, x, w, ADJOINT, PRECISION, UPCAST)
-            else:
-                x = (_negated(x[0]) if ADJOINT else x[0], x[1], x[2], x[3])
-                h = _hadamard_operands(x, 0.25, PRECISION)
-                acc_r, acc_i, acc_j, acc_k = _four_products(acc, h, w, PRECISION, UPCAST)
-        if FORM == "q8":
-            # C = S [H | I] and B^T = [H | I by algebra.INPUT_ORDER]: the plain products join the transformed ones.
-            acc_r, acc_i, acc_j, acc_k = _hadamard(acc_r, acc_i, acc_j, acc_k)
-            acc_r = -acc_r if ADJOINT else acc_r
-            weight = (w_ptr + group * stride_wg + 4 * stride_wc, stride_wc, stride_wt, stride_wk, stride_wn)
-            for step in range(first_step, last_step):
-                x, w = _quaternion_operands(step, source, place, window, weight, k_tile, n, n_ok, K, group * K, size,
-                                            SOURCE, ADJOINT, EVEN_K, PRECISION)  # fmt: skip
-                if ADJOINT:
-                    acc = (acc_r, acc_j, acc_k, acc_i)
-                    acc_r, acc_j, acc_k, acc_i = _four_products(acc, x, w, PRECISION, UPCAST)
-                else:
-                    acc = (acc_r, acc_i, acc_j, acc_k)
-                    acc_r, acc_i, acc_j, acc_k = _four_products(acc, (x[0], x[2], x[3], x[1]), w, PRECISION, UPCAST)
-            acc_r = -acc_r
-        elif ADJOINT:
-            acc_r, acc_i, acc_j, acc_k = -acc_r, -acc_i, -acc_j, -acc_k
+        _write(acc_r, m, channel, n_ok, channels, rows, output, scale, HOW)
+        _write(acc_i, m, channel + spread, n_ok, channels, rows, output, scale, HOW)
+        _write(acc_j, m, channel + 2 * spread, n_ok, channels, rows, output, scale, HOW)
+        _write(acc_k, m, channel + 3 * spread, n_ok, channels, rows, output, scale, HOW)
 
-    y_channels = groups * N * parts
-    spread = groups * N  # from one component to the next
-    column = _planar(n, N // 4, group, groups) if FORM == "dense" else group * N + n
-    if SPLIT:
-        rows_of_class = batch * grid_h * grid_w * (4 if POOL else 1)
-        part = (split * classes + phase).to(tl.int64) * rows_of_class + m
-        at = partial_ptr + part[:, None] * y_channels + column[None, :]
-        mask = m_ok & n_ok[None, :]
-        tl.store(at, acc_r, mask=mask)
-        if FORM != "dense":
-            tl.store(at + spread, acc_i, mask=mask)
-            tl.store(at + 2 * spread, acc_j, mask=mask)
-            tl.store(at + 3 * spread, acc_k, mask=mask)
+
+class Gradients(NamedTuple):
+    """What a weight gradient writes: dw `[4, groups P, Q, position]` and db `[4 groups P]`."""
+
+    dw_ptr: Any
+    db_ptr: Any
+    groups: Any
+    P: Any
+    Q: Any
+
+
+@triton.jit
+def _write_dw(part, component, group, p, e, ok, to, scale, HOW: tl.constexpr):
+    """One component's tile `[e, p]` of dw; e counts (position, channel), or is (position, channels)."""
+    POSITIONS: tl.constexpr = HOW.KERNEL[0] * HOW.KERNEL[1]
+    position, q = e
+    at = (component * (to.groups * to.P) + group * to.P + p).to(tl.int64)[None, :] * (to.Q * POSITIONS)
+    if HOW.SCALED:
+        part *= scale
+    tl.store(to.dw_ptr + at + (q * POSITIONS + position)[:, None], part.to(to.dw_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _write_db(db, tile_p, group, first_split, to, scale, shared, HOW: tl.constexpr):
+    """The bias gradient `[4 BLOCK_N]` of a column of programs."""
+    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    column = tl.arange(0, 4 * BLOCK_N)
+    p = tile_p * BLOCK_N + column % BLOCK_N
+    at = column // BLOCK_N * (to.groups * to.P) + group * to.P + p
+    if HOW.SPLIT:
+        tile, part, parts = _own_part(shared, 4 * HOW.BLOCK_K * BLOCK_N)
+        tl.store(shared.partial_ptr + (first_split * parts + part) + column, db)
+        if _all_there(shared.ticket_ptr + tile, shared.splits):
+            db = _summed(shared.partial_ptr, column, part, parts, shared.splits)
+            if HOW.SCALED:
+                db *= scale
+            tl.store(to.db_ptr + at, db.to(to.db_ptr.dtype.element_ty), mask=p < to.P)
     else:
-        target = (y_ptr, pooled_ptr, code_ptr)
-        rows = _output_rows(m, (batch, grid_h, grid_w), (phase_h, phase_w), (stride_h, stride_w),
-                            (y_h, y_w, y_channels), ADJOINT, POOL)  # fmt: skip
-        _store_output(acc_r, target, bias_ptr, rows, column, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
-        if FORM != "dense":
-            _store_output(acc_i, target, bias_ptr, rows, column + spread, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
-            _store_output(acc_j, target, bias_ptr, rows, column + 2 * spread, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
-            _store_output(acc_k, target, bias_ptr, rows, column + 3 * spread, n_ok, HAS_BIAS, RELU, POOL, WRITE_MAP)
-
-
-@triton.jit(do_not_specialize=["batch", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits"])
-def _hamilton_finish_kernel(
-    partial_ptr, bias_ptr, y_ptr, pooled_ptr, code_ptr,
-    batch, y_h, y_w, grid_h, grid_w, stride_h, stride_w, channels, tiles_n, splits,
-    ADJOINT: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, WRITE_MAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """y = epilogue(sum over splits of `partial`), in their order. One program owns BLOCK_M pixels of a class, BLOCK_N
-    channels.
-    """
-    phase = tl.program_id(1)
-    m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_of_class = batch * grid_h * grid_w * (4 if POOL else 1)
-    mask = (m < rows_of_class)[:, None] & (n < channels)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for split in range(splits):
-        part = tl.cast(split * tl.num_programs(1) + phase, tl.int64) * rows_of_class + m
-        acc += tl.load(partial_ptr + part[:, None] * channels + n[None, :], mask=mask, other=0.0)
-    rows = _output_rows(m, (batch, grid_h, grid_w), (phase // stride_w, phase % stride_w), (stride_h, stride_w),
-                        (y_h, y_w, channels), ADJOINT, POOL)  # fmt: skip
-    _store_output(acc, (y_ptr, pooled_ptr, code_ptr), bias_ptr, rows, n, n < channels, HAS_BIAS, RELU, POOL, WRITE_MAP)
+        if HOW.SCALED:
+            db *= scale
+        tl.store(to.db_ptr + at, db.to(to.db_ptr.dtype.element_ty), mask=p < to.P)
 
 
 @triton.jit
-def _pixel_pairs(m, place, window, SOURCE: tl.constexpr):
-    """The rows of the output's pixels m, and of the input's pixels under the tap."""
-    batch, y_h, y_w, x_h, x_w, y_channels, x_channels = place
-    stride_h, stride_w, shift_h, shift_w = window
-    b, h, w, ok = _pixels(m[:, None], y_h, y_w, batch, False)
-    rows = _source_rows(b, h, w, ok, y_h, y_w, y_channels, SOURCE)
-    return rows, _source_rows(b, h * stride_h + shift_h, w * stride_w + shift_w, ok, x_h, x_w, x_channels, "map")
+def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, channels, HOW: tl.constexpr):
+    """The sum of dy over the pixels of these steps, `[columns]`."""
+    m = tl.arange(0, HOW.BLOCK_M)
+    total = tl.zeros((HOW.BLOCK_M, columns.shape[0]), tl.float32)
+    for step in range(first_step, last_step):
+        row = step * HOW.BLOCK_M + m
+        at = row.to(tl.int64)[:, None] * channels + columns[None, :]
+        mask = (row < pixels)[:, None] & columns_ok[None, :]
+        total += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(total, 0)
 
 
-@triton.jit
-def _four_weight_products(acc, x, y, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + x^T y, component by component; each tile is transposed just before it is used, or float32 spills."""
-    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], PRECISION, UPCAST)
-    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], PRECISION, UPCAST)
-    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], PRECISION, UPCAST)
-    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], PRECISION, UPCAST)
-    return acc_r, acc_i, acc_j, acc_k
-
-
-@triton.jit
-def _q16_weight_products(acc, x, y, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + the 16 products of algebra.SIGNS in dw: dw_b is the sum over c of SIGNS[b ^ c][c] x_c^T y_(b ^ c)."""
-    acc_r, acc_i, acc_j, acc_k = acc
-    xr, xi, xj, xk = tl.trans(x[0]), tl.trans(x[1]), tl.trans(x[2]), tl.trans(x[3])
-    yr, yi, yj, yk = y
-    ni, nj, nk = _negated(xi), _negated(xj), _negated(xk)
-    acc_r = _dot(xr, yr, acc_r, PRECISION, UPCAST)
-    acc_r = _dot(xi, yi, acc_r, PRECISION, UPCAST)
-    acc_r = _dot(xj, yj, acc_r, PRECISION, UPCAST)
-    acc_r = _dot(xk, yk, acc_r, PRECISION, UPCAST)
-    acc_i = _dot(xr, yi, acc_i, PRECISION, UPCAST)
-    acc_i = _dot(ni, yr, acc_i, PRECISION, UPCAST)
-    acc_i = _dot(xj, yk, acc_i, PRECISION, UPCAST)
-    acc_i = _dot(nk, yj, acc_i, PRECISION, UPCAST)
-    acc_j = _dot(xr, yj, acc_j, PRECISION, UPCAST)
-    acc_j = _dot(ni, yk, acc_j, PRECISION, UPCAST)
-    acc_j = _dot(nj, yr, acc_j, PRECISION, UPCAST)
-    acc_j = _dot(xk, yi, acc_j, PRECISION, UPCAST)
-    acc_k = _dot(xr, yk, acc_k, PRECISION, UPCAST)
-    acc_k = _dot(xi, yj, acc_k, PRECISION, UPCAST)
-    acc_k = _dot(nj, yi, acc_k, PRECISION, UPCAST)
-    acc_k = _dot(nk, yr, acc_k, PRECISION, UPCAST)
-    return acc_r, acc_i, acc_j, acc_k
-
-
-@triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits"])
+@triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits", "scale"])
 def _hamilton_conv_dw_kernel(
-    map_ptr, gate_ptr, pooled_ptr, code_ptr, x_ptr, dw_ptr, db_ptr,
-    batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q, splits,
-    taps, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    stride_ds, stride_dc, stride_dt, stride_dg, stride_dp, stride_dq,
-    FORM: tl.constexpr, SOURCE: tl.constexpr, FLAT: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    dy_ptr, x_ptr, dw_ptr, db_ptr, partial_ptr, ticket_ptr, batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q,
+    splits, scale, HOW: tl.constexpr,
 ):  # fmt: skip
-    """dw = sum over pixels of source (x) conj(x under the tap), db = sum over pixels of the source.
+    """dw = sum over pixels of dy (x) conj(x under the position), db = sum over pixels of dy.
 
-    One program owns BLOCK_P channels of the output, BLOCK_Q of the input, one tap, one group and one of `splits`
-    ranges of pixels, in steps of BLOCK_M; FLAT: BLOCK_Q (tap, channel) pairs. P and Q count quaternion channels of a
-    group, for "dense" real ones. Where there is a bias, the first column of programs sums the source alone. With
-    several splits, and for "dense" always, dw_ptr and db_ptr are float32 parts for `_hamilton_finish_dw_kernel`; else
-    the gradients themselves.
-
-    "q8": dw = A^T [(B x) * (C^T dy)], as -2 (-H z / 8 + plain products); half of 1/4 goes to each operand.
+    The four components of x times the four of dy are one product `[4 BLOCK_K, BLOCK_M] x [BLOCK_M, 4 BLOCK_N]`; its
+    sixteen blocks are folded into four after the loop: dw_b is the sum over c of SIGNS[b ^ c][c] times block (c, b ^
+    c). One program owns BLOCK_N channels of the output, BLOCK_K of the input under one position, one group and one of
+    `splits` ranges of pixels, in steps of BLOCK_M; FLAT: BLOCK_K (position, channel) pairs. P and Q count quaternion
+    channels of a group. Where there is a bias, the first column of programs sums dy alone.
     """
-    group = tl.program_id(1)
-    split = tl.program_id(2)
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
+    BLOCK_P: tl.constexpr = HOW.BLOCK_N
+    BLOCK_Q: tl.constexpr = HOW.BLOCK_K
+    FLAT: tl.constexpr = HOW.FLAT
+    NEGATIVE: tl.constexpr = HOW.NEGATIVE
+    # Of one channel, the four components of a pixel are one load.
+    PIXELWISE: tl.constexpr = HOW.FLAT == 1
+    group, split = tl.program_id(1), tl.program_id(2)
     tile_p = tl.program_id(0) % tiles_p
-    tile_q = tl.program_id(0) // tiles_p - (1 if HAS_BIAS else 0)
-    parts: tl.constexpr = 1 if FORM == "dense" else 4
-    p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    p_ok = (p < P) | EVEN_P
-    size_p, size_q = groups * P * parts // 4, groups * Q * parts // 4
-    p_channels = _planar(p, P // 4, group, groups) if FORM == "dense" else group * P + p
-    p_columns, p_columns_ok = p_channels[None, :], p_ok[None, :]
-    source = (map_ptr, gate_ptr, pooled_ptr, code_ptr)
-    x_source = (x_ptr, x_ptr, x_ptr, x_ptr)
-    place = (batch, y_h, y_w, x_h, x_w, 4 * size_p, 4 * size_q)
-    pixels = tl.arange(0, BLOCK_M)
-    steps = tl.cdiv(batch * y_h * y_w, BLOCK_M)
+    tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
+    to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
+    column = tl.arange(0, 4 * BLOCK_P)
+    p = tile_p * BLOCK_P + column % BLOCK_P
+    p_ok = (p < P) | HOW.EVEN_N
+    columns = column // BLOCK_P * (groups * P) + group * P + p
+    pixels = batch * y_h * y_w
+    steps = tl.cdiv(pixels, BLOCK_M)
     first_step, last_step = split * steps // splits, (split + 1) * steps // splits
-    dw_ptr += tl.cast(split, tl.int64) * stride_ds
-
-    if HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
+    if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
-            db_r = tl.zeros((BLOCK_P,), tl.float32)
-            db_i, db_j, db_k = db_r, db_r, db_r
-            for step in range(first_step, last_step):
-                rows, _ = _pixel_pairs(step * BLOCK_M + pixels, place, (1, 1, 0, 0), SOURCE)
-                if FORM == "dense":
-                    db_r += tl.sum(_load(source, rows, p_columns, p_columns_ok, SOURCE, "ieee").to(tl.float32), 0)
-                else:
-                    yr, yi, yj, yk = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, "ieee")
-                    db_r += tl.sum(yr.to(tl.float32), 0)
-                    db_i += tl.sum(yi.to(tl.float32), 0)
-                    db_j += tl.sum(yj.to(tl.float32), 0)
-                    db_k += tl.sum(yk.to(tl.float32), 0)
-            at = db_ptr + split * 4 * size_p + p_channels
-            tl.store(at, db_r.to(db_ptr.dtype.element_ty), mask=p_ok)
-            if FORM != "dense":
-                tl.store(at + size_p, db_i.to(db_ptr.dtype.element_ty), mask=p_ok)
-                tl.store(at + 2 * size_p, db_j.to(db_ptr.dtype.element_ty), mask=p_ok)
-                tl.store(at + 3 * size_p, db_k.to(db_ptr.dtype.element_ty), mask=p_ok)
+            db = _bias_sums(dy_ptr, columns, p_ok, first_step, last_step, pixels, 4 * groups * P, HOW)
+            _write_db(db, tile_p, group, split, to, scale, shared, HOW)
             return
     tl.assume(first_step < last_step)
 
+    row = tl.arange(0, 4 * BLOCK_Q)
+    if PIXELWISE:
+        c, e = row % 4, row // 4
+    else:
+        c, e = row // BLOCK_Q, row % BLOCK_Q
+    lanes = tl.arange(0, BLOCK_Q)
     if FLAT:
-        e = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        tap, q = e // Q, e % Q
-        q_ok = tap < taps
-        columns = _planar(q, Q // 4, group, groups)[None, :]
-        u, v = (tap // kernel_w)[None, :], (tap % kernel_w)[None, :]
+        position, q = (tile_q * BLOCK_Q + e) // FLAT, (tile_q * BLOCK_Q + e) % FLAT
+        x_ok = position < HOW.KERNEL[0] * HOW.KERNEL[1]
+        x_rows = row % 4 if PIXELWISE and groups == 1 else c * (groups * FLAT) + group * FLAT + q
+        u, v = position // HOW.KERNEL[1] * HOW.DILATION[0], position % HOW.KERNEL[1] * HOW.DILATION[1]
+        place = ((tile_q * BLOCK_Q + lanes) // FLAT, (tile_q * BLOCK_Q + lanes) % FLAT)
+        lanes_ok = place[0] < HOW.KERNEL[0] * HOW.KERNEL[1]
     else:
-        tap = tile_q // tiles_q
-        q = tile_q % tiles_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        q_ok = (q < Q) | EVEN_Q
-        columns = (q if FORM == "dense" else group * Q + q)[None, :]
-        u, v = tap // kernel_w, tap % kernel_w
-    window = (stride_h, stride_w, u * dilation_h - padding_h, v * dilation_w - padding_w)
-    dw_at = dw_ptr + group * stride_dg + (tap * stride_dt + q * stride_dq)[:, None] + p[None, :] * stride_dp
-    dw_ok = q_ok[:, None] & p_ok[None, :]
-    acc_r = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-    if FORM == "dense":
-        for step in range(first_step, last_step):
-            rows, x_rows = _pixel_pairs(step * BLOCK_M + pixels, place, window, SOURCE)
-            x = tl.trans(_load(x_source, x_rows, columns, q_ok[None, :], "map", PRECISION))
-            dy = _load(source, rows, p_columns, p_columns_ok, SOURCE, PRECISION)
-            acc_r = _dot(x, dy, acc_r, PRECISION, UPCAST)
-        tl.store(dw_at, acc_r, mask=dw_ok)
-    else:
-        acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
-        for step in range(first_step, last_step):
-            rows, x_rows = _pixel_pairs(step * BLOCK_M + pixels, place, window, SOURCE)
-            x = _load_quaternions(x_source, x_rows, columns, q_ok[None, :], size_q, "map", PRECISION)
-            y = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
-            acc = (acc_r, acc_i, acc_j, acc_k)
-            if FORM == "q16":
-                acc_r, acc_i, acc_j, acc_k = _q16_weight_products(acc, x, y, PRECISION, UPCAST)
-            else:
-                h = _hadamard_operands(x, 0.5, PRECISION)
-                g = _hadamard_operands((_negated(y[0]), y[1], y[2], y[3]), 0.5, PRECISION)
-                acc_r, acc_i, acc_j, acc_k = _four_weight_products(acc, h, g, PRECISION, UPCAST)
-        if FORM == "q8":
-            acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
-            acc_r = -acc_r
-            for step in range(first_step, last_step):
-                rows, x_rows = _pixel_pairs(step * BLOCK_M + pixels, place, window, SOURCE)
-                xr, xi, xj, xk = _load_quaternions(x_source, x_rows, columns, q_ok[None, :], size_q, "map", PRECISION)
-                y = _load_quaternions(source, rows, p_columns, p_columns_ok, size_p, SOURCE, PRECISION)
-                acc, x = (acc_r, acc_k, acc_i, acc_j), (xr, xj, xk, xi)
-                acc_r, acc_k, acc_i, acc_j = _four_weight_products(acc, x, y, PRECISION, UPCAST)
-            acc_r, acc_i, acc_j, acc_k = 2 * acc_r, -2 * acc_i, -2 * acc_j, -2 * acc_k
-        dtype = dw_ptr.dtype.element_ty
-        tl.store(dw_at, acc_r.to(dtype), mask=dw_ok)
-        tl.store(dw_at + stride_dc, acc_i.to(dtype), mask=dw_ok)
-        tl.store(dw_at + 2 * stride_dc, acc_j.to(dtype), mask=dw_ok)
-        tl.store(dw_at + 3 * stride_dc, acc_k.to(dtype), mask=dw_ok)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _hamilton_finish_dw_kernel(
-    dw_partial_ptr, db_partial_ptr, dw_ptr, db_ptr, groups, taps, P, Q, splits,
-    FORM: tl.constexpr, NEGATIVE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dw `[4, groups P, Q, taps]` and db `[4 groups P]`, the parts summed in their order.
-
-    Parts of dw are `[split, 4, tap, groups P, Q]`, or for "dense" those of the real weight, `[split, tap, group, 4 P,
-    4 Q]`: dw_b is the sum over c of SIGNS[b ^ c][c] times block (b ^ c, c). One program owns BLOCK elements of dw in
-    the order of its parts; the last ones own those of db.
-    """
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = 4 * taps * groups * P * Q
-    q, p, tap, b = e % Q, e // Q % (groups * P), e // (groups * P * Q) % taps, e // (taps * groups * P * Q)
-    dw = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        if FORM == "dense":
-            group_ptr = (
-                dw_partial_ptr
-                + tl.cast(split, tl.int64) * (4 * count)
-                + (tap * groups + p // P).to(tl.int64) * (16 * P * Q)
-            )
-            for c in tl.static_range(4):
-                a = b ^ c
-                sign = 1 - 2 * ((NEGATIVE >> (4 * a + c)) & 1)
-                dw += sign * tl.load(group_ptr + (a * P + p % P) * (4 * Q) + c * Q + q, mask=e < count, other=0.0)
+        position, q = tile_q // tiles_q, tile_q % tiles_q * BLOCK_Q + e
+        x_ok = (q < Q) | HOW.EVEN_K
+        x_rows = c * (groups * Q) + group * Q + q
+        u, v = position // HOW.KERNEL[1] * HOW.DILATION[0], position % HOW.KERNEL[1] * HOW.DILATION[1]
+        place = (position, tile_q % tiles_q * BLOCK_Q + lanes)
+        lanes_ok = (place[1] < Q) | HOW.EVEN_K
+    x_channels = 4 * groups * (FLAT if FLAT else Q)
+    acc = tl.zeros((4 * BLOCK_Q, 4 * BLOCK_P), tl.float32)
+    for step in range(first_step, last_step):
+        m = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
+        h, w = i * HOW.STRIDE[0] - HOW.PADDING[0], j * HOW.STRIDE[1] - HOW.PADDING[1]
+        pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
+        if FLAT:
+            source_h, source_w = h[:, None] + u[None, :], w[:, None] + v[None, :]
+            at = pixel[:, None] + ((u * x_w + v) * x_channels + x_rows)[None, :]
+            ok = m_ok[:, None] & x_ok[None, :] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
         else:
-            dw += tl.load(dw_partial_ptr + tl.cast(split, tl.int64) * count + e, mask=e < count, other=0.0)
-    tl.store(
-        dw_ptr + (b * groups * P + p).to(tl.int64) * Q * taps + q * taps + tap,
-        dw.to(dw_ptr.dtype.element_ty),
-        mask=e < count,
-    )
-    if HAS_BIAS:
-        channels = 4 * groups * P
-        n = e - tl.cdiv(count, BLOCK) * BLOCK
-        mask = (n >= 0) & (n < channels)
-        db = tl.zeros((BLOCK,), tl.float32)
-        for split in range(splits):
-            db += tl.load(db_partial_ptr + split * channels + n, mask=mask, other=0.0)
-        tl.store(db_ptr + n, db.to(db_ptr.dtype.element_ty), mask=mask)
+            source_h, source_w = h + u, w + v
+            at = (pixel + (u * x_w + v) * x_channels)[:, None] + x_rows[None, :]
+            ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
+            ok = ok[:, None] & x_ok[None, :]
+        x = tl.load(x_ptr + at, mask=ok, other=0.0)
+        at = m.to(tl.int64)[:, None] * (4 * groups * P) + columns[None, :]
+        dy = tl.load(dy_ptr + at, mask=m_ok[:, None] & p_ok[None, :], other=0.0)
+        acc = _dot(tl.trans(x), dy, acc, HOW)
+
+    a4 = tl.arange(0, 4)[None, None, :, None]
+    if PIXELWISE:
+        blocks = tl.reshape(acc, (BLOCK_Q, 4, 4, BLOCK_P))
+        c4 = tl.arange(0, 4)[None, :, None, None]
+    else:
+        blocks = tl.reshape(acc, (4, BLOCK_Q, 4, BLOCK_P))
+        c4 = tl.arange(0, 4)[:, None, None, None]
+    blocks = tl.where(((NEGATIVE >> (4 * a4 + c4)) & 1) == 1, -blocks, blocks)
+    p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    ok = lanes_ok[:, None] & ((p < P) | HOW.EVEN_N)[None, :]
+    size: tl.constexpr = BLOCK_Q * BLOCK_P
+    _, part, parts = _own_part(shared, 4 * size)
+    at = lanes[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    for component in tl.static_range(4):
+        folded = tl.sum(tl.sum(tl.where((a4 ^ c4) == component, blocks, 0.0), 2), 1 if PIXELWISE else 0)
+        if HOW.SPLIT:
+            tl.store(partial_ptr + (split * parts + part + component * size) + at, folded)
+        else:
+            _write_dw(folded, component, group, p, place, ok, to, scale, HOW)
+    if HOW.SPLIT:
+        _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW)
 
 
 @triton.jit
-def _hamilton_pack_kernel(
-    w_ptr, out_ptr, groups, taps, kernel_w, P, Q, stride_wc, stride_wp, stride_wq, stride_wh, stride_ww,
-    FORM: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The weight `[4, groups P, Q, kh, kw]` as `_hamilton_conv_kernel` reads it, in the same type (rounded to tf32).
+def _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW: tl.constexpr):
+    """dw of all parts `[4, BLOCK_K, BLOCK_N]` of a tile, by the last program to arrive."""
+    size: tl.constexpr = HOW.BLOCK_K * HOW.BLOCK_N
+    tile, part, parts = _own_part(shared, 4 * size)
+    if _all_there(shared.ticket_ptr + tile, shared.splits):
+        for component in range(4):
+            total = _summed(shared.partial_ptr, at, part + component * size, parts, shared.splits)
+            _write_dw(total, component, group, p, place, ok, to, scale, HOW)
 
-    "q16": the components, `[4, tap, groups P, Q]`. "q8": [H w; -2 w in algebra.WEIGHT_ORDER], `[8, tap, groups P, Q]`.
-    "dense": the expanded weight, `[tap, group, 4 P, 4 Q]`. One program owns BLOCK quaternions.
+
+@triton.jit
+def _four_weight_products(acc, x, y, HOW: tl.constexpr):
+    """acc + x^T y, component by component; each tile is transposed just before it is used, or float32 spills."""
+    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], HOW)
+    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], HOW)
+    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], HOW)
+    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], HOW)
+    return acc_r, acc_i, acc_j, acc_k
+
+
+@triton.jit
+def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, HOW: tl.constexpr):
+    """The component tiles of x under the position `[pixels, q]` and of dy `[pixels, p]` in one step."""
+    batch, y_h, y_w, x_h, x_w, x_size, y_size = sizes
+    m = step * HOW.BLOCK_M + tl.arange(0, HOW.BLOCK_M)
+    b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
+    h, w = i * HOW.STRIDE[0] + shift[0], j * HOW.STRIDE[1] + shift[1]
+    ok = m_ok & (h >= 0) & (h < x_h) & (w >= 0) & (w < x_w)
+    pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * (4 * x_size)
+    x = _four_tiles(x_at + pixel[:, None], x_size, ok[:, None] & x_ok)
+    return x, _four_tiles(y_at + m.to(tl.int64)[:, None] * (4 * y_size), y_size, m_ok[:, None] & y_ok)
+
+
+@triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits", "scale"])
+def _hamilton_conv_dw_q8_kernel(
+    dy_ptr, x_ptr, dw_ptr, db_ptr, partial_ptr, ticket_ptr, batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q,
+    splits, scale, HOW: tl.constexpr,
+):  # fmt: skip
+    """As `_hamilton_conv_dw_kernel`, by 8 products: dw = A^T [(B x) * (C^T dy)], as -2 (-H z / 8 + plain products).
+
+    Half of 1/4 goes to each operand.
     """
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = taps * groups * P * Q
-    ok = e < count
-    q, p, tap = e % Q, e // Q % (groups * P), e // (groups * P * Q)
-    at = w_ptr + p.to(tl.int64) * stride_wp + q * stride_wq + tap // kernel_w * stride_wh + tap % kernel_w * stride_ww
-    if FORM == "dense":
-        block_ptr = out_ptr + (tap * groups + p // P).to(tl.int64) * (16 * P * Q)
-        for b in tl.static_range(4):
-            w = _rounded(tl.load(at + b * stride_wc, mask=ok, other=0.0), PRECISION)
-            for c in tl.static_range(4):
-                value = _negated(w) if (NEGATIVE >> (4 * (b ^ c) + c)) & 1 else w
-                tl.store(block_ptr + ((b ^ c) * P + p % P) * (4 * Q) + c * Q + q, value, mask=ok)
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
+    BLOCK_P: tl.constexpr = HOW.BLOCK_N
+    BLOCK_Q: tl.constexpr = HOW.BLOCK_K
+    group, split = tl.program_id(1), tl.program_id(2)
+    tile_p = tl.program_id(0) % tiles_p
+    tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
+    to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
+    steps = tl.cdiv(batch * y_h * y_w, BLOCK_M)
+    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
+    if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
+        if tile_q < 0:
+            column = tl.arange(0, 4 * BLOCK_P)
+            p = tile_p * BLOCK_P + column % BLOCK_P
+            columns = column // BLOCK_P * (groups * P) + group * P + p
+            pixels = batch * y_h * y_w
+            db = _bias_sums(dy_ptr, columns, p < P, first_step, last_step, pixels, 4 * groups * P, HOW)
+            _write_db(db, tile_p, group, split, to, scale, shared, HOW)
+            return
+    tl.assume(first_step < last_step)
+
+    position = tile_q // tiles_q
+    q, p = tile_q % tiles_q * BLOCK_Q + tl.arange(0, BLOCK_Q), tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    q_ok, p_ok = (q < Q) | HOW.EVEN_K, (p < P) | HOW.EVEN_N
+    x_at, y_at = x_ptr + (group * Q + q)[None, :], dy_ptr + (group * P + p)[None, :]
+    shift_h = position // HOW.KERNEL[1] * HOW.DILATION[0] - HOW.PADDING[0]
+    shift_w = position % HOW.KERNEL[1] * HOW.DILATION[1] - HOW.PADDING[1]
+    sizes, shift = (batch, y_h, y_w, x_h, x_w, groups * Q, groups * P), (shift_h, shift_w)
+    acc_r = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
+    acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
+    for step in range(first_step, last_step):
+        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], HOW)
+        h0, h1, h2, h3 = _hadamard(x[0], x[1], x[2], x[3])
+        g0, g1, g2, g3 = _hadamard(-y[0], y[1], y[2], y[3])
+        x, y = (h0 * 0.5, h1 * 0.5, h2 * 0.5, h3 * 0.5), (g0 * 0.5, g1 * 0.5, g2 * 0.5, g3 * 0.5)
+        acc_r, acc_i, acc_j, acc_k = _four_weight_products((acc_r, acc_i, acc_j, acc_k), x, y, HOW)
+    acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
+    acc_r = -acc_r
+    for step in range(first_step, last_step):
+        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], HOW)
+        x = (x[0], x[2], x[3], x[1])
+        acc_r, acc_k, acc_i, acc_j = _four_weight_products((acc_r, acc_k, acc_i, acc_j), x, y, HOW)
+    acc_r, acc_i, acc_j, acc_k = 2 * acc_r, -2 * acc_i, -2 * acc_j, -2 * acc_k
+    place, ok = (position, q), q_ok[:, None] & p_ok[None, :]
+    if HOW.SPLIT:
+        size: tl.constexpr = BLOCK_Q * BLOCK_P
+        _, part, parts = _own_part(shared, 4 * size)
+        at = tl.arange(0, BLOCK_Q)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        own_ptr = partial_ptr + (split * parts + part) + at
+        tl.store(own_ptr, acc_r)
+        tl.store(own_ptr + size, acc_i)
+        tl.store(own_ptr + 2 * size, acc_j)
+        tl.store(own_ptr + 3 * size, acc_k)
+        _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW)
     else:
-        r = tl.load(at, mask=ok, other=0.0)
-        i = tl.load(at + stride_wc, mask=ok, other=0.0)
-        j = tl.load(at + 2 * stride_wc, mask=ok, other=0.0)
-        k = tl.load(at + 3 * stride_wc, mask=ok, other=0.0)
-        out = out_ptr + e
-        if FORM == "q8":
-            h0, h1, h2, h3 = _hadamard_operands((r, i, j, k), 1.0, PRECISION)
-            tl.store(out, h0, mask=ok)
-            tl.store(out + count, h1, mask=ok)
-            tl.store(out + 2 * count, h2, mask=ok)
-            tl.store(out + 3 * count, h3, mask=ok)
-            out += 4 * count
-            r, i, j, k = -2 * r.to(tl.float32), -2 * k.to(tl.float32), -2 * i.to(tl.float32), -2 * j.to(tl.float32)
+        _write_dw(acc_r, 0, group, p, place, ok, to, scale, HOW)
+        _write_dw(acc_i, 1, group, p, place, ok, to, scale, HOW)
+        _write_dw(acc_j, 2, group, p, place, ok, to, scale, HOW)
+        _write_dw(acc_k, 3, group, p, place, ok, to, scale, HOW)
+
+
+@triton.jit(do_not_specialize=["size_h", "size_w", "scale"])
+def _hamilton_gradient_kernel(
+    dy_ptr, relu_ptr, dpooled_ptr, argmax_ptr, out_ptr, size_h, size_w, channels, count, scale,
+    HAS_DY: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient in front of an epilogue, put together once for the kernels that read it for each position:
+
+        out = scale [relu > 0] dy + [argmax == place in the window] dpooled
+
+    of maps of size_h x size_w pixels, rounded to tf32 where PRECISION says so: also what rounds an operand. One program
+    owns BLOCK elements in their order in memory.
+    """
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = e < count
+    value = tl.zeros((BLOCK,), tl.float32)
+    if HAS_DY:
+        value = tl.load(dy_ptr + e, mask=ok, other=0.0).to(tl.float32)
+        if MASKED:
+            of_relu = tl.load(relu_ptr + e, mask=ok, other=0.0).to(tl.float32)
+            value = tl.where(of_relu <= 0, 0.0, value)  # NaN lets pass, as in PyTorch
+        if SCALED:
+            value *= scale
+    if POOLED:
+        pixel, channel = e // channels, e % channels
+        b, h, w = pixel // (size_h * size_w), (pixel // size_w % size_h).to(tl.int32), (pixel % size_w).to(tl.int32)
+        half_h, half_w = size_h // 2, size_w // 2
+        at = ((b * half_h + h // 2) * half_w + w // 2) * channels + channel
+        windowed = ok & (h // 2 < half_h) & (w // 2 < half_w)
+        argmax = tl.load(argmax_ptr + at, mask=windowed, other=4).to(tl.int32)
+        routed = tl.load(dpooled_ptr + at, mask=windowed, other=0.0).to(tl.float32)
+        value += tl.where(argmax == h % 2 * 2 + w % 2, routed, 0.0)
+    tl.store(out_ptr + e, _rounded(value, PRECISION).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+class Unpacked(NamedTuple):
+    """A weight `[4, rows, Q, position]`, dense."""
+
+    ptr: Any
+    rows: Any
+    Q: Any
+    positions: Any
+
+
+@triton.jit
+def _pack(e, w, out_ptr, FORM: tl.constexpr, PRECISION: tl.constexpr):
+    """The quaternions e of one weight, `[4, rows, Q, position]`, to `[8, position, rows, Q]`."""
+    count = w.rows * w.Q * w.positions
+    ok = e < count
+    q, row, position = e % w.Q, e // w.Q % w.rows, e // (w.Q * w.rows)
+    at = w.ptr + (row.to(tl.int64) * w.Q + q) * w.positions + position
+    component = tl.cast(count, tl.int64)
+    r = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    i = tl.load(at + component, mask=ok, other=0.0).to(tl.float32)
+    j = tl.load(at + 2 * component, mask=ok, other=0.0).to(tl.float32)
+    k = tl.load(at + 3 * component, mask=ok, other=0.0).to(tl.float32)
+    if FORM == "q8":
+        first, second = _hadamard(r, i, j, k), (-2 * r, -2 * k, -2 * i, -2 * j)
+    else:
+        first, second = (r, i, j, k), (-r, -i, -j, -k)
+    other = (position.to(tl.int64) * w.Q + q) * w.rows + row
+    for tile in tl.static_range(4):
+        x, y = _rounded(first[tile], PRECISION), _rounded(second[tile], PRECISION)
         dtype = out_ptr.dtype.element_ty
-        tl.store(out, _rounded(r.to(dtype), PRECISION), mask=ok)
-        tl.store(out + count, _rounded(i.to(dtype), PRECISION), mask=ok)
-        tl.store(out + 2 * count, _rounded(j.to(dtype), PRECISION), mask=ok)
-        tl.store(out + 3 * count, _rounded(k.to(dtype), PRECISION), mask=ok)
+        tl.store(out_ptr + tile * component + e, x.to(dtype), mask=ok)
+        tl.store(out_ptr + (4 + tile) * component + e, y.to(dtype), mask=ok)
+        if PRECISION == "tf32":
+            # Tensor cores read 32-bit operands along the sum alone: the adjoint's tiles are [8, position, Q, rows].
+            tl.store(out_ptr + (8 + tile) * component + other, x.to(dtype), mask=ok)
+            tl.store(out_ptr + (12 + tile) * component + other, y.to(dtype), mask=ok)
+
+
+@triton.jit
+def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constexpr, BLOCK: tl.constexpr):
+    """All weights of a network as the convolutions read them, one behind the other, and `tickets` zeros.
+
+    Signed: [w, -w] `[8, position, rows, Q]`, in the maps' type (rounded to tf32). "q8": [H w; -2 w by
+    algebra.WEIGHT_ORDER]. HOW has (form, precision) of each. One program owns BLOCK quaternions of one weight.
+    """
+    program = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    at = program * BLOCK + lanes
+    tl.store(ticket_ptr + at, 0, mask=at < tickets)
+    first = 0
+    for number in tl.static_range(len(weights)):
+        w = weights[number]
+        programs = tl.cdiv(w.rows * w.Q * w.positions, BLOCK)
+        if (program >= first) & (program < first + programs):
+            _pack((program - first) * BLOCK + lanes, w, out_ptr, HOW[number][0], HOW[number][1])
+        first += programs
+        copies: tl.constexpr = 16 if HOW[number][1] == "tf32" else 8
+        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * copies
