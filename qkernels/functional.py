@@ -277,12 +277,13 @@ def hamilton_linear(
     _check_option("activation", activation, ACTIVATIONS)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
-    # On the Triton backend a convolution whose kernel is the whole map, or of maps of one pixel.
-    weight = weight.unflatten(2, (-1, *(x.shape[2:] if flatten else (1, 1))))
-    x = x if flatten else x.reshape(math.prod(x.shape[:-1]), features, 1, 1)
+    if flatten:  # on the Triton backend a convolution whose kernel is the whole map
+        weight = weight.unflatten(2, (-1, *x.shape[2:]))
     x, weight, bias, backend, how = _operands_of_layer("hamilton_linear", x, weight, bias)
     relu, dtype = activation == "relu", dtype or x.dtype
     if backend == "triton":
+        if not flatten:  # of maps of one pixel
+            x, weight = x.reshape(math.prod(leading), features, 1, 1), weight[..., None, None]
         tiles, tickets = _packed(packed, x, weight, backend, how)
         # Where a dropout is fused, what the ReLU zeroes and what it zeroes have one mask.
         fused = dropout if relu and dropout < 1 else 0.0
@@ -290,13 +291,15 @@ def hamilton_linear(
         options = (relu, fused, x_is_relu, mask_gradient or fused != dropout)
         y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, backend, how)
         dropout = 0.0 if fused else dropout
-    elif backend == "reference":
-        x = x.relu() if x_is_relu else x
-        y = linear_reference.hamilton_linear(x.flatten(1), weight.flatten(2), bias)
-        y = y.relu() if relu else y
     else:
-        masks = (x_is_relu, mask_gradient or dropout > 0)
-        y = linear_op.hamilton_linear(x.flatten(1), weight.flatten(2), bias, relu, *masks, how)
+        rows = x.reshape(math.prod(leading), features)
+        weight = weight.flatten(2) if flatten else weight
+        if backend == "reference":
+            y = linear_reference.hamilton_linear(rows.relu() if x_is_relu else rows, weight, bias)
+            y = y.relu() if relu else y
+        else:
+            masks = (x_is_relu, mask_gradient or dropout > 0)
+            y = linear_op.hamilton_linear(rows, weight, bias, relu, *masks, how)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return y.to(dtype).view(*leading, 4 * weight.shape[1])
 

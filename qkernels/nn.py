@@ -245,14 +245,15 @@ class QuaternionLinear(_QuaternionLayer):
         F._check_option("activation", activation, F.ACTIVATIONS)
         super().__init__((4, n, k), out_features, bias, init, generator, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.activation, self.dropout = activation, dropout
+        # None and not 0.0, which torch.compile would take for a number that may change.
+        self.activation, self.dropout = activation, dropout or None
 
     def forward(self, x: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training and self.dropout else 0.0
         return F.hamilton_linear(x, self.weight, self.bias, activation=self.activation, dropout=dropout)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}" + _settings(self, ", ", activation=None, dropout=0.0)
+        return f"{self.in_features}, {self.out_features}" + _settings(self, ", ", activation=None, dropout=None)
 
 
 class QuaternionBatchNorm2d(nn.Module):

@@ -106,8 +106,8 @@ class VGG16(nn.Module):
         first, _, first_dropout, second, _, second_dropout, head = self.classifier
         rates = [dropout.p if self.training else 0.0 for dropout in (first_dropout, second_dropout)]
         x = self._layers.run_hidden(first, self.pool(x), rates[0], Link(False, False, packed[-2]))
-        # The few logits are computed in float32 in any precision: casting for them would take longer.
-        x = self._layers.run_hidden(second, x, rates[1], Link(True, True, packed[-1]), torch.float32)
+        # The few logits are computed in the type of their weight in any precision: casting would take longer.
+        x = self._layers.run_hidden(second, x, rates[1], Link(True, True, packed[-1]), head.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return head(x), made
 
