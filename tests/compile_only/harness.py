@@ -23,9 +23,8 @@ from triton.runtime.jit import create_function_from_signature
 from qkernels.ops._launch import Launch
 
 # Shared memory that a block may use, which Triton does not check; the tiles of sm_80 serve sm_86, sm_89 and sm_120 too.
-SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
+SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100; above it Triton emits a bare trap
-MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTC")}
 PTX_MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 SASS_MMA = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 
@@ -162,7 +161,7 @@ def compile_launch(launch: Launch, arch: int, folder: Path, aligned: bool = True
     again = ("-v", folder / "kernel.ptx", "-o", folder / "again.cubin")
     notes = _run(get_ptxas(arch).path, f"-arch={wanted[1]}", *again)
     sass = Code.of_sass(dumped)
-    mma = sum(len(re.findall(rf"\b{name}\w*", dumped)) for name in MMA[arch])
+    mma = len(SASS_MMA.findall(dumped))
     virtual = Code.of_ptx(ptx)
     loops = tuple(_loop(lines) for lines in virtual.loops(PTX_MMA))
     return Usage(
