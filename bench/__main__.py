@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a result was wrong, a test failed or something got slower;
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -71,6 +72,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     sub = command("tests", "The tests of tests/gpu, one process a file.")
     sub.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended (%(default)s)")
 
+    sub = command("launches", "What a training step launches on a GPU, by part; counted without one.", out=False)
+    sub.add_argument("--json", action="store_true", help="for a program")
+
     sub = command(
         "report", "Results as charts and tables: those of bench/results in docs and README.md, or one's own.", out=False
     )
@@ -85,6 +89,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
         "fresh": _fresh,
         "share": _share,
         "tests": lambda options: gpu_tests.main(options.out, options.seconds),
+        "launches": _launches,
         "report": _report,
         "compare": _compare,
     }
@@ -219,6 +224,17 @@ def _share(options: argparse.Namespace) -> int:
 def _words(row: NamedTuple) -> str:
     """What is known of a row."""
     return ", ".join(f"{name} {value}" for name, value in row._asdict().items() if value not in (None, ""))
+
+
+def _launches(options: argparse.Namespace) -> int:
+    from bench import launches
+
+    if options.json:
+        print(json.dumps({"cases": [launches.plain(case) for case in launches.cases()]}, indent=1))
+    else:
+        for line in launches.report(launches.cases()):
+            print(line, flush=True)
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -81,7 +81,7 @@ class AntiTransfer(nn.Module):
             By name, what :meth:`forward` has to be given of a batch's samples; more than ``config.cache_mib`` stays in
             the host's memory. Other samples than those given have NaN.
         """
-        count = int(samples.max()) + 1
+        count = max(samples.tolist()) + 1
         tables: dict[str, Tensor] = {}
         for numbers in samples.split(batch):
             targets = {tap: self._target(features) for tap, features in self._features(inputs(numbers)).items()}
@@ -148,9 +148,14 @@ class AntiTransfer(nn.Module):
 
     def _tap(self, frozen: Frozen, weight: float) -> Tap:
         config = self.config
-        if weight and config.is_gram_cosine:
-            return lambda features: anti_transfer_tap(features, frozen, gram=config.gram, centred=config.centred)
-        return lambda features: (features, self.loss(features if weight else features.detach(), frozen))
+
+        def tap(features: Tensor) -> tuple[Tensor, Tensor]:
+            with record_function("loss"):
+                if weight and config.is_gram_cosine:
+                    return anti_transfer_tap(features, frozen, gram=config.gram, centred=config.centred)
+                return features, self.loss(features if weight else features.detach(), frozen)
+
+        return tap
 
 
 def _values(frozen: Frozen) -> Tensor:

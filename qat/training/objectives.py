@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from qat.anti_transfer import AntiTransfer
 from qat.config import NetworkConfig, RHEmoConfig
@@ -92,15 +93,16 @@ class ClassificationObjective(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, **remembered: Tensor) -> Losses:
         x = inputs if self.embedded else self.classifier.embed(inputs)
         logits, made = self.classifier.net(x, self.anti_transfer(x, remembered) if self.anti_transfer else None)
-        if self.multi_label:
-            total = F.binary_cross_entropy_with_logits(logits, targets)
-        else:
-            total = F.cross_entropy(logits, targets)
-        parts = {"cross_entropy": total.detach()}
-        if self.anti_transfer is not None:
-            loss, similarities = self.anti_transfer.total(made)
-            total = total + loss
-            parts |= {"anti_transfer": loss.detach(), **similarities}
+        with record_function("loss"):
+            if self.multi_label:
+                total = F.binary_cross_entropy_with_logits(logits, targets)
+            else:
+                total = F.cross_entropy(logits, targets)
+            parts = {"cross_entropy": total.detach()}
+            if self.anti_transfer is not None:
+                loss, similarities = self.anti_transfer.total(made)
+                total = total + loss
+                parts |= {"anti_transfer": loss.detach(), **similarities}
         return Losses(total, parts, logits.detach())
 
 

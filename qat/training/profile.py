@@ -19,7 +19,7 @@ from qat.training.steps import WARM, Steps
 
 log = logging.getLogger(__name__)
 
-PHASES = ("gather", "forward", "twin", "backward", "optimiser")
+PHASES = ("gather", "forward", "twin", "loss", "backward", "optimiser")
 COUNT = 5
 """Steps of each kind that are looked at."""
 LINES = 24
@@ -28,10 +28,10 @@ LINES = 24
 class Profile:
     """Looks at some of the first training steps; the training is the same as without.
 
-    ``profile.txt`` has the phases of a step (``twin`` is a part of ``forward``), then its operators or kernels by the
-    time that they take. Phases are known of steps that run one operator after another; on a GPU, where steps are
-    captured as CUDA graphs, as many of those are looked at as well. ``trace.json`` and ``trace-captured.json`` open in
-    chrome://tracing or ui.perfetto.dev.
+    ``profile.txt`` has the phases of a step (``twin`` and ``loss`` are parts of ``forward``), then its operators or
+    kernels by the time that they take. Phases are known of steps that run one operator after another; on a GPU, where
+    steps are captured as CUDA graphs, as many of those are looked at as well. ``trace.json`` and
+    ``trace-captured.json`` open in chrome://tracing or ui.perfetto.dev.
 
     Args:
         steps: of the training.

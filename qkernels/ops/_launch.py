@@ -54,6 +54,11 @@ def record(arch: int) -> Iterator[Recording]:
         _recording.reset(token)
 
 
+def recorded() -> bool:
+    """Whether kernels are noted and not launched, so that tensors may be anywhere."""
+    return _recording.get() is not None
+
+
 def run(
     kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int = 4, stages: int = 1, registers: int = 0
 ) -> None:

@@ -149,7 +149,7 @@ def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
     if x.is_cuda:
         arch = _launch.arch_of_device(x.device)
         return None if arch >= 80 else f"the kernels need compute capability 8.0, and {x.device} has {arch / 10}"
-    if x.device.type == "cpu" and _launch.INTERPRETED:
+    if _launch.recorded() or (x.device.type == "cpu" and _launch.INTERPRETED):
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
 

@@ -1,37 +1,67 @@
 """Compiles recorded launches for GPUs that are not there, and reads what the machine code uses.
 
-Triton's own wheel brings ptxas and cuobjdump. A launch is specialised as Triton's launcher would do it: an integer of
-1 is a constant, integers and addresses divisible by 16 are known to be, but for those that a kernel excepts.
+Triton's own wheel brings ptxas and cuobjdump. A launch is specialised by Triton's own launcher, which
+looks at nothing of a tensor but its type and address.
 """
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from machine_code import Code
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from qkernels.ops._launch import Launch
 
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that a block may use, which Triton does not check; the tiles of sm_80 serve sm_86, sm_89 and sm_120 too.
-SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
+SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100; above it Triton emits a bare trap
-MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTC")}
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-}
+PTX_MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+SASS_MMA = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One iteration of a loop of products, read from the PTX: ptxas may unroll it.
+
+    Args:
+        mma: tensor-core instructions.
+        waits: of each wait for the tensor core (`wgmma.wait_group`) how many products may still run.
+        fences: `fence.proxy` and `membar`; the only use of one is to let the tensor core see what copies wrote.
+        copies: bytes of each asynchronous copy of a thread.
+        loads: plain loads from global memory.
+        stores: stores to shared memory, of an operand that was in registers.
+        stages: iterations for which there is shared memory, 1 where nothing is copied ahead.
+    """
+
+    mma: int
+    waits: tuple[int, ...]
+    fences: int
+    copies: tuple[int, ...]
+    loads: int
+    stores: int
+    stages: int
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs of its GPU."""
+    """What one compiled kernel needs of its GPU.
+
+    Args:
+        waits: for the tensor core, in the whole kernel.
+        instructions: of the whole kernel.
+        step_instructions: of an iteration of the largest loop of products; without one, of a product.
+        loops: the innermost ones that hold products.
+    """
 
     registers: int
     stack: int
@@ -42,9 +72,20 @@ class Usage:
     wgmma: int
     trap: bool
     notes: tuple[str, ...]
+    waits: int
+    instructions: int
+    step_instructions: int
+    loops: tuple[Loop, ...]
 
-    def problems(self, arch: int, tensor_cores: bool) -> list[str]:
-        """Why the kernel must not ship."""
+    def problems(self, arch: int, tensor_cores: bool, stages: int = 0, copy_bytes: int = 16) -> list[str]:
+        """Why the kernel must not ship.
+
+        Args:
+            tensor_cores: it must use them.
+            stages: its loops must copy operands so many iterations ahead, and run products without waiting; 0 asks for
+                nothing of this.
+            copy_bytes: the narrowest copy that is allowed.
+        """
         found = []
         if self.stack or self.spills:
             found.append(f"spills: {self.stack} bytes of stack, {self.spills} local loads and stores")
@@ -56,49 +97,114 @@ class Usage:
             found.append("no tensor-core instruction")
         if self.notes:
             found.append(f"ptxas notes {', '.join(self.notes)}")
+        if stages:
+            found += self.serialised(arch, stages, copy_bytes)
         return found
 
+    def serialised(self, arch: int, stages: int, copy_bytes: int = 16) -> Iterator[str]:
+        """What the loops of products wait for."""
+        if arch == 90 and self.waits > 2:
+            yield f"waits {self.waits} times for the tensor core"
+        for loop in self.loops:
+            if arch == 90 and (len(loop.waits) > 1 or 0 in loop.waits):
+                yield f"an iteration waits for the tensor core, until so many products are left: {loop.waits}"
+            if loop.fences > 1:
+                yield f"{loop.fences} fences an iteration"
+            if loop.stores or loop.loads:
+                yield f"{loop.loads} plain loads and {loop.stores} stores to shared memory an iteration"
+            if narrow := [size for size in loop.copies if size < copy_bytes]:
+                yield f"{len(narrow)} of {len(loop.copies)} copies an iteration have {min(narrow)} bytes"
+            if loop.stages != stages:
+                yield f"a pipeline of {loop.stages} stages instead of {stages}"
 
-def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
-    """Compiles for sm_`arch`; `folder` takes the intermediate files."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (parameter, name) in enumerate(zip(launch.kernel.params, launch.kernel.arg_names, strict=True)):
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float) and not parameter.is_constexpr:
-            signature[name] = "fp32"
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    cubin, ptx = folder / "kernel.cubin", folder / "kernel.ptx"
-    cubin.write_bytes(compiled.asm["cubin"])
-    ptx.write_text(compiled.asm["ptx"])
-    usage, sass = _run("cuobjdump", "--dump-resource-usage", cubin), _run("cuobjdump", "-sass", cubin)
-    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
-    assert target
-    ptxas = "ptxas-blackwell" if arch >= 100 and (BIN / "ptxas-blackwell").exists() else "ptxas"
-    notes = _run(ptxas, f"-arch={target[1]}", "-v", ptx, "-o", folder / "again.cubin")
-    mma = sum(len(re.findall(rf"\b{name}\w*", sass)) for name in MMA[arch])
+
+class _Address:
+    """What Triton's launcher looks at in a tensor."""
+
+    def __init__(self, x: torch.Tensor, aligned: bool) -> None:
+        self.dtype = x.dtype
+        self._at = x.element_size() * (x.storage_offset() if aligned else 1)
+
+    def data_ptr(self) -> int:
+        return self._at
+
+
+def _addressed(value: Any, aligned: bool) -> Any:
+    """With addresses for the tensors of an argument, which may be a (named) tuple of tuples."""
+    if isinstance(value, torch.Tensor):
+        return _Address(value, aligned)
+    if isinstance(value, tuple):
+        inner = [_addressed(part, aligned) for part in value]
+        return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
+    return value
+
+
+def compile_launch(launch: Launch, arch: int, folder: Path, aligned: bool = True) -> Usage:
+    """Compiles for sm_`arch`; `folder` takes the intermediate files.
+
+    Args:
+        aligned: memory begins at multiples of 16 bytes, and views of it where they do; otherwise no tensor does.
+    """
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    given = {name: _addressed(value, aligned) for name, value in launch.arguments.items()} | launch.options
+    bound, specialised, options = bind(**given)
+    _, *source = launch.kernel._pack_args(backend, given, bound, specialised, options)
+    compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=launch.options)
+    ptx = compiled.asm["ptx"]
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    (folder / "kernel.ptx").write_text(ptx)
+    dumped = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", folder / "kernel.cubin")
+    wanted = re.search(r"\.target (\w+)", ptx)
+    assert wanted
+    again = ("-v", folder / "kernel.ptx", "-o", folder / "again.cubin")
+    notes = _run(get_ptxas(arch).path, f"-arch={wanted[1]}", *again)
+    sass = Code.of_sass(dumped)
+    mma = len(SASS_MMA.findall(dumped))
+    virtual = Code.of_ptx(ptx)
+    loops = tuple(_loop(lines) for lines in virtual.loops(PTX_MMA))
     return Usage(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        registers=int(re.search(r"REG:(\d+)", dumped)[1]),
+        stack=int(re.search(r"STACK:(\d+)", dumped)[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", dumped)),
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         mma=mma,
-        wgmma=len(re.findall(r"\b(?:HGMMA|UTC\w*MMA)", sass)),
-        trap="BPT.TRAP" in sass and not mma,
+        wgmma=len(re.findall(r"\b(?:HGMMA|UTC\w*MMA)", dumped)),
+        trap="BPT.TRAP" in dumped and not mma,
         notes=tuple(sorted(set(re.findall(r"C75\d\d", notes)))),
+        waits=ptx.count("wgmma.wait_group"),
+        instructions=sum(1 for line in sass.lines if line != "NOP"),
+        step_instructions=_step_instructions(sass, max((loop.mma for loop in loops), default=1)),
+        loops=loops,
     )
 
 
-def _run(tool: str, *arguments: object) -> str:
-    done = subprocess.run([BIN / tool, *map(str, arguments)], capture_output=True, text=True, check=True)
+def _loop(lines: list[str]) -> Loop:
+    text = "\n".join(lines)
+    groups, left = text.count("cp.async.commit_group"), re.findall(r"cp\.async\.wait_group\s+(\d+)", text)
+    # A wait leaves so many groups on their way; one iteration's have arrived, and another's are asked for behind it.
+    ahead = min(map(int, left)) // groups + 2 if groups and left else 1
+    return Loop(
+        mma=len(PTX_MMA.findall(text)),
+        waits=tuple(int(n) for n in re.findall(r"wgmma\.wait_group\S*\s+(\d+)", text)),
+        fences=len(re.findall(r"\bfence\.proxy|\bmembar", text)),
+        copies=tuple(int(n, 0) for n in re.findall(r"\bcp\.async\.c[ag]\.[^;]*\],\s*(\w+)", text)),
+        loads=len(re.findall(r"\bld\.global", text)),
+        stores=len(re.findall(r"\b(?:st\.shared|stmatrix)", text)),
+        stages=ahead,
+    )
+
+
+def _step_instructions(sass: Code, mma: int) -> int:
+    """In machine code, of as many products as an iteration has, however often ptxas unrolled the loop."""
+    loops = [*sass.loops(SASS_MMA), sass.lines] if SASS_MMA.search("\n".join(sass.lines)) else []
+    counted = [(sum(1 for line in loop if SASS_MMA.search(line)), len(loop)) for loop in loops]
+    products, size = max(counted[:-1] or counted, default=(1, 0))
+    return round(size * mma / products)
+
+
+def _run(tool: object, *arguments: object) -> str:
+    done = subprocess.run([str(tool), *map(str, arguments)], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
