@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import fresh, gpu_tests, sharing
+from bench import fresh, gpu_tests, session, sharing
 from bench import run as runs
-from bench.results import Row, provenance, read, write
+from bench.results import Row, git_commit, provenance, read, write
 from bench.suites import HEADLINE, SUITES, chosen
 from bench.targets import Target, targets
 from bench.timing import GpuClock, clock_of
@@ -71,6 +71,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     sub = command("tests", "The tests of tests/gpu, one process a file.")
     sub.add_argument("--seconds", type=float, default=240, help="after which what still runs is ended (%(default)s)")
 
+    sub = command("session", "All of it on a GPU, the most valuable first: what `make gpu` does.")
+    sub.add_argument("--seconds", type=float, default=525, help="after which all is ended (%(default)s)")
+    sub.add_argument("--commit", help="what is measured, where git cannot tell")
+
     sub = command(
         "report", "Results as charts and tables: those of bench/results in docs and README.md, or one's own.", out=False
     )
@@ -84,7 +88,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
         "run": _run,
         "fresh": _fresh,
         "share": _share,
-        "tests": lambda options: gpu_tests.main(options.out, options.seconds),
+        "tests": _tests,
+        "session": _session,
         "report": _report,
         "compare": _compare,
     }
@@ -214,6 +219,22 @@ def _share(options: argparse.Namespace) -> int:
         write(options.out / "targets.csv", judged, steps.provenance)
         _print_targets(judged)
     return int(any(row.status == "failed" for row in rows))
+
+
+def _tests(options: argparse.Namespace) -> int:
+    with sharing.terminating():
+        return gpu_tests.main(options.out, options.seconds)
+
+
+def _session(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("needs a CUDA device, and there is none")
+    out = options.out.resolve()
+    # Once for all: results that git knows of make the tree another one as they are written.
+    asked = session.parts(out, options.commit or git_commit())
+    with sharing.terminating():
+        verdicts = session.run(asked, options.seconds, out)
+    return int(any(verdict != "ok" for verdict in verdicts.values()))
 
 
 def _words(row: NamedTuple) -> str:
