@@ -183,7 +183,7 @@ def _run(command: Sequence[str], seconds: float, say: Callable[[str], None], kep
 def _copy(lines: Iterable[str], say: Callable[[str], None], kept: IO[str] | None) -> None:
     with contextlib.suppress(ValueError):  # of files that are closed, by when the part is over
         for line in lines:
-            say(line)
+            say(line if line.endswith("\n") else f"{line}\n")
             if kept:
                 kept.write(line)
                 kept.flush()

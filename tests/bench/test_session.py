@@ -60,7 +60,7 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capfd)
     out = tmp_path / "new" / "out"
     parts = [
         Part("prints", 1, python("print('first'); print('second')"), file="kept.txt"),
-        Part("fails", 1, python("import sys; print('told before'); sys.exit('and why')")),
+        Part("fails", 1, python("import sys; print('told before', end=''); sys.exit(1)")),
         Part("hangs", 0.2, python(HANGS)),
         Part("is no program", 1, python("import nowhere")),
         Part("comes last", 1, python("open('/dev/stdout', 'wb').write(bytes([255, 10]))")),
@@ -79,7 +79,7 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capfd)
     log = (out / "log.txt").read_text()
     assert capfd.readouterr().out == log
     assert "first\nsecond\n" in log
-    assert "told before\nand why\n" in log
+    assert "told before\n== fails: exit code 1 after " in log
     assert "No module named 'nowhere'" in log
     assert "hangs        out of time\n" in log
     for pid in log.split("pids ")[1].splitlines()[0].split():
