@@ -21,22 +21,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench share
 	$(BIN)/python -m bench report runs/bench
 
-# On a machine with a GPU, with the packages of $(PYTHON); installs nothing, is given under 9 minutes, goes on after a failure.
-gpu: export PYTHONPATH := $(CURDIR)
-gpu: SHELL := bash -o pipefail
-gpu: MEASURE = $(PYTHON) -m bench
-gpu: NAME = --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
-gpu: export PYTHONUNBUFFERED := 1
+# On a machine with a GPU, with the packages of $(PYTHON): installs nothing, is given under 9 minutes.
 gpu:
-	mkdir -p $(OUT); end=$$(( $$(date +%s) + 525 )); ( status=0; left() { echo $$(( end - $$(date +%s) - $$1 )); }; \
-	$(PYTHON) -m qkernels.runtime > $(OUT)/environment.txt || status=1; \
-	$(MEASURE) tests --out $(OUT) --seconds 220 || status=1; \
-	timeout -k 5 $$(left 165) $(MEASURE) run $(NAME) --budget $$(left 195) || status=1; \
-	timeout -k 5 $$(left 105) $(MEASURE) fresh $(NAME) --budget $$(left 115) || status=1; \
-	timeout -k 5 $$(left 40) $(MEASURE) share $(NAME) --budget $$(left 50) || status=1; \
-	timeout -k 5 $$(left 5) $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider bench -q -k "step or atl" \
-	--benchmark-json=$(OUT)/benchmark.json || status=1; \
-	rm -f $(OUT)/.*.part; exit $$status ) 2>&1 | tee $(OUT)/log.txt
+	$(PYTHON) -m bench session --seconds 525 --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import fresh, gpu_tests, sharing
+from bench import fresh, gpu_tests, session, sharing
 from bench import run as runs
-from bench.results import Row, provenance, read, write
+from bench.results import Row, git_commit, provenance, read, write
 from bench.suites import HEADLINE, SUITES, chosen
 from bench.targets import Target, targets
 from bench.timing import GpuClock, clock_of
@@ -75,6 +75,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     sub = command("launches", "What a training step launches on a GPU, by part; counted without one.", out=False)
     sub.add_argument("--json", action="store_true", help="for a program")
 
+    sub = command("session", "All of it on a GPU, the most valuable first: what `make gpu` does.")
+    sub.add_argument("--seconds", type=float, default=525, help="after which all is ended (%(default)s)")
+    sub.add_argument("--commit", help="what is measured, where git cannot tell")
+
     sub = command(
         "report", "Results as charts and tables: those of bench/results in docs and README.md, or one's own.", out=False
     )
@@ -88,8 +92,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
         "run": _run,
         "fresh": _fresh,
         "share": _share,
-        "tests": lambda options: gpu_tests.main(options.out, options.seconds),
+        "tests": _tests,
         "launches": _launches,
+        "session": _session,
         "report": _report,
         "compare": _compare,
     }
@@ -219,6 +224,22 @@ def _share(options: argparse.Namespace) -> int:
         write(options.out / "targets.csv", judged, steps.provenance)
         _print_targets(judged)
     return int(any(row.status == "failed" for row in rows))
+
+
+def _tests(options: argparse.Namespace) -> int:
+    with sharing.terminating():
+        return gpu_tests.main(options.out, options.seconds)
+
+
+def _session(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("needs a CUDA device, and there is none")
+    out = options.out.resolve()
+    # Once for all: results that git knows of make the tree another one as they are written.
+    asked = session.parts(out, options.commit or git_commit())
+    with sharing.terminating():
+        verdicts = session.run(asked, options.seconds, out)
+    return int(any(verdict != "ok" for verdict in verdicts.values()))
 
 
 def _words(row: NamedTuple) -> str:

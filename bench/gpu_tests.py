@@ -7,6 +7,8 @@ tests.log and tests.csv, the verdict of each file.
 import contextlib
 import csv
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,7 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+            stack.callback(_end, process)
             started.append((file, process, log))
         whole = stack.enter_context((out / "tests.log").open("w"))
         for file, process, log in started:
@@ -50,16 +53,22 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
                 code = process.wait(max(0.0, deadline - time.monotonic()))
                 verdicts[file.stem] = "FAILED" if code else ""
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, 9)
-                process.wait()
+                _end(process)
                 verdicts[file.stem] = "out of time"
             log.seek(0)
             text = log.read()
-            verdicts[file.stem] = verdicts[file.stem] or ("passed" if " passed" in text else "skipped")
+            # Of the last line alone, pytest's summary: why a test is skipped may have any words.
+            passed = re.search(r"\b\d+ passed\b", text.rstrip().rpartition("\n")[2])
+            verdicts[file.stem] = verdicts[file.stem] or ("passed" if passed else "skipped")
             whole.write(f"{file.name}: {verdicts[file.stem]}\n{text}\n")
             print(f"{file.name}: {verdicts[file.stem]}", *text.splitlines()[-12:], sep="\n", flush=True)
     return verdicts
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(out: Path, seconds: float) -> int:

@@ -89,7 +89,7 @@ def provenance(commit: str | None = None) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu: {cpu_name()}",
         "threads": str(torch.get_num_threads()),
-        "commit": commit or _git_commit(),
+        "commit": commit or git_commit(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if runtime.HAS_TRITON else "not installed",
         "cuda": torch.version.cuda or "none",
@@ -143,7 +143,8 @@ def _row(line: dict[str, str], where: str) -> Row:
     return Row(**values)
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """What is checked out, "unknown" outside of a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

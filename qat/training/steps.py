@@ -25,6 +25,9 @@ from qkernels.ops._launch import switched
 WARM = 3
 """Steps of a kind before it is captured, in which kernels are compiled, and libraries and Adam take their memory."""
 
+WAITED = "called a synchronizing CUDA operation"
+"""How PyTorch's warning of it begins (`warn_or_error_on_sync` in its c10/cuda/CUDAFunctions.cpp)."""
+
 log = logging.getLogger(__name__)
 
 Loaded = Mapping[str, Tensor]
@@ -218,19 +221,25 @@ def waits() -> Iterator[list[str]]:
     PyTorch before 2.12 does not recover from a failed capture (its pull requests 176752 and 180395).
     """
     found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+    _sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             yield found
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        _sync_debug_mode("default")
     for warning in caught:
-        text = str(warning.message)
-        if "synchronizing" in text:
-            found.append(text.partition("(")[0].strip())
+        if str(warning.message).startswith(WAITED):
+            found.append(WAITED)
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _sync_debug_mode(mode: str) -> None:
+    """PyTorch's, without its notice that the mode "does not yet detect all synchronizing operations"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def captured(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> tuple[Callable[[], None], Any]:

@@ -121,16 +121,46 @@ def precision_of(dtype: torch.dtype, kind: str) -> str:
     """
     if dtype != torch.float32:
         return "half"
-    switches = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return "tf32" if switches.fp32_precision == "tf32" else "ieee"
+    switch = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
 @contextlib.contextmanager
 def switched(precision: str) -> Iterator[None]:
-    """PyTorch's two TF32 switches on for "tf32", off for any other precision."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    """PyTorch's two TF32 switches on for "tf32", off for any other precision; then everything is as it was.
+
+    Only `fp32_precision` is read and written: `allow_tf32` raises once somebody has set the other. A switch without a
+    value of its own takes CUDA's, which takes that of `torch.backends`, and reading it tells what holds, not whose it
+    is. So CUDA's is set first: a switch that does not follow has a value of its own, and that is what it reads as.
+    """
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    cuda: Any = torch.backends.cudnn  # where the value for all of CUDA is, cuBLAS included
+    switches = cuda.conv, torch.backends.cuda.matmul
+    before: list[tuple[Any, str]] = []
+
+    def wrong(switch: Any) -> bool:
+        return (switch.fp32_precision == "tf32") != (wanted == "tf32")
+
     try:
+        if any(map(wrong, switches)):
+            before.append((cuda, _own_of_cuda()))
+            cuda.fp32_precision = wanted
+        for switch in filter(wrong, switches):
+            before.append((switch, switch.fp32_precision))
+            switch.fp32_precision = wanted
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        for switch, value in reversed(before):
+            switch.fp32_precision = value
+
+
+def _own_of_cuda() -> str:
+    """The value that was set for all of CUDA, "none" where it takes that of `torch.backends`."""
+    every: Any = torch.backends
+    holds, above = every.cudnn.fp32_precision, every.fp32_precision
+    if holds == "none" or holds != above:
+        return str(holds)
+    every.fp32_precision = "ieee" if above == "tf32" else "tf32"  # who follows has none of its own
+    own = holds if every.cudnn.fp32_precision == holds else "none"
+    every.fp32_precision = above
+    return str(own)

@@ -22,6 +22,7 @@ from bench.suites import SUITES
 from bench.targets import Target
 from bench.timing import CpuClock, Timing
 from qkernels import runtime
+from qkernels.ops import _launch
 
 CPU = torch.device("cpu")
 TINY = layers.layer_case(Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
@@ -210,17 +211,19 @@ def test_the_kernels_of_a_whole_step_are_planned(planned, capsys):
 
 
 def test_the_precision_switches_are_set_and_restored():
-    seen = []
+    def precisions():
+        return [_launch.precision_of(torch.float32, kind) for kind in ("conv", "matmul")]
+
+    seen, before = [], precisions()
 
     def build(case, sets):
-        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        seen.append(precisions())
         return RIGHT.build(case, sets)
 
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     for precision in ("tf32", "float32"):
         run.measure(replace(TINY, precision=precision), [RIGHT._replace(build=build)], CPU)
-    assert seen == [(True, True), (False, False)]
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    assert seen == [["tf32"] * 2, ["ieee"] * 2]
+    assert precisions() == before
 
 
 def test_smoke_judges_every_suite_and_claims_no_time(tmp_path):

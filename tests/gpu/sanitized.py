@@ -27,7 +27,7 @@ def run(problem, operands, form):
 
 
 def main():
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     for problem, form, precision in RUNS:
         operands = problem.operands(problems.PRECISIONS[precision], "gaussian", problems.SEED, torch.device("cpu"))
         run(problem, problems.Operands(*(tensor.cuda() for tensor in operands)), form)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from qat.config import NetworkConfig
 from qat.models import VGG16
 from qkernels import runtime
+from qkernels.ops import _launch
 
 BATCH, CLASSES, STEPS = 20, 4, 50
 
@@ -30,11 +31,12 @@ def losses(device, dtype):
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
 def test_kernels_train_as_pytorch_does(dtype, allowed, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    kernels = torch.tensor(list(losses(device, dtype)))
-    # The einsum definition would take minutes; PyTorch's own convolution with the expanded weight is tested against it.
-    monkeypatch.setattr(runtime, "backend_of", lambda *_: "torch")
-    pytorch = torch.tensor(list(losses(device, dtype)))
+    with _launch.switched("float32"):
+        kernels = torch.tensor(list(losses(device, dtype)))
+        # The einsum definition would take minutes; PyTorch's own convolution with the expanded weight is tested
+        # against it.
+        monkeypatch.setattr(runtime, "backend_of", lambda *_: "torch")
+        pytorch = torch.tensor(list(losses(device, dtype)))
     assert pytorch[-1] < 0.9 * pytorch[0]
     assert ((kernels - pytorch).abs() <= allowed * pytorch).all(), list(
         zip(kernels.tolist(), pytorch.tolist(), strict=True)

@@ -14,7 +14,7 @@ from bench.warm import compile_all
 from qkernels.ops import _launch
 
 TOOL = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-UNSUPPORTED = ("Device not supported", "is not supported on this device", "Unable to find injection library")
+NOTHING = "import torch; torch.zeros(1, device='cuda').add_(1).cpu(); print('ran')"
 FOUND = 99  # exit code of a run with findings
 HERE = Path(__file__).parent
 
@@ -30,23 +30,27 @@ def compiled(arch):
     compile_all(recording.launches)
 
 
-@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
-@pytest.mark.usefixtures("compiled")
-def test_sanitizer_finds_nothing(check):
+def sanitized_run(check, *program):
     # Without PyTorch's cache each tensor has its own allocation, so that a step beyond it shows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), environment.get("PYTHONPATH", "")])
-    program = [sys.executable, str(HERE / "sanitized.py")]
-    result = subprocess.run(
-        [TOOL, "--tool", check, "--error-exitcode", str(FOUND), *program],
+    return subprocess.run(
+        [TOOL, "--tool", check, "--error-exitcode", str(FOUND), sys.executable, *program],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=120,
     )
-    output = result.stdout + result.stderr
-    for message in UNSUPPORTED:
-        if message in output:
-            pytest.skip(f"compute-sanitizer does not run here: {message}")
-    assert result.returncode == 0, output[-5000:]
-    assert "all kernels ran" in output
+
+
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+@pytest.mark.usefixtures("compiled")
+def test_sanitizer_finds_nothing(check):
+    # Drivers, containers and versions of the tool have many ways to say that it cannot work: it is tried without ours.
+    trial = sanitized_run(check, "-c", NOTHING)
+    if trial.returncode or "ran" not in trial.stdout.splitlines():
+        pytest.skip(f"compute-sanitizer does not run here: {trial.stdout[-500:]}")
+    result = sanitized_run(check, str(HERE / "sanitized.py"))
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "all kernels ran" in result.stdout

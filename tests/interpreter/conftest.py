@@ -23,10 +23,13 @@ def pytest_collection_modifyitems(items):
 def switches():
     """float32 is float32, whatever PyTorch's defaults; the switches as they were afterwards."""
     torch.manual_seed(0)
-    saved = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    saved = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = saved
+    for switch, precision in zip(switches, saved, strict=True):
+        switch.fp32_precision = precision
 
 
 @pytest.fixture(autouse=True)

@@ -563,7 +563,7 @@ def test_settings_of_the_backend(memory):
     assert qkernels.form_of(hamilton_conv2d, x, weight) == "dense"
     assert qkernels.form_of(hamilton_conv2d, torch.ones(1, 512, 3, 3), torch.ones(4, 128, 128, 3, 3)) == "q8"
     assert qkernels.form_of(hamilton_conv2d, torch.ones(1, 512, 3, 3).half(), torch.ones(4, 128, 128, 3, 3)) == "q16"
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert qkernels.form_of(hamilton_conv2d, torch.ones(1, 512, 3, 3), torch.ones(4, 128, 128, 3, 3)) == "q16"
     assert qkernels.form_of(hamilton_linear, torch.ones(1, 512), torch.ones(4, 128, 128)) == "q8"
     with qkernels.set_form("q16"):

@@ -133,10 +133,8 @@ def operands_of_products(monkeypatch):
 
 
 def allow(kind, allowed):
-    if kind == "conv":
-        torch.backends.cudnn.allow_tf32 = allowed
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    switch = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
+    switch.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def results(kind, form):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qkernels import tune
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
 
 
@@ -54,13 +53,6 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
     refused = tune.search(*arguments)
     assert all(row["problem"][0] == "gather" for row in refused["plans"])
     assert sum("refused" in line for line in lines) == len(tune.OPTIONS["ieee"])
-
-
-def test_switches_are_as_they_were():
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    with _launch.switched("tf32"):
-        assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "tf32"
-    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

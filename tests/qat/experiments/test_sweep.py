@@ -121,32 +121,26 @@ def test_names_are_short_and_unique_and_reports_find_the_seed(tmp_path, vary, na
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message"),  # of what others have to say, jsonargparse and a YAML parser, no words
     [
-        ("[1, 2]", "Unexpected config"),
-        ("base: [", "Problems parsing config"),
-        ("base: 3", "\"base\": Expected a <class 'dict'>. Got value: 3"),
-        ("vary: 3", "\"vary\": Expected a <class 'dict'>. Got value: 3"),
+        ("[1, 2]", ""),
+        ("base: [", ""),
+        ("base: 3", "base"),
+        ("vary: 3", "vary"),
         ("bases: {task: emotion}", "'bases.task' is not accepted"),
         ("base: {training: {sed: 1}}", "base: training.sed: 1 must be of a setting that `qat train` has"),
-        (
-            "base: {training: {lr: wide}}",
-            "base: Parser key \"training.lr\": Expected a <class 'float'>. Got value: wide",
-        ),
+        ("base: {training: {lr: wide}}", "training.lr"),
         ("base: {training: 3}", "base: training: 3 must be of one setting; this is a group of them"),
         ("base: {training: {lr: null}}", "base: training.lr: null must be a value"),
         ("base: {training: {lr: -1}}", "base: training.lr: -1.0 must be above 0"),
-        ("vary: {training.seed: 1}", "Expected a <class 'list'>. Got value: 1"),
+        ("vary: {training.seed: 1}", "vary"),
         ("vary: {training.seed: []}", "vary: training.seed: [] must be a list of one or more values, each once"),
         ("vary: {training.seed: [1, 2, 1]}", "[1, 2, 1] must be a list of one or more values, each once"),
         ("vary: {training.lr: [0.1, 1e-1]}", "must be a list of one or more values, each once"),
         ("vary: {training.sed: [1]}", "vary: training.sed 1: training.sed: 1 must be of a setting that"),
         ("vary: {1: [2]}", "1: 2 must be of a setting that"),
         ("vary: {training: [{seed: 1}]}", "training: {'seed': 1} must be of one setting; this is a group of them"),
-        (
-            "vary: {training.seed: [1, two]}",
-            "training.seed 'two': Parser key \"training.seed\": Expected a <class 'int'>",
-        ),
+        ("vary: {training.seed: [1, two]}", "training.seed 'two': "),
         ("vary: {task: [emotion, sing]}", "task 'sing': "),
         ("vary: {training.lr: [1, null]}", "training.lr: null must be a value"),
         ("vary: {training.batch: [1, 0]}", "training.batch 0: training.batch: 0 must be at least 1"),
