@@ -1,6 +1,6 @@
 """Compiles recorded launches for GPUs that are not there, and reads what the machine code uses.
 
-Triton's own wheel brings ptxas and cuobjdump. A launch is specialised as Triton's launcher would do it: an integer of
+Triton says where its ptxas and cuobjdump are. A launch is specialised as Triton's launcher would do it: an integer of
 1 is a constant, integers and addresses divisible by 16 are known to be, but for those that a kernel excepts.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from qkernels.ops._launch import Launch
 
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that a block may use, which Triton does not check; the tiles of sm_80 serve sm_86, sm_89 and sm_120 too.
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100; above it Triton emits a bare trap
@@ -80,11 +80,11 @@ def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
     cubin, ptx = folder / "kernel.cubin", folder / "kernel.ptx"
     cubin.write_bytes(compiled.asm["cubin"])
     ptx.write_text(compiled.asm["ptx"])
-    usage, sass = _run("cuobjdump", "--dump-resource-usage", cubin), _run("cuobjdump", "-sass", cubin)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    usage, sass = _run(cuobjdump, "--dump-resource-usage", cubin), _run(cuobjdump, "-sass", cubin)
     target = re.search(r"\.target (\w+)", compiled.asm["ptx"])
     assert target
-    ptxas = "ptxas-blackwell" if arch >= 100 and (BIN / "ptxas-blackwell").exists() else "ptxas"
-    notes = _run(ptxas, f"-arch={target[1]}", "-v", ptx, "-o", folder / "again.cubin")
+    notes = _run(get_ptxas(arch).path, f"-arch={target[1]}", "-v", ptx, "-o", folder / "again.cubin")
     mma = sum(len(re.findall(rf"\b{name}\w*", sass)) for name in MMA[arch])
     return Usage(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -100,5 +100,5 @@ def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
 
 
 def _run(tool: str, *arguments: object) -> str:
-    done = subprocess.run([BIN / tool, *map(str, arguments)], capture_output=True, text=True, check=True)
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
