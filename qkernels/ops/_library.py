@@ -43,9 +43,17 @@ def define(
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast casts to on this type of device; None where it is off or unknown."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo cannot trace the question before torch 2.12; the answer is the same for ever. As in _launch.py.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:

@@ -42,10 +42,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-# threading.local and not a ContextVar: torch.compile traces and guards the former only.
+_DEFAULT_BACKEND = _one_of("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
+
+
+# threading.local and not a ContextVar: torch.compile traces and guards the former only. And no defaults in the class:
+# code that torch 2.11 compiles would see these for ever.
 class _Settings(threading.local):
-    backend = _one_of("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
-    form = "auto"
+    def __init__(self) -> None:
+        self.backend, self.form = _DEFAULT_BACKEND, "auto"
 
 
 _settings = _Settings()
