@@ -1,11 +1,15 @@
 """Registers an operator with PyTorch: implementation, shapes, derivative."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qkernels.ops._launch import KernelUnavailable
 
 
 def define(
@@ -39,6 +43,29 @@ def define(
         return operator
 
     return decorate
+
+
+@contextlib.contextmanager
+def or_plain(backend: str) -> Iterator[None]:
+    """Around `return` of what kernels compute: where one cannot be built, goes on behind the block, with one warning.
+
+    Args:
+        backend: the operator's: "auto", or "triton" for nothing else.
+
+    Raises:
+        ValueError: a kernel cannot be built, and the backend is "triton".
+    """
+    try:
+        yield
+    except KernelUnavailable as error:
+        if backend != "auto":
+            raise ValueError(f"backend 'triton' was asked for, but {error}: use 'auto' or 'reference'") from error
+        if str(error) not in _warned:
+            _warned.add(str(error))
+            warnings.warn(f"{error}; plain PyTorch computes in its place, more slowly", RuntimeWarning, stacklevel=3)
+
+
+_warned: set[str] = set()
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

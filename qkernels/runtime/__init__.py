@@ -74,8 +74,9 @@ def set_backend(backend: str) -> _Restore:
     """Chooses what computes the operators, from now on or for a `with` block; for the current thread.
 
     Args:
-        backend: "auto" takes the fastest that the tensors allow, "reference" the einsum definition, "triton"
-            the kernels, with an error where there is none.
+        backend: "auto" takes the fastest that the tensors allow, and plain PyTorch, with one warning, in place of a
+            kernel that cannot be built; "reference" the einsum definition; "triton" the kernels, with an error where
+            there is none.
 
     Returns:
         A context manager that restores the previous backend.
@@ -138,6 +139,13 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
         return "triton"
     # The interpreter is for tests: nobody is sent there unasked.
     return "torch" if obstacle or not args[0].is_cuda else "triton"
+
+
+def operator_backend(backend: str) -> str:
+    """What operators take for what `backend_of` says: "torch", "triton", or "auto" for Triton's kernels, and plain
+    PyTorch in place of those that cannot be built.
+    """
+    return "auto" if backend == "triton" and _settings.backend == "auto" else backend
 
 
 def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
