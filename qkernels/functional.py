@@ -588,7 +588,7 @@ def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) 
     backend = runtime.backend_of("anti_transfer_loss", trained, frozen, obstacle=obstacle)
     if backend == "reference":
         return weight * _in_float32(folded_reference.folded_rowwise, trained, frozen, clamp)
-    return folded_op.folded_rowwise(trained, frozen, clamp, weight, backend)[0]
+    return folded_op.folded_rowwise(trained, frozen, clamp, weight, runtime.operator_backend(backend))[0]
 
 
 def _operands(
@@ -608,7 +608,7 @@ def _is_reference(a: Tensor, b: Tensor | GramTarget) -> bool:
 
 def _fast_backend(a: Tensor, b: Tensor | GramTarget) -> str:
     backend = runtime.backend_of("gram_cosine", a, b.values if isinstance(b, GramTarget) else b)
-    return "torch" if backend == "reference" else backend
+    return "torch" if backend == "reference" else runtime.operator_backend(backend)
 
 
 def _packs(features: Tensor, gram: str) -> bool:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.errors import TritonError
 
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config, forms, launch
@@ -192,7 +191,7 @@ def _fastest(
                     if error <= TOLERANCES[asked]:
                         time = time_of(lambda: product.run(None))
                 verdict = f"{f'{1e3 * time:.1f} us' if time < math.inf else 'refused'}, error {error:.1e}"
-            except (TritonError, torch.OutOfMemoryError) as problem:
+            except (_launch.KernelUnavailable, torch.OutOfMemoryError) as problem:
                 verdict = f"refused, {type(problem).__name__}"
             say(
                 f"{form} {precision} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, "

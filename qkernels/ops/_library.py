@@ -1,12 +1,16 @@
 """Registers an operator with PyTorch: implementation, shapes, derivative."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qkernels.ops._launch import KernelUnavailable
 
 
 def define(
@@ -66,11 +70,42 @@ def _padded(
     return padded
 
 
+@contextlib.contextmanager
+def or_plain(backend: str) -> Iterator[None]:
+    """Around `return` of what kernels compute: where one cannot be built, goes on behind the block, with one warning.
+
+    Args:
+        backend: the operator's: "auto", or "triton" for nothing else.
+
+    Raises:
+        ValueError: a kernel cannot be built, and the backend is "triton".
+    """
+    try:
+        yield
+    except KernelUnavailable as error:
+        if backend != "auto":
+            raise ValueError(f"backend 'triton' was asked for, but {error}: use 'auto' or 'reference'") from error
+        if str(error) not in _warned:
+            _warned.add(str(error))
+            warnings.warn(f"{error}; plain PyTorch computes in its place, more slowly", RuntimeWarning, stacklevel=3)
+
+
+_warned: set[str] = set()
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast casts to on this type of device; None where it is off or unknown."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo cannot trace the question before torch 2.12; the answer is the same for ever. As in _launch.py.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:

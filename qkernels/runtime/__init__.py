@@ -42,10 +42,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-# threading.local and not a ContextVar: torch.compile traces and guards the former only.
+_DEFAULT_BACKEND = _one_of("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
+
+
+# threading.local and not a ContextVar: torch.compile traces and guards the former only. And no defaults in the class:
+# code that torch 2.11 compiles would see these for ever.
 class _Settings(threading.local):
-    backend = _one_of("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
-    form = "auto"
+    def __init__(self) -> None:
+        self.backend, self.form = _DEFAULT_BACKEND, "auto"
 
 
 _settings = _Settings()
@@ -70,8 +74,9 @@ def set_backend(backend: str) -> _Restore:
     """Chooses what computes the operators, from now on or for a `with` block; for the current thread.
 
     Args:
-        backend: "auto" takes the fastest that the tensors allow, "reference" the einsum definition, "triton"
-            the kernels, with an error where there is none.
+        backend: "auto" takes the fastest that the tensors allow, and plain PyTorch, with one warning, in place of a
+            kernel that cannot be built; "reference" the einsum definition; "triton" the kernels, with an error where
+            there is none.
 
     Returns:
         A context manager that restores the previous backend.
@@ -135,6 +140,13 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
         return "triton"
     # The interpreter is for tests: nobody is sent there unasked.
     return "torch" if obstacle or not args[0].is_cuda else "triton"
+
+
+def operator_backend(backend: str) -> str:
+    """What operators take for what `backend_of` says: "torch", "triton", or "auto" for Triton's kernels, and plain
+    PyTorch in place of those that cannot be built.
+    """
+    return "auto" if backend == "triton" and _settings.backend == "auto" else backend
 
 
 def _obstacle(x: Tensor, *rest: Tensor) -> str | None:

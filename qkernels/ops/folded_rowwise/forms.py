@@ -76,6 +76,25 @@ def gradient(
     return da
 
 
+def raw(products: Tensor, stats: Tensor, size: int) -> Tensor:
+    """Products as the kernels leave them: of features that are not scaled, and filled up with zeros."""
+    left, right = _scales(stats)
+    room = size - products.shape[-1]
+    return torch.nn.functional.pad(products / left / right, (0, room, 0, room))
+
+
+def scaled(products: Tensor, stats: Tensor, positions: int) -> Tensor:
+    """Products as `gradient` takes them, of what the kernels left."""
+    left, right = _scales(stats)
+    return products[:, :positions, :positions] * left * right
+
+
+def _scales(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Of both factors of each product."""
+    t, p, _ = stats
+    return torch.stack([t, p, t]).view(3, 1, 1), torch.stack([t, p, p]).view(3, 1, 1)
+
+
 def _factors(
     inner: Tensor, tt: Tensor, pp: Tensor, scale_t: Tensor, scale_p: Tensor, clamp: str, numel: int
 ) -> tuple[Tensor, Tensor]:

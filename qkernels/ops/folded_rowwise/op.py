@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import define, first_order_only
+from qkernels.ops._library import define, first_order_only, or_plain
 from qkernels.ops.folded_rowwise import forms
 from qkernels.ops.folded_rowwise.config import is_row_form, padded
 
@@ -13,9 +13,7 @@ from qkernels.ops.folded_rowwise.config import is_row_form, padded
 def _forward_fake(trained: Tensor, frozen: Tensor, clamp: str, weight: float, backend: str) -> tuple[Tensor, ...]:
     dtype = forms.compute_dtype(trained, frozen)
     rows, positions = trained.shape[0] * trained.shape[1], trained.shape[2:].numel()
-    shape = (
-        (3, *[padded(positions) if backend == "triton" else positions] * 2) if is_row_form(rows, positions) else (0,)
-    )
+    shape = (3, *[padded(positions) if backend != "torch" else positions] * 2) if is_row_form(rows, positions) else (0,)
     return tuple(trained.new_empty(size, dtype=dtype) for size in ((), (3, rows), (3,), shape))
 
 
@@ -54,22 +52,26 @@ def folded_rowwise(
         frozen: the same.
         clamp: "each" or "product".
         weight: of the loss.
-        backend: "torch", or "triton" where `config.kernel_obstacle` has nothing to say.
+        backend: "torch", or where `config.kernel_obstacle` has nothing to say "triton"; or "auto", for "torch" in place
+            of kernels that cannot be built.
 
     Returns:
         loss `[]`; factors `[3, M]`, the derivatives of |cosine_a| by the row sums inner, tt and pp of the scaled
         features; statistics `[3]`, the scale of both features and the mean of |cosine|; in the row form the products
-        `[3, N, N]` F_t^T F_t, F_p^T F_p and F_t^T F_p, else nothing. "torch" makes these of scaled features, "triton"
-        of raw ones, and pads them with zeros.
+        `[3, N, N]` F_t^T F_t, F_p^T F_p and F_t^T F_p, else nothing. "torch" makes these of scaled features, the
+        others of raw ones, and pad them with zeros.
     """
     if trained.numel() == 0:
         loss, factors, stats, products = _forward_fake(trained, frozen, clamp, weight, backend)
         return loss.fill_(torch.nan), factors, stats, products
-    if backend == "triton":
-        from qkernels.ops.folded_rowwise import launch
+    if backend == "torch":
+        return forms.forward(trained, frozen, clamp, weight)
+    from qkernels.ops.folded_rowwise import launch
 
+    with or_plain(backend):
         return launch.forward(trained, frozen, clamp, weight)
-    return forms.forward(trained, frozen, clamp, weight)
+    loss, factors, stats, products = forms.forward(trained, frozen, clamp, weight)
+    return loss, factors, stats, forms.raw(products, stats, padded(len(products[0])))
 
 
 def _da_fake(
@@ -101,8 +103,10 @@ def folded_rowwise_da(
     """Gradient by `a`, the operand number `which` of the forward; `b` is the other one."""
     if a.numel() == 0:
         return torch.empty_like(a)
-    if backend == "triton":
+    if backend != "torch":
         from qkernels.ops.folded_rowwise import launch
 
-        return launch.gradient(dloss, a, b, factors, stats, products, which, weight)
+        with or_plain(backend):
+            return launch.gradient(dloss, a, b, factors, stats, products, which, weight)
+        products = forms.scaled(products, stats, a.shape[2:].numel())
     return forms.gradient(dloss, a, b, factors, stats, products, which, weight)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from qkernels.ops._launch import arch_of
-from qkernels.ops._library import define, first_order_only
-from qkernels.ops.gram_cosine.config import is_direct, sizes, workspace_size
+from qkernels.ops._library import define, first_order_only, or_plain
+from qkernels.ops.gram_cosine.config import block_of, is_direct, mode_of, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
 
 
@@ -41,7 +41,7 @@ def _forward_fake(
     dtype = _compute_dtype(a, b)
     stats = a.new_empty(2, items, dtype=dtype)
     cosine, loss = a.new_empty(items, dtype=dtype), a.new_empty((), dtype=dtype)
-    shape = workspace_size(rows, columns, items, packed, both, arch_of(a)) if backend == "triton" else (0,)
+    shape = workspace_size(rows, columns, items, packed, both, arch_of(a)) if backend != "torch" else (0,)
     return cosine, loss, stats, torch.empty_like(stats), a.new_empty(shape, dtype=dtype)
 
 
@@ -105,22 +105,23 @@ def gram_cosine(
         beta: weight of the loss.
         mean: the loss is the mean over the items, or else the sum.
         both: whether the derivative by `b` will be asked for.
-        backend: "torch" or "triton" (launch.py).
+        backend: "torch"; "triton" (launch.py); or "auto", for "torch" in place of kernels that cannot be built.
 
     Returns:
         cosine `[items]`; loss `[]`; for each operand statistics `[2, items]`: |G|^2 of the scaled item, and its scale;
-        a workspace.
+        a workspace, empty for "torch".
     """
-    if backend == "triton":
+    if backend != "torch":
         from qkernels.ops.gram_cosine import launch
 
-        return launch.forward(a, b, known, packed, gram, centred, beta, mean, both)
+        with or_plain(backend):
+            return launch.forward(a, b, known, packed, gram, centred, beta, mean, both)
     dtype = _compute_dtype(a, b)
     fa, scale_a = _scaled(a, gram, centred, dtype)
     if packed:
         assert known is not None
-        gram_a = fa @ fa.mT
-        n, aa, (bb, scale_b) = (gram_a * unpacked(b, fa.shape[1])).sum((1, 2)), _square(gram_a), known.to(dtype)
+        gram_a, gram_b = fa @ fa.mT, unpacked(b, fa.shape[1])
+        n, aa, (bb, scale_b) = (gram_a * gram_b).sum((1, 2)), _square(gram_a), known.to(dtype)
     else:
         fb, scale_b = _scaled(b, gram, centred, dtype)
         if is_direct(*fa.shape[1:]):
@@ -130,10 +131,17 @@ def gram_cosine(
             gram_a, gram_b = fa.mT @ fa, fb.mT @ fb
             n = _square(fa.mT @ fb)
         aa, bb = _square(gram_a), _square(gram_b)
-    cosine = n * _inverse_norm(aa, bb)
+    cross = _inverse_norm(aa, bb)
+    cosine = n * cross
     squares = cosine.square()
     loss = beta * (squares.mean() if mean else squares.sum())
-    return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), a.new_empty(0, dtype=dtype)
+    workspace = a.new_empty(0, dtype=dtype)
+    if backend != "torch" and mode_of(fa.shape[1], fa.shape[2], packed) == "stored":
+        # What the kernel of the derivative will read, should that one be had.
+        pairs = ((gram_a, gram_b, aa), (gram_b, gram_a, bb))[: 1 + both]
+        parts = [cross.view(-1, 1, 1) * y - _own(cosine, xx) * x for x, y, xx in pairs]
+        workspace = _blocks(torch.stack(parts), block_of(fa.shape[1], arch_of(a)))
+    return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), workspace
 
 
 def _da_fake(
@@ -180,11 +188,12 @@ def gram_cosine_da(
 
     Its two terms nearly cancel, so they are summed before any rounding.
     """
-    if backend == "triton":
+    if backend != "torch":
         from qkernels.ops.gram_cosine import launch
 
         how = (which, packed, gram, centred, beta, mean)
-        return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *how)
+        with or_plain(backend):
+            return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *how)
     (aa, scale_a), (bb, scale_b) = stats_a, stats_b
     fa, _ = _scaled(a, gram, centred, cosine.dtype, scale_a)
     dcosine = torch.zeros_like(cosine) if dcosine is None else dcosine
@@ -192,7 +201,7 @@ def gram_cosine_da(
         dcosine = dcosine + 2 * (beta / len(cosine) if mean else beta) * dloss * cosine
     factor = 2 * dcosine * scale_a
     cross = (factor * _inverse_norm(aa, bb)).view(-1, 1, 1)
-    own = (factor * cosine / torch.where(aa == 0, 1, aa)).view(-1, 1, 1)
+    own = _own(factor * cosine, aa)
     if packed:
         df = (unpacked(b, fa.shape[1]) * cross - fa @ fa.mT * own) @ fa
     else:
@@ -257,6 +266,20 @@ def _power_of_two(f: Tensor) -> Tensor:
     top = math.frexp(torch.finfo(f.dtype).max)[1]
     exponent = torch.frexp(largest).exponent.clamp(3 - top, top - 1)
     return torch.exp2((1 - exponent).to(f.dtype))
+
+
+def _blocks(symmetric: Tensor, block: int) -> Tensor:
+    """Of matrices `[..., M, M]` the blocks (p, q) with p <= q, by q and then by p: `[..., pair, block, block]`."""
+    count = -(-symmetric.shape[-1] // block)
+    room = count * block - symmetric.shape[-1]
+    whole = torch.nn.functional.pad(symmetric, (0, room, 0, room)).unflatten(-1, (count, block))
+    whole = whole.unflatten(-3, (count, block))
+    return torch.stack([whole[..., p, :, q, :] for q in range(count) for p in range(q + 1)], -3)
+
+
+def _own(cosine: Tensor, square: Tensor) -> Tensor:
+    """cosine / |G|^2, for matrices; 0 where a sample is all zero."""
+    return (cosine / torch.where(square == 0, 1, square)).view(-1, 1, 1)
 
 
 def _square(matrix: Tensor) -> Tensor:
