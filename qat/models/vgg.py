@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qat.config import NetworkConfig
 from qat.models.layers import Link, layers_of
-from qkernels import PackedWeight
+from qkernels import PackedWeight, runtime
 
 Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From features `[B, C, H, W]` to what the next layer is given in their place, and what is made of them."""
@@ -129,10 +129,10 @@ class VGG16(nn.Module):
         """The first weights as the kernels read them, in one launch; those of a frozen network are kept."""
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
         weights = [module.weight for module in modules]
-        if not modules or x.device.type == "cpu" or any(weight.requires_grad for weight in weights):
+        if not modules or any(weight.requires_grad for weight in weights):
             return self._layers.packed(modules, self._last_map, x)
-        settings = (x.dtype, torch.is_autocast_enabled(x.device.type), convs, hidden)
-        version = (settings, *((weight.data_ptr(), weight._version) for weight in weights))
+        settings = (x.dtype, torch.is_autocast_enabled(x.device.type), runtime.settings(), convs, hidden)
+        version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
         if self._kept is None or self._kept[0] != version:
             # What a CUDA graph reads must live as long as the graph, which this network outlives.
             self._outlived += [self._kept] if self._kept else []

@@ -94,6 +94,11 @@ def set_backend(backend: str) -> _Restore:
     return _Restore("backend", previous)
 
 
+def settings() -> tuple[str, str]:
+    """Backend and form that are set for the current thread."""
+    return _settings.backend, _settings.form
+
+
 def set_form(form: str) -> _Restore:
     """Chooses how Hamilton products are computed, from now on or for a `with` block; for the current thread.
 

@@ -233,8 +233,8 @@ def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterat
     for tile in tiles(problem.kernel, form, precision, arch):
         if problem.flat(form, tile) != (tile in flat_tiles(problem.kernel, precision, arch)):
             continue
-        if problem.pool and tile.n == 64 and form == "signed":  # spills
-            continue
+        if form == "signed" and ((problem.pool and tile.n == 64) or (tile.n < 16) != (problem.n < 16)):
+            continue  # those spill; blocks of 4 channels are for layers of as few
         for exponent in range(MOST_SPLITS.bit_length()):
             for splits in (2**exponent, 3 * 2**exponent // 2):
                 yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))

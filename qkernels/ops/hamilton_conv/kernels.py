@@ -257,6 +257,16 @@ def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, share
 
 
 @triton.jit
+def _range_of_steps(steps, splits, HOW: tl.constexpr):
+    """This program's steps of the sum; of one that is not shared all, which leaves no loop where there is but one."""
+    if HOW.SPLIT:
+        split = tl.program_id(2)
+        return split * steps // splits, (split + 1) * steps // splits
+    else:
+        return tl.full((), 0, tl.int32), steps
+
+
+@triton.jit
 def _gather_of(phase, HOW: tl.constexpr):
     """Positions in a row of the kernel that count, the first of them, its shift of the source, steps of the sum."""
     if HOW.ADJOINT:
@@ -308,7 +318,7 @@ def _hamilton_conv_kernel(
     w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
     chunks = tl.cdiv(K, BLOCK_K)
     steps = tl.cdiv(4 * Q * positions, BLOCK_K) if Q else 4 * positions * chunks
-    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
+    first_step, last_step = _range_of_steps(steps, splits, HOW)
     if not HOW.MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
         tl.assume(first_step < last_step)
     acc = tl.zeros((BLOCK_M, 4 * BLOCK_N), tl.float32)
@@ -433,7 +443,7 @@ def _hamilton_conv_q8_kernel(
     place = (h, w, m_ok, x_h, x_w, across, size, K)
     chunks = tl.cdiv(K, HOW.BLOCK_K)
     steps = positions * chunks
-    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
+    first_step, last_step = _range_of_steps(steps, splits, HOW)
     if not HOW.MAYBE_EMPTY:
         tl.assume(first_step < last_step)
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -522,10 +532,10 @@ def _write_db(db, tile_p, group, first_split, to, scale, shared, HOW: tl.constex
 @triton.jit
 def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, channels, HOW: tl.constexpr):
     """The sum of dy over the pixels of these steps, `[columns]`."""
-    m = tl.arange(0, HOW.BLOCK_M)
-    total = tl.zeros((HOW.BLOCK_M, columns.shape[0]), tl.float32)
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M  # a shape takes no attribute
+    total = tl.zeros((BLOCK_M, columns.shape[0]), tl.float32)
     for step in range(first_step, last_step):
-        row = step * HOW.BLOCK_M + m
+        row = step * BLOCK_M + tl.arange(0, BLOCK_M)
         at = row.to(tl.int64)[:, None] * channels + columns[None, :]
         mask = (row < pixels)[:, None] & columns_ok[None, :]
         total += tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -562,7 +572,7 @@ def _hamilton_conv_dw_kernel(
     columns = column // BLOCK_P * (groups * P) + group * P + p
     pixels = batch * y_h * y_w
     steps = tl.cdiv(pixels, BLOCK_M)
-    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
+    first_step, last_step = _range_of_steps(steps, splits, HOW)
     if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
             db = _bias_sums(dy_ptr, columns, p_ok, first_step, last_step, pixels, 4 * groups * P, HOW)
@@ -685,7 +695,7 @@ def _hamilton_conv_dw_q8_kernel(
     tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
     to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
     steps = tl.cdiv(batch * y_h * y_w, BLOCK_M)
-    first_step, last_step = split * steps // splits, (split + 1) * steps // splits
+    first_step, last_step = _range_of_steps(steps, splits, HOW)
     if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
             column = tl.arange(0, 4 * BLOCK_P)
