@@ -231,10 +231,13 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
     """Every plan that the architecture's tiles allow, with 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
     for tile in tiles(problem.kernel, form, precision, arch):
-        if problem.flat(form, tile) != (tile in flat_tiles(problem.kernel, precision, arch)):
+        flat = problem.flat(form, tile)
+        if flat != (tile in flat_tiles(problem.kernel, precision, arch)):
             continue
-        if form == "signed" and ((problem.pool and tile.n == 64) or (tile.n < 16) != (problem.n < 16)):
-            continue  # those spill; blocks of 4 channels are for layers of as few
+        if flat and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
+            continue
+        if problem.pool and tile.n == 64 and form == "signed":  # spills
+            continue
         for exponent in range(MOST_SPLITS.bit_length()):
             for splits in (2**exponent, 3 * 2**exponent // 2):
                 yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
