@@ -8,7 +8,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -186,13 +186,26 @@ class _Counter(TorchDispatchMode):
 
     def _ours(self) -> None:
         """Notes the launches that were recorded since."""
-        self.events += [Event(self._part, entry.kernel.__name__, entry) for entry in self._recording.launches]
+        for entry in self._recording.launches:
+            # Whoever holds a gradient makes autograd copy it.
+            arguments = {name: _described(value) for name, value in entry.arguments.items()}
+            self.events.append(Event(self._part, entry.kernel.__name__, replace(entry, arguments=arguments)))
         self._recording.launches.clear()
 
     @property
     def _part(self) -> str:
         """The innermost; behind the last are the sums of losses over a pass."""
         return next((mark for mark in reversed(self._marks) if mark in PARTS), PARTS[-1])
+
+
+def _described(value: Any) -> Any:
+    """Tensors without memory in the place of an argument's."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, tuple):
+        inner = [_described(part) for part in value]
+        return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
+    return value
 
 
 def _kernels(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, str]:

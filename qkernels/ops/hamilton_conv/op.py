@@ -109,7 +109,7 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     elif y is not None:
         dy, scale = hamilton_conv2d_dy(dy, y, None, None, dy.shape[2:], scale, ctx.x_type), 1.0
     else:  # once for both gradients
-        dy = dy.to(ctx.x_type, memory_format=torch.channels_last)
+        dy = dy.to(ctx.x_type).contiguous(memory_format=torch.channels_last)
     return _gradients(ctx, dy, scale, x, weight, tiles, tickets)
 
 
