@@ -26,6 +26,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
 }
 
 
@@ -63,18 +64,9 @@ def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
     """Compiles for sm_`arch`; `folder` takes the intermediate files."""
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, name) in enumerate(zip(launch.kernel.params, launch.kernel.arg_names, strict=True)):
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float) and not parameter.is_constexpr:
-            signature[name] = "fp32"
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+        special = not parameter.do_not_specialize
+        kind = _specialised(launch.arguments[name], (index,), parameter.is_constexpr, special, constants, attributes)
+        signature[name] = kind
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     cubin, ptx = folder / "kernel.cubin", folder / "kernel.ptx"
@@ -97,6 +89,24 @@ def compile_launch(launch: Launch, arch: int, folder: Path) -> Usage:
         trap="BPT.TRAP" in sass and not mma,
         notes=tuple(sorted(set(re.findall(r"C75\d\d", notes)))),
     )
+
+
+def _specialised(value, path, constant, special, constants, attributes):
+    """The type of an argument, of a tuple that of each of its fields; notes what is known of its value at this path."""
+    if isinstance(value, tuple) and not constant:
+        fields = enumerate(value)
+        return type(value)(*(_specialised(one, (*path, i), False, special, constants, attributes) for i, one in fields))
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype]
+    if constant or value is None or (special and value == 1 and isinstance(value, int)):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if special and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _run(tool: str, *arguments: object) -> str:
