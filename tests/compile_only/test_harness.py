@@ -192,6 +192,11 @@ $L__BB0_3:
 	bra.uni 	$L__BB0_2;
 $L__BB0_4:
 	@%p2 bra 	$L__BB0_1;
+	{
+	waitLoop:
+	mbarrier.try_wait.parity.shared.b64 complete, [%r2], %r3;
+	@!complete bra.uni waitLoop;
+	}
 	st.global.b32 	[%rd1], %r1;
 	ret;
 }
@@ -224,6 +229,8 @@ def test_a_loop_is_what_leads_back_wherever_it_lies():
         "mma.sync.aligned.m16n8k16",
         "bra.uni",
     ]
+    # Two labels have the same name: each jump is to its own.
+    assert [len(lines) for lines in Code.of_ptx(PTX).loops(re.compile("try_wait"))] == [2, 2]
     (lines,) = Code.of_sass(SASS).loops(re.compile("HMMA"))
     assert [line.split()[-1] for line in lines] == ["[UR4]", "0x80", "R4", "0x10", "[UR4]", "0x80", "0x30"]
     assert Code.of_sass(SASS).loops(re.compile("HGMMA")) == []
