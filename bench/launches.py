@@ -171,16 +171,15 @@ class _Counter(TorchDispatchMode):
         if func.namespace == "qkernels":
             with self:
                 result = OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
-            self._ours()
-            return result
+        else:
+            result = func(*args, **(kwargs or {}))
         self._ours()
         if func.namespace == "profiler":
             if "enter" in func.name():
                 self._marks.append(args[0])
             else:
                 self._marks.pop()
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten":
+        elif func.namespace == "aten":
             count, name = _kernels(func, args, result)
             size = _bytes((args, kwargs, result)) // max(count, 1)
             self.events += [Event(self._part, name, None, size)] * count
