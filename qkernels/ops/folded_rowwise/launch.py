@@ -112,7 +112,7 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
             "BLOCK_C": columns,
         },
         config.PRODUCTS_WARPS,
-        config.PRODUCTS_STAGES,
+        config.products_stages(precision, _launch.arch_of(a)),
         config.REGISTERS,
     )
     _launch.run(
