@@ -99,7 +99,8 @@ class Usage:
             found.append(f"{self.tensor_memory} columns of tensor memory, trap: {self.trap}")
         if tensor_cores and not self.mma:
             found.append("no tensor-core instruction")
-        if self.notes:
+        # Without a loop a product is waited for once, where its sum is used, which ptxas notes too.
+        if self.notes and self.loops:
             found.append(f"ptxas notes {', '.join(self.notes)}")
         if stages:
             found += self.serialised(arch, stages, copy_bytes, gated)
