@@ -42,11 +42,12 @@ BLOCKS, BLOCK_ELEMENTS = 320, 65536
 
 
 class Event(NamedTuple):
-    """One kernel of a step: in which part, its name, and, if it is ours, all of it."""
+    """One kernel of a step: in which part, its name; if it is ours, all of it; bytes of its tensors, each once."""
 
     part: str
     name: str
     launch: _launch.Launch | None
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,32 +171,39 @@ class _Counter(TorchDispatchMode):
         if func.namespace == "qkernels":
             with self:
                 result = OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
-            self._ours()
-            return result
+        else:
+            result = func(*args, **(kwargs or {}))
         self._ours()
         if func.namespace == "profiler":
             if "enter" in func.name():
                 self._marks.append(args[0])
             else:
                 self._marks.pop()
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten":
+        elif func.namespace == "aten":
             count, name = _kernels(func, args, result)
-            self.events += [Event(self._part, name, None)] * count
+            size = _bytes((args, kwargs, result)) // max(count, 1)
+            self.events += [Event(self._part, name, None, size)] * count
         return result
 
     def _ours(self) -> None:
         """Notes the launches that were recorded since."""
         for entry in self._recording.launches:
             # Whoever holds a gradient makes autograd copy it.
-            arguments = {name: _described(value) for name, value in entry.arguments.items()}
-            self.events.append(Event(self._part, entry.kernel.__name__, replace(entry, arguments=arguments)))
+            size = _bytes(entry.arguments)
+            launch = replace(entry, arguments={name: _described(value) for name, value in entry.arguments.items()})
+            self.events.append(Event(self._part, entry.kernel.__name__, launch, size))
         self._recording.launches.clear()
 
     @property
     def _part(self) -> str:
         """The innermost; behind the last are the sums of losses over a pass."""
         return next((mark for mark in reversed(self._marks) if mark in PARTS), PARTS[-1])
+
+
+def _bytes(values: Any) -> int:
+    """Of the tensors among these, each once."""
+    tensors = {id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.itemsize for x in tensors.values())
 
 
 def _described(value: Any) -> Any:

@@ -148,7 +148,10 @@ def hamilton_conv2d(
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(packed, x, weight, backend, how)
     if pool and backend == "triton":
-        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, tiles, tickets, window, relu, tap, x_is_relu, how)
+        computed = (runtime.operator_backend(backend), how)
+        pooled, _, y = conv_op.hamilton_conv2d_pool(
+            x, weight, bias, tiles, tickets, window, relu, tap, x_is_relu, *computed
+        )
         return (y, pooled) if tap else pooled
     if backend == "reference":
         # A second ReLU changes no value, and masks the gradient.
@@ -159,7 +162,19 @@ def hamilton_conv2d(
     else:
         masks = (x_is_relu, mask_gradient or bool(pool))
         y = conv_op.hamilton_conv2d(
-            x, weight, bias, tiles, tickets, None, window, relu, 0.0, *masks, x.dtype, backend, how
+            x,
+            weight,
+            bias,
+            tiles,
+            tickets,
+            None,
+            window,
+            relu,
+            0.0,
+            *masks,
+            x.dtype,
+            runtime.operator_backend(backend),
+            how,
         )
     if not pool:
         return y
@@ -289,7 +304,9 @@ def hamilton_linear(
         fused = dropout if relu and dropout < 1 else 0.0
         seed = torch.randint(2**62, (1,), device=x.device) if fused else None
         options = (relu, fused, x_is_relu, mask_gradient or fused != dropout)
-        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, backend, how)
+        y = conv_op.hamilton_conv2d(
+            x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, runtime.operator_backend(backend), how
+        )
         dropout = 0.0 if fused else dropout
     else:
         rows = x.reshape(math.prod(leading), features)

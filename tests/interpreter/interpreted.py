@@ -89,7 +89,8 @@ class MemoryCheck:
     """Compute-sanitizer's memcheck and a part of its racecheck, for the interpreter.
 
     A masked-out element may point anywhere; every other one must lie within one tensor of the launch. Programs of a
-    launch run in no order, so none may write what another writes. Atomics, which are not deterministic, find no method.
+    launch run in no order, so none may write what another writes. Of atomics only integers are counted: sums of others
+    are not deterministic.
 
     Args:
         monkeypatch: pytest's.
@@ -101,6 +102,7 @@ class MemoryCheck:
         self.written: list[np.ndarray] = []
         self.kernel = ""
         self._run, self._load, self._store = _launch.run, interpreter._interpreter.load, interpreter._interpreter.store
+        self._atomic = interpreter._interpreter.atomic_rmw
         monkeypatch.setattr(_launch, "run", self.run)
         monkeypatch.setattr(interpreter, "_interpreter", self)
         # For each call of a device function Triton makes all of its language interpretable again, a third of the time.
@@ -109,8 +111,8 @@ class MemoryCheck:
         monkeypatch.setattr(interpreter, "_patch_lang", self.patch)
 
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *options: int, **named: int) -> None:
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors.items()]
+        tensors = [(name, value) for name, value in _launch.flat(arguments) if isinstance(value, torch.Tensor)]
+        self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors]
         self.written, self.kernel = [], kernel.fn.__name__
         self.patched.clear()
         self.launches += 1
@@ -133,6 +135,11 @@ class MemoryCheck:
         self._check("writes", pointers[mask], value.itemsize)
         self.written.append(pointers[mask].ravel())
         return self._store(pointers, value, mask)
+
+    def atomic_rmw(self, operation: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, sem: Any) -> Any:
+        assert np.issubdtype(value.dtype, np.integer), f"{self.kernel} adds {value.dtype} in no order"
+        self._check("counts", pointers[mask], value.itemsize)
+        return self._atomic(operation, pointers, value, mask, sem)
 
     def _check(self, verb: str, addresses: np.ndarray, size: int) -> None:
         if not self.tensors or addresses.size == 0:

@@ -99,7 +99,8 @@ class Tile:
             of a weight gradient those that are written.
         warps: warps of a program.
         stages: depth of the software pipeline.
-        registers: of a thread, at most (tests/compile_only); the model counts programs a multiprocessor by it.
+        registers: of a thread, at most, without a pool (tests/compile_only); by them the model counts the programs that
+            a multiprocessor holds.
     """
 
     m: int
@@ -158,8 +159,8 @@ class Problem:
         return self.kernel, self.pixels.bit_length(), self.n, self.k, self.positions, self.groups, self.phases
 
     def flat(self, form: str, tile: Tile) -> bool:
-        """Whether positions and channels are taken one by one: the input's channels would leave a block half empty."""
-        return form == "signed" and self.k < (32 if self.kernel == "gather" else tile.k) and self.k % tile.k != 0
+        """Whether positions and channels are taken one by one: the input's channels would not fill a block."""
+        return form == "signed" and self.k < tile.k and self.k % tile.k != 0
 
     def blocks(self, form: str, tile: Tile) -> int:
         """Of a gather: steps of the sum. Of a weight gradient: blocks of (position, input channel) pairs."""
@@ -315,7 +316,8 @@ def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
     else:
         passes, products, loads = 2, 4 * tile.m * tile.n * depth, (4 * rows + columns) * depth * size
     shared = tile.stages * loads
-    residents = _residents(tile, shared, arch)
+    registers = tile.registers + (POOL_REGISTERS if problem.pool else 0)
+    residents = _residents(tile.warps, min(registers, 255), shared, arch)
     programs, steps = problem.tiles(plan.form, tile) * plan.splits, _cdiv(problem.steps(plan.form, tile), plan.splits)
     product_clocks, load_clocks = products / rate, loads / L2_BYTES
     latency = max(product_clocks, load_clocks, LATENCY / max(1, tile.stages - 1)) + STEP_CLOCKS
@@ -336,11 +338,11 @@ def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
     return Cost(time + parts, residents, shared, bound, parts / (time + parts))
 
 
-def _residents(tile: Tile, shared: int, arch: int) -> int:
+def _residents(warps: int, registers: int, shared: int, arch: int) -> int:
     """Programs that a multiprocessor holds at once."""
-    by_registers = 65536 // (32 * tile.warps * _cdiv(tile.registers, 8) * 8)
+    by_registers = 65536 // (32 * warps * _cdiv(registers, 8) * 8)
     by_shared = SHARED_BYTES[_known(arch)] // (shared + 1024)
-    return max(1, min(by_registers, by_shared, 64 // tile.warps, 32))
+    return max(1, min(by_registers, by_shared, 64 // warps, 32))
 
 
 # Multiply-adds of a multiprocessor per clock (data sheets of A100, H100, B200); bytes of its shared memory.
@@ -359,6 +361,8 @@ STEP_CLOCKS, PROGRAM_CLOCKS, TICKET_CLOCKS = 120, 1500, 2000
 # then whether parts of sums take less than a tenth of the time.
 MODEL_ERROR = 0.1
 MOST_SPLITS = 256
+# What taking the maxima of windows adds to a tile's registers, at most (tests/compile_only).
+POOL_REGISTERS = 48
 # Tiles of a launch that several programs may share the sum of: each has a counter.
 MOST_TICKETS = 1024
 
