@@ -689,7 +689,7 @@ def _packed(
 
 
 def _features_of(x: Tensor, flatten: bool) -> int:
-    if flatten and x.dim() != 4:
+    if flatten and (x.dim() != 4 or x.shape[1] % 4):
         raise ValueError(f"x must have shape [B, 4 Q, H, W] with flatten=True; got {tuple(x.shape)}")
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, [..., 4 K]; got a scalar")

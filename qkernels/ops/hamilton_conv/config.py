@@ -186,7 +186,7 @@ class Problem:
 
 
 def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
-    """Launch settings: the measured ones of a table, else those which `clocks` finds fastest among `candidates`.
+    """Launch settings: the measured ones of a table, else those which `cost` finds fastest among `candidates`.
 
     Args:
         problem: the product's size.
@@ -207,8 +207,17 @@ def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessor
     measured = _table(arch)["plans"].get((*problem.key, form, precision))
     if measured:
         return _fitted(measured, problem)
-    options = candidates(problem, form, precision, arch)
-    return min(options, key=lambda option: clocks(problem, option, arch, multiprocessors))
+    costs = {
+        option: cost(problem, option, arch, multiprocessors) for option in candidates(problem, form, precision, arch)
+    }
+    fastest = min(each.total for each in costs.values())
+
+    def rank(option: Plan) -> tuple[float, ...]:
+        each, programs = costs[option], problem.tiles(form, option.tile) * option.splits
+        slow = each.total > (1 + MODEL_ERROR) * fastest
+        return slow, slow * each.total, programs < 0.75 * multiprocessors, each.parts > 0.1, each.total
+
+    return min(costs, key=rank)
 
 
 def _fitted(option: Plan, problem: Problem) -> Plan:
@@ -353,6 +362,9 @@ CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
 L2_BYTES, LATENCY = 36, 700
 # Of a step: barriers, addresses; of a program: its start, its epilogue; of a shared sum: barrier, ticket, first load.
 STEP_CLOCKS, PROGRAM_CLOCKS, TICKET_CLOCKS = 120, 1500, 2000
+# Between plans that differ by less than this share no model decides, but how many multiprocessors have a program, and
+# then whether parts of sums take less than a tenth of the time.
+MODEL_ERROR = 0.1
 MOST_SPLITS = 256
 # What taking the maxima of windows adds to a tile's registers, at most (tests/compile_only).
 POOL_REGISTERS = 80
