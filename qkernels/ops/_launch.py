@@ -62,8 +62,12 @@ def record(arch: int) -> Iterator[Recording]:
 
 
 def recorded() -> bool:
-    """Whether kernels are noted and not launched, so that tensors may be anywhere."""
+    """Whether kernels are noted and not launched, so that tensors may be anywhere; a constant to `torch.compile`."""
     return _recording.get() is not None
+
+
+# Dynamo cannot trace a ContextVar; what is recorded is not compiled. As `arch_of_device`.
+recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(
