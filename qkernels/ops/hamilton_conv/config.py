@@ -338,7 +338,7 @@ def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
     if plan.splits > 1:
         elements = rows * columns // (4 if problem.kernel == "dw" else 1)
         traffic = 8 * programs * elements / (multiprocessors * L2_BYTES)
-        parts = TICKET_CLOCKS + traffic + plan.splits * 4 * elements / L2_BYTES
+        parts = TICKET_CLOCKS + traffic + plan.splits * 4 * elements / LONE_BYTES
     bound = "latency" if latency > residents * busy else "products" if product_clocks >= load_clocks else "loads"
     return Cost(time + parts, residents, shared, bound, parts / (time + parts))
 
@@ -358,8 +358,8 @@ PRODUCTS_PER_CLOCK = {
 }
 SHARED_BYTES = {80: 167_936, 90: 233_472, 100: 233_472}
 CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
-# Bytes that a multiprocessor loads from the L2 cache per clock, and how many clocks the first of them takes.
-L2_BYTES, LATENCY = 36, 700
+# Bytes that a multiprocessor loads from the L2 cache per clock, where all do and alone; clocks until they are there.
+L2_BYTES, LONE_BYTES, LATENCY = 36, 64, 700
 # Of a step: barriers, addresses; of a program: its start, its epilogue; of a shared sum: barrier, ticket, first load.
 STEP_CLOCKS, PROGRAM_CLOCKS, TICKET_CLOCKS = 120, 1500, 2000
 # Between plans that differ by less than this share no model decides, but how many multiprocessors have a program, and
