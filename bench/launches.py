@@ -4,13 +4,11 @@ The step is that of `qat train`, on tensors without data. Our kernels are record
 PyTorch's operators those count that would launch a kernel. Libraries may launch more than one kernel for one of theirs.
 """
 
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -87,7 +85,7 @@ def step_launches(case: StepCase, arch: int = ARCH) -> list[Event]:
     with FakeTensorMode(allow_non_fake_inputs=True), qkernels.set_backend("triton"), _launch.record(arch) as recording:
         steps, batch = _steps(case, samples)
         counter = _Counter(recording)
-        with steps.running(True), counter, _on_gpu():
+        with steps.running(True), counter:
             for _ in range(WARM):
                 counter.events.clear()
                 steps.train(batch)
@@ -143,17 +141,6 @@ def _steps(case: StepCase, samples: Tensor) -> tuple[Steps, Batch]:
     objective = ClassificationObjective(classifier, anti_transfer, embedded=True, multi_label=False).train()
     steps = Steps(objective, Examples(rows), training, CPU, training=True)
     return steps, Batch({"numbers": samples}, case.batch, case.batch)
-
-
-@contextlib.contextmanager
-def _on_gpu() -> Iterator[None]:
-    """What PyTorch chooses by the device above its operators, as on a GPU: there dropout is one kernel."""
-
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(x, p, training)[0] if training and p else x
-
-    with mock.patch.object(torch.nn.functional, "dropout", dropout):
-        yield
 
 
 class _Counter(TorchDispatchMode):
