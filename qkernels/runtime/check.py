@@ -58,7 +58,8 @@ DROPOUT = 0.5
 BETA = 0.7
 DLOSS = 1e3  # brings gradients of float16 out of its subnormal numbers
 MOST_PROCESSES = 16
-KERNEL_SECONDS = 60.0  # for one check, its compilation included: what takes longer hangs
+# For one check, its compilation included, and for the start of a process: what takes longer hangs.
+KERNEL_SECONDS, START_SECONDS = 60.0, 120.0
 RIGHT = "right"
 POISON: Any = torch.utils.deterministic
 
@@ -552,10 +553,10 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.name: str | None = None  # of what it is at; None until it is ready
-        self.since = time.monotonic()
+        self.until = time.monotonic() + START_SECONDS
 
-    def give(self, name: str | None) -> None:
-        self.name, self.since = name, time.monotonic()
+    def give(self, name: str) -> None:
+        self.name, self.until = name, time.monotonic() + KERNEL_SECONDS
         with contextlib.suppress(OSError):  # it has died: what it is at fails
             self.pipe.send(name)
 
@@ -585,7 +586,7 @@ def _shared_out(
                     except (EOFError, OSError):
                         worker.process.join()
                         answer = f"failed: its process ended with code {worker.process.exitcode}", False
-                elif time.monotonic() - worker.since > KERNEL_SECONDS:
+                elif time.monotonic() > worker.until:
                     answer = f"failed: no result after {KERNEL_SECONDS:.0f} s", False
                 else:
                     continue
@@ -613,9 +614,11 @@ def _work(pipe: Connection, device: str, repeats: int) -> None:
     torch.zeros(1, device=place)
     every = checks(tiny=False)
     pipe.send(("", True))
-    while name := pipe.recv():
-        verdict = verdict_of(name, every[name], place, repeats)
-        pipe.send((verdict, _is_sound(place)))
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # who asks has gone
+        while True:
+            name = pipe.recv()
+            verdict = verdict_of(name, every[name], place, repeats)
+            pipe.send((verdict, _is_sound(place)))
 
 
 def _is_sound(device: torch.device) -> bool:
