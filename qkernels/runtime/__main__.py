@@ -131,9 +131,13 @@ def check(path: Path | None = None, only: Callable[[str], bool] = lambda name: T
 
     environment, start = report(), time.monotonic()
     verdicts = checks.run(_say, only)
-    if path:
-        checks.write(path, environment, verdicts)
     _say(checks.summary(verdicts, time.monotonic() - start))
+    try:
+        if path:
+            checks.write(path, environment, verdicts)
+    except OSError as error:
+        _say(f"the verdicts cannot be written to {path}: {error.strerror}")
+        return CANNOT_RUN
     return ALL_RIGHT if set(verdicts.values()) <= {checks.RIGHT} else NOT_ALL_RIGHT
 
 

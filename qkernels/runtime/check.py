@@ -640,5 +640,8 @@ def write(path: Path, environment: dict[str, str], verdicts: dict[str, str]) -> 
     """The outcome as JSON, whole or not at all."""
     draft = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps({"environment": environment, "kernels": verdicts}, indent=2) + "\n")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps({"environment": environment, "kernels": verdicts}, indent=2) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

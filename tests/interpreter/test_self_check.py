@@ -15,7 +15,7 @@ from bench.session import OPERATORS
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import launch
 from qkernels.runtime import check
-from qkernels.runtime.__main__ import ALL_RIGHT, NOT_ALL_RIGHT
+from qkernels.runtime.__main__ import ALL_RIGHT, CANNOT_RUN, NOT_ALL_RIGHT
 from qkernels.runtime.__main__ import check as self_check
 
 # One of each operator, in different types.
@@ -75,6 +75,14 @@ def test_right_kernels_are_right(tmp_path, capsys):
     assert lines[:-1] == [f"right  {name}" for name in verdicts]
     assert lines[-1].startswith(f"{len(SOME)} of {len(SOME)} kernels are right, checked in ")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["check.json"]
+
+
+def test_verdicts_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "check.json").mkdir()
+    assert self_check(tmp_path / "check.json", ["linear dx fp16"].__contains__) == CANNOT_RUN
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"the verdicts cannot be written to {tmp_path / 'check.json'}: Is a directory"
+    assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
 
 
 @pytest.mark.slow
