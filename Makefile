@@ -14,6 +14,16 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 -m slow
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m slow tests/interpreter
 
+# With other versions than those of constraints.txt, each in an environment of its own: the pair of the GPU image (a CUDA
+# build, 5 GB), and the newest that pip finds.
+compat: compat-image compat-newest
+compat-image: PINS = torch==2.11.0 torchaudio==2.11.0 triton==3.6.0 "numpy<2.4"
+compat-image compat-newest: compat-%:
+	$(PYTHON) -m venv .venv-compat-$*
+	.venv-compat-$*/bin/pip install --upgrade --upgrade-strategy eager $(PINS) -e ".[dev]"
+	.venv-compat-$*/bin/pytest -n 2 -m "not slow" tests/ops tests/nn tests/qat/training/test_steps.py tests/bench tests/compile_only
+	TRITON_INTERPRET=1 .venv-compat-$*/bin/pytest -n 2 -m "not slow" tests/interpreter
+
 # On this machine, all that makes sense; the tables are printed, and written with the charts to runs/bench.
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench run
@@ -35,4 +45,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[$*]"
 	touch $@
 
-.PHONY: demo test slow bench gpu lint
+.PHONY: demo test slow compat compat-image compat-newest bench gpu lint

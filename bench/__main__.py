@@ -75,6 +75,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     sub = command("launches", "What a training step launches on a GPU, by part; counted without one.", out=False)
     sub.add_argument("--json", action="store_true", help="for a program")
 
+    help_ = "The time of a training step on a GPU by arithmetic, launch by launch: computed, not measured."
+    sub = command("model", help_, out=False)
+    sub.add_argument("--json", action="store_true", help="the sums, for a program")
+    sub.add_argument("--arch", type=int, choices=[80, 90, 100], default=90, help="compute capability (%(default)s)")
+
     sub = command("session", "All of it on a GPU, the most valuable first: what `make gpu` does.")
     sub.add_argument("--seconds", type=float, default=525, help="after which all is ended (%(default)s)")
     sub.add_argument("--commit", help="what is measured, where git cannot tell")
@@ -94,6 +99,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
         "share": _share,
         "tests": _tests,
         "launches": _launches,
+        "model": _model,
         "session": _session,
         "report": _report,
         "compare": _compare,
@@ -254,6 +260,17 @@ def _launches(options: argparse.Namespace) -> int:
         print(json.dumps({"cases": [launches.plain(case) for case in launches.cases()]}, indent=1))
     else:
         for line in launches.report(launches.cases()):
+            print(line, flush=True)
+    return 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    from bench import launches, model
+
+    if options.json:
+        print(json.dumps({"cases": [model.plain(case, options.arch) for case in launches.cases()]}, indent=1))
+    else:
+        for line in model.report(launches.cases(), options.arch):
             print(line, flush=True)
     return 0
 

@@ -4,13 +4,11 @@ The step is that of `qat train`, on tensors without data. Our kernels are record
 PyTorch's operators those count that would launch a kernel. Libraries may launch more than one kernel for one of theirs.
 """
 
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,11 +40,12 @@ BLOCKS, BLOCK_ELEMENTS = 320, 65536
 
 
 class Event(NamedTuple):
-    """One kernel of a step: in which part, its name, and, if it is ours, all of it."""
+    """One kernel of a step: in which part, its name; if it is ours, all of it; bytes of its tensors, each once."""
 
     part: str
     name: str
     launch: _launch.Launch | None
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def step_launches(case: StepCase, arch: int = ARCH) -> list[Event]:
     with FakeTensorMode(allow_non_fake_inputs=True), qkernels.set_backend("triton"), _launch.record(arch) as recording:
         steps, batch = _steps(case, samples)
         counter = _Counter(recording)
-        with steps.running(True), counter, _on_gpu():
+        with steps.running(True), counter:
             for _ in range(WARM):
                 counter.events.clear()
                 steps.train(batch)
@@ -144,17 +143,6 @@ def _steps(case: StepCase, samples: Tensor) -> tuple[Steps, Batch]:
     return steps, Batch({"numbers": samples}, case.batch, case.batch)
 
 
-@contextlib.contextmanager
-def _on_gpu() -> Iterator[None]:
-    """What PyTorch chooses by the device above its operators, as on a GPU: there dropout is one kernel."""
-
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(x, p, training)[0] if training and p else x
-
-    with mock.patch.object(torch.nn.functional, "dropout", dropout):
-        yield
-
-
 class _Counter(TorchDispatchMode):
     """Notes what would be launched; the program's own marks say in which part."""
 
@@ -170,29 +158,49 @@ class _Counter(TorchDispatchMode):
         if func.namespace == "qkernels":
             with self:
                 result = OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
-            self._ours()
-            return result
+        else:
+            result = func(*args, **(kwargs or {}))
         self._ours()
         if func.namespace == "profiler":
             if "enter" in func.name():
                 self._marks.append(args[0])
             else:
                 self._marks.pop()
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten":
+        elif func.namespace == "aten":
             count, name = _kernels(func, args, result)
-            self.events += [Event(self._part, name, None)] * count
+            size = _bytes((args, kwargs, result)) // max(count, 1)
+            self.events += [Event(self._part, name, None, size)] * count
         return result
 
     def _ours(self) -> None:
         """Notes the launches that were recorded since."""
-        self.events += [Event(self._part, entry.kernel.__name__, entry) for entry in self._recording.launches]
+        for entry in self._recording.launches:
+            # Whoever holds a gradient makes autograd copy it.
+            size = _bytes(entry.arguments)
+            launch = replace(entry, arguments={name: _described(value) for name, value in entry.arguments.items()})
+            self.events.append(Event(self._part, entry.kernel.__name__, launch, size))
         self._recording.launches.clear()
 
     @property
     def _part(self) -> str:
         """The innermost; behind the last are the sums of losses over a pass."""
         return next((mark for mark in reversed(self._marks) if mark in PARTS), PARTS[-1])
+
+
+def _bytes(values: Any) -> int:
+    """Of the tensors among these, each once."""
+    tensors = {id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.itemsize for x in tensors.values())
+
+
+def _described(value: Any) -> Any:
+    """Tensors without memory in the place of an argument's."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, tuple):
+        inner = [_described(part) for part in value]
+        return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
+    return value
 
 
 def _kernels(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, str]:

@@ -251,7 +251,7 @@ def recorded_launches(
 
 def _bytes(launch: _launch.Launch) -> int:
     """Of the tensors that a kernel reads or writes, each once."""
-    tensors = {id(value): value for value in launch.arguments.values() if isinstance(value, torch.Tensor)}
+    tensors = {id(value): value for _, value in _launch.flat(launch.arguments) if isinstance(value, torch.Tensor)}
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 

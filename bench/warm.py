@@ -31,18 +31,25 @@ class Spec(NamedTuple):
 def spec_of(launch: Launch) -> Spec:
     """The launch, its integers replaced by one of the same specialisation: 1, divisible by 16, neither or none."""
     kernel = launch.kernel
-    arguments = []
-    for parameter, name in zip(kernel.params, kernel.arg_names, strict=True):
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
-            value = value.dtype
-        elif isinstance(value, float) and not parameter.is_constexpr:
-            value = 0.5
-        elif parameter.do_not_specialize or (not parameter.is_constexpr and value != 1):
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
-            value = (0 if value < 2**31 else 2**32) + (16 if divisible else 3)
-        arguments.append(value)
-    return Spec(kernel.module, kernel.__name__, tuple(arguments), tuple(launch.options.items()))
+    arguments = tuple(
+        _typical(launch.arguments[name], parameter.is_constexpr, not parameter.do_not_specialize)
+        for parameter, name in zip(kernel.params, kernel.arg_names, strict=True)
+    )
+    return Spec(kernel.module, kernel.__name__, arguments, tuple(launch.options.items()))
+
+
+def _typical(value: Any, constant: bool, specialized: bool) -> Any:
+    if constant or value is None:
+        return value
+    if isinstance(value, tuple):  # a NamedTuple, an operand
+        return type(value)(*(_typical(field, False, specialized) for field in value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if isinstance(value, float):
+        return 0.5
+    if specialized and value == 1:
+        return value
+    return (0 if value < 2**31 else 2**32) + (16 if specialized and value % 16 == 0 else 3)
 
 
 def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tuple[int, list[str]]:
@@ -52,7 +59,7 @@ def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tup
         How many kernels there were, and what went wrong: a broken kernel is for its test to report.
     """
     # Longest first: a product of four components takes several times as long as a kernel that adds or copies.
-    specs = sorted({spec_of(launch) for launch in launches}, key=lambda spec: -len(spec.arguments))
+    specs = sorted({spec_of(launch) for launch in launches}, key=lambda spec: -len(str(spec.arguments)))
     if not specs:
         return 0, []
     workers = min(len(specs), os.cpu_count() or 1)
@@ -72,12 +79,17 @@ def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tup
 
 
 def _compile(spec: Spec) -> str | None:
-    from triton.runtime.jit import MockTensor
-
     kernel = getattr(importlib.import_module(spec.module), spec.kernel)
-    arguments = [MockTensor(value) if isinstance(value, torch.dtype) else value for value in spec.arguments]
     try:
-        kernel.warmup(*arguments, grid=(1,), **dict(spec.options))
+        kernel.warmup(*map(_mocked, spec.arguments), grid=(1,), **dict(spec.options))
     except Exception as error:  # whatever the compiler raises
         return f"{spec.kernel}: {type(error).__name__}: {error}"
     return None
+
+
+def _mocked(value: Any) -> Any:
+    from triton.runtime.jit import MockTensor
+
+    if isinstance(value, tuple):
+        return type(value)(*map(_mocked, value))
+    return MockTensor(value) if isinstance(value, torch.dtype) else value

@@ -148,7 +148,10 @@ def hamilton_conv2d(
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(packed, x, weight, backend, how)
     if pool and backend == "triton":
-        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, tiles, tickets, window, relu, tap, x_is_relu, how)
+        computed = (runtime.operator_backend(backend), how)
+        pooled, _, y = conv_op.hamilton_conv2d_pool(
+            x, weight, bias, tiles, tickets, window, relu, tap, x_is_relu, *computed
+        )
         return (y, pooled) if tap else pooled
     if backend == "reference":
         # A second ReLU changes no value, and masks the gradient.
@@ -159,7 +162,19 @@ def hamilton_conv2d(
     else:
         masks = (x_is_relu, mask_gradient or bool(pool))
         y = conv_op.hamilton_conv2d(
-            x, weight, bias, tiles, tickets, None, window, relu, 0.0, *masks, x.dtype, backend, how
+            x,
+            weight,
+            bias,
+            tiles,
+            tickets,
+            None,
+            window,
+            relu,
+            0.0,
+            *masks,
+            x.dtype,
+            runtime.operator_backend(backend),
+            how,
         )
     if not pool:
         return y
@@ -289,7 +304,9 @@ def hamilton_linear(
         fused = dropout if relu and dropout < 1 else 0.0
         seed = torch.randint(2**62, (1,), device=x.device) if fused else None
         options = (relu, fused, x_is_relu, mask_gradient or fused != dropout)
-        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, backend, how)
+        y = conv_op.hamilton_conv2d(
+            x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, runtime.operator_backend(backend), how
+        )
         dropout = 0.0 if fused else dropout
     else:
         rows = x.reshape(math.prod(leading), features)
@@ -336,13 +353,14 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
 
     (The signed tiles of `ops/hamilton_conv/kernels.py`.)
     """
-    x = _autocast(x, autocast_dtype(x.device.type))
-    plans = [runtime.plan_of(name, x, weight) for name, weight in weights]
+    wanted = autocast_dtype(x.device.type)
+    dtype = wanted if wanted and _casts(x) else x.dtype
+    plans = [runtime.plan_of(name, x, weight, dtype) for name, weight in weights]
     chosen = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
     packed: list[PackedWeight | None] = [None] * len(weights)
     if chosen:
         hows = [plans[i][1] for i in chosen]
-        tiles, tickets = conv_op.hamilton_pack([weights[i][1].detach() for i in chosen], " ".join(hows), x.dtype)
+        tiles, tickets = conv_op.hamilton_pack([weights[i][1].detach() for i in chosen], " ".join(hows), dtype)
         sizes = [packed_size(weights[i][1].numel(), how) for i, how in zip(chosen, hows, strict=True)]
         for i, how, part, counters in zip(chosen, hows, tiles.split(sizes), tickets.split(MOST_TICKETS), strict=True):
             packed[i] = PackedWeight(part, counters, how)
@@ -636,22 +654,22 @@ def _operands_of_layer(
     Casts as autocast does for torch's own convolutions, all but float64; then all must be of one type and device. The
     Triton kernels read parameters in their own type: there only x is cast, and laid out as they read it, in one pass.
     """
-    dtype = autocast_dtype(x.device.type)
-    cast = _autocast(x, dtype)
-    backend, how = runtime.plan_of(name, cast, weight)
-    if backend == "triton" and x.dim() == 4:
-        cast = x.to(cast.dtype, memory_format=torch.channels_last)
-    elif backend != "triton":
-        weight = _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-    if not cast.dtype.is_floating_point:
-        raise ValueError(f"x must be of a floating-point type; got {cast.dtype}")
+    wanted = autocast_dtype(x.device.type)
+    dtype = wanted if wanted and _casts(x) else x.dtype
+    backend, how = runtime.plan_of(name, x, weight, dtype)
+    maps = backend == "triton" and x.dim() == 4
+    x = x.to(dtype, memory_format=torch.channels_last if maps else torch.preserve_format)
+    if wanted and backend != "triton":
+        weight = weight.to(wanted) if _casts(weight) else weight
+        bias = bias.to(wanted) if bias is not None and _casts(bias) else bias
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x must be of a floating-point type; got {x.dtype}")
     for label, other in (("weight", weight), ("bias", bias)):
-        if other is not None and other.dtype != cast.dtype and (dtype is None or backend != "triton"):
-            raise ValueError(f"{label} must have the type of x; got {other.dtype} and {cast.dtype}")
-        if other is not None and other.device != cast.device:
-            raise ValueError(f"{label} must be on the device of x; got {other.device} and {cast.device}")
-    return cast, weight, bias, backend, how
+        if other is not None and other.dtype != x.dtype and (wanted is None or backend != "triton"):
+            raise ValueError(f"{label} must have the type of x; got {other.dtype} and {x.dtype}")
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{label} must be on the device of x; got {other.device} and {x.device}")
+    return x, weight, bias, backend, how
 
 
 def _packed(
@@ -671,15 +689,16 @@ def _packed(
 
 
 def _features_of(x: Tensor, flatten: bool) -> int:
-    if flatten and x.dim() != 4:
+    if flatten and (x.dim() != 4 or x.shape[1] % 4):
         raise ValueError(f"x must have shape [B, 4 Q, H, W] with flatten=True; got {tuple(x.shape)}")
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, [..., 4 K]; got a scalar")
     return x.shape[1:].numel() if flatten else x.shape[-1]
 
 
-def _autocast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x.to(dtype) if dtype and x.is_floating_point() and x.dtype != torch.float64 else x
+def _casts(x: Tensor) -> bool:
+    """Whether autocast casts it."""
+    return x.is_floating_point() and x.dtype != torch.float64
 
 
 def _pair(name: str, value: int | Pair, least: int) -> Pair:

@@ -92,6 +92,8 @@ class ClassificationObjective(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, **remembered: Tensor) -> Losses:
         x = inputs if self.embedded else self.classifier.embed(inputs)
+        if torch.is_autocast_enabled(x.device.type):  # once, for the network and its twin
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         logits, made = self.classifier.net(x, self.anti_transfer(x, remembered) if self.anti_transfer else None)
         with record_function("loss"):
             if self.multi_label:

@@ -42,6 +42,16 @@ class Recording:
     launches: list[Launch] = field(default_factory=list)
 
 
+def flat(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The arguments of a launch one by one, those of an operand as well, which is a NamedTuple."""
+    for name, value in arguments.items():
+        fields = getattr(value, "_fields", None)
+        if fields is None:
+            yield name, value
+        else:
+            yield from flat({f"{name}.{field}": one for field, one in zip(fields, value, strict=True)})
+
+
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
 # Of each build that failed, the reason: to try again would take as long every step.
 _failed: dict[tuple[Any, ...], str] = {}
@@ -62,8 +72,12 @@ def record(arch: int) -> Iterator[Recording]:
 
 
 def recorded() -> bool:
-    """Whether kernels are noted and not launched, so that tensors may be anywhere."""
+    """Whether kernels are noted and not launched, so that tensors may be anywhere; a constant to `torch.compile`."""
     return _recording.get() is not None
+
+
+# Dynamo cannot trace a ContextVar; what is recorded is not compiled. As `arch_of_device`.
+recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(

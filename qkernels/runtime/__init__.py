@@ -191,14 +191,14 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
     if name in ("gram_cosine", "anti_transfer_loss"):
         samples, channels, *positions = args[0].shape
         return gram_form("channel", samples, channels, math.prod(positions))
-    return plan_of(name, *args)[1].partition("-")[0]
+    return plan_of(name, args[0], args[1], args[0].dtype)[1].partition("-")[0]
 
 
-def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
+def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[str, str]:
     """Backend for the operator of a Hamilton product, and how: the form, on the Triton backend with the precision.
 
-    PyTorch's TF32 switches are read here, so that a backward multiplies as its forward did; under `torch.compile` they
-    are read when the function is compiled.
+    `dtype` is what x will be cast to. PyTorch's TF32 switches are read here, so that a backward multiplies as its
+    forward did; under `torch.compile` they are read when the function is compiled.
 
     Raises:
         ValueError: as `backend_of` and `form_of`.
@@ -207,13 +207,13 @@ def plan_of(name: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, str]:
     if backend == "reference":
         return backend, "einsum"
     if backend == "triton":
-        return backend, _kernels_how(name, form, tuple(weight.shape), x.dtype, x.device)
+        return backend, _kernels_how(name, form, tuple(weight.shape), dtype, x.device)
     if form == "signed":
         raise ValueError(
             f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
             f"({_obstacle(x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
-    return backend, _automatic_form(name, x, weight) if form == "auto" else form
+    return backend, _automatic_form(name, x, weight, dtype) if form == "auto" else form
 
 
 def _kernels_how(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -225,10 +225,10 @@ def _kernels_how(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtyp
 _kernels_how._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _launch.arch_of_device
 
 
-def _automatic_form(name: str, x: Tensor, weight: Tensor) -> str:
+def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
     # Half types keep the operands as stored; q8 would have to widen them. On a GPU eight thin products only
     # cost launches.
-    if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
+    if x.device.type != "cpu" or dtype in (torch.float16, torch.bfloat16):
         return "dense"
     _, p, *columns = weight.shape
     if name == "hamilton_linear":

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # The most that a step of 20 samples in bfloat16 may launch, by the layer of anti-transfer.
-LIMITS = {0: 175, 2: 189, 13: 235}
+LIMITS = {0: 69, 2: 75, 13: 86}
 
 
 def step(at_layer, cached=False, batch=20, precision="bf16", arch=90):
@@ -39,14 +39,14 @@ def test_parts_of_a_step():
     events = step(2)
     parts = [event.part for event in events]
     assert sum(by_part(events).values()) == len(events)
-    # Each part is in one piece, but for the loss at a layer in the middle of the forward pass.
-    pieces = [part for n, part in enumerate(parts) if part != ([None, *parts])[n] and part != "loss"]
-    assert pieces == ["gather", "twin", "forward", "forward", "backward", "optimiser", "sums"]
+    # Each part is in one piece; the twin and the loss, which are parts of the forward pass, are somewhere in it.
+    inside = ["forward" if part in ("twin", "loss") else part for part in parts]
+    pieces = [part for before, part in zip([None, *inside], inside, strict=False) if part != before]
+    assert pieces == ["gather", "forward", "backward", "optimiser", "sums"]
     assert names(events, "gather") == ["index_select"] * 2
     assert names(events, "optimiser") == ["_foreach_add_", "_fused_adam_"]
     assert "_gram_kernel" in names(events, "loss")
     assert "nll_loss_forward" in names(events, "loss")
-    assert names(events, "forward").count("native_dropout") == 2
     assert all("gram" not in name for name in names(events, "forward"))
     for event in events:
         assert (event.launch is not None) == (event.name.endswith("_kernel"))

@@ -77,7 +77,9 @@ class Usage:
     step_instructions: int
     loops: tuple[Loop, ...]
 
-    def problems(self, arch: int, tensor_cores: bool, stages: int = 0, copy_bytes: int = 16) -> list[str]:
+    def problems(
+        self, arch: int, tensor_cores: bool, stages: int = 0, copy_bytes: int = 16, gated: bool = False
+    ) -> list[str]:
         """Why the kernel must not ship.
 
         Args:
@@ -85,6 +87,8 @@ class Usage:
             stages: its loops must copy operands so many iterations ahead, and run products without waiting; 0 asks for
                 nothing of this.
             copy_bytes: the narrowest copy that is allowed.
+            gated: the first operand is changed in registers. On sm_90 its product is started in pieces then, two or
+                four by Triton's version, and each waits for one before, not for itself.
         """
         found = []
         if self.stack or self.spills:
@@ -95,20 +99,21 @@ class Usage:
             found.append(f"{self.tensor_memory} columns of tensor memory, trap: {self.trap}")
         if tensor_cores and not self.mma:
             found.append("no tensor-core instruction")
-        if self.notes:
+        # Without a loop a product is waited for once, where its sum is used, which ptxas notes too.
+        if self.notes and self.loops:
             found.append(f"ptxas notes {', '.join(self.notes)}")
         if stages:
-            found += self.serialised(arch, stages, copy_bytes)
+            found += self.serialised(arch, stages, copy_bytes, gated)
         return found
 
-    def serialised(self, arch: int, stages: int, copy_bytes: int = 16) -> Iterator[str]:
+    def serialised(self, arch: int, stages: int, copy_bytes: int = 16, gated: bool = False) -> Iterator[str]:
         """What the loops of products wait for."""
-        if arch == 90 and self.waits > 2:
+        if arch == 90 and not gated and self.waits > 2:
             yield f"waits {self.waits} times for the tensor core"
         for loop in self.loops:
-            if arch == 90 and (len(loop.waits) > 1 or 0 in loop.waits):
+            if arch == 90 and (0 in loop.waits or (len(loop.waits) > 1 and not gated)):
                 yield f"an iteration waits for the tensor core, until so many products are left: {loop.waits}"
-            if loop.fences > 1:
+            if loop.fences > 1 + gated:
                 yield f"{loop.fences} fences an iteration"
             if loop.stores or loop.loads:
                 yield f"{loop.loads} plain loads and {loop.stores} stores to shared memory an iteration"

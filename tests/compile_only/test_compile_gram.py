@@ -1,10 +1,12 @@
 """The Gram cosine's kernels compile into machine code that may ship, with every tile of every architecture's tables."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from harness import compile_launch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config, launch
@@ -41,7 +43,22 @@ def cases():
             yield pytest.param(arch, mode, size, dtype, layout, centred, packed, id=label, marks=marks)
 
 
-def recorded(arch, shape, dtype, layout, centred, packed):
+class Work(TorchDispatchMode):
+    """PyTorch's own operators that would launch something: all but those that only allocate, or look another way."""
+
+    FREE = ("empty", "new_empty", "empty_like", "select", "view", "promote_types")
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket.__name__ not in self.FREE:
+            self.operators.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def recorded(arch, shape, dtype, layout, centred, packed, work=None):
     def empty():
         return torch.empty(20, *shape, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
 
@@ -50,7 +67,7 @@ def recorded(arch, shape, dtype, layout, centred, packed):
         b = torch.empty(20, shape[0] * (shape[0] + 1) // 2, device="meta")
         known = torch.empty(2, 20, device="meta")
     how = (packed, "channel", centred, 0.5, True)
-    with _launch.record(arch) as recording:
+    with _launch.record(arch) as recording, work or contextlib.nullcontext():
         cosine, loss, *rest = launch.forward(a, b, known, *how, False)
         launch.gradient(None, loss, incoming, cosine, a, b, *rest, 0, *how)
     return recording.launches
@@ -59,7 +76,7 @@ def recorded(arch, shape, dtype, layout, centred, packed):
 @pytest.mark.parametrize(("arch", "mode", "size", "dtype", "layout", "centred", "packed"), [*cases()])
 def test_kernels(arch, mode, size, dtype, layout, centred, packed, tmp_path):
     launches = recorded(arch, SHAPES[mode][size], dtype, layout, centred, packed)
-    assert launches[-1].arguments["MODE"] == mode
+    assert mode == launches[-1].arguments["HOW"].MODE
     problems = {
         entry.kernel.__name__: found
         for entry in launches
@@ -71,10 +88,20 @@ def test_kernels(arch, mode, size, dtype, layout, centred, packed, tmp_path):
 def test_every_tile_is_among_the_cases():
     taken = set()
     for arch, mode, size, dtype, *_ in (case.values for case in cases()):
-        entry = recorded(arch, SHAPES[mode][size], dtype, "NHWC", False, False)[-1].arguments
+        entry = recorded(arch, SHAPES[mode][size], dtype, "NHWC", False, False)[-1].arguments["HOW"]
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C")
-        taken.add((arch, mode, dtype, tuple(entry[name] for name in names)))
+        taken.add((arch, mode, dtype, tuple(getattr(entry, name) for name in names)))
     for arch, table in config.BACKWARD.items():
         for (mode, precision), tiles in table.items():
             dtype = torch.bfloat16 if precision == "half" else torch.float32
             assert {tile[:4] for tile in tiles} == {tile for *key, tile in taken if key == [arch, mode, dtype]}
+
+
+@pytest.mark.parametrize(("mode", "packed"), [*itertools.product(SHAPES, (False, True))])
+def test_a_tap_is_three_launches_and_nothing_else(mode, packed):
+    """Two forward and one backward; what is packed is never dual."""
+    for shape in SHAPES[mode].values():
+        work = Work()
+        launches = recorded(90, shape, torch.bfloat16, "NHWC", False, packed, work)
+        assert len(launches) == 3
+        assert work.operators == []

@@ -20,7 +20,7 @@ M, N, K, BLOCK_K = 128, 128, 4096, 64
 class Operands(NamedTuple):
     a: Any
     b: Any
-    gate: Any  # of b
+    gates: tuple[Any, Any]  # of a and b
 
 
 class Sizes(NamedTuple):
@@ -41,11 +41,11 @@ class How:
 
 
 @triton.jit
-def _factor(operands, at, HOW: tl.constexpr):
-    b = tl.load(operands.b + at)
-    if operands.gate is not None:
-        b = tl.where(tl.load(operands.gate + at) > 0, b, 0.0)
-    return b
+def _factor(operand, gate, at):
+    x = tl.load(operand + at)
+    if gate is not None:
+        x = tl.where(tl.load(gate + at) > 0, x, 0.0)
+    return x
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -58,8 +58,8 @@ def _product_kernel(operands, y, steps, HOW: tl.constexpr):
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tl.assume(steps > 0)
     for step in range(steps):
-        a = tl.load(operands.a + m[:, None] * HOW.row + step * HOW.k + k[None, :])
-        b = _factor(operands, (step * HOW.k + k)[:, None] * STRIDE_K + n[None, :] * STRIDE_N, HOW)
+        a = _factor(operands.a, operands.gates[0], m[:, None] * HOW.row + step * HOW.k + k[None, :])
+        b = _factor(operands.b, operands.gates[1], (step * HOW.k + k)[:, None] * STRIDE_K + n[None, :] * STRIDE_N)
         acc = tl.dot(a, b, acc)
         if HOW.scaled:
             acc *= 0.5
@@ -84,12 +84,12 @@ def _named_kernel(operands, y, sizes, HOW: tl.constexpr):
     tl.store(y + at, total)
 
 
-def operands(gated=False, dtype=torch.bfloat16):
+def operands(gated="", dtype=torch.bfloat16):
     a, b = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty(K, N, dtype=dtype, device="meta")
-    return Operands(a, b, b if gated else None)
+    return Operands(a, b, (a if gated == "a" else None, b if gated == "b" else None))
 
 
-def usage(folder, arch=90, stages=3, gated=False, aligned=True, dtype=torch.bfloat16, **how):
+def usage(folder, arch=90, stages=3, gated="", aligned=True, dtype=torch.bfloat16, **how):
     how = How(k=128 // dtype.itemsize, **how) if arch in (90, 100) else How(64, 64, 32, **how)
     y = torch.empty(M, N, device="meta")
     arguments = {"operands": operands(gated, dtype), "y": y, "steps": K // how.k, "HOW": how}
@@ -129,9 +129,20 @@ def test_a_sum_that_is_used_in_its_iteration_is_waited_for(tmp_path):
     assert "waits for the tensor core" in text(found.problems(90, tensor_cores=True, stages=3))
 
 
+def test_a_gated_first_operand_is_multiplied_from_registers(tmp_path):
+    """In pieces, of which others run while one is waited for: in two by Triton 3.7, in four by 3.6."""
+    found = usage(tmp_path, gated="a")
+    assert found.loops[0].stores == 0
+    assert found.loops[0].waits in ((1, 1), (3, 3, 3, 3))
+    assert "waits" in text(found.problems(90, tensor_cores=True, stages=3))
+    assert found.problems(90, tensor_cores=True, stages=3, gated=True) == []
+    found = usage(tmp_path, gated="a", scaled=True)
+    assert "waits" in text(found.problems(90, tensor_cores=True, stages=3, gated=True))
+
+
 def test_a_gated_second_operand_goes_through_registers(tmp_path):
     """The tensor core of sm_90 reads it from shared memory, into which each iteration has to store it again."""
-    found = usage(tmp_path, gated=True)
+    found = usage(tmp_path, gated="b")
     assert found.loops[0].stores > 0
     assert found.loops[0].fences == 1
     assert "stores to shared memory" in text(found.problems(90, tensor_cores=True, stages=3))
@@ -158,7 +169,7 @@ def test_arguments_may_be_named(tmp_path):
     options = {"num_warps": 4, "num_stages": 1}
     for b in (x[1:], None):
         flat = {"a": x, "b": b, "y": x, "steps": 3, "BLOCK": 512}
-        named = {"operands": Operands(x, b, None), "y": x, "sizes": Sizes(1, 3), "HOW": How(n=512)}
+        named = {"operands": Operands(x, b, (None, None)), "y": x, "sizes": Sizes(1, 3), "HOW": How(n=512)}
         code = []
         for kernel, arguments in ((_flat_kernel, flat), (_named_kernel, named)):
             compile_launch(Launch(kernel, (1,), arguments, options), 80, tmp_path)
@@ -192,6 +203,11 @@ $L__BB0_3:
 	bra.uni 	$L__BB0_2;
 $L__BB0_4:
 	@%p2 bra 	$L__BB0_1;
+	{
+	waitLoop:
+	mbarrier.try_wait.parity.shared.b64 complete, [%r2], %r3;
+	@!complete bra.uni waitLoop;
+	}
 	st.global.b32 	[%rd1], %r1;
 	ret;
 }
@@ -224,6 +240,8 @@ def test_a_loop_is_what_leads_back_wherever_it_lies():
         "mma.sync.aligned.m16n8k16",
         "bra.uni",
     ]
+    # Two labels have the same name: each jump is to its own.
+    assert [len(lines) for lines in Code.of_ptx(PTX).loops(re.compile("try_wait"))] == [2, 2]
     (lines,) = Code.of_sass(SASS).loops(re.compile("HMMA"))
     assert [line.split()[-1] for line in lines] == ["[UR4]", "0x80", "R4", "0x10", "[UR4]", "0x80", "0x30"]
     assert Code.of_sass(SASS).loops(re.compile("HGMMA")) == []

@@ -15,23 +15,21 @@ from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
 from qkernels.ops.hamilton_conv.config import Plan, Tile
 
-FORMS = ("dense", "q16", "q8")
+FORMS = ("signed", "q8")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Form and precision of a product, and the type of its maps: all that there are.
+KINDS = (
+    ("signed-ieee", torch.float32),
+    ("q8-ieee", torch.float32),
+    ("signed-half", torch.float16),
+    ("signed-tf32", torch.float32),
+    ("signed-half", torch.bfloat16),
+)
 
-# Relative Frobenius errors against the exact result of the operands as stored: one rounding of the result, in q8 of the
-# Hadamard operands too. The interpreter cuts float32 off where hardware rounds it to bfloat16
-# (test_interpreter_cuts_bfloat16_off): an error of up to one unit instead of half of one, so twice the bound.
-TOLERANCE = {
-    (torch.float32, "dense"): 2e-6,
-    (torch.float32, "q16"): 2e-6,
-    (torch.float32, "q8"): 2e-6,
-    (torch.float16, "dense"): 4e-4,
-    (torch.float16, "q16"): 4e-4,
-    (torch.float16, "q8"): 6e-4,
-    (torch.bfloat16, "dense"): 2 * 2.1e-3,
-    (torch.bfloat16, "q16"): 2 * 2.1e-3,
-    (torch.bfloat16, "q8"): 2 * 4.5e-3,
-}
+# Relative Frobenius errors against the exact result of the operands as they are multiplied: one rounding of the result.
+# The interpreter cuts float32 off where hardware rounds it to bfloat16 (test_interpreter_cuts_bfloat16_off): an error
+# of up to one unit instead of half of one, so twice the bound.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 2 * 2.1e-3}
 # The largest error of a single element, in RMS + its size, may be this many times the Frobenius figure.
 OF_ONE_ELEMENT = 6
 # The figures are root mean squares; an even spread of errors ends at sqrt(3) times that, where all of a few may lie.
@@ -40,6 +38,8 @@ FEW_ELEMENTS, OF_FEW_ELEMENTS = 100, 3**0.5
 
 class Tiles:
     """Replaces `config.plan`: few programs as large as the problem ("whole"), or several along each axis ("cut").
+
+    Of few channels both have flat tiles and others: "whole" ones are flat where no power of two fits the channels.
 
     Args:
         monkeypatch: pytest's.
@@ -56,24 +56,19 @@ class Tiles:
 
     def plan(self, problem: config.Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
         tile = self.style if isinstance(self.style, Tile) else self._tile(problem, form)
-        _, steps = problem.grid(form, tile)
-        return Plan(form, precision, tile, config.whole_splits(steps, self.splits))
+        return Plan(form, precision, tile, config.whole_splits(problem.steps(form, tile), self.splits))
 
     def _tile(self, problem: config.Problem, form: str) -> Tile:
-        parts = 4 if form == "dense" else 1
-        n, k, pixels = parts * problem.n, parts * problem.k, problem.pixels
-        least = 8 if form == "dense" else 2
-        if problem.kernel == "dw":
-            # Half the pixels at most with splits: a sum of one step cannot be shared.
-            pixels = pixels if self.splits == 1 else -(-pixels // (self.splits + 1))
-            if self.style == "whole":
-                return Tile(_power_of_two(k, 4, 64), _power_of_two(n, 4, 64), _power_of_two(pixels, 16, 512), 4, 1)
-            return Tile(_half(k, least), _half(n, least), _half(pixels, 8), 4, 1)
-        if self.style == "whole":
-            # A dense sum of few channels has one step for several taps.
-            k = k * problem.taps if form == "dense" and self.splits == 1 else k
-            return Tile(_power_of_two(pixels, 16, 512), _power_of_two(n, 4, 64), _power_of_two(k, 4, 64), 4, 1)
-        return Tile(_half(pixels, 16), _half(n, least), _half(k, least), 4, 1)
+        n, k, pixels = problem.n, problem.k, problem.pixels
+        if problem.kernel == "dw" and self.splits > 1:
+            # Half the pixels at most: a sum of one step cannot be shared.
+            pixels = -(-pixels // (self.splits + 1))
+        if self.style == "cut":
+            return Tile(_half(pixels, 8 if problem.kernel == "dw" else 16), _half(n, 2), _half(k, 2), 4, 1)
+        if form == "signed" and k < 32 and (problem.kernel == "dw" or self.splits == 1):
+            # Flat: one step, or one block, for several positions, of a gather for all components too.
+            k *= problem.positions * (1 if problem.kernel == "dw" else 4)
+        return Tile(_power_of_two(pixels, 16, 512), _power_of_two(n, 4, 64), _power_of_two(k, 4, 64), 4, 1)
 
 
 def _power_of_two(size: int, least: int, most: int) -> int:
@@ -89,34 +84,51 @@ class MemoryCheck:
     """Compute-sanitizer's memcheck and a part of its racecheck, for the interpreter.
 
     A masked-out element may point anywhere; every other one must lie within one tensor of the launch. Programs of a
-    launch run in no order, so none may write what another writes. Atomics, which are not deterministic, find no method.
+    launch run in no order, so none may write what another writes. Atomics may count, but not add floats, which would
+    not be deterministic; and the counters of a launch are zeros behind it.
 
     Args:
         monkeypatch: pytest's.
+
+    Attributes:
+        launches: so far.
+        counted: the launches whose programs counted each other.
+        backwards: the last program comes first.
     """
 
     def __init__(self, monkeypatch: Any) -> None:
+        self.counted: list[str] = []
+        self.backwards = False
         self.launches = 0
         self.tensors: list[tuple[int, int, str]] = []
         self.written: list[np.ndarray] = []
         self.kernel = ""
-        self._run, self._load, self._store = _launch.run, interpreter._interpreter.load, interpreter._interpreter.store
+        native = interpreter._interpreter
+        self._run, self._load, self._store, self._count = _launch.run, native.load, native.store, native.atomic_rmw
         monkeypatch.setattr(_launch, "run", self.run)
         monkeypatch.setattr(interpreter, "_interpreter", self)
+        self._place = interpreter.interpreter_builder.set_grid_idx
+        monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", self.place)
         # For each call of a device function Triton makes all of its language interpretable again, a third of the time.
         self.patched: set[tuple[str, ...]] = set()
         self._patch = interpreter._patch_lang
         monkeypatch.setattr(interpreter, "_patch_lang", self.patch)
 
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *options: int, **named: int) -> None:
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors.items()]
+        self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in _tensors("", arguments)]
         self.written, self.kernel = [], kernel.fn.__name__
         self.patched.clear()
         self.launches += 1
         self._run(kernel, grid, arguments, *options, **named)
         addresses = np.concatenate(self.written) if self.written else np.zeros(0, np.uint64)
         assert len(np.unique(addresses)) == len(addresses), f"{self.kernel} writes elements twice"
+        tickets = arguments.get("ticket_ptr")
+        if tickets is not None and tickets.dtype == torch.int32:
+            assert not tickets.any(), f"{self.kernel} leaves its counters at {tickets.unique().tolist()}"
+
+    def place(self, *index: int) -> None:
+        size = interpreter.interpreter_builder.grid_dim
+        self._place(*(n - 1 - i for n, i in zip(size, index, strict=True)) if self.backwards else index)
 
     def patch(self, function: Any) -> Any:
         languages = tuple(name for name, value in function.__globals__.items() if value in (tl, tl.core))
@@ -134,6 +146,12 @@ class MemoryCheck:
         self.written.append(pointers[mask].ravel())
         return self._store(pointers, value, mask)
 
+    def atomic_rmw(self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any) -> np.ndarray:
+        assert value.dtype.kind == "i", f"{self.kernel} adds {value.dtype} in any order"
+        self._check("counts", pointers[mask], value.itemsize)
+        self.counted.append(self.kernel)
+        return self._count(op, pointers, value, mask, order)
+
     def _check(self, verb: str, addresses: np.ndarray, size: int) -> None:
         if not self.tensors or addresses.size == 0:
             return
@@ -141,6 +159,14 @@ class MemoryCheck:
         if not any(start <= first and last <= end for start, end, _ in self.tensors):
             names = [name for start, end, name in self.tensors if start <= int(np.median(addresses)) < end]
             raise AssertionError(f"{self.kernel} {verb} outside of its tensors, near {names or 'none of them'}")
+
+
+def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """All tensors among a kernel's arguments, those of tuples too."""
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    parts: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+    return [found for key, part in parts for found in _tensors(f"{name}.{key}".lstrip("."), part)]
 
 
 def _extent(x: torch.Tensor) -> int:
@@ -170,3 +196,19 @@ def in_nan(x: torch.Tensor) -> torch.Tensor:
     larger = torch.full((batch + 2, channels, *size), fill, dtype=x.dtype).to(memory_format=torch.channels_last)
     larger[1:-1] = x
     return larger[1:-1].detach()
+
+
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """The nearest multiple of 2^-10 of the power of two below, ties away from zero, in float64."""
+    mantissa, exponent = torch.frexp(x.double())  # mantissas from 1/2 on
+    return torch.ldexp(mantissa.sign() * (mantissa.abs() * 2**11 + 0.5).floor(), exponent - 11)
+
+
+def cut(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 to a type as the interpreter does it, see test_interpreter_cuts_bfloat16_off."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32).to(dtype) if dtype == torch.bfloat16 else x.to(dtype)
+
+
+def multiplied(x: torch.Tensor, how: str) -> torch.Tensor:
+    """An operand as the products take it, in float64."""
+    return to_tf32(x) if how.endswith("tf32") else x.double()

@@ -1,18 +1,20 @@
 """Every kernel, form and type over odd geometries, against the definition in float64."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from interpreted import DTYPES, FORMS, TOLERANCE, assert_accurate, in_nan
+from interpreted import DTYPES, KINDS, TOLERANCE, assert_accurate, cut, in_nan, multiplied, to_tf32
 from triton.runtime import interpreter
 
 from qkernels import algebra
-from qkernels.ops.hamilton_conv import launch, reference
-from qkernels.ops.hamilton_conv.config import Plan, Tile
-from qkernels.ops.hamilton_conv.launch import Source
+from qkernels.ops.hamilton_conv import config, launch, reference
+from qkernels.ops.hamilton_conv.config import Tile
+from qkernels.ops.hamilton_conv.launch import Epilogue, Packed
 
 # B, Q, P, H, W, kernel, stride, padding, dilation, groups
 CASES = {
@@ -31,6 +33,8 @@ CASES = {
     "17 channels": (1, 17, 17, 2, 3, (1, 2), (1, 1), (0, 1), (1, 1), 1),
     "17 to 1": (3, 17, 1, 3, 3, (2, 1), (1, 1), (0, 0), (1, 1), 1),
     "1 to 17": (3, 1, 17, 3, 3, (1, 2), (1, 2), (0, 1), (1, 1), 1),
+    # More than a signed step takes: blocks of channels with a rest.
+    "33 channels": (1, 33, 34, 2, 2, (1, 1), (1, 1), (0, 0), (1, 1), 1),
 }
 POOLED = {
     "odd map": (2, 1, 2, 5, 7, (1, 3), (1, 1), (0, 1), (1, 1), 1),
@@ -40,19 +44,25 @@ POOLED = {
 }
 
 
-def square(cases, everything=False):
-    """(case, form, type, splits, style, bias): a Latin square of forms, types and splits; other types are slow."""
+QUICK = 3  # kinds of each case
+
+
+def square(cases, quick=QUICK):
+    """(case, how, type, splits, style, bias): a Latin square of kinds, splits and styles; other kinds are slow."""
     parameters = []
     for i, (name, case) in enumerate(cases.items()):
-        for f, form in enumerate(FORMS):
-            for d in range(3) if everything else [0]:
-                dtype = DTYPES[(i + f + d) % 3]
-                splits, style, biased = 1 + (i + 2 * f) % 3, ("whole", "cut")[(i + f) % 2], (i // 2 + f) % 2 == 0
-                values = (case, form, dtype, splits, style, biased)
-                id = f"{name}-{form}-{str(dtype)[6:]}-{splits} splits-{style}{'-bias' * biased}"
-                marks = [pytest.mark.slow] if d else []
-                parameters.append(pytest.param(*values, id=id, marks=marks))
+        for f, (how, dtype) in enumerate(KINDS):
+            splits, style, biased = 1 + (i + 2 * f) % 3, ("whole", "cut")[(i + f) % 2], (i // 2 + f) % 2 == 0
+            values = (case, how, dtype, splits, style, biased)
+            id = f"{name}-{how}-{str(dtype)[6:]}-{splits} splits-{style}{'-bias' * biased}"
+            marks = [] if (f + i) % len(KINDS) < quick else [pytest.mark.slow]
+            parameters.append(pytest.param(*values, id=id, marks=marks))
     return parameters
+
+
+def window7(case):
+    """The last five of a case as launch functions take them."""
+    return (*case[6], *case[7], *case[8], case[9])
 
 
 def operands(case, dtype):
@@ -61,70 +71,97 @@ def operands(case, dtype):
     return x, torch.randn(4, p, q // groups, *kernel).to(dtype), torch.randn(4 * p).to(dtype)
 
 
-def definition(x, weight, bias, window):
+def definition(x, weight, bias, case, how):
     """Exact operands that want gradients, and what they give in front of an epilogue."""
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    return leaves, reference.hamilton_conv2d(*leaves, *window)
+    leaves = [t.requires_grad_() for t in (multiplied(x, how), multiplied(weight, how), bias.double())]
+    return leaves, reference.hamilton_conv2d(*leaves, *case[6:])
 
 
-def check_gradients(source, gradient, case, x, weight, bias, form, biased):
-    """Both gradients of the source, which is `gradient`; a transposed convolution may have a bias of its own."""
-    dtype, window, kernel = x.dtype, case[6:], case[5]
-    leaves, y = definition(x, weight, bias, window)
-    dx, dw, db = torch.autograd.grad(y, leaves, gradient)
-    shift = torch.randn(x.shape[1]).to(dtype) if biased else None
-    actual = launch.data_gradient(source, weight, shift, x.shape[2:], *window, form)
-    assert_accurate(actual, dx + shift.double().view(-1, 1, 1) if biased else dx, TOLERANCE[dtype, form])
-    actual, actual_bias = launch.weight_gradient(source, x, kernel, *window, biased, form)
-    assert_accurate(actual, dw, TOLERANCE[dtype, form])
-    if biased:
-        assert_accurate(actual_bias, db, TOLERANCE[dtype, "dense"])
-    else:
-        assert actual_bias.numel() == 0
+def zeroed(x):
+    """What a ReLU could have given: about half of it zeros."""
+    return in_nan(torch.randn(x.shape).to(x.dtype).relu())
 
 
-def check_products(case, form, dtype, splits, style, biased, tiles):
+def check_products(case, how, dtype, splits, style, biased, tiles):
+    """The three products with the epilogues that layers use; one packed weight and its counters serve all of them."""
     tiles.splits, tiles.style = splits, style
     x, weight, bias = operands(case, dtype)
-    window = case[6:]
+    window, kernel = window7(case), case[5]
     bias = bias if biased else torch.zeros_like(bias)
-    _, exact = definition(x, weight, bias, window)
-    y = launch.forward(x, weight, bias if biased else None, *window, True, form)
+    leaves, exact = definition(x, weight, bias, case, how)
+    packed = Packed(*launch.pack([weight], [how], dtype))
+    y = launch.forward(x, weight, window, how, Epilogue(bias if biased else None, relu=True), packed)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_accurate(y, exact.detach().relu(), TOLERANCE[dtype, form])
+    assert_accurate(y, exact.detach().relu(), TOLERANCE[dtype])
     dy = torch.randn(y.shape).to(dtype)
-    source = Source(in_nan(dy), in_nan(y)) if biased else Source(in_nan(dy))
-    gradient = dy.double() * (y > 0) if biased else dy.double()
-    check_gradients(source, gradient, case, x, weight, bias, form, biased)
+    dx, dw, db = torch.autograd.grad(exact, leaves, multiplied(dy, how))
+    # A transposed convolution may have a bias of its own; a gradient is scaled, and goes through the mask of a ReLU.
+    shift, scale, of_relu = torch.randn(x.shape[1]).to(dtype), 1.0 if style == "whole" else 1.25, zeroed(x)
+    if biased:
+        epilogue, expected = Epilogue(shift, scale=scale), (dx + shift.double().view(-1, 1, 1)) * scale
+    else:
+        epilogue, expected = Epilogue(scale=scale, relu_output=of_relu), dx * scale * (of_relu > 0)
+    actual = launch.data_gradient(in_nan(dy), weight, x.shape[2:], window, how, epilogue, packed)
+    assert actual.dtype == dtype
+    assert_accurate(actual, expected, TOLERANCE[dtype])
+    options = {"scale": scale, "tickets": packed.tickets}
+    actual, actual_bias = launch.weight_gradient(in_nan(dy), x, kernel, window, biased, how, **options)
+    assert_accurate(actual, dw * scale, TOLERANCE[dtype])
+    if biased:
+        assert_accurate(actual_bias, db * scale, TOLERANCE[dtype])
+    else:
+        assert actual_bias.numel() == 0
+    assert not packed.tickets.any()
 
 
-@pytest.mark.parametrize(("case", "form", "dtype", "splits", "style", "biased"), square(CASES, everything=True))
-def test_products_equal_the_definition(case, form, dtype, splits, style, biased, tiles):
-    """y = relu(w (x) x + b), and the gradients behind that ReLU, whose mask is the kernel's own output."""
-    check_products(case, form, dtype, splits, style, biased, tiles)
+@pytest.mark.parametrize(("case", "how", "dtype", "splits", "style", "biased"), square(CASES))
+def test_products_equal_the_definition(case, how, dtype, splits, style, biased, tiles):
+    check_products(case, how, dtype, splits, style, biased, tiles)
 
 
 def test_large_kernel(tiles):
-    """11x11, taps far outside of the map, the whole sum in one kernel's few steps."""
+    """11x11, positions far outside of the map, the whole sum in one kernel's few steps."""
     case = (1, 1, 1, 5, 4, (11, 11), (1, 1), (5, 5), (1, 1), 1)
-    check_products(case, "dense", torch.float32, 2, Tile(32, 4, 128, 4, 1), True, tiles)
+    check_products(case, "signed-ieee", torch.float32, 2, Tile(32, 4, 128, 4, 1), True, tiles)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["q16", "q8"])
-def test_large_kernel_by_quaternions(form, tiles):
+@pytest.mark.parametrize("how", ["signed-ieee", "q8-ieee"])
+def test_large_kernel_position_by_position(how, tiles):
     case = (1, 1, 2, 12, 13, (11, 11), (1, 1), (5, 5), (1, 1), 1)
-    check_products(case, form, torch.float32, 3, "whole", True, tiles)
+    check_products(case, how, torch.float32, 3, Tile(256, 4, 1, 4, 1), True, tiles)
 
 
-def unpooled(dpooled, code, size):
+@pytest.mark.parametrize(("how", "dtype"), KINDS)
+@pytest.mark.parametrize("style", ["whole", "cut"])
+def test_parts_are_added_in_their_order_whoever_comes_last(how, dtype, style, tiles, memory):
+    """The last program to arrive adds the parts of a shared sum: backwards that is the first one."""
+    case = (1, 3, 2, 5, 4, (2, 1), (1, 1), (1, 0), (1, 1), 1)
+    tiles.splits, tiles.style = 3, style
+    x, weight, bias = operands(case, dtype)
+    dy = torch.randn(1, 8, 6, 4).to(dtype)
+
+    def products():
+        memory.counted.clear()
+        yield launch.forward(x, weight, window7(case), how, Epilogue(bias))
+        yield launch.data_gradient(dy, weight, x.shape[2:], window7(case), how)
+        yield from launch.weight_gradient(dy, x, case[5], window7(case), True, how)
+
+    forwards = list(products())
+    assert len(set(memory.counted)) == 2
+    memory.backwards = True
+    for value, expected in zip(products(), forwards, strict=True):
+        assert torch.equal(value, expected)
+
+
+def unpooled(dpooled, argmax, size):
     """The gradient of a map of that size, one position of the windows at a time."""
     gradient = torch.zeros(*dpooled.shape[:2], *size, dtype=torch.float64)
     height, width = (2 * n for n in dpooled.shape[2:])
     for position in range(4):
         h, w = divmod(position, 2)
-        gradient[:, :, h:height:2, w:width:2] = dpooled.double() * (code == position)
+        gradient[:, :, h:height:2, w:width:2] = dpooled.double() * (argmax == position)
     return gradient
 
 
@@ -132,96 +169,203 @@ EPILOGUES = [(True, False), (True, True), (False, True), (False, False)]
 
 
 def pooled_square():
-    """`square` of the pooled cases with (relu, tap), each combination once for each form; the others are slow."""
+    """`square` of the pooled cases with (relu, return_map), one of them for each; the others are slow."""
     parameters = []
-    for i, parameter in enumerate(square(POOLED)):
-        for e, (relu, tap) in enumerate(EPILOGUES):
-            id = parameter.id + "-relu" * relu + "-tap" * tap
-            marks = [] if e == (i // len(FORMS) + i % len(FORMS)) % len(EPILOGUES) else [pytest.mark.slow]
-            parameters.append(pytest.param(*parameter.values, relu, tap, id=id, marks=marks))
+    for i, parameter in enumerate(square(POOLED, len(KINDS))):
+        for e, (relu, return_map) in enumerate(EPILOGUES):
+            id = parameter.id + "-relu" * relu + "-map" * return_map
+            marks = [] if e == (i // len(KINDS) + i % len(KINDS)) % len(EPILOGUES) else [pytest.mark.slow]
+            parameters.append(pytest.param(*parameter.values, relu, return_map, id=id, marks=marks))
     return parameters
 
 
-def cut(x, dtype):
-    """float32 to a type as the interpreter does it, see test_interpreter_cuts_bfloat16_off."""
-    return (x.view(torch.int32) & -0x10000).view(torch.float32) if dtype == torch.bfloat16 else x.to(dtype)
-
-
-@pytest.mark.parametrize(("case", "form", "dtype", "splits", "style", "biased", "relu", "tap"), pooled_square())
-def test_pooled_products_equal_the_definition(case, form, dtype, splits, style, biased, relu, tap, tiles):
-    """The maxima, which pixel each is of, and the gradients of one or both maps by the kernel's own codes and mask."""
+@pytest.mark.parametrize(("case", "how", "dtype", "splits", "style", "biased", "relu", "return_map"), pooled_square())
+def test_pooled_products_equal_the_definition(case, how, dtype, splits, style, biased, relu, return_map, tiles):
+    """The maxima, which pixel each is of, and the map."""
     tiles.splits, tiles.style = splits, style
     x, weight, bias = operands(case, dtype)
     bias = bias if biased else torch.zeros_like(bias)
-    window = case[6:]
-    _, exact = definition(x, weight, bias, window)
+    _, exact = definition(x, weight, bias, case, how)
     exact = exact.detach().relu() if relu else exact.detach()
-    pooled, code, y = launch.forward_pool(x, weight, bias if biased else None, *window, relu, tap, form)
-    tolerance = TOLERANCE[dtype, form]
+    epilogue = Epilogue(bias if biased else None, relu)
+    pooled, argmax, y = launch.forward_pool(x, weight, window7(case), how, epilogue, None, return_map)
+    tolerance = TOLERANCE[dtype]
     assert_accurate(pooled, torch.nn.functional.max_pool2d(exact, 2), tolerance)
-    assert code.dtype == torch.uint8
-    assert code.max() <= (4 if relu else 3)
-    # The maximum is where the code says, up to rounding; code 4 is a window without a positive pixel.
-    assert_accurate(torch.where(code < 4, pooled, 0), unpooled(torch.ones_like(pooled), code, exact.shape[2:])
-                    .mul(exact).unfold(2, 2, 2).unfold(3, 2, 2).sum((4, 5)), tolerance)  # fmt: skip
-    assert torch.equal(code == 4, (pooled <= 0) & relu)
-    dpooled = torch.randn(pooled.shape).to(dtype)
-    gradient = unpooled(dpooled, code, exact.shape[2:])
-    source = Source(None, None, in_nan(dpooled), in_nan(code))
-    if tap:
+    assert argmax.dtype == torch.uint8
+    assert argmax.max() <= (4 if relu else 3)
+    # The maximum is where argmax says, up to rounding; 4 is a window without a positive pixel.
+    there = unpooled(torch.ones_like(pooled), argmax, exact.shape[2:]) * exact
+    there = there.unfold(2, 2, 2).unfold(3, 2, 2).sum((4, 5))
+    assert_accurate(torch.where(argmax < 4, pooled, 0), there, tolerance)
+    assert torch.equal(argmax == 4, (pooled <= 0) & relu)
+    if return_map:
         assert_accurate(y, exact, tolerance)
-        assert torch.equal(pooled, torch.nn.functional.max_pool2d(y.float(), 2).to(dtype))
-        dy = torch.randn(y.shape).to(dtype)
-        # The sum of both gradients is of their type, as the sum that autograd makes.
-        total = gradient.float() + torch.where((y > 0) | (not relu), dy, 0).float()
-        gradient = (total.to(dtype) if form == "q8" else cut(total, dtype)).double()
-        source = Source(in_nan(dy), in_nan(y) if relu else None, *source[2:])
+        maxima, places = torch.nn.functional.max_pool2d(y.float(), 2, return_indices=True)
+        assert torch.equal(pooled, maxima.to(dtype))
+        h, w = places // y.shape[3], places % y.shape[3]
+        assert torch.equal(argmax, torch.where((pooled <= 0) & relu, 4, h % 2 * 2 + w % 2))
     else:
         assert y.numel() == 0
-    check_gradients(source, gradient, case, x, weight, bias, form, biased)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float32_out_of_half_types(form, dtype, tiles):
-    """Without the rounding of the result: products of half types are exact in float32, only q8 rounds its operands."""
-    case = (1, 6, 5, 4, 5, (1, 2), (1, 1), (0, 1), (1, 1), 1)
+OPTIONS = list(itertools.product([False, True], repeat=4))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("how", ["signed-ieee", "q8-ieee"])
+def test_every_epilogue(how, splits, tiles):
+    """Bias, ReLU, scale and mask in every combination, in this order; the mask lets pass what NaN hides."""
+    tiles.splits = splits
+    case = (1, 2, 1, 2, 3, (1, 2), (1, 1), (0, 0), (1, 1), 1)
+    x, weight, bias = operands(case, torch.float32)
+    _, plain = definition(x, weight, torch.zeros_like(bias), case, how)
+    of_relu = zeroed(plain.float())
+    of_relu[0, 1, 0, 0] = torch.nan
+    for biased, relu, scaled, masked in OPTIONS:
+        expected = plain.detach() + (bias.double().view(-1, 1, 1) if biased else 0)
+        expected = expected.relu() if relu else expected
+        expected = expected * (0.75 if scaled else 1)
+        expected = torch.where((of_relu <= 0) & masked, 0, expected)
+        epilogue = Epilogue(bias if biased else None, relu, None, 0.75 if scaled else 1.0, of_relu if masked else None)
+        y = launch.forward(x, weight, window7(case), how, epilogue)
+        assert_accurate(y, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("how", "dtype"), KINDS)
+def test_dropout(how, dtype, tiles):
+    """Which elements are zeroed depends on the seed and the element alone, not on who computes it."""
+    case = (2, 1, 6, 20, 20, (1, 1), (1, 1), (0, 0), (1, 1), 1)
     x, weight, bias = operands(case, dtype)
-    leaves, exact = definition(x, weight, bias, case[6:])
-    y = launch.forward(x, weight, bias, *case[6:], False, form, dtype=torch.float32)
+    bias = bias.abs() + 20  # nothing but the dropout makes zeros
+    _, exact = definition(x, weight, bias, case, how)
+    exact, rate = exact.detach(), 0.3
+    assert exact.min() > 0
+
+    def dropped(seed):
+        epilogue = Epilogue(bias, relu=True, seed=torch.tensor([seed]), scale=1 / (1 - rate))
+        return launch.forward(x, weight, window7(case), how, epilogue)
+
+    y = dropped(5)
+    kept = y > 0
+    assert_accurate(y, exact * kept / (1 - rate), TOLERANCE[dtype])
+    count = kept.numel()
+    assert abs(kept.sum().item() - (1 - rate) * count) < 4 * (rate * (1 - rate) * count) ** 0.5
+    # No image, channel or pixel has a pattern of its own.
+    for axes in ((1, 2, 3), (0, 2, 3), (0, 1)):
+        part = kept.double().mean(axes)
+        assert (part - (1 - rate)).abs().max() < 5 * (rate * (1 - rate) * part.numel() / count) ** 0.5
+    assert torch.equal(dropped(5), y)
+    tiles.style = Tile(256, 8, 4, 4, 1)
+    assert torch.equal(dropped(5) > 0, kept)
+    for seed in (6, 5 + 2**33):
+        agreeing = ((dropped(seed) > 0) == kept).double().mean().item()
+        expected = rate**2 + (1 - rate) ** 2
+        assert abs(agreeing - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
+
+
+@pytest.mark.parametrize(("style", "splits"), [("whole", 1), ("cut", 3)])
+@pytest.mark.parametrize(("how", "dtype"), [("signed-half", torch.float16), ("signed-half", torch.bfloat16)])
+def test_float32_parameters_and_results_of_half_maps(how, dtype, style, splits, tiles):
+    """As under autocast: the weight is rounded once, the bias never, and what is written as float32 is not rounded."""
+    tiles.splits, tiles.style = splits, style
+    case = (1, 6, 5, 4, 5, (1, 2), (1, 1), (0, 1), (1, 1), 1)
+    x, weight, bias = operands(case, torch.float32)
+    x = in_nan(x.to(dtype))
+    leaves, exact = definition(x, cut(weight, dtype), bias, case, how)
+    y = launch.forward(x, weight, window7(case), how, Epilogue(bias))
+    assert y.dtype == dtype
+    assert_accurate(y, exact.detach(), TOLERANCE[dtype])
     dy = torch.randn(y.shape).to(dtype)
     dx, dw, db = torch.autograd.grad(exact, leaves, dy.double())
-    # Twice the 3.2e-3 of bfloat16, see TOLERANCE.
-    tolerance = {"q8": 3.5e-4 if dtype == torch.float16 else 2 * 3.2e-3}.get(form, 2e-6)
-    source, options = Source(dy), {"dtype": torch.float32}
-    actual = launch.weight_gradient(source, x, case[5], *case[6:], True, form, **options)
-    values = (y, launch.data_gradient(source, weight, None, x.shape[2:], *case[6:], form, **options), *actual)
+    to = torch.float32
+    values = (
+        launch.forward(x, weight, window7(case), how, Epilogue(bias), dtype=to),
+        launch.data_gradient(dy, weight, x.shape[2:], window7(case), how, dtype=to),
+        *launch.weight_gradient(dy, x, case[5], window7(case), True, how, dtype=to),
+    )
     for value, truth in zip(values, (exact.detach(), dx, dw, db), strict=True):
-        assert value.dtype == torch.float32
-        assert_accurate(value, truth, tolerance)
+        assert value.dtype == to
+        assert_accurate(value, truth, TOLERANCE[to])
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_weights(form, dtype):
-    """The weight as each form reads it, of any strides: exact, but for one rounding of the Hadamard rows."""
-    weight = torch.randn(4, 2, 3, 2, 6, dtype=dtype).permute(0, 4, 2, 3, 1)  # [4, 6, 3, 2, 2]
-    groups, (rows, q) = 2, weight.shape[1:3]
-    plan = Plan(form, "half", Tile(16, 16, 16, 4, 1), 1)
-    packed, _ = launch._packed(weight, plan, groups)
-    taps = weight.permute(0, 3, 4, 1, 2).double()
-    if form == "dense":
-        expected = algebra.expand_weight(weight.double(), groups).unflatten(0, (groups, -1))
-        expected = expected.permute(3, 4, 0, 1, 2)
-    elif form == "q16":
-        expected = taps
-    else:
+@pytest.mark.parametrize("size", [(5, 7), (4, 2)], ids=str)
+def test_gradient_in_front_of_an_epilogue(size, dtype):
+    """Of the map and of the maxima of its windows, alone and together, masked, scaled, in another type."""
+    shape, half = (3, 12, *size), (3, 12, size[0] // 2, size[1] // 2)
+    dy, dpooled = (in_nan(torch.randn(s).to(dtype)) for s in (shape, half))
+    argmax = in_nan(torch.randint(5, half, dtype=torch.uint8))
+    of_relu = zeroed(dy)
+    of_relu[1, 2, 1, 1] = torch.nan
+    routed = unpooled(dpooled, argmax, size).float()
+    for has_dy, masked, pooled, scaled in OPTIONS:
+        if not has_dy and (masked or scaled or not pooled):
+            continue
+        scale = 1.25 if scaled else 1.0
+        expected = torch.where((of_relu <= 0) & masked, 0, dy).float() * scale if has_dy else torch.zeros(shape)
+        expected = expected + routed if pooled else expected
+        sources = (dy if has_dy else None, of_relu if masked else None, *((dpooled, argmax) if pooled else (None,) * 2))
+        for to in {dtype, torch.float32}:
+            actual = launch.epilogue_gradient(*sources, size, scale, to)
+            assert actual.is_contiguous(memory_format=torch.channels_last)
+            assert actual.dtype == to
+            assert torch.equal(actual, cut(expected, to))
+
+
+def test_gradient_of_more_than_one_block():
+    """Any layout is read, and all of a map is written."""
+    dy, of_relu = torch.randn(3, 24, 5, 9), torch.randn(5, 9, 24, 3).permute(3, 2, 0, 1)
+    assert dy.numel() > 3 * launch.ELEMENTWISE_BLOCK
+    actual = launch.epilogue_gradient(dy, of_relu, None, None, [5, 9], 1.0, torch.float32)
+    assert torch.equal(actual, dy * (of_relu > 0))
+    assert torch.equal(launch.operand(dy, "tf32"), to_tf32(dy).float())
+    assert launch.operand(actual, "ieee") is actual
+
+
+def packed_by_pytorch(weight, how, dtype):
+    """`[tile, position, rows, Q]`, and for tf32 once more as `[tile, position, Q, rows]`, in a row."""
+    form, precision = how.split("-")
+    quaternions = weight.reshape(*weight.shape[:3], -1).permute(0, 3, 1, 2).double()
+    if form == "q8":
         hadamard = torch.tensor(algebra.HADAMARD, dtype=torch.float64)
-        plain = -2 * taps[list(algebra.WEIGHT_ORDER)]
-        expected = torch.cat([torch.einsum("ab,b...->a...", hadamard, taps), plain])
-    actual = packed.double().view(expected.shape) if form == "dense" else packed.double().reshape(-1, 2, 2, rows, q)
-    tolerance = 2 * torch.finfo(dtype).eps if form == "q8" else 0
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        plain = -2 * quaternions[list(algebra.WEIGHT_ORDER)]
+        tiles = torch.cat([torch.einsum("ab,b...->a...", hadamard, quaternions), plain])
+    else:
+        tiles = torch.cat([quaternions, -quaternions])
+    if precision == "tf32":
+        tiles = to_tf32(tiles)
+        return torch.cat([tiles.flatten(), tiles.mT.flatten()])
+    return cut(tiles.float(), dtype).double().flatten()
+
+
+PACKED = {
+    torch.float32: ["signed-ieee", "q8-ieee", "signed-tf32", "signed-ieee"],
+    torch.float16: ["signed-half"] * 4,
+    torch.bfloat16: ["signed-half"] * 4,
+}
+
+
+@pytest.mark.parametrize("weights_type", ["float32", "maps"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights(dtype, weights_type):
+    """Several weights in one launch, of any size and stride; exact but for the sums of q8; and zeros to count with."""
+    shapes = ((4, 3, 5, 2, 3), (4, 40, 30, 1, 1), (4, 1, 1), (4, 7, 2, 3, 3))
+    weights = [torch.randn(shape) for shape in shapes]
+    weights[0] = torch.randn(4, 3, 5, 3, 2).mT
+    weights = [w.to(dtype if weights_type == "maps" else torch.float32) for w in weights]
+    for first in range(4):  # each place for each form
+        hows = PACKED[dtype][first:] + PACKED[dtype][:first]
+        tiles, tickets = launch.pack(weights, hows, dtype)
+        assert tiles.dtype == dtype
+        sizes = [config.packed_size(w.numel(), how) for w, how in zip(weights, hows, strict=True)]
+        for actual, weight, how in zip(tiles.split(sizes), weights, hows, strict=True):
+            tolerance = 1e-6 if how.startswith("q8") else 0
+            expected = packed_by_pytorch(weight, how, dtype)
+            torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+        assert tickets.shape == (4 * config.MOST_TICKETS,)
+        assert not tickets.any()
+        if dtype != torch.float32:
+            break
 
 
 def test_interpreter_cuts_bfloat16_off():
@@ -261,28 +405,10 @@ def geometries(draw):
 )
 @hypothesis.given(
     geometries(),
-    st.sampled_from(FORMS),
-    st.sampled_from(DTYPES),
+    st.sampled_from(KINDS),
     st.integers(1, 4),
     st.sampled_from(["whole", "cut"]),
     st.booleans(),
 )
-def test_random_geometries(tiles, case, form, dtype, splits, style, biased):
-    check_products(case, form, dtype, splits, style, biased, tiles)
-
-
-def test_nan_lets_a_gradient_pass():
-    """As PyTorch's ReLU does: zeros behind a NaN would hide where it came from."""
-    dy, x, weight = torch.randn(1, 8, 3, 3), torch.randn(1, 4, 3, 3), torch.randn(4, 2, 1, 3, 3)
-    open_gate, nan_gate = torch.ones_like(dy), torch.ones_like(dy)
-    nan_gate[0, 3, 1, 1] = float("nan")
-    window = ([1, 1], [1, 1], [1, 1], 1)
-    for form in FORMS:
-        for gate in (open_gate, nan_gate):
-            source = launch.Source(dy, gate)
-            dx = launch.data_gradient(source, weight, None, [3, 3], *window, form)
-            dw, _ = launch.weight_gradient(source, x, [3, 3], *window, False, form)
-            if gate is open_gate:
-                expected = dx, dw
-        assert torch.equal(dx, expected[0])
-        assert torch.equal(dw, expected[1])
+def test_random_geometries(tiles, case, kind, splits, style, biased):
+    check_products(case, *kind, splits, style, biased, tiles)

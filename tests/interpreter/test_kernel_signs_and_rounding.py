@@ -1,35 +1,38 @@
 """The kernels' unrolled signs against the one table, and what tf32 does to operands."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreted import FORMS, assert_accurate
+from interpreted import assert_accurate, to_tf32
 from triton.runtime import interpreter
 
 import qkernels
 from qkernels.algebra import SIGNS
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import kernels, launch, reference
-from qkernels.ops.hamilton_conv.launch import Source
+from qkernels.ops.hamilton_conv.config import Tile
 
-ONES = ([1, 1], [0, 0], [1, 1], 1)
+UNIT = (1, 1, 0, 0, 1, 1, 1)
 # sign[component of y, of x]; the weight's component is the exclusive or of both.
 SIGN = torch.tensor(SIGNS, dtype=torch.float32)
 
 
+# Of few channels one by one, and of channels in blocks (config.Problem.flat), which q8 always takes.
+STYLES = {"flat": ("signed-ieee", Tile(16, 4, 8, 4, 1)), "blocks": ("signed-ieee", Tile(16, 4, 1, 4, 1)),
+          "q8": ("q8-ieee", Tile(16, 4, 4, 4, 1))}  # fmt: skip
+
+
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
-def test_all_unit_products(form, splits, tiles):
+@pytest.mark.parametrize("style", STYLES)
+def test_all_unit_products(style, splits, tiles):
     """16 products of units through the convolution, its adjoint and the weight gradient, as one sum or split."""
-    tiles.splits = splits
-    # Row b of the weight is the unit b; image c is the unit c. The second tap lies on zeros.
+    (how, tiles.style), tiles.splits = STYLES[style], splits
+    # Row b of the weight is the unit b; image c is the unit c. The second position lies on zeros.
     weight = torch.eye(4).view(4, 4, 1, 1, 1).repeat(1, 1, 1, 1, 2)
     x = torch.nn.functional.pad(torch.eye(4).view(4, 4, 1, 1), (0, 1))
-    y = launch.forward(x, weight, None, *ONES, False, form).view(4, 4, 4)  # [image, component, row]
+    y = launch.forward(x, weight, UNIT, how).view(4, 4, 4)  # [image, component, row]
     for b in range(4):
         for c in range(4):
             expected = torch.zeros(4)
@@ -37,15 +40,15 @@ def test_all_unit_products(form, splits, tiles):
             assert y[c, :, b].tolist() == expected.tolist()
     # <dy, w x> seen from x: the unit b is a column now, dy the unit a.
     dy = torch.eye(4).view(4, 4, 1, 1)
-    dx = launch.data_gradient(Source(dy), weight.transpose(1, 2), None, [1, 2], *ONES, form)
+    dx = launch.data_gradient(dy, weight.transpose(1, 2), [1, 2], UNIT, how)
     for b in range(4):
         for a in range(4):
             expected = torch.zeros(4)
             expected[a ^ b] = SIGN[a, a ^ b]
             assert dx.view(4, 4, 4, 2)[a, :, b, 0].tolist() == expected.tolist()
     # Seen from w, over two images of which the second is empty: row a of dy is the unit a, column c of x the unit c.
-    x = torch.stack([torch.eye(4), torch.zeros(4, 4)]).view(2, 16, 1, 1)
-    dw, _ = launch.weight_gradient(Source(x), x, [1, 1], *ONES, False, form)
+    x = torch.stack([torch.eye(4), torch.zeros(4, 4)]).view(2, 16, 1, 1).repeat(16, 1, 1, 1) / 16
+    dw, _ = launch.weight_gradient(x * 16, x, [1, 1], UNIT, False, how)
     for a in range(4):
         for c in range(4):
             expected = torch.zeros(4)
@@ -104,18 +107,6 @@ def test_rounding_keeps_nan():
     assert y.isnan().all()
 
 
-def to_tf32(x):
-    """The nearest multiple of 2^-10 of the power of two below, in Python numbers."""
-
-    def nearest(value):
-        if value == 0:
-            return 0.0
-        unit = 2.0 ** (math.frexp(value)[1] - 11)
-        return math.copysign(math.floor(abs(value) / unit + 0.5) * unit, value)
-
-    return torch.tensor([nearest(value) for value in x.flatten().tolist()], dtype=torch.float64).view(x.shape)
-
-
 @pytest.fixture
 def operands_of_products(monkeypatch):
     """(precision, whether tf32 holds both operands) of each product."""
@@ -137,8 +128,8 @@ def allow(kind, allowed):
     switch.fp32_precision = "tf32" if allowed else "ieee"
 
 
-def results(kind, form):
-    """Output and gradients of an operator on random operands, and the function and the operands themselves."""
+def results(kind, form, between=lambda: None):
+    """Output and gradients of an operator on random operands, and these; `between` its forward and its backward."""
     torch.manual_seed(0)
     kernel = (1, 2) if kind == "conv" else ()
     operands = [torch.randn(2, 12, *kernel), torch.randn(4, 3, 3, *kernel), torch.randn(12)]
@@ -147,6 +138,7 @@ def results(kind, form):
     with qkernels.set_backend("triton"), qkernels.set_form(form):
         y = function(x, weight, bias)
         dy = torch.randn(y.shape)
+        between()
         return [y, *torch.autograd.grad(y, operands, dy)], (x, weight, bias, dy)
 
 
@@ -157,34 +149,33 @@ def exact(kind, x, weight, bias, dy):
     return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy.double())]
 
 
-@pytest.mark.parametrize("form", ["dense", "q16"])
 @pytest.mark.parametrize("kind", ["conv", "matmul"])
-def test_tf32_operands_are_rounded_where_the_switch_allows_it(kind, form, operands_of_products):
-    """Products are exact here, so the result is that of the rounded operands; each kind follows its own switch."""
+def test_tf32_operands_are_rounded_where_the_switch_allows_it(kind, operands_of_products):
+    """Products are exact here, so the result is that of the rounded operands; each kind follows its own switch.
+
+    A backward multiplies as its forward did, whatever the switch says by then.
+    """
     allow(kind, True)
-    values, (x, weight, bias, dy) = results(kind, form)
+    values, (x, weight, bias, dy) = results(kind, "auto", lambda: allow(kind, False))
     assert set(operands_of_products) == {("TF32", True)}
-    y, dx, dw, db = values
     rounded = [to_tf32(t) for t in (x, weight)]
-    for value, truth in zip((y, dx, dw), exact(kind, *rounded, bias, to_tf32(dy)), strict=False):
+    for value, truth in zip(values, exact(kind, *rounded, bias, to_tf32(dy)), strict=True):
         assert_accurate(value, truth, 2e-6)
-    _, *plain, exact_db = exact(kind, x, weight, bias, dy)
-    assert_accurate(db, exact_db, 2e-6)  # a sum, not a product
-    assert min((value - truth).norm() / truth.norm() for value, truth in zip((dx, dw), plain, strict=True)) > 5e-5
-    operands_of_products.clear()
-    allow(kind, False)
+    plain = exact(kind, x, weight, bias, dy)
+    assert min((value - truth).norm() / truth.norm() for value, truth in zip(values, plain, strict=True)) > 5e-5
     allow({"conv": "matmul", "matmul": "conv"}[kind], True)
-    values, operands = results(kind, form)
-    assert {precision for precision, _ in operands_of_products} == {"IEEE"}
-    for value, truth in zip(values, exact(kind, *operands), strict=True):
-        assert_accurate(value, truth, 2e-6)
+    for form in ("signed", "q8"):
+        operands_of_products.clear()
+        values, operands = results(kind, form, lambda: allow(kind, True))
+        allow(kind, False)
+        assert {precision for precision, _ in operands_of_products} == {"IEEE"}
+        for value, truth in zip(values, exact(kind, *operands), strict=True):
+            assert_accurate(value, truth, 2e-6)
 
 
 @pytest.mark.parametrize("kind", ["conv", "matmul"])
-def test_tf32_sums_of_components_are_rounded(kind, operands_of_products):
-    """q8: tensor cores would cut the low bits of the Hadamard operands off, for the error of section 4."""
+def test_no_tf32_sums_of_components(kind):
+    """q8 adds components: tensor cores would cut the low bits of the sums off."""
     allow(kind, True)
-    values, operands = results(kind, "q8")
-    assert set(operands_of_products) == {("TF32", True)}
-    for value, truth in zip(values, exact(kind, *operands), strict=True):
-        assert_accurate(value, truth, 6e-4)
+    with pytest.raises(ValueError, match="form 'q8' of the Triton kernels is for float32 operands without TF32"):
+        results(kind, "q8")

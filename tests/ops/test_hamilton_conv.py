@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
 from qkernels import hamilton_conv2d, hamilton_conv_transpose2d
+from qkernels.ops.hamilton_conv import config
 from qkernels.ops.hamilton_conv.config import cpu_form
 
 FORMS = ["dense", "q8"]
@@ -31,6 +32,12 @@ def operands(case, dtype=torch.float64, requires_grad=False):
     batch, q, p, height, width, kernel, *_, groups = case
     shapes = (batch, 4 * q, height, width), (4, p, q // groups, *kernel), (4 * p,)
     return [torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes]
+
+
+def window_of(case):
+    """As the operators take it."""
+    stride, padding, dilation, groups = case[6:]
+    return [*stride, *padding, *dilation, groups]
 
 
 def transposed_operands(case, dtype=torch.float64, requires_grad=False):
@@ -345,17 +352,19 @@ def test_definition_in_every_type(dtype):
 def test_opcheck(form, name):
     case = CASES[name]
     x, weight, bias = operands(case, torch.float32, requires_grad=True)
-    window = case[6:]
-    y = hamilton_conv2d(x, weight, bias, *window).detach().requires_grad_()
-    ops = torch.ops.qkernels
-    source, how = (y, None, None, None), ("torch", form)
-    torch.library.opcheck(ops.hamilton_conv2d, (x, weight, bias, *window, True, *how))
-    torch.library.opcheck(ops.hamilton_conv2d, (x.detach(), weight, None, *window, False, *how))
-    torch.library.opcheck(ops.hamilton_conv2d_dx, (*source, weight, None, x.shape[2:], *window, *how))
+    window = window_of(case)
+    y = hamilton_conv2d(x, weight, bias, *case[6:]).detach().requires_grad_()
+    ops, nothing = torch.ops.qkernels, (None, None, None)
+    how, scaled = (torch.float32, "torch", form), (1.0, torch.float32, "torch", form)
+    for masks in itertools.product([False, True], repeat=2):
+        torch.library.opcheck(ops.hamilton_conv2d, (x, weight, bias, *nothing, window, True, 0.0, *masks, *how))
+    plain = (window, False, 0.0, False, True)
+    torch.library.opcheck(ops.hamilton_conv2d, (x.detach(), weight, None, *nothing, *plain, *how))
+    torch.library.opcheck(ops.hamilton_conv2d_dx, (y, weight, None, *nothing, x.shape[2:], window, *scaled))
     shift = torch.randn(x.shape[1], requires_grad=True)
-    torch.library.opcheck(ops.hamilton_conv2d_dx, (*source, weight, shift, x.shape[2:], *window, *how))
+    torch.library.opcheck(ops.hamilton_conv2d_dx, (y, weight, shift, *nothing, x.shape[2:], window, *scaled))
     for with_bias in (False, True):
-        torch.library.opcheck(ops.hamilton_conv2d_dw, (*source, x, weight.shape[3:], *window, with_bias, *how))
+        torch.library.opcheck(ops.hamilton_conv2d_dw, (y, x, None, weight.shape[3:], window, with_bias, *scaled))
 
 
 @all_forms
@@ -364,7 +373,8 @@ def test_weight_gradient_sums_the_bias_gradient_too(form, with_bias):
     x, weight, bias = operands(CASES["grouped"], requires_grad=True)
     y = reference(hamilton_conv2d, x, weight, bias, *CASES["grouped"][6:])
     dy = torch.randn_like(y)
-    arguments = (dy, None, None, None, x.detach(), weight.shape[3:], *CASES["grouped"][6:], with_bias, "torch", form)
+    how = (1.0, torch.float64, "torch", form)
+    arguments = (dy, x.detach(), None, weight.shape[3:], window_of(CASES["grouped"]), with_bias, *how)
     dw, db = torch.ops.qkernels.hamilton_conv2d_dw(*arguments)
     exact_dw, exact_db = torch.autograd.grad(y, (weight, bias), dy)
     torch.testing.assert_close(dw, exact_dw)
@@ -488,7 +498,8 @@ def test_autocast_leaves_float64_alone(form):
 @all_forms
 def test_operator_itself_ignores_autocast(form):
     x, weight, _ = operands(CASES["3x3"], torch.float32)
-    arguments = (x, weight, None, [1, 1], [0, 0], [1, 1], 1, False, "torch", form)
+    plain = ([1, 1, 0, 0, 1, 1, 1], False, 0.0, False, True)
+    arguments = (x, weight, None, None, None, None, *plain, torch.float32, "torch", form)
     y = torch.ops.qkernels.hamilton_conv2d(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.ops.qkernels.hamilton_conv2d(*arguments), y)
@@ -523,20 +534,85 @@ def test_meta_tensors_give_shapes():
 
 
 def test_layout_of_the_triton_operators():
-    """Their fakes promise dense NHWC, of a pool also its codes and an empty map where there is no tap."""
+    """Their fakes promise dense NHWC, of a pool also its argmax and an empty map where there is no tap."""
     x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
-    window, ops = ([1, 1], [0, 0], [1, 1], 1), torch.ops.qkernels
-    y = ops.hamilton_conv2d(x, weight, None, *window, True, "triton", "auto")
-    dx = ops.hamilton_conv2d_dx(y, y, None, None, weight, None, [9, 9], *window, "triton", "auto")
-    pooled, code, tapped = ops.hamilton_conv2d_pool(x, weight, None, *window, True, True, "auto")
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx, pooled, code, tapped))
-    assert (y.shape, dx.shape, pooled.shape) == ((2, 20, 7, 7), x.shape, (2, 20, 3, 3))
-    assert (tapped.shape, code.shape, code.dtype) == (y.shape, pooled.shape, torch.uint8)
-    assert ops.hamilton_conv2d_pool(x, weight, None, *window, True, False, "auto")[2].shape == (0,)
-    source = (None, None, pooled, code)
-    assert ops.hamilton_conv2d_dx(*source, weight, None, [9, 9], *window, "triton", "auto").shape == x.shape
-    dw, db = ops.hamilton_conv2d_dw(*source, x, [3, 3], *window, True, "triton", "auto")
-    assert (dw.shape, db.shape) == (weight.shape, (20,))
+    window, ops, how = [1, 1, 0, 0, 1, 1, 1], torch.ops.qkernels, "signed-half"
+    scaled = (1.0, torch.bfloat16, "triton", how)
+    tiles, tickets = ops.hamilton_pack([weight, weight], f"{how} signed-tf32", torch.bfloat16)
+    assert (tiles.numel(), tiles.dtype) == ((2 + 4) * weight.numel(), torch.bfloat16)
+    assert (tickets.numel(), tickets.dtype) == (2 * config.MOST_TICKETS, torch.int32)
+    packed = (tiles, tickets)
+    plain = (None, window, True, 0.0, False, True)
+    y = ops.hamilton_conv2d(x, weight, None, *packed, *plain, torch.bfloat16, "triton", how)
+    dx = ops.hamilton_conv2d_dx(y, weight, None, *packed, None, [9, 9], window, *scaled)
+    pooled, argmax, tapped = ops.hamilton_conv2d_pool(x, weight, None, *packed, window, True, True, False, how)
+    dy = ops.hamilton_conv2d_dy(y, y, pooled, argmax, [7, 7], 1.0, torch.float16)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx, pooled, argmax, tapped, dy))
+    assert [(t.shape, t.dtype) for t in (y, dx, pooled, argmax, tapped, dy)] == [
+        ((2, 20, 7, 7), torch.bfloat16),
+        ((2, 8, 9, 9), torch.bfloat16),
+        ((2, 20, 3, 3), torch.float32),
+        ((2, 20, 3, 3), torch.uint8),
+        ((2, 20, 7, 7), torch.float32),
+        ((2, 20, 7, 7), torch.float16),
+    ]
+    assert ops.hamilton_conv2d_pool(x, weight, None, *packed, window, True, False, False, how)[2].shape == (0,)
+    for with_bias in (False, True):
+        dw, db = ops.hamilton_conv2d_dw(y, x, tickets, [3, 3], window, with_bias, *scaled)
+        assert (dw.shape, dw.dtype, db.shape, db.dtype) == (weight.shape, torch.bfloat16, (20 * with_bias,), dw.dtype)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@all_forms
+def test_a_chain_applies_each_mask_once(form, backend):
+    """`x_is_relu` and `mask_gradient` move a ReLU's mask from one layer to the next, and change no gradient."""
+    x, weight, bias = operands((2, 2, 3, 5, 6, (3, 3), None, None, None, 1), requires_grad=True)
+    second, shift = (t.requires_grad_() for t in (torch.randn(4, 2, 3, 3, 3).double(), torch.randn(8).double()))
+    tensors = (x, weight, bias, second, shift)
+
+    def chain(moved, **options):
+        y = hamilton_conv2d(x, weight, bias, activation="relu", mask_gradient=not moved)
+        assert (y == 0).any()
+        return hamilton_conv2d(y, second, shift, padding=1, x_is_relu=moved, **options)
+
+    with qkernels.set_form(form), qkernels.set_backend(backend):
+        for options in ({}, {"activation": "relu"}, {"activation": "relu", "pool": 2}):
+            values = [chain(moved, **options) for moved in (False, True)]
+            assert torch.equal(*values)
+            dy = torch.randn_like(values[0])
+            expected, actual = (torch.autograd.grad(value, tensors, dy) for value in values)
+            for gradient, truth in zip(actual, expected, strict=True):
+                torch.testing.assert_close(gradient, truth)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_each_end_of_a_chain_masks_by_itself(backend):
+    """The gradient by x goes through x's mask whatever made x; that of a ReLU not masked here is the linear map's."""
+    x, weight, bias = operands(CASES["3x3"])
+    x.relu_().requires_grad_()
+    with qkernels.set_backend(backend):
+        y, linear = (hamilton_conv2d(x, weight, bias, padding=1, x_is_relu=relu) for relu in (True, False))
+        dy = torch.randn_like(y)
+        assert torch.equal(y, linear)
+        (masked,), (plain,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(linear, x, dy)
+        assert torch.equal(masked, plain * (x > 0))
+        assert not torch.equal(masked, plain)
+        if backend == "auto":  # the reference is right in any chain, and masks once more
+            y = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", mask_gradient=False)
+            assert torch.equal(torch.autograd.grad(y, x, dy)[0], plain)
+
+
+def test_a_pool_masks_the_gradient_whatever_is_asked():
+    """Its gradient is no product's operand, so that no layer behind it could mask it at no cost."""
+    x, weight, bias = operands(CASES["3x3"], requires_grad=True)
+    results = [
+        torch.autograd.grad(
+            hamilton_conv2d(x, weight, bias, activation="relu", pool=2, mask_gradient=mask).sum(), (x, weight, bias)
+        )
+        for mask in (True, False)
+    ]
+    for masked, asked in zip(*results, strict=True):
+        assert torch.equal(masked, asked)
 
 
 @pytest.mark.parametrize("p", [16, 32, 64, 128])

@@ -1,5 +1,7 @@
 """The linear map: the definition against scalar arithmetic, every form against the definition."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -138,12 +140,101 @@ def test_types_against_float64(form, dtype, tolerance):
 def test_opcheck(form):
     x, weight, bias = operands(((3,), 2, 3), torch.float32, requires_grad=True)
     dy = torch.randn(3, 12, requires_grad=True)
-    ops, how = torch.ops.qkernels, ("torch", form)
-    torch.library.opcheck(ops.hamilton_linear, (x, weight, bias, True, *how))
-    torch.library.opcheck(ops.hamilton_linear, (x, weight.detach(), None, False, *how))
-    torch.library.opcheck(ops.hamilton_linear_dx, (dy, None, weight, *how))
+    ops = torch.ops.qkernels
+    for masks in itertools.product([False, True], repeat=2):
+        torch.library.opcheck(ops.hamilton_linear, (x, weight, bias, True, *masks, form))
+    torch.library.opcheck(ops.hamilton_linear, (x, weight.detach(), None, False, False, True, form))
+    torch.library.opcheck(ops.hamilton_linear_dx, (dy, weight, form))
     for with_bias in (False, True):
-        torch.library.opcheck(ops.hamilton_linear_dw, (dy, None, x, with_bias, *how))
+        torch.library.opcheck(ops.hamilton_linear_dw, (dy, x, with_bias, form))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@all_forms
+def test_a_chain_applies_each_mask_once(form, backend):
+    x, weight, bias = operands(((3,), 2, 4), requires_grad=True)
+    second = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
+    tensors = (x, weight, bias, second)
+    with qkernels.set_form(form), qkernels.set_backend(backend):
+        values = []
+        for moved in (False, True):
+            y = hamilton_linear(x, weight, bias, activation="relu", mask_gradient=not moved)
+            assert (y == 0).any()
+            values.append(hamilton_linear(y, second, x_is_relu=moved))
+        assert torch.equal(*values)
+        dy = torch.randn_like(values[0])
+        expected, actual = (torch.autograd.grad(value, tensors, dy) for value in values)
+        for gradient, truth in zip(actual, expected, strict=True):
+            torch.testing.assert_close(gradient, truth)
+        x = x.detach().relu().requires_grad_()
+        (masked,) = torch.autograd.grad(hamilton_linear(x, weight, x_is_relu=True).sum(), x)
+        (plain,) = torch.autograd.grad(hamilton_linear(x, weight).sum(), x)
+        assert torch.equal(masked, plain * (x > 0))
+        assert not torch.equal(masked, plain)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@all_forms
+def test_flatten_is_torchs(form, backend):
+    """Of maps in either layout; the gradient has the maps' shape."""
+    maps = torch.randn(3, 8, 2, 5, dtype=torch.float64)
+    _, weight, bias = operands(((3,), 20, 4))
+    with qkernels.set_form(form), qkernels.set_backend(backend):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = maps.to(memory_format=layout).requires_grad_()
+            flat = maps.flatten(1).requires_grad_()
+            y = hamilton_linear(x, weight, bias, activation="relu", flatten=True)
+            expected = hamilton_linear(flat, weight, bias, activation="relu")
+            torch.testing.assert_close(y, expected)
+            dy = torch.randn_like(y)
+            (actual,), (exact,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, flat, dy)
+            torch.testing.assert_close(actual, exact.view_as(maps))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_dropout_zeroes_a_share_and_scales_the_rest(backend, activation):
+    x, weight, bias = operands(((400,), 8, 16), requires_grad=True)
+    with qkernels.set_backend(backend):
+        # The mask that a layer behind it could apply is not the dropout's.
+        y = hamilton_linear(x, weight, bias, activation=activation, dropout=0.3, mask_gradient=False)
+        plain = hamilton_linear(x, weight, bias, activation=activation)
+        zero = (y == 0) & (plain != 0)
+        assert 0.28 < zero.sum() / (plain != 0).sum() < 0.32
+        torch.testing.assert_close(y, plain / 0.7 * ~zero)
+        dy = torch.randn_like(y)
+        for actual, exact in zip(
+            torch.autograd.grad(y, (x, weight, bias), dy),
+            torch.autograd.grad(plain, (x, weight, bias), dy / 0.7 * ~zero),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, exact)
+        assert torch.equal(hamilton_linear(x, weight, activation=activation, dropout=1.0), torch.zeros_like(y))
+
+
+def test_dropout_follows_pytorchs_generator():
+    x, weight, _ = operands(((20,), 2, 4))
+
+    def seeded(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return hamilton_linear(x, weight, dropout=0.5)
+
+    assert torch.equal(seeded(7), seeded(7))
+    assert not torch.equal(seeded(7), seeded(8))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_type_of_the_result(backend):
+    """And the gradients' types are still the operands'."""
+    x, weight, bias = operands(((3,), 2, 4), torch.bfloat16, requires_grad=True)
+    with qkernels.set_backend(backend):
+        y = hamilton_linear(x, weight, bias, activation="relu", dtype=torch.float32)
+        assert torch.equal(y, hamilton_linear(x, weight, bias, activation="relu").float())
+        assert {t.dtype for t in torch.autograd.grad(y.sum(), (x, weight, bias))} == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            y = hamilton_linear(x.float(), weight.float(), dtype=torch.float32)
+    assert y.dtype == torch.float32
 
 
 @all_forms
@@ -188,3 +279,25 @@ def test_autocast_is_that_of_torch(form):
 def test_bad_input(x, weight, bias, message):
     with pytest.raises(ValueError, match=message):
         hamilton_linear(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": -0.1}, "dropout must be a probability, 0 to 1; got -0.1"),
+        ({"dropout": 1.5}, "dropout must be a probability, 0 to 1; got 1.5"),
+        ({"flatten": True}, r"x must have shape \[B, 4 Q, H, W\] with flatten=True; got \(2, 8\)"),
+        ({"activation": "tanh"}, "activation must be one of None, 'relu'; got 'tanh'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        hamilton_linear(torch.ones(2, 8), torch.ones(4, 2, 2), **options)
+
+
+def test_flattened_maps_must_fit():
+    with pytest.raises(ValueError, match=r"x must have 24 = 4 \* weight.shape\[2\] channels; got 32"):
+        hamilton_linear(torch.ones(2, 8, 2, 2), torch.ones(4, 2, 6), flatten=True)
+    # 4 * 6 numbers, but 6 of them are no whole number of maps of 4 x 1.
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 4 Q, H, W\] with flatten=True; got \(2, 6, 4, 1\)"):
+        hamilton_linear(torch.ones(2, 6, 4, 1), torch.ones(4, 2, 6), flatten=True)

@@ -1,5 +1,6 @@
 """The choice of form, tile and splits: pure functions, so that a machine without a GPU can check them."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -13,12 +14,21 @@ import torch
 
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
-from qkernels.ops.hamilton_conv.config import FORMS, Plan, Problem, Tile, plan, triton_form, whole_splits
+from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile, cost, how_of, plan, triton_form, whole_splits
 
 PRECISIONS = ("half", "tf32", "ieee")
+# What the kernels have; `qkernels.tune` asks for tf32x3, too.
+OPTIONS = [("signed", precision) for precision in PRECISIONS] + [("q8", "ieee")]
+MEASURED = [*OPTIONS, ("signed", "tf32x3"), ("q8", "tf32x3")]
 ARCHS = tuple(config.TILES)
-# Quaternion channels of input and output, side of the map: the layers of the full quaternion VGG16.
-VGG = [(1, 16, 64), (16, 16, 64), (16, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16), (64, 128, 8), (128, 128, 8)]
+# Quaternion channels of input and output, side of the map: the 13 convolutions of the full quaternion VGG16, of which
+# those in POOLED have a pool behind them.
+CONVS = [
+    (1, 16, 64), (16, 16, 64), (16, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16), (64, 64, 16),
+    (64, 128, 8), (128, 128, 8), (128, 128, 8), (128, 128, 4), (128, 128, 4), (128, 128, 4),
+]  # fmt: skip
+POOLED = (2, 4, 7, 10, 13)
+all_options = pytest.mark.parametrize(("form", "precision"), OPTIONS, ids=map("-".join, OPTIONS))
 
 
 def forget():
@@ -37,52 +47,185 @@ def tables(tmp_path, monkeypatch):
 
 
 def test_form_without_a_measurement(tables):
-    """Few channels of input or output are dense, accurate float32 is q8, the rest q16."""
-    for arch, taps in itertools.product(ARCHS, (1, 9, 121)):
-        for p, q in ((128, 128), (32, 512), (512, 32)):
-            assert [triton_form(p, q, taps, precision, arch) for precision in PRECISIONS] == ["q16", "q16", "q8"]
-        for p, q in ((31, 128), (128, 31)):
-            assert [triton_form(p, q, taps, precision, arch) for precision in PRECISIONS] == ["dense", "dense", "q8"]
+    """Accurate float32 of some channels is q8, all else signed."""
+    for arch, positions in itertools.product(ARCHS, (1, 9, 121)):
+        for p, q in ((128, 128), (16, 512), (512, 16)):
+            forms = [triton_form(p, q, positions, precision, arch) for precision in PRECISIONS]
+            assert forms == ["signed", "signed", "q8"]
         for p, q in ((15, 128), (128, 15), (1, 1)):
-            assert {triton_form(p, q, taps, precision, arch) for precision in PRECISIONS} == {"dense"}
+            assert {triton_form(p, q, positions, precision, arch) for precision in PRECISIONS} == {"signed"}
 
 
-def test_more_channels_never_turn_quaternions_back_into_dense(tables):
+def test_how(tables):
+    """A form and a precision; a form that the kernels do not have for it is refused."""
     for precision in PRECISIONS:
-        dense = [triton_form(n, n, 9, precision, 90) == "dense" for n in (1, 8, 15, 16, 31, 32, 64, 512)]
-        assert dense == sorted(dense, reverse=True)
+        form = triton_form(64, 64, 9, precision, 90)
+        assert how_of("auto", 64, 64, 9, precision, 90) == f"{form}-{precision}"
+        assert how_of("signed", 64, 64, 9, precision, 90) == f"signed-{precision}"
+        with pytest.raises(ValueError, match="form 'dense' is plain PyTorch's"):
+            how_of("dense", 64, 64, 9, precision, 90)
+    assert how_of("q8", 1, 1, 1, "ieee", 90) == "q8-ieee"
+    for precision in ("half", "tf32"):
+        with pytest.raises(ValueError, match="form 'q8' .* is for float32 operands without TF32"):
+            how_of("q8", 64, 64, 9, precision, 90)
+
+
+def convolutions(batch):
+    """Number of the layer, its product, and how large that is."""
+    for n, (q, p, side) in enumerate(CONVS, 1):
+        pixels = batch * side * side
+        yield n, "forward", Problem("gather", pixels, p, q, 9, pool=n in POOLED)
+        if n > 1:
+            yield n, "dx", Problem("gather", pixels, q, p, 9)
+        yield n, "dw", Problem("dw", pixels, p, q, 9)
 
 
 def problems():
-    for (q, p, side), batch in itertools.product(VGG, (1, 20, 256)):
-        pixels = batch * side * side
-        yield Problem("gather", pixels, p, q, 9)
-        yield Problem("gather", pixels, q, p, 9)
-        yield Problem("dw", pixels, p, q, 9)
+    for batch in (1, 20, 256):
+        yield from (problem for *_, problem in convolutions(batch))
     for rows, (k, n) in itertools.product((1, 20), ((512, 1024), (1024, 1024), (1024, 1))):
         yield Problem("gather", rows, n, k, 1)
         yield Problem("dw", rows, n, k, 1)
+    yield Problem("gather", 20, 1024, 128, 4)  # the flattened maps of the first linear layer
     yield Problem("gather", 77, 3, 5, 121, 6)
+    yield Problem("gather", 77, 3, 5, 4, 2, 6)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_plans_are_of_the_architectures_own_tiles(arch, tables):
-    for problem, form, precision in itertools.product(problems(), FORMS, PRECISIONS):
+@all_options
+def test_plans_are_of_the_architectures_own_tiles(arch, form, precision, tables):
+    for problem in problems():
         option = plan(problem, form, precision, arch, 132)
         assert (option.form, option.precision) == (form, precision)
-        own = config.tiles(problem.kernel, form, precision, arch)
-        fitting = [tile for tile in own if not problem.flat(form, tile)]
-        assert option.tile in (fitting or [Tile(*numbers) for numbers in config.FLAT_TILES[precision]])
-        _, steps = problem.grid(form, option.tile)
-        assert option.splits == whole_splits(steps, option.splits) <= config.MOST_SPLITS
+        assert option.tile in config.tiles(problem.kernel, form, precision, arch)
+        few = option.tile in config.flat_tiles(problem.kernel, precision, arch)
+        assert problem.flat(form, option.tile) == (form == "signed" and few)
+        assert option.splits <= min(problem.steps(form, option.tile), config.MOST_SPLITS)
         assert option == plan(problem, form, precision, arch, 132)
 
 
+sizes = st.sampled_from([*range(1, 20), 31, 32, 33, 63, 64, 65, 128, 1000, 4096])
+
+
+@hypothesis.given(
+    st.sampled_from(ARCHS),
+    st.sampled_from(MEASURED),
+    st.sampled_from([("gather", False), ("gather", True), ("dw", False)]),
+    st.one_of(st.integers(1, 4096), st.sampled_from([2**20, config.MOST_TICKETS * 128 + 1, 2**31 - 1024])),
+    sizes,
+    sizes,
+    st.sampled_from([1, 2, 9, 25, 121]),
+    st.sampled_from([1, 3, 64]),
+    st.sampled_from([1, 4, 6]),
+)
+@hypothesis.settings(max_examples=200)
+def test_every_product_has_plans(arch, option, kernel, pixels, n, k, positions, groups, phases):
+    """Whatever its size: none of a split without a step, nor of more tiles with splits than there are tickets."""
+    problem = Problem(kernel[0], pixels, n, k, positions, groups, phases, kernel[1])
+    options = list(config.candidates(problem, *option, arch))
+    assert options
+    for each in options:
+        tiles, steps = problem.tiles(each.form, each.tile), problem.steps(each.form, each.tile)
+        assert tiles >= 1
+        assert 1 <= each.splits <= max(steps, 1)
+        assert each.splits == 1 or tiles <= config.MOST_TICKETS
+        assert (steps + 1) * each.splits < 2**31
+        assert not (problem.pool and each.form == "signed" and each.tile.n == 64)
+
+
+def test_tickets_are_counted():
+    """A launch of as many tiles as there are tickets may share its sums, of one more not."""
+    tile = config.tiles("gather", "signed", "half", 90)[-1]
+    for extra in (0, 1):
+        problem = Problem("gather", tile.m * (config.MOST_TICKETS + extra), tile.n, 128, 9)
+        assert problem.tiles("signed", tile) == config.MOST_TICKETS + extra
+        with config.force(Plan("signed", "half", tile, 2)):
+            assert plan(problem, "signed", "half", 90, 132).splits == 2 - extra
+
+
 def test_few_pixels_share_their_sums_and_many_do_not(tables):
-    for form in FORMS:
-        splits = [plan(Problem("gather", pixels, 128, 128, 9), form, "half", 90, 132).splits for pixels in (16, 2**20)]
+    for option in OPTIONS:
+        splits = [plan(Problem("gather", pixels, 128, 128, 9), *option, 90, 132).splits for pixels in (16, 2**20)]
         assert splits[0] > 1
         assert splits[1] == 1
+
+
+@all_options
+def test_no_deep_layer_leaves_a_quarter_of_the_gpu_idle(form, precision, tables):
+    """At the paper's batch; on an H100, whose tiles these are."""
+    for n, name, problem in convolutions(20):
+        option = plan(problem, form, precision, 90, 132)
+        if n >= 5:
+            programs = problem.tiles(form, option.tile) * option.splits
+            assert programs >= 0.75 * 132, (n, name, option)
+
+
+@all_options
+def test_parts_of_sums_take_no_tenth_of_the_time(form, precision, tables):
+    for n, name, problem in convolutions(256):
+        option = plan(problem, form, precision, 90, 132)
+        assert cost(problem, option, 90, 132).parts < 0.1, (n, name, option)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@all_options
+def test_chosen_plan_is_among_the_fastest(arch, form, precision, tables):
+    for problem in problems():
+        chosen = config.clocks(problem, plan(problem, form, precision, arch, 132), arch, 132)
+        options = config.candidates(problem, form, precision, arch)
+        fastest = min(config.clocks(problem, option, arch, 132) for option in options)
+        assert fastest <= chosen <= (1 + config.MODEL_ERROR) * fastest
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@all_options
+def test_model_of_the_time(arch, form, precision, tables):
+    """More multiprocessors, or less to compute, never take longer; a share is a share."""
+    for problem in problems():
+        for option in itertools.islice(config.candidates(problem, form, precision, arch), 0, None, 7):
+            costs = [cost(problem, option, arch, multiprocessors) for multiprocessors in (1, 50, 132, 133, 10_000)]
+            totals = [each.total for each in costs]
+            assert totals == sorted(totals, reverse=True)
+            each = costs[2]
+            assert each.bound in ("products", "loads", "latency")
+            assert 0 <= each.parts < 1
+            assert (each.parts > 0) == (option.splits > 1)
+            assert each.residents >= 1
+            assert each.shared * each.residents <= config.SHARED_BYTES[arch] or each.residents == 1
+            assert each.total == config.clocks(problem, option, arch, 132)
+            larger = dataclasses.replace(problem, pixels=2 * problem.pixels)
+            assert cost(larger, option, arch, 132).total >= each.total
+
+
+def test_what_a_step_waits_for():
+    """Full blocks of a fast GPU wait for memory, those of float32 without tensor cores for products, a single one of
+    few stages for itself.
+    """
+    problem = Problem("gather", 2**20, 128, 128, 9)
+    bounds = [
+        cost(problem, Plan("signed", precision, Tile(m, n, k, warps, stages, registers), 1), 90, 132).bound
+        for precision, m, n, k, warps, stages, registers in (
+            ("half", 64, 16, 64, 4, 4, 64),
+            ("ieee", 64, 16, 64, 4, 2, 64),
+            ("half", 16, 16, 16, 8, 1, 255),
+        )
+    ]
+    assert bounds == ["loads", "products", "latency"]
+
+
+def test_registers_and_shared_memory_limit_the_programs_of_a_multiprocessor():
+    problem = Problem("gather", 2**20, 128, 128, 9)
+
+    def residents(**settings):
+        tile = Tile(**{"m": 16, "n": 16, "k": 16, "warps": 4, "stages": 1, "registers": 255} | settings)
+        return cost(problem, Plan("signed", "half", tile, 1), 90, 132).residents
+
+    assert residents() == 65536 // (128 * 256)
+    assert residents(registers=128) == 4
+    assert residents(registers=122) == 4  # in units of 8
+    assert residents(registers=32, warps=1) == 32
+    # (64 + 64) x 64 x 2 bytes a stage, of 228 KiB, and 1 KiB for each program.
+    assert residents(registers=32, m=64, k=64, stages=4) == 3
 
 
 @pytest.mark.parametrize(
@@ -90,7 +233,7 @@ def test_few_pixels_share_their_sums_and_many_do_not(tables):
 )
 def test_architecture_without_tiles_takes_those_of_the_next_lower_one(arch, known, tables):
     problem = Problem("gather", 1280, 128, 128, 9)
-    assert plan(problem, "q16", "half", arch, 108) == plan(problem, "q16", "half", known, 108)
+    assert plan(problem, "signed", "half", arch, 108) == plan(problem, "signed", "half", known, 108)
 
 
 @hypothesis.given(st.integers(1, 10_000), st.integers(1, 300))
@@ -104,54 +247,65 @@ def test_no_split_is_empty(steps, splits):
     assert all(first < last for first, last in itertools.pairwise(edges))
 
 
-def test_class_without_a_step_has_one_split():
+def test_sum_without_a_step_has_one_split():
     assert whole_splits(0, 4) == 1
 
 
 def test_programs_and_steps():
-    """Counted by hand: 33 pixels in tiles of 16, 5 channels in tiles of 4, 3 of 2 summed under 6 taps, 4 classes."""
-    gather, dw = (Problem(kernel, 33, 5, 3, 6, classes=4) for kernel in ("gather", "dw"))
-    assert gather.grid("q16", Tile(16, 4, 2, 4, 1)) == (3 * 2 * 4, 6 * 2)
-    assert gather.grid("q8", Tile(16, 4, 2, 4, 1)) == (3 * 2 * 4, 6 * 2)
-    # Dense: 20 real channels, 12 summed; 12 % 8 != 0, so one sum over 72 pairs of tap and channel.
-    assert gather.grid("dense", Tile(16, 4, 4, 4, 1)) == (3 * 5 * 4, 6 * 3)
-    assert gather.grid("dense", Tile(16, 4, 8, 4, 1)) == (3 * 5 * 4, 9)
-    assert dw.grid("q16", Tile(2, 4, 16, 4, 1))[1] == 3
+    """Counted by hand: 33 pixels in tiles of 16, 5 channels in tiles of 4, 3 summed under 6 positions, 4 phases."""
+    gather, dw = (Problem(kernel, 33, 5, 3, 6, 2, 4) for kernel in ("gather", "dw"))
+
+    def counts(problem, form, *tile):
+        return problem.tiles(form, Tile(*tile, 4, 1)), problem.steps(form, Tile(*tile, 4, 1))
+
+    assert counts(gather, "q8", 16, 4, 2) == (3 * 2 * 2 * 4, 6 * 2)
+    # 4 components of 3 channels of 6 positions are 72 pairs, since no block of 2 channels takes 3.
+    assert counts(gather, "signed", 16, 4, 2) == (3 * 2 * 2 * 4, 36)
+    assert counts(gather, "signed", 16, 4, 16) == (3 * 2 * 2 * 4, 5)
+    assert counts(gather, "signed", 16, 4, 3) == (3 * 2 * 2 * 4, 4 * 6)
+    # Blocks of channels at each of 6 positions, or of the 18 pairs of both; and one program for the bias.
+    assert counts(dw, "q8", 2, 4, 2) == (2 * (12 + 1) * 2 * 4, 17)
+    assert counts(dw, "signed", 2, 4, 4) == (2 * (5 + 1) * 2 * 4, 17)
+    # Many channels are taken in blocks, the last of which is not full.
+    assert counts(Problem("gather", 33, 5, 40, 6), "signed", 16, 4, 32) == (3 * 2, 4 * 6 * 2)
 
 
 def test_measured_form_and_plan_come_first(tables):
     """And a measured number of splits is cut to the steps of the problem at hand, which has other pixels."""
-    problem, option = Problem("dw", 1000, 64, 64, 9), Plan("q16", "half", Tile(64, 32, 32, 4, 3), 20)
-    modelled = plan(problem, "q16", "half", 90, 132)
+    problem, option = Problem("dw", 1000, 64, 64, 9), Plan("signed", "half", Tile(64, 16, 16, 4, 4), 16)
+    modelled = plan(problem, "signed", "half", 90, 132)
     tile = [option.tile.m, option.tile.n, option.tile.k, option.tile.warps, option.tile.stages]
     row = {
         "problem": list(problem.key),
-        "form": "q16",
+        "form": "signed",
         "asked": "half",
         "precision": "half",
         "tile": tile,
-        "splits": 20,
+        "splits": 16,
     }
-    form = {"precision": "half", "p": 64, "q": 64, "taps": 9, "form": "q8"}
+    form = {"precision": "ieee", "p": 64, "q": 64, "positions": 9, "form": "signed"}
     (tables / "sm_90.json").write_text(json.dumps({"forms": [form], "plans": [row]}))
     forget()
-    assert triton_form(64, 64, 9, "half", 90) == "q8"
-    assert triton_form(64, 64, 1, "half", 90) == "q16"
-    assert triton_form(64, 64, 9, "half", 100) == "q16"
-    assert plan(problem, "q16", "half", 90, 132) == option
-    assert plan(Problem("dw", 513, 64, 64, 9), "q16", "half", 90, 132) == Plan("q16", "half", option.tile, 17)
-    assert plan(problem, "q16", "half", 80, 132) != option
-    assert plan(problem, "q16", "ieee", 90, 132).precision == "ieee"
+    assert triton_form(64, 64, 9, "ieee", 90) == "signed"
+    assert triton_form(64, 64, 1, "ieee", 90) == "q8"
+    assert triton_form(64, 64, 9, "ieee", 100) == "q8"
+    assert plan(problem, "signed", "half", 90, 132) == option
+    assert plan(Problem("dw", 513, 64, 64, 9), "signed", "half", 90, 132) == Plan("signed", "half", option.tile, 9)
+    assert plan(problem, "signed", "half", 80, 132) != option
+    assert plan(problem, "signed", "ieee", 90, 132).precision == "ieee"
     (tables / "sm_90.json").unlink()
     forget()
-    assert plan(problem, "q16", "half", 90, 132) == modelled
+    assert plan(problem, "signed", "half", 90, 132) == modelled
 
 
 def test_forced_plan_is_the_plan():
-    option = Plan("q16", "half", Tile(16, 16, 16, 4, 1), 5)
+    """But that no split is empty."""
+    option, problem = Plan("signed", "half", Tile(16, 16, 16, 4, 1), 5), Problem("gather", 64, 32, 32, 9)
     with config.force(option):
-        assert plan(Problem("gather", 64, 32, 32, 9), "dense", "ieee", 90, 132) == option
-    assert plan(Problem("gather", 64, 32, 32, 9), "dense", "ieee", 90, 132).form == "dense"
+        assert plan(problem, "q8", "ieee", 90, 132) == option
+        few = dataclasses.replace(problem, k=1, positions=4)  # 16 pairs, one step
+        assert plan(few, "q8", "ieee", 90, 132) == dataclasses.replace(option, splits=1)
+    assert plan(problem, "q8", "ieee", 90, 132).form == "q8"
 
 
 def test_half_types_follow_no_switch():

@@ -108,12 +108,38 @@ def test_forced_forms(op, args, backend, form):
 
 
 @all_products
-def test_q16_needs_a_kernel(op, args):
-    with qkernels.set_form("q16"):
-        with pytest.raises(ValueError, match=f"form 'q16' was asked for, but it needs a Triton kernel.*{op.__name__}"):
+def test_signed_needs_a_kernel(op, args):
+    with qkernels.set_form("signed"):
+        with pytest.raises(ValueError, match=f"form 'signed' was asked for, but.* a Triton kernel.*{op.__name__}"):
             op(*args)
         with qkernels.set_backend("reference"):
             op(*args)
+
+
+@all_products
+def test_forms_of_the_kernels(op, args):
+    """Asked for a GPU that is only planned for."""
+    how = functools.partial(runtime.plan_of, op.__name__, *args)
+
+    def refuse(form, dtype, reason):
+        with qkernels.set_form(form), pytest.raises(ValueError, match=f"form '{form}'.*{reason}"):
+            how(dtype)
+
+    with _launch.record(90), qkernels.set_backend("triton"):
+        for dtype, precision in ((torch.float16, "half"), (torch.bfloat16, "half"), (torch.float32, "ieee")):
+            with _launch.switched("ieee"):
+                assert qkernels.form_of(op, *(t.to(dtype) for t in args)) in ("signed", "q8")
+                with qkernels.set_form("signed"):
+                    assert how(dtype) == ("triton", f"signed-{precision}")
+                    assert qkernels.form_of(op, *(t.to(dtype) for t in args)) == "signed"
+                refuse("dense", dtype, "plain PyTorch's")
+        with _launch.switched("ieee"), qkernels.set_form("q8"):
+            assert how(torch.float32) == ("triton", "q8-ieee")
+        with _launch.switched("tf32"), qkernels.set_form("signed"):
+            assert how(torch.float32) == ("triton", "signed-tf32")
+        with _launch.switched("tf32"):
+            refuse("q8", torch.float32, "without TF32")
+        refuse("q8", torch.bfloat16, "float32 operands")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,7 @@ def test_backward_follows_its_forward():
     x = torch.randn(2, 8, requires_grad=True)
     with qkernels.set_form("q8"):
         y = qkernels.hamilton_linear(x, torch.randn(4, 3, 2))
-    with qkernels.set_backend("triton"), qkernels.set_form("q16"):
+    with qkernels.set_backend("triton"), qkernels.set_form("signed"):
         y.sum().backward()
     assert x.grad.abs().sum() > 0
 
@@ -162,7 +188,7 @@ def test_backward_follows_its_forward():
     ("call", "message"),
     [
         (lambda: qkernels.set_backend("cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
-        (lambda: qkernels.set_form("q4"), "form must be one of auto, dense, q16, q8; got 'q4'"),
+        (lambda: qkernels.set_form("q4"), "form must be one of auto, dense, signed, q8; got 'q4'"),
         (lambda: qkernels.backend_of("conv"), "op must be one of hamilton_conv2d, .*; got 'conv'"),
         (lambda: qkernels.form_of(torch.add, *CONV), "op must be one of .*; got 'add'"),
     ],

@@ -11,7 +11,7 @@ PANEL_BYTES = 2**21
 MOST_POSITIONS = 64
 MOST_ROWS = 2**27  # steps of 16 rows, times 128 splits, are counted in 32 bits
 BLOCK_M, BLOCK_K, WARPS = 32, 16, 4
-PRODUCTS_BLOCK_M, PRODUCTS_BLOCK_C, PRODUCTS_WARPS, PRODUCTS_STAGES = 16, 32, 4, 2
+PRODUCTS_BLOCK_M, PRODUCTS_BLOCK_C, PRODUCTS_WARPS = 16, 32, 4
 REGISTERS = 255  # all there are: ptxas by itself stops at 80, 128 or 168 and spills 8 bytes
 MOST_SPLITS, SUM_BLOCK, LOSS_BLOCK = 128, 64, 1024
 
@@ -43,6 +43,15 @@ def padded(positions: int) -> int:
     (16, 64)
     """
     return 16 if positions <= 16 else 32 if positions <= 32 else 64
+
+
+def products_stages(precision: str, arch: int) -> int:
+    """Stages of a product's loop; Triton 3.6.0 fails to pipeline the fifth generation's single tf32 products.
+
+    >>> products_stages("tf32", 90), products_stages("tf32", 100)
+    (2, 1)
+    """
+    return 1 if precision == "tf32" and 100 <= arch < 120 else 2
 
 
 def splits_of(rows: int) -> int:

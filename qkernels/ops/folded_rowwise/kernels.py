@@ -11,6 +11,8 @@ Letters: t trained, p frozen; a the operand that gets a gradient, b the other on
 `do_not_specialize` names the sizes that change from call to call: one binary serves them all.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -18,23 +20,47 @@ EPS: tl.constexpr = tl.constexpr(1e-8)
 TINY: tl.constexpr = tl.constexpr(2.0**-126)  # the smallest normal number
 
 
+class Features(NamedTuple):
+    """An operand.
+
+    Attributes:
+        ptr: its first element.
+        b, c, h, w: strides of sample, channel, and position.
+        width: positions along w.
+    """
+
+    ptr: Any
+    b: Any
+    c: Any
+    h: Any
+    w: Any
+    width: Any
+
+
+class Sizes(NamedTuple):
+    """Of all operands."""
+
+    M: Any
+    N: Any
+    channels: Any
+
+
 @triton.jit
-def _place(m, n, M, N, channels, layout, WIDE: tl.constexpr):
-    """Offsets of a tile [m, n] of features, and which of them exist. WIDE: they need 64 bits."""
-    stride_b, stride_c, stride_h, stride_w, width = layout
-    b, c, h, w = m // channels, m % channels, n // width, n % width
+def _place(x, m, n, sizes, WIDE: tl.constexpr):
+    """Addresses of a tile [m, n] of features, and which of them exist. WIDE: offsets need 64 bits."""
+    b, c, h, w = m // sizes.channels, m % sizes.channels, n // x.width, n % x.width
     if WIDE:
         b, c, h, w = b.to(tl.int64), c.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
-    row = b * stride_b + c * stride_c
-    column = h * stride_h + w * stride_w
-    return row[:, None] + column[None, :], (m < M)[:, None] & (n < N)[None, :]
+    row = b * x.b + c * x.c
+    column = h * x.h + w * x.w
+    return x.ptr + (row[:, None] + column[None, :]), (m < sizes.M)[:, None] & (n < sizes.N)[None, :]
 
 
 @triton.jit
-def _load(ptr, m, n, M, N, channels, layout, WIDE: tl.constexpr):
+def _load(x, m, n, sizes, WIDE: tl.constexpr):
     """A tile [m, n] of features in float32."""
-    at, ok = _place(m, n, M, N, channels, layout, WIDE)
-    return tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
+    at, ok = _place(x, m, n, sizes, WIDE)
+    return tl.load(at, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -47,8 +73,7 @@ def _scale(square_ptr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def _folded_products_kernel(
-    a_ptr, b_ptr, factors_ptr, stats_ptr, partial_ptr, M, N, channels, splits,
-    stride_ab, stride_ac, stride_ah, stride_aw, width_a, stride_bb, stride_bc, stride_bh, stride_bw, width_b,
+    a, b, factors_ptr, stats_ptr, partial_ptr, M, N, channels, splits,
     WEIGHTED: tl.constexpr, WHICH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -59,8 +84,7 @@ def _folded_products_kernel(
     """
     split = tl.program_id(0)
     n, c = tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    layout_a = (stride_ab, stride_ac, stride_ah, stride_aw, width_a)
-    layout_b = (stride_bb, stride_bc, stride_bh, stride_bw, width_b)
+    sizes = Sizes(M, N, channels)
     if WEIGHTED:
         scale_a, scale_b = tl.load(stats_ptr + WHICH), tl.load(stats_ptr + 1 - WHICH)
     steps = tl.cdiv(M, BLOCK_M)
@@ -70,20 +94,20 @@ def _folded_products_kernel(
     acc_1, acc_2 = acc_0, acc_0
     for step in range(first, last):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        a = _load(a_ptr, m, n, M, N, channels, layout_a, WIDE)
-        b = _load(b_ptr, m, n, M, N, channels, layout_b, WIDE)
-        a_c = _load(a_ptr, m, c, M, N, channels, layout_a, WIDE)
+        a_n = _load(a, m, n, sizes, WIDE)
+        b_n = _load(b, m, n, sizes, WIDE)
+        a_c = _load(a, m, c, sizes, WIDE)
         if WEIGHTED:
             alpha = tl.load(factors_ptr + m, mask=m < M, other=0.0)[:, None]
             beta = tl.load(factors_ptr + (1 + WHICH) * M + m, mask=m < M, other=0.0)[:, None]
             a_c *= scale_a
-            acc_0 = tl.dot(tl.trans(b * scale_b), a_c * alpha, acc_0, input_precision=PRECISION)
-            acc_1 = tl.dot(tl.trans(a * scale_a), a_c * beta, acc_1, input_precision=PRECISION)
+            acc_0 = tl.dot(tl.trans(b_n * scale_b), a_c * alpha, acc_0, input_precision=PRECISION)
+            acc_1 = tl.dot(tl.trans(a_n * scale_a), a_c * beta, acc_1, input_precision=PRECISION)
         else:
-            b_c = _load(b_ptr, m, c, M, N, channels, layout_b, WIDE)
-            acc_0 = tl.dot(tl.trans(a), a_c, acc_0, input_precision=PRECISION)
-            acc_1 = tl.dot(tl.trans(b), b_c, acc_1, input_precision=PRECISION)
-            acc_2 = tl.dot(tl.trans(a), b_c, acc_2, input_precision=PRECISION)
+            b_c = _load(b, m, c, sizes, WIDE)
+            acc_0 = tl.dot(tl.trans(a_n), a_c, acc_0, input_precision=PRECISION)
+            acc_1 = tl.dot(tl.trans(b_n), b_c, acc_1, input_precision=PRECISION)
+            acc_2 = tl.dot(tl.trans(a_n), b_c, acc_2, input_precision=PRECISION)
     size: tl.constexpr = BLOCK_N * BLOCK_N
     at = partial_ptr + split * ((2 if WEIGHTED else 3) * size) + n[:, None] * BLOCK_N + c[None, :]
     tl.store(at, acc_0)
@@ -103,8 +127,7 @@ def _folded_sum_kernel(partial_ptr, products_ptr, splits, size, SPLITS: tl.const
 
 @triton.jit(do_not_specialize=["M"])
 def _folded_rows_kernel(
-    t_ptr, p_ptr, products_ptr, factors_ptr, stats_ptr, partial_ptr, M, N, channels,
-    stride_tb, stride_tc, stride_th, stride_tw, width_t, stride_pb, stride_pc, stride_ph, stride_pw, width_p,
+    t, p, products_ptr, factors_ptr, stats_ptr, partial_ptr, M, N, channels,
     CLAMP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -116,22 +139,21 @@ def _folded_rows_kernel(
     program = tl.program_id(0)
     m, n = program * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     size: tl.constexpr = BLOCK_N * BLOCK_N
-    layout_t = (stride_tb, stride_tc, stride_th, stride_tw, width_t)
-    layout_p = (stride_pb, stride_pc, stride_ph, stride_pw, width_p)
+    sizes = Sizes(M, N, channels)
     scale_t, scale_p = _scale(products_ptr, BLOCK_N), _scale(products_ptr + size, BLOCK_N)
     acc_t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_p, acc_c = acc_t, acc_t
     for start in range(0, BLOCK_N, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         at = products_ptr + k[:, None] * BLOCK_N + n[None, :]
-        t = _load(t_ptr, m, k, M, N, channels, layout_t, WIDE) * scale_t
-        p = _load(p_ptr, m, k, M, N, channels, layout_p, WIDE) * scale_p
-        acc_t = tl.dot(t, tl.load(at) * scale_t * scale_t, acc_t, input_precision=PRECISION)
-        acc_p = tl.dot(p, tl.load(at + size) * scale_p * scale_p, acc_p, input_precision=PRECISION)
-        acc_c = tl.dot(t, tl.load(at + 2 * size) * scale_t * scale_p, acc_c, input_precision=PRECISION)
-    t = _load(t_ptr, m, n, M, N, channels, layout_t, WIDE) * scale_t
-    p = _load(p_ptr, m, n, M, N, channels, layout_p, WIDE) * scale_p
-    tt, pp, inner = tl.sum(acc_t * t, 1), tl.sum(acc_p * p, 1), tl.sum(acc_c * p, 1)
+        t_k = _load(t, m, k, sizes, WIDE) * scale_t
+        p_k = _load(p, m, k, sizes, WIDE) * scale_p
+        acc_t = tl.dot(t_k, tl.load(at) * scale_t * scale_t, acc_t, input_precision=PRECISION)
+        acc_p = tl.dot(p_k, tl.load(at + size) * scale_p * scale_p, acc_p, input_precision=PRECISION)
+        acc_c = tl.dot(t_k, tl.load(at + 2 * size) * scale_t * scale_p, acc_c, input_precision=PRECISION)
+    t_n = _load(t, m, n, sizes, WIDE) * scale_t
+    p_n = _load(p, m, n, sizes, WIDE) * scale_p
+    tt, pp, inner = tl.sum(acc_t * t_n, 1), tl.sum(acc_p * p_n, 1), tl.sum(acc_c * p_n, 1)
 
     # Comparisons let NaN through to the cosine.
     dead = (tt < TINY) | (pp < TINY)
@@ -176,9 +198,7 @@ def _folded_loss_kernel(partial_ptr, stats_ptr, loss_ptr, weight, M, programs, B
 
 @triton.jit(do_not_specialize=["M"])
 def _folded_gradient_kernel(
-    a_ptr, b_ptr, products_ptr, weighted_ptr, factors_ptr, stats_ptr, dloss_ptr, da_ptr, weight, M, N, channels,
-    stride_ab, stride_ac, stride_ah, stride_aw, width_a, stride_bb, stride_bc, stride_bh, stride_bw, width_b,
-    stride_dab, stride_dac, stride_dah, stride_daw, width_da,
+    a, b, products_ptr, weighted_ptr, factors_ptr, stats_ptr, dloss_ptr, da, weight, M, N, channels,
     WHICH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -188,8 +208,7 @@ def _folded_gradient_kernel(
     """
     m, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     size: tl.constexpr = BLOCK_N * BLOCK_N
-    layout_a = (stride_ab, stride_ac, stride_ah, stride_aw, width_a)
-    layout_b = (stride_bb, stride_bc, stride_bh, stride_bw, width_b)
+    sizes = Sizes(M, N, channels)
     scale_a, scale_b = tl.load(stats_ptr + WHICH), tl.load(stats_ptr + 1 - WHICH)
     alpha = tl.load(factors_ptr + m, mask=m < M, other=0.0)[:, None]
     beta = tl.load(factors_ptr + (1 + WHICH) * M + m, mask=m < M, other=0.0)[:, None]
@@ -199,14 +218,14 @@ def _folded_gradient_kernel(
         at = k[:, None] * BLOCK_N + n[None, :]
         # The forward stored F_t^T F_p.
         cross_at = at if WHICH else k[:, None] + n[None, :] * BLOCK_N
-        b = _load(b_ptr, m, k, M, N, channels, layout_b, WIDE) * scale_b
+        b_k = _load(b, m, k, sizes, WIDE) * scale_b
         cross = tl.load(products_ptr + 2 * size + cross_at) * scale_a * scale_b
-        acc = tl.dot(b * alpha, cross, acc, input_precision=PRECISION)
-        acc = tl.dot(b, tl.load(weighted_ptr + at), acc, input_precision=PRECISION)
-        a = _load(a_ptr, m, k, M, N, channels, layout_a, WIDE) * (2 * scale_a)
+        acc = tl.dot(b_k * alpha, cross, acc, input_precision=PRECISION)
+        acc = tl.dot(b_k, tl.load(weighted_ptr + at), acc, input_precision=PRECISION)
+        a_k = _load(a, m, k, sizes, WIDE) * (2 * scale_a)
         square = tl.load(products_ptr + WHICH * size + at) * scale_a * scale_a
-        acc = tl.dot(a * beta, square, acc, input_precision=PRECISION)
-        acc = tl.dot(a, tl.load(weighted_ptr + size + at), acc, input_precision=PRECISION)
+        acc = tl.dot(a_k * beta, square, acc, input_precision=PRECISION)
+        acc = tl.dot(a_k, tl.load(weighted_ptr + size + at), acc, input_precision=PRECISION)
     acc *= 2.0 * weight / M * tl.load(stats_ptr + 2) * tl.load(dloss_ptr) * scale_a
-    at, ok = _place(m, n, M, N, channels, (stride_dab, stride_dac, stride_dah, stride_daw, width_da), WIDE)
-    tl.store(da_ptr + at, acc.to(da_ptr.dtype.element_ty), mask=ok)
+    at, ok = _place(da, m, n, sizes, WIDE)
+    tl.store(at, acc.to(da.ptr.dtype.element_ty), mask=ok)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qkernels.ops import _launch
 from qkernels.ops.folded_rowwise import config, kernels
+from qkernels.ops.folded_rowwise.kernels import Features
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
@@ -85,7 +86,7 @@ def gradient(
             config.WARPS,
             registers=config.REGISTERS,
         )
-    return da if operands["da_ptr"] is da else da.copy_(operands["da_ptr"])
+    return da if operands["da"].ptr is da else da.copy_(operands["da"].ptr)
 
 
 def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int | None, precision: str) -> Tensor:
@@ -111,7 +112,7 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
             "BLOCK_C": columns,
         },
         config.PRODUCTS_WARPS,
-        config.PRODUCTS_STAGES,
+        config.products_stages(precision, _launch.arch_of(a)),
         config.REGISTERS,
     )
     _launch.run(
@@ -141,9 +142,8 @@ def _operands(**operands: Tensor) -> dict[str, Any]:
         "N": first.shape[2:].numel(),
         "channels": first.shape[1],
     }
-    for name, features in operands.items():
-        arguments |= _operand(name, features)
-    return arguments | {"WIDE": any(_last(arguments[f"{name}_ptr"]) >= 2**31 for name in operands)}
+    layouts = {name: _layout(features) for name, features in operands.items()}
+    return arguments | layouts | {"WIDE": any(_last(layout.ptr) >= 2**31 for layout in layouts.values())}
 
 
 def _last(x: Tensor) -> int:
@@ -151,11 +151,8 @@ def _last(x: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _operand(name: str, features: Tensor) -> dict[str, Any]:
-    """Address, strides by sample, channel, h and w, and the positions along w, as the kernels' arguments.
-
-    All dimensions of a position become two, or one where their strides allow; what needs more is copied.
-    """
+def _layout(features: Tensor) -> Features:
+    """All dimensions of a position become two, or one where their strides allow; what needs more is copied."""
     levels = [(1, 0), (1, 0)]
     for size, stride in zip(features.shape[2:], features.stride()[2:], strict=True):
         width, step = levels[-1]
@@ -164,7 +161,7 @@ def _operand(name: str, features: Tensor) -> dict[str, Any]:
         elif size > 1:
             levels.append((size, stride))
     if len(levels) > 3:
-        return _operand(name, features.contiguous())
-    (_, stride_h), (width, stride_w) = levels[-2:]
-    strides = zip("bchw", (*features.stride()[:2], stride_h, stride_w), strict=True)
-    return {f"{name}_ptr": features, f"width_{name}": width} | {f"stride_{name}{axis}": step for axis, step in strides}
+        return _layout(features.contiguous())
+    b, c = features.stride()[:2]
+    (_, h), (width, w) = levels[-2:]
+    return Features(features, b, c, h, w, width)

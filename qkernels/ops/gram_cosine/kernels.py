@@ -9,8 +9,11 @@ or along two: the position (h, w) of a map that is not dense (WIDE_M, WIDE_K).
 Symmetric products are made for pairs of blocks (p, q), p <= q, of number q (q + 1) / 2 + p, and count twice off the
 diagonal. Sums of squares are (value, exponent): value * 2^exponent, so that no feature is too large or too small.
 Centred, the mean over a column of F is subtracted while it is loaded: it belongs to k, or if dual to m.
-`do_not_specialize` names the sizes that change from call to call: one binary serves them all.
+What is absent is None. `do_not_specialize` names the sizes that change from call to call: one binary serves them all.
 """
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,6 +25,95 @@ SMALLEST: tl.constexpr = tl.constexpr(2.0**-60)
 LARGEST: tl.constexpr = tl.constexpr(2.0**60)
 NOTHING: tl.constexpr = tl.constexpr(-1e9)  # exponent of a sum that is 0
 MOST_PARTS: tl.constexpr = tl.constexpr(config.MOST_PARTS)
+LOSS_ITEMS: tl.constexpr = tl.constexpr(256)  # cosines that are added up at a time
+
+
+class Matrix(NamedTuple):
+    """An operand, F [m, k] of each item; in kernels, once it is that `_of` an item, where this item lies.
+
+    Attributes:
+        ptr: its first element.
+        mean_ptr: the means that centring subtracts, `[item, K]`, or if dual `[item, M]`.
+        item, m_outer, m_inner, k_outer, k_inner: strides.
+    """
+
+    ptr: Any
+    mean_ptr: Any
+    item: Any
+    m_outer: Any
+    m_inner: Any
+    k_outer: Any
+    k_inner: Any
+
+
+class Axes(NamedTuple):
+    """What all operands share: sizes, and how many elements lie along the inner of two strides."""
+
+    M: Any
+    K: Any
+    m_width: Any
+    k_width: Any
+
+
+class Parts(NamedTuple):
+    """Parts of Gram matrices, `[operand, item, pair, split, BLOCK_M, BLOCK_M]`, and the exponent of each part."""
+
+    ptr: Any
+    exponent_ptr: Any
+    splits: Any
+
+
+class Scalars(NamedTuple):
+    """Of an item: both scales, |G_a|^2, and the two factors of its derivative."""
+
+    scale_a: Any
+    scale_b: Any
+    aa: Any
+    cross: Any
+    own: Any
+
+
+@dataclass(frozen=True)
+class How:
+    """What is compiled into a kernel that multiplies features. EVEN: an axis is a whole number of its blocks.
+
+    Attributes:
+        MODE: "stored", "direct" or "dual" (config.py).
+        PACKED: b is given as packed Gram matrices.
+        CENTRED: F is less its columns' means.
+        CHECKED: products may leave the range of float32, as those of float16 do not.
+        EXACT: the derivative's products take float32 as it is, or else as a sum of two values of the features' type.
+        UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16.
+        ONE_BLOCK: a Gram matrix is one block.
+        BLOCK: rows of a block of a stored matrix.
+        WHOLE: a program of the derivative keeps its rows of a matrix on chip.
+        BLOCK_N, BLOCK_C: of the derivative, rows of F that are summed over, and columns of F.
+    """
+
+    MODE: str
+    PACKED: bool
+    CENTRED: bool
+    CHECKED: bool
+    EXACT: bool
+    UPCAST: bool
+    PRECISION: str
+    WIDE_M: bool
+    WIDE_K: bool
+    EVEN_M: bool
+    EVEN_K: bool
+    BLOCK_M: int
+    BLOCK_K: int
+    ONE_BLOCK: bool = False
+    EVEN_N: bool = False
+    EVEN_C: bool = False
+    BLOCK: int = 0
+    WHOLE: bool = False
+    BLOCK_N: int = 0
+    BLOCK_C: int = 0
+
+    @property
+    def DUAL(self) -> bool:
+        return self.MODE == "dual"
 
 
 @triton.jit
@@ -45,12 +137,12 @@ def _times_power_of_two(x, exponent):
 
 
 @triton.jit
-def _dot(x, y, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + x y in float32. UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16."""
-    if UPCAST:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision=PRECISION)
+def _dot(x, y, acc, HOW: tl.constexpr):
+    """acc + x y in float32."""
+    if HOW.UPCAST:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision=HOW.PRECISION)
     else:
-        return tl.dot(x, y, acc, input_precision=PRECISION)
+        return tl.dot(x, y, acc, input_precision=HOW.PRECISION)
 
 
 @triton.jit
@@ -72,94 +164,90 @@ def _along(index, width, outer, inner, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _rows(operand, m, M, axes, EVEN_M: tl.constexpr, WIDE_M: tl.constexpr):
-    """What `_load` needs to know of rows: numbers, offsets, and which of them exist."""
-    _, _, stride_mo, stride_mi, _, _ = operand
-    return m, _along(m, axes[0], stride_mo, stride_mi, WIDE_M), (m < M) | EVEN_M
+def _of(x, item, axes, HOW: tl.constexpr):
+    """The matrix of one item."""
+    mean_ptr = x.mean_ptr
+    if mean_ptr is not None:
+        mean_ptr += item * (axes.M if HOW.DUAL else axes.K)
+    return Matrix(x.ptr + item * x.item, mean_ptr, x.item, x.m_outer, x.m_inner, x.k_outer, x.k_inner)
 
 
 @triton.jit
-def _load(
-    operand, rows, k, K, axes, EVEN_K: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, DUAL: tl.constexpr
-):
+def _rows(x, m, axes, EVEN: tl.constexpr, HOW: tl.constexpr):
+    """What `_load` needs to know of rows: numbers, addresses, and which of them exist."""
+    return m, x.ptr + _along(m, axes.m_width, x.m_outer, x.m_inner, HOW.WIDE_M), (m < axes.M) | EVEN
+
+
+@triton.jit
+def _tile(x, rows, k, axes, EVEN: tl.constexpr, HOW: tl.constexpr):
+    """Addresses of a tile [m, k], and which of its elements exist."""
+    _, m_at, m_ok = rows
+    k_at = _along(k, axes.k_width, x.k_outer, x.k_inner, HOW.WIDE_K)
+    return m_at[:, None] + k_at[None, :], m_ok[:, None] & ((k < axes.K) | EVEN)[None, :]
+
+
+@triton.jit
+def _load(x, rows, k, axes, EVEN: tl.constexpr, CENTRED: tl.constexpr, HOW: tl.constexpr):
     """A tile [m, k] of F; centred in float32."""
-    ptr, mean_ptr, _, _, stride_ko, stride_ki = operand
-    m, m_at, m_ok = rows
-    k_ok = (k < K) | EVEN_K
-    ok = m_ok[:, None] & k_ok[None, :]
-    x = tl.load(ptr + m_at[:, None] + _along(k, axes[1], stride_ko, stride_ki, WIDE_K)[None, :], mask=ok, other=0.0)
+    at, ok = _tile(x, rows, k, axes, EVEN, HOW)
+    f = tl.load(at, mask=ok, other=0.0)
     if CENTRED:
-        if DUAL:
-            mean = tl.load(mean_ptr + m, mask=m_ok, other=0.0)[:, None]
+        if HOW.DUAL:
+            mean = tl.load(x.mean_ptr + rows[0], mask=rows[2], other=0.0)[:, None]
         else:
-            mean = tl.load(mean_ptr + k, mask=k_ok, other=0.0)[None, :]
-        x = tl.where(ok, x.to(tl.float32) - mean, 0.0)
-    return x
+            mean = tl.load(x.mean_ptr + k, mask=(k < axes.K) | EVEN, other=0.0)[None, :]
+        f = tl.where(ok, f.to(tl.float32) - mean, 0.0)
+    return f
 
 
 @triton.jit
 def _sum_of_products(
-    acc, x, x_rows, y, y_rows, scales, K, axes, first, last,
-    SAME: tl.constexpr, SCALED: tl.constexpr, EVEN_K: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr,
-    DUAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """acc + X Y^T of the rows, over the steps first .. last - 1; SCALED: X is multiplied by both scales first.
+    acc, x, x_rows, y, y_rows, scales, steps, axes, SAME: tl.constexpr, SCALED: tl.constexpr, HOW: tl.constexpr
+):
+    """acc + X Y^T of the rows, over these steps; SCALED: X is multiplied by both scales first.
 
     In turn, as their product may leave the type's range; X Y^T with both scaled is the same, and only X is touched.
     """
-    for step in range(first, last):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        u = _load(x, x_rows, k, K, axes, EVEN_K, WIDE_K, CENTRED, DUAL)
-        v = u if SAME else _load(y, y_rows, k, K, axes, EVEN_K, WIDE_K, CENTRED, DUAL)
+    for step in range(steps[0], steps[1]):
+        k = step * HOW.BLOCK_K + tl.arange(0, HOW.BLOCK_K)
+        u = _load(x, x_rows, k, axes, HOW.EVEN_K, HOW.CENTRED, HOW)
+        v = u if SAME else _load(y, y_rows, k, axes, HOW.EVEN_K, HOW.CENTRED, HOW)
         if SCALED:
             u = (u.to(tl.float32) * scales[0] * scales[1]).to(u.dtype)
-        acc = _dot(u, tl.trans(v), acc, PRECISION, UPCAST)
+        acc = _dot(u, tl.trans(v), acc, HOW)
     return acc
 
 
 @triton.jit
-def _scale_exponent(
-    x, rows, K, axes, first, last,
-    EVEN_K: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, DUAL: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _scale_exponent(x, rows, steps, axes, HOW: tl.constexpr):
     """Exponent of the power of two that brings the largest of these features near 1; 0 if none is finite."""
     largest = 0.0
-    for step in range(first, last):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        u = tl.abs(_load(x, rows, k, K, axes, EVEN_K, WIDE_K, CENTRED, DUAL).to(tl.float32))
+    for step in range(steps[0], steps[1]):
+        k = step * HOW.BLOCK_K + tl.arange(0, HOW.BLOCK_K)
+        u = tl.abs(_load(x, rows, k, axes, HOW.EVEN_K, HOW.CENTRED, HOW).to(tl.float32))
         largest = tl.maximum(largest, tl.max(tl.max(u, 1), 0))
     exponent = tl.maximum(_exponent(largest), -126.0)
     return tl.where((largest > 0) & (exponent <= 127.0), -exponent, 0.0)
 
 
 @triton.jit
-def _product(
-    x, x_rows, y, y_rows, K, axes, first, last,
-    SAME: tl.constexpr, EVEN_K: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, DUAL: tl.constexpr,
-    CHECK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """X Y^T as (P, exponent), which means P * 2^exponent.
+def _product(x, p, y, q, steps, axes, SAME: tl.constexpr, HOW: tl.constexpr):
+    """Rows p of X times rows q of Y, X Y^T as (P, exponent), which means P * 2^exponent.
 
-    CHECK: where every |P| is too large or too small for a product to be trusted, it is made again of scaled features.
+    CHECKED: where every |P| is too large or too small for a product to be trusted, it is made again of scaled features.
     """
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
+    x_rows, y_rows = _rows(x, p, axes, HOW.EVEN_M, HOW), _rows(y, q, axes, HOW.EVEN_M, HOW)
     zero = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    acc = _sum_of_products(
-        zero, x, x_rows, y, y_rows, (1.0, 1.0), K, axes, first, last,
-        SAME, False, EVEN_K, WIDE_K, CENTRED, DUAL, PRECISION, UPCAST, BLOCK_K,
-    )  # fmt: skip
+    acc = _sum_of_products(zero, x, x_rows, y, y_rows, (1.0, 1.0), steps, axes, SAME, False, HOW)
     exponent = 0.0
-    if CHECK:
+    if HOW.CHECKED:
         largest = tl.max(tl.max(tl.abs(acc), 1), 0)
         if (largest < SMALLEST) | (largest > LARGEST) | (largest != largest):
-            scale_x = _scale_exponent(x, x_rows, K, axes, first, last, EVEN_K, WIDE_K, CENTRED, DUAL, BLOCK_K)
-            if SAME:
-                scale_y = scale_x
-            else:
-                scale_y = _scale_exponent(y, y_rows, K, axes, first, last, EVEN_K, WIDE_K, CENTRED, DUAL, BLOCK_K)
-            acc = _sum_of_products(
-                zero, x, x_rows, y, y_rows, (_power_of_two(scale_x), _power_of_two(scale_y)), K, axes, first, last,
-                SAME, True, EVEN_K, WIDE_K, CENTRED, DUAL, PRECISION, UPCAST, BLOCK_K,
-            )  # fmt: skip
+            scale_x = _scale_exponent(x, x_rows, steps, axes, HOW)
+            scale_y = scale_x if SAME else _scale_exponent(y, y_rows, steps, axes, HOW)
+            scales = (_power_of_two(scale_x), _power_of_two(scale_y))
+            acc = _sum_of_products(zero, x, x_rows, y, y_rows, scales, steps, axes, SAME, True, HOW)
             exponent = -(scale_x + scale_y)
     return acc, exponent
 
@@ -173,13 +261,7 @@ def _triangle_tile(ptr, p, q, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["items", "splits"])
-def _gram_kernel(
-    a_ptr, b_ptr, mean_ptr, gram_ptr, exponent_ptr, items, M, K, columns, m_width, k_width, splits, pairs,
-    a_item, a_mo, a_mi, a_ko, a_ki, b_item, b_mo, b_mi, b_ko, b_ki,
-    EVEN_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _gram_kernel(a, b, axes, gram_ptr, exponent_ptr, ticket_ptr, items, splits, pairs, HOW: tl.constexpr):
     """Parts of G_a and G_b of at most 128 rows, `[operand, item, pair, split, BLOCK_M, BLOCK_M]`, and their exponents.
 
     One program owns one block of one matrix over one of `splits` parts of k. Direct only.
@@ -187,133 +269,135 @@ def _gram_kernel(
     item, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     operand, pair = tl.program_id(1) // pairs, tl.program_id(1) % pairs
     p, q = _pair(pair)
-    steps = tl.cdiv(K, BLOCK_K)
-    first, last = split * steps // splits, (split + 1) * steps // splits
-    tl.assume(first < last)
-    axes = (m_width, k_width)
+    count = tl.cdiv(axes.K, HOW.BLOCK_K)
+    steps = (split * count // splits, (split + 1) * count // splits)
+    tl.assume(steps[0] < steps[1])
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
     lanes = tl.arange(0, BLOCK_M)
+    p, q = p * BLOCK_M + lanes, q * BLOCK_M + lanes
+    # The operands' strides may be of different types: each has its own branch.
     if operand == 0:
-        x = (a_ptr + item * a_item, mean_ptr + item * columns, a_mo, a_mi, a_ko, a_ki)
-        x_rows = _rows(x, p * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-        y_rows = _rows(x, q * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-        acc, exponent = _product(
-            x, x_rows, x, y_rows, K, axes, first, last,
-            ONE_BLOCK, EVEN_K, WIDE_K, CENTRED, False, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+        own_a = _of(a, item, axes, HOW)
+        acc, exponent = _product(own_a, p, own_a, q, steps, axes, HOW.ONE_BLOCK, HOW)
     else:
-        x = (b_ptr + item * b_item, mean_ptr + (items + item) * columns, b_mo, b_mi, b_ko, b_ki)
-        x_rows = _rows(x, p * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-        y_rows = _rows(x, q * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-        acc, exponent = _product(
-            x, x_rows, x, y_rows, K, axes, first, last,
-            ONE_BLOCK, EVEN_K, WIDE_K, CENTRED, False, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+        own_b = _of(b, item, axes, HOW)
+        acc, exponent = _product(own_b, p, own_b, q, steps, axes, HOW.ONE_BLOCK, HOW)
     part = ((operand * items + item) * pairs + pair) * splits + split
     at = part * (BLOCK_M * BLOCK_M) + lanes[:, None] * BLOCK_M + lanes[None, :]
     tl.store(gram_ptr + at, acc)
     tl.store(exponent_ptr + part, tl.where(tl.max(tl.max(tl.abs(acc), 1), 0) > 0, exponent, NOTHING))
+    tl.store(ticket_ptr, 0, mask=part == 0)  # of the finish, which is the next launch
 
 
 @triton.jit
-def _block(gram_ptr, exponent_ptr, at, pair, splits, exponent, BLOCK_M: tl.constexpr):
+def _block(parts, pair, exponent, BLOCK_M: tl.constexpr):
     """A block of a Gram matrix, its parts summed in their order, in units of 2^exponent."""
+    lanes = tl.arange(0, BLOCK_M)
+    at = lanes[:, None] * BLOCK_M + lanes[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    for split in range(splits):
-        part = pair * splits + split
-        factor = _power_of_two(tl.load(exponent_ptr + part) - exponent)
-        total += factor * tl.load(gram_ptr + part * (BLOCK_M * BLOCK_M) + at)
+    for split in range(parts.splits):
+        part = pair * parts.splits + split
+        factor = _power_of_two(tl.load(parts.exponent_ptr + part) - exponent)
+        total += factor * tl.load(parts.ptr + part * (BLOCK_M * BLOCK_M) + at)
     return total
 
 
 @triton.jit
-def _normaliser(gram_ptr, exponent_ptr, splits, pairs, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
+def _normaliser(parts, pairs, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr):
     """The common exponent of all parts, and that of the scale which brings the largest diagonal element near 1."""
-    parts = tl.arange(0, MOST_PARTS)
-    common = tl.max(tl.load(exponent_ptr + parts, mask=parts < pairs * splits, other=NOTHING), 0)
+    every = tl.arange(0, MOST_PARTS)
+    common = tl.max(tl.load(parts.exponent_ptr + every, mask=every < pairs * parts.splits, other=NOTHING), 0)
     largest = 0.0
     lanes = tl.arange(0, BLOCK_M)
     for block in tl.static_range(BLOCKS):
         diagonal = tl.zeros((BLOCK_M,), tl.float32)
-        for split in range(splits):
-            part = block * (block + 3) // 2 * splits + split
-            factor = _power_of_two(tl.load(exponent_ptr + part) - common)
-            diagonal += factor * tl.load(gram_ptr + part * (BLOCK_M * BLOCK_M) + lanes * (BLOCK_M + 1))
+        for split in range(parts.splits):
+            part = block * (block + 3) // 2 * parts.splits + split
+            factor = _power_of_two(tl.load(parts.exponent_ptr + part) - common)
+            diagonal += factor * tl.load(parts.ptr + part * (BLOCK_M * BLOCK_M) + lanes * (BLOCK_M + 1))
         largest = tl.maximum(largest, tl.max(diagonal, 0))
     exponent = tl.minimum(_exponent(largest), 127.0)
     scale = tl.minimum(tl.maximum(-tl.floor((common + exponent) * 0.5), -126.0), 126.0)
     return common, tl.where(largest > 0, scale, 0.0)
 
 
+@triton.jit
+def _scaled_block(parts, pair, common, scale, BLOCK_M: tl.constexpr):
+    """A block of the Gram matrix of features times 2^scale."""
+    return _times_power_of_two(_block(parts, pair, common, BLOCK_M), common + 2 * scale)
+
+
 @triton.jit(do_not_specialize=["items", "splits"])
 def _gram_finish_kernel(
-    gram_ptr, exponent_ptr, packed_ptr, known_ptr, cosine_ptr, term_ptr, stats_a_ptr, stats_b_ptr, difference_ptr,
-    items, M, weight, splits, pairs,
-    PACKED: tl.constexpr, BOTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    gram_ptr, exponent_ptr, packed_ptr, known_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, difference_ptr,
+    ticket_ptr, items, M, weight, splits, pairs,
+    BOTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """From the parts of G_a and G_b: cosine, weight * cosine^2, statistics, and what the derivative needs,
+    """From the parts of G_a and G_b: cosine, loss, statistics, and what the derivative needs,
 
         D_a = G_b / (|G_a| |G_b|) - cosine G_a / |G_a|^2        `[item, pair, BLOCK_M, BLOCK_M]`
 
-    of scaled matrices, and after all D_a if BOTH the D_b. One program owns an item.
+    of scaled matrices, and after all D_a if BOTH the D_b. One program owns an item; the last one to have its cosine
+    adds up the loss, weight * cosine^2 of all items.
     """
     item, items = tl.program_id(0).to(tl.int64), tl.cast(items, tl.int64)
     size: tl.constexpr = BLOCK_M * BLOCK_M
-    lanes = tl.arange(0, BLOCK_M)
-    at = lanes[:, None] * BLOCK_M + lanes[None, :]
-    a_gram_ptr, a_exponent_ptr = gram_ptr + item * pairs * splits * size, exponent_ptr + item * pairs * splits
-    b_gram_ptr, b_exponent_ptr = a_gram_ptr + items * pairs * splits * size, a_exponent_ptr + items * pairs * splits
-    common_a, scale_a = _normaliser(a_gram_ptr, a_exponent_ptr, splits, pairs, BLOCKS, BLOCK_M)
-    if PACKED:
-        bb = tl.load(known_ptr + item)
-        common_b, scale_b = 0.0, 0.0
-        power_b = tl.load(known_ptr + items + item)
-        packed_item_ptr = packed_ptr + item * (M * (M + 1) // 2)
-    else:
-        common_b, scale_b = _normaliser(b_gram_ptr, b_exponent_ptr, splits, pairs, BLOCKS, BLOCK_M)
+    first = item * pairs * splits
+    a = Parts(gram_ptr + first * size, exponent_ptr + first, splits)
+    first += items * pairs * splits
+    b = Parts(gram_ptr + first * size, exponent_ptr + first, splits)
+    common_a, scale_a = _normaliser(a, pairs, BLOCKS, BLOCK_M)
+    bb = 0.0
+    if packed_ptr is None:
+        common_b, scale_b = _normaliser(b, pairs, BLOCKS, BLOCK_M)
         power_b = _power_of_two(scale_b)
-        bb = 0.0
-        packed_item_ptr = packed_ptr
+    else:
+        packed_ptr += item * (M * (M + 1) // 2)
+        bb += tl.load(known_ptr + item)
+        power_b = tl.load(known_ptr + items + item)
     n, aa = 0.0, 0.0
     for pair in range(pairs):
         p, q = _pair(pair)
         count = tl.where(p == q, 1.0, 2.0)
-        ga = _times_power_of_two(
-            _block(a_gram_ptr, a_exponent_ptr, at, pair, splits, common_a, BLOCK_M), common_a + 2 * scale_a
-        )
-        if PACKED:
-            gb = _triangle_tile(packed_item_ptr, p, q, M, BLOCK_M)
-        else:
-            gb = _times_power_of_two(
-                _block(b_gram_ptr, b_exponent_ptr, at, pair, splits, common_b, BLOCK_M), common_b + 2 * scale_b
-            )
+        ga = _scaled_block(a, pair, common_a, scale_a, BLOCK_M)
+        if packed_ptr is None:
+            gb = _scaled_block(b, pair, common_b, scale_b, BLOCK_M)
             bb += count * _sum(gb * gb)
+        else:
+            gb = _triangle_tile(packed_ptr, p, q, M, BLOCK_M)
         n += count * _sum(ga * gb)
         aa += count * _sum(ga * ga)
     norm = tl.sqrt(aa) * tl.sqrt(bb)
     cross = 1.0 / tl.where(norm == 0, 1.0, norm)
     cosine = n * cross
     tl.store(cosine_ptr + item, cosine)
-    tl.store(term_ptr + item, weight * cosine * cosine)
     tl.store(stats_a_ptr + item, aa)
     tl.store(stats_a_ptr + items + item, _power_of_two(scale_a))
     tl.store(stats_b_ptr + item, bb)
     tl.store(stats_b_ptr + items + item, power_b)
+    # The ticket says who adds, never in which order.
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == items - 1:
+        losses = tl.zeros((LOSS_ITEMS,), tl.float32)
+        for start in range(0, items, LOSS_ITEMS):
+            i = start + tl.arange(0, LOSS_ITEMS)
+            # Of other multiprocessors: not what this one's own cache may hold.
+            of_others = tl.load(cosine_ptr + i, mask=i < items, other=0.0, cache_modifier=".cg")
+            losses += of_others * of_others
+        tl.store(loss_ptr, weight * tl.sum(losses, 0))
     own_a, own_b = cosine / tl.where(aa == 0, 1.0, aa), cosine / tl.where(bb == 0, 1.0, bb)
+    lanes = tl.arange(0, BLOCK_M)
+    difference_ptr += item * pairs * size + lanes[:, None] * BLOCK_M + lanes[None, :]
     for pair in range(pairs):
         p, q = _pair(pair)
-        ga = _times_power_of_two(
-            _block(a_gram_ptr, a_exponent_ptr, at, pair, splits, common_a, BLOCK_M), common_a + 2 * scale_a
-        )
-        if PACKED:
-            gb = _triangle_tile(packed_item_ptr, p, q, M, BLOCK_M)
+        ga = _scaled_block(a, pair, common_a, scale_a, BLOCK_M)
+        if packed_ptr is None:
+            gb = _scaled_block(b, pair, common_b, scale_b, BLOCK_M)
         else:
-            gb = _times_power_of_two(
-                _block(b_gram_ptr, b_exponent_ptr, at, pair, splits, common_b, BLOCK_M), common_b + 2 * scale_b
-            )
-        out_ptr = difference_ptr + (item * pairs + pair) * size + at
-        tl.store(out_ptr, cross * gb - own_a * ga)
+            gb = _triangle_tile(packed_ptr, p, q, M, BLOCK_M)
+        tl.store(difference_ptr + pair * size, cross * gb - own_a * ga)
         if BOTH:
-            tl.store(out_ptr + items * pairs * size, cross * ga - own_b * gb)
+            tl.store(difference_ptr + (items * pairs + pair) * size, cross * ga - own_b * gb)
 
 
 @triton.jit
@@ -329,94 +413,72 @@ def _sum(x):
     return tl.sum(tl.sum(x, 1), 0)
 
 
-@triton.jit(do_not_specialize=["items"])
-def _gram_squares_kernel(
-    a_ptr, b_ptr, mean_ptr, partial_ptr, items, M, K, columns, m_width, k_width, pairs,
-    a_item, a_mo, a_mi, a_ko, a_ki, b_item, b_mo, b_mi, b_ko, b_ki,
-    PACKED: tl.constexpr, DUAL: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _normalised_product(x, p, y, q, steps, axes, SAME: tl.constexpr, HOW: tl.constexpr):
+    """`_product`, its largest element brought near 1."""
+    product, exponent = _product(x, p, y, q, steps, axes, SAME, HOW)
+    product, more = _normalised(product)
+    return product, exponent + more
+
+
+@triton.jit
+def _square(x, p, y, q, steps, axes, SAME: tl.constexpr, HOW: tl.constexpr):
+    """The sum of the squares of a `_product`, as (value, exponent)."""
+    product, exponent = _product(x, p, y, q, steps, axes, SAME, HOW)
+    product, more = _normalised(product)
+    return _sum(product * product), 2 * (exponent + more)
+
+
+@triton.jit
+def _gram_squares_kernel(a, b, axes, partial_ptr, pairs, HOW: tl.constexpr):
     """Parts of n, aa and bb, each (value, exponent): `[item, program, 6]`.
 
     Direct, one program owns a pair of blocks in both matrices. Dual, it owns a block of F_a F_b^T, or a pair of blocks
     of F_a F_a^T, or (where bb is asked for, as the grid says) of F_b F_b^T.
     """
     item, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    steps = tl.cdiv(K, BLOCK_K)
-    tl.assume(steps > 0)
-    axes = (m_width, k_width)
+    steps = (0, tl.cdiv(axes.K, HOW.BLOCK_K))
+    tl.assume(steps[1] > 0)
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
     lanes = tl.arange(0, BLOCK_M)
-    a = (a_ptr + item * a_item, mean_ptr + item * columns, a_mo, a_mi, a_ko, a_ki)
-    b = (b_ptr + item * b_item, mean_ptr + (items + item) * columns, b_mo, b_mi, b_ko, b_ki)
+    a, b = _of(a, item, axes, HOW), _of(b, item, axes, HOW)
     n, aa, bb = 0.0, 0.0, 0.0
     n_exponent, aa_exponent, bb_exponent = NOTHING, NOTHING, NOTHING
-    if DUAL:
-        blocks = tl.cdiv(M, BLOCK_M)
+    if HOW.DUAL:
+        blocks = tl.cdiv(axes.M, BLOCK_M)
         if program < blocks * blocks:
-            a_rows = _rows(a, program // blocks * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-            b_rows = _rows(b, program % blocks * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-            acc, n_exponent = _product(
-                a, a_rows, b, b_rows, K, axes, 0, steps,
-                False, EVEN_K, WIDE_K, CENTRED, True, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-            acc, exponent = _normalised(acc)
-            n, n_exponent = _sum(acc * acc), 2 * (n_exponent + exponent)
+            a_rows, b_rows = program // blocks * BLOCK_M + lanes, program % blocks * BLOCK_M + lanes
+            n, n_exponent = _square(a, a_rows, b, b_rows, steps, axes, False, HOW)
         else:
             pair = program - blocks * blocks
             p, q = _pair(pair % pairs)
             weight = tl.where(p == q, 1.0, 2.0)
+            p_rows, q_rows = p * BLOCK_M + lanes, q * BLOCK_M + lanes
             if pair < pairs:
-                p_rows = _rows(a, p * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-                q_rows = _rows(a, q * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-                acc, aa_exponent = _product(
-                    a, p_rows, a, q_rows, K, axes, 0, steps,
-                    ONE_BLOCK, EVEN_K, WIDE_K, CENTRED, True, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-                )  # fmt: skip
-                acc, exponent = _normalised(acc)
-                aa, aa_exponent = weight * _sum(acc * acc), 2 * (aa_exponent + exponent)
+                aa, aa_exponent = _square(a, p_rows, a, q_rows, steps, axes, HOW.ONE_BLOCK, HOW)
+                aa *= weight
             else:
-                p_rows = _rows(b, p * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-                q_rows = _rows(b, q * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-                acc, bb_exponent = _product(
-                    b, p_rows, b, q_rows, K, axes, 0, steps,
-                    ONE_BLOCK, EVEN_K, WIDE_K, CENTRED, True, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-                )  # fmt: skip
-                acc, exponent = _normalised(acc)
-                bb, bb_exponent = weight * _sum(acc * acc), 2 * (bb_exponent + exponent)
+                bb, bb_exponent = _square(b, p_rows, b, q_rows, steps, axes, HOW.ONE_BLOCK, HOW)
+                bb *= weight
     else:
         p, q = _pair(program)
         weight = tl.where(p == q, 1.0, 2.0)
-        p_rows = _rows(a, p * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-        q_rows = _rows(a, q * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-        ga, a_exponent = _product(
-            a, p_rows, a, q_rows, K, axes, 0, steps,
-            ONE_BLOCK, EVEN_K, WIDE_K, CENTRED, False, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
-        ga, exponent = _normalised(ga)
-        a_exponent += exponent
-        if PACKED:
-            gb, b_exponent = _triangle_tile(b_ptr + item * (M * (M + 1) // 2), p, q, M, BLOCK_M), 0.0
+        p_rows, q_rows = p * BLOCK_M + lanes, q * BLOCK_M + lanes
+        ga, a_exponent = _normalised_product(a, p_rows, a, q_rows, steps, axes, HOW.ONE_BLOCK, HOW)
+        if HOW.PACKED:
+            gb, b_exponent = _normalised(_triangle_tile(b.ptr, p, q, axes.M, BLOCK_M))
         else:
-            p_rows = _rows(b, p * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-            q_rows = _rows(b, q * BLOCK_M + lanes, M, axes, EVEN_M, WIDE_M)
-            gb, b_exponent = _product(
-                b, p_rows, b, q_rows, K, axes, 0, steps,
-                ONE_BLOCK, EVEN_K, WIDE_K, CENTRED, False, CHECK, PRECISION, UPCAST, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-        gb, exponent = _normalised(gb)
-        b_exponent += exponent
+            gb, b_exponent = _normalised_product(b, p_rows, b, q_rows, steps, axes, HOW.ONE_BLOCK, HOW)
         n, n_exponent = weight * _sum(ga * gb), a_exponent + b_exponent
         aa, aa_exponent = weight * _sum(ga * ga), 2 * a_exponent
         bb, bb_exponent = weight * _sum(gb * gb), 2 * b_exponent
-    out_ptr = partial_ptr + (item * tl.num_programs(1) + program) * 6
-    tl.store(out_ptr, n)
-    tl.store(out_ptr + 1, n_exponent)
-    tl.store(out_ptr + 2, aa)
-    tl.store(out_ptr + 3, aa_exponent)
-    tl.store(out_ptr + 4, bb)
-    tl.store(out_ptr + 5, bb_exponent)
+    partial_ptr += (item * tl.num_programs(1) + program) * 6
+    tl.store(partial_ptr, n)
+    tl.store(partial_ptr + 1, n_exponent)
+    tl.store(partial_ptr + 2, aa)
+    tl.store(partial_ptr + 3, aa_exponent)
+    tl.store(partial_ptr + 4, bb)
+    tl.store(partial_ptr + 5, bb_exponent)
 
 
 @triton.jit
@@ -451,7 +513,7 @@ def _scale_of(exponent):
 @triton.jit(do_not_specialize=["items", "programs"])
 def _gram_cosine_kernel(
     partial_ptr, known_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, products, pairs, weight,
-    KNOWN: tl.constexpr, PACKED: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+    PACKED: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """cosine, statistics and weight * sum of squared cosines, from the parts of all items; one program owns all.
 
@@ -467,16 +529,16 @@ def _gram_cosine_kernel(
         aa, aa_exponent = _total(partial_ptr + 2, i, i_ok, programs, first_a, pairs, BLOCK_P)
         scale_a = _scale_of(aa_exponent)
         aa = _times_power_of_two(aa, aa_exponent + 4 * scale_a)
-        if KNOWN:
-            bb = tl.load(known_ptr + i, mask=i_ok, other=0.0)
-            power_b = tl.load(known_ptr + items + i, mask=i_ok, other=1.0)
-            # Packed matrices are scaled already.
-            scale_b = 0.0 if PACKED else _exponent(power_b)
-        else:
+        if known_ptr is None:
             bb, bb_exponent = _total(partial_ptr + 4, i, i_ok, programs, first_b, pairs, BLOCK_P)
             scale_b = _scale_of(bb_exponent)
             bb = _times_power_of_two(bb, bb_exponent + 4 * scale_b)
             power_b = _power_of_two(scale_b)
+        else:
+            bb = tl.load(known_ptr + i, mask=i_ok, other=0.0)
+            power_b = tl.load(known_ptr + items + i, mask=i_ok, other=1.0)
+            # Packed matrices are scaled already.
+            scale_b = 0.0 if PACKED else _exponent(power_b)
         n = _times_power_of_two(n, tl.maximum(n_exponent + 2 * (scale_a + scale_b), -252.0))
         norm = tl.sqrt(aa) * tl.sqrt(bb)
         cosine = n / tl.where(norm == 0, 1.0, norm)
@@ -490,23 +552,9 @@ def _gram_cosine_kernel(
 
 
 @triton.jit
-def _row_block(
-    x, x_rows, y, y_rows, scales, acc, K, axes,
-    SCALED: tl.constexpr, EVEN_K: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, DUAL: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    steps = tl.cdiv(K, BLOCK_K)
-    tl.assume(steps > 0)
-    return _sum_of_products(
-        acc, x, x_rows, y, y_rows, scales, K, axes, 0, steps,
-        False, SCALED, EVEN_K, WIDE_K, CENTRED, DUAL, PRECISION, UPCAST, BLOCK_K,
-    )  # fmt: skip
-
-
-@triton.jit
-def _split_in_two(x, like, ONE: tl.constexpr):
-    """float32 as a sum of two values of the features' type; as it is if that is float32."""
-    if ONE:
+def _split_in_two(x, like, HOW: tl.constexpr):
+    """float32 as a sum of two values of the features' type; EXACT: as it is."""
+    if HOW.EXACT:
         return x, x
     else:
         high = x.to(like)
@@ -514,98 +562,86 @@ def _split_in_two(x, like, ONE: tl.constexpr):
 
 
 @triton.jit
-def _times(pair, f, acc, ONE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    acc = _dot(pair[0], f, acc, PRECISION, UPCAST)
-    if not ONE:
-        acc = _dot(pair[1], f, acc, PRECISION, UPCAST)
+def _times(pair, f, acc, HOW: tl.constexpr):
+    acc = _dot(pair[0], f, acc, HOW)
+    if not HOW.EXACT:
+        acc = _dot(pair[1], f, acc, HOW)
     return acc
 
 
 @triton.jit
-def _terms(
-    a, b, difference_ptr, packed_ptr, m, n, scales, cross, own, aa, M, K, axes,
-    MODE: tl.constexpr, PACKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _row_block(x, x_rows, y, y_rows, scales, acc, axes, HOW: tl.constexpr):
+    steps = (0, tl.cdiv(axes.K, HOW.BLOCK_K))
+    tl.assume(steps[1] > 0)
+    return _sum_of_products(acc, x, x_rows, y, y_rows, scales, steps, axes, False, HOW.CHECKED, HOW)
+
+
+@triton.jit
+def _terms(a, b, m, n, scalars, axes, HOW: tl.constexpr):
     """Rows m, columns n of aa D, brought near 1 for the sake of float16's range; or if dual of S_b and of S_a."""
-    scale_a, scale_b = scales
+    scale_a, scale_b = scalars.scale_a, scalars.scale_b
     zero = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
-    a_rows, a_all = _rows(a, m, M, axes, EVEN_M, WIDE_M), _rows(a, n, M, axes, EVEN_N, WIDE_M)
-    if MODE == "stored":
-        p, q = m[:, None] // BLOCK, n[None, :] // BLOCK
-        r, c = m[:, None] % BLOCK, n[None, :] % BLOCK
+    a_rows, a_all = _rows(a, m, axes, HOW.EVEN_M, HOW), _rows(a, n, axes, HOW.EVEN_N, HOW)
+    if HOW.MODE == "stored":
+        p, q = m[:, None] // HOW.BLOCK, n[None, :] // HOW.BLOCK
+        r, c = m[:, None] % HOW.BLOCK, n[None, :] % HOW.BLOCK
         pair = tl.where(p <= q, q * (q + 1) // 2 + p, p * (p + 1) // 2 + q)
-        element = pair * (BLOCK * BLOCK) + tl.where(p <= q, r * BLOCK + c, c * BLOCK + r)
-        d = aa * tl.load(difference_ptr + element, mask=(m < M)[:, None] & (n < M)[None, :], other=0.0)
+        element = pair * (HOW.BLOCK * HOW.BLOCK) + tl.where(p <= q, r * HOW.BLOCK + c, c * HOW.BLOCK + r)
+        d = tl.load(b.ptr + element, mask=(m < axes.M)[:, None] & (n < axes.M)[None, :], other=0.0)
+        d *= scalars.aa
         return d, d
-    elif MODE == "direct":
-        if PACKED:
+    elif HOW.MODE == "direct":
+        if HOW.PACKED:
             low, high = tl.minimum(m[:, None], n[None, :]), tl.maximum(m[:, None], n[None, :])
-            acc = tl.load(packed_ptr + low * M - low * (low + 1) // 2 + high, mask=high < M, other=0.0)
+            acc = tl.load(b.ptr + low * axes.M - low * (low + 1) // 2 + high, mask=high < axes.M, other=0.0)
         else:
-            b_rows, b_all = _rows(b, m, M, axes, EVEN_M, WIDE_M), _rows(b, n, M, axes, EVEN_N, WIDE_M)
-            acc = _row_block(
-                b, b_rows, b, b_all, (scale_b, scale_b), zero, K, axes,
-                SCALED, EVEN_K, WIDE_K, CENTRED, False, PRECISION, UPCAST, BLOCK_K,
-            )  # fmt: skip
-            if not SCALED:
+            b_rows, b_all = _rows(b, m, axes, HOW.EVEN_M, HOW), _rows(b, n, axes, HOW.EVEN_N, HOW)
+            acc = _row_block(b, b_rows, b, b_all, (scale_b, scale_b), zero, axes, HOW)
+            if not HOW.CHECKED:
                 acc = acc * scale_b * scale_b
         # One accumulator: G_a' - cross / own G_b'.
-        acc = acc * (-cross / own)
-        if not SCALED:
+        acc = acc * (-scalars.cross / scalars.own)
+        if not HOW.CHECKED:
             acc = acc / scale_a / scale_a
-        acc = _row_block(
-            a, a_rows, a, a_all, (scale_a, scale_a), acc, K, axes,
-            SCALED, EVEN_K, WIDE_K, CENTRED, False, PRECISION, UPCAST, BLOCK_K,
-        )  # fmt: skip
-        if not SCALED:
+        acc = _row_block(a, a_rows, a, a_all, (scale_a, scale_a), acc, axes, HOW)
+        if not HOW.CHECKED:
             acc = acc * scale_a * scale_a
-        acc = acc * (-own * aa)
+        acc = acc * (-scalars.own * scalars.aa)
         return acc, acc
     else:
-        b_all = _rows(b, n, M, axes, EVEN_N, WIDE_M)
-        s_b = _row_block(
-            a, a_rows, b, b_all, (scale_a, scale_b), zero, K, axes,
-            SCALED, EVEN_K, WIDE_K, CENTRED, True, PRECISION, UPCAST, BLOCK_K,
-        )  # fmt: skip
-        s_a = _row_block(
-            a, a_rows, a, a_all, (scale_a, scale_a), zero, K, axes,
-            SCALED, EVEN_K, WIDE_K, CENTRED, True, PRECISION, UPCAST, BLOCK_K,
-        )  # fmt: skip
-        if not SCALED:
+        b_all = _rows(b, n, axes, HOW.EVEN_N, HOW)
+        s_b = _row_block(a, a_rows, b, b_all, (scale_a, scale_b), zero, axes, HOW)
+        s_a = _row_block(a, a_rows, a, a_all, (scale_a, scale_a), zero, axes, HOW)
+        if not HOW.CHECKED:
             s_b, s_a = s_b * scale_a * scale_b, s_a * scale_a * scale_a
         return s_b, s_a
 
 
 @triton.jit
-def _columns(
-    a, b, n, k, x, y, out, own_part, M, K, axes,
-    DUAL: tl.constexpr, EVEN_N: tl.constexpr, EVEN_C: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr,
-    CENTRED: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+def _terms_in_two(a, b, m, n, scalars, axes, HOW: tl.constexpr):
+    """The terms as `_times` takes them."""
+    TYPE: tl.constexpr = tl.float32 if HOW.EXACT else a.ptr.dtype.element_ty
+    x, y = _terms(a, b, m, n, scalars, axes, HOW)
+    return _split_in_two(x, TYPE, HOW), _split_in_two(y, TYPE, HOW)
+
+
+@triton.jit
+def _columns(a, b, n, k, x, y, out, own_part, axes, HOW: tl.constexpr):
     """out + D F_a; if dual out + S_b F_b, own_part + S_a F_a.
 
     A centred D has rows that sum to 0, so there the features' means do not matter.
     """
-    f = _load(a, _rows(a, n, M, axes, EVEN_N, WIDE_M), k, K, axes, EVEN_C, WIDE_K, CENTRED and DUAL, DUAL)
-    if DUAL:
-        own_part = _times(y, f, own_part, ONE, PRECISION, UPCAST)
-        f = _load(b, _rows(b, n, M, axes, EVEN_N, WIDE_M), k, K, axes, EVEN_C, WIDE_K, CENTRED, DUAL)
-    return _times(x, f, out, ONE, PRECISION, UPCAST), own_part
+    f = _load(a, _rows(a, n, axes, HOW.EVEN_N, HOW), k, axes, HOW.EVEN_C, HOW.CENTRED and HOW.DUAL, HOW)
+    if HOW.DUAL:
+        own_part = _times(y, f, own_part, HOW)
+        f = _load(b, _rows(b, n, axes, HOW.EVEN_N, HOW), k, axes, HOW.EVEN_C, HOW.CENTRED, HOW)
+    return _times(x, f, out, HOW), own_part
 
 
 @triton.jit(do_not_specialize=["items", "splits"])
 def _gram_backward_kernel(
-    a_ptr, b_ptr, mean_ptr, difference_ptr, cosine_ptr, stats_a_ptr, stats_b_ptr, dcosine_ptr, dloss_ptr,
-    incoming_ptr, da_ptr, items, M, K, columns, m_width, k_width, weight, splits, pairs,
-    a_item, a_mo, a_mi, a_ko, a_ki, b_item, b_mo, b_mi, b_ko, b_ki,
-    incoming_item, incoming_mo, incoming_mi, incoming_ko, incoming_ki, da_item, da_mo, da_mi, da_ko, da_ki,
-    MODE: tl.constexpr, PACKED: tl.constexpr, HAS_DCOSINE: tl.constexpr, HAS_DLOSS: tl.constexpr,
-    HAS_INCOMING: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_C: tl.constexpr, WIDE_M: tl.constexpr, WIDE_K: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    a, b, incoming, da, axes, cosine_ptr, stats_a_ptr, stats_b_ptr, dcosine_ptr, dloss_ptr, items, weight, splits,
+    HOW: tl.constexpr,
 ):  # fmt: skip
     """dcosine/dF_a times dcosine + 2 weight cosine dloss, + the incoming gradient.
 
@@ -617,81 +653,58 @@ def _gram_backward_kernel(
 
     (dual: F [columns, rows]). One program owns BLOCK_M rows of dF_a in one of `splits` parts of the columns k. WHOLE:
     it keeps its rows of D, or of S_a and S_b, on chip, of at most BLOCK_N elements; else it makes BLOCK_N columns of
-    them at a time, again for each BLOCK_C columns k. Stored, it reads D; else it sums the products over all k.
+    them at a time, again for each BLOCK_C columns k. Stored, it reads D, which comes as b; else it sums the products
+    over all k.
     """
+    BLOCK_M: tl.constexpr = HOW.BLOCK_M
+    BLOCK_C: tl.constexpr = HOW.BLOCK_C
     item, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    axes = (m_width, k_width)
-    DUAL: tl.constexpr = MODE == "dual"
-    a = (a_ptr + item * a_item, mean_ptr + item * columns, a_mo, a_mi, a_ko, a_ki)
-    b = (b_ptr + item * b_item, mean_ptr + (items + item) * columns, b_mo, b_mi, b_ko, b_ki)
+    a, b, da = _of(a, item, axes, HOW), _of(b, item, axes, HOW), _of(da, item, axes, HOW)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     aa, scale_a = tl.load(stats_a_ptr + item), tl.load(stats_a_ptr + items + item)
     bb, scale_b = tl.load(stats_b_ptr + item), tl.load(stats_b_ptr + items + item)
     cosine = tl.load(cosine_ptr + item)
     norm = tl.sqrt(aa) * tl.sqrt(bb)
     factor = 0.0
-    if HAS_DCOSINE:
+    if dcosine_ptr is not None:
         factor += 2 * tl.load(dcosine_ptr + item)
-    if HAS_DLOSS:
+    if dloss_ptr is not None:
         factor += 4 * weight * cosine * tl.load(dloss_ptr)
     factor = tl.where(norm == 0, 0.0, factor)
     aa = tl.where(norm == 0, 1.0, aa)
     cross, own = 1.0 / tl.where(norm == 0, 1.0, norm), cosine / aa
     # So that cross / own is finite; the error is of 2^-40 of the other term.
     own = tl.maximum(own, cross * 2.0**-40)
-    scales = (scale_a, scale_b)
-    packed_ptr = b_ptr + item * (M * (M + 1) // 2) if PACKED else b_ptr
-    difference_item_ptr = difference_ptr + item * pairs * (BLOCK * BLOCK)
-    ONE: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth == 32 or (CENTRED and DUAL)
-    TYPE: tl.constexpr = tl.float32 if ONE else a_ptr.dtype.element_ty
-    incoming_at = incoming_ptr + item * incoming_item + _along(m, m_width, incoming_mo, incoming_mi, WIDE_M)[:, None]
-    da_at = da_ptr + item * da_item + _along(m, m_width, da_mo, da_mi, WIDE_M)[:, None]
-    m_ok = ((m < M) | EVEN_M)[:, None]
-    chunks = tl.cdiv(K, BLOCK_C)
+    scalars = Scalars(scale_a, scale_b, aa, cross, own)
+    da_rows = _rows(da, m, axes, HOW.EVEN_M, HOW)
+    if incoming is not None:
+        incoming = _of(incoming, item, axes, HOW)
+        incoming_rows = _rows(incoming, m, axes, HOW.EVEN_M, HOW)
+    chunks = tl.cdiv(axes.K, BLOCK_C)
     first, last = split * chunks // splits, (split + 1) * chunks // splits
     tl.assume(first < last)
-    blocks = tl.cdiv(M, BLOCK_N)
+    blocks = tl.cdiv(axes.M, HOW.BLOCK_N)
     tl.assume(blocks > 0)
-    if WHOLE:
-        n = tl.arange(0, BLOCK_N)
-        x, y = _terms(
-            a, b, difference_item_ptr, packed_ptr, m, n, scales, cross, own, aa, M, K, axes,
-            MODE, PACKED, EVEN_M, EVEN_N, EVEN_K, WIDE_M, WIDE_K, CENTRED, SCALED, PRECISION, UPCAST, BLOCK, BLOCK_K,
-        )  # fmt: skip
-        x = _split_in_two(x, TYPE, ONE)
-        if DUAL:
-            y = _split_in_two(y, TYPE, ONE)
+    if HOW.WHOLE:
+        n = tl.arange(0, HOW.BLOCK_N)
+        x, y = _terms_in_two(a, b, m, n, scalars, axes, HOW)
     for chunk in range(first, last):
         k = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         out = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         own_part = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        if WHOLE:
-            out, own_part = _columns(
-                a, b, n, k, x, y, out, own_part, M, K, axes,
-                DUAL, EVEN_N, EVEN_C, WIDE_M, WIDE_K, CENTRED, ONE, PRECISION, UPCAST,
-            )  # fmt: skip
+        if HOW.WHOLE:
+            out, own_part = _columns(a, b, n, k, x, y, out, own_part, axes, HOW)
         else:
             for block in range(blocks):
-                n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-                x, y = _terms(
-                    a, b, difference_item_ptr, packed_ptr, m, n, scales, cross, own, aa, M, K, axes,
-                    MODE, PACKED, EVEN_M, EVEN_N, EVEN_K, WIDE_M, WIDE_K, CENTRED, SCALED, PRECISION, UPCAST, BLOCK,
-                    BLOCK_K,
-                )  # fmt: skip
-                x = _split_in_two(x, TYPE, ONE)
-                if DUAL:
-                    y = _split_in_two(y, TYPE, ONE)
-                out, own_part = _columns(
-                    a, b, n, k, x, y, out, own_part, M, K, axes,
-                    DUAL, EVEN_N, EVEN_C, WIDE_M, WIDE_K, CENTRED, ONE, PRECISION, UPCAST,
-                )  # fmt: skip
-        if DUAL:
+                n = block * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)
+                x, y = _terms_in_two(a, b, m, n, scalars, axes, HOW)
+                out, own_part = _columns(a, b, n, k, x, y, out, own_part, axes, HOW)
+        if HOW.DUAL:
             out = (out * (cross * scale_b) - own_part * (own * scale_a)) * (factor * scale_a)
         else:
             out = out * scale_a * (factor / aa * scale_a)
-        ok = m_ok & ((k < K) | EVEN_C)[None, :]
-        if HAS_INCOMING:
-            at = incoming_at + _along(k, k_width, incoming_ko, incoming_ki, WIDE_K)[None, :]
+        if incoming is not None:
+            at, ok = _tile(incoming, incoming_rows, k, axes, HOW.EVEN_C, HOW)
             out += tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        at = da_at + _along(k, k_width, da_ko, da_ki, WIDE_K)[None, :]
-        tl.store(at, out.to(da_ptr.dtype.element_ty), mask=ok)
+        at, ok = _tile(da, da_rows, k, axes, HOW.EVEN_C, HOW)
+        tl.store(at, out.to(da.ptr.dtype.element_ty), mask=ok)

@@ -1,6 +1,6 @@
 """Runs the Gram cosine's kernels: plain tensors in and out."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,48 +8,12 @@ from torch import Tensor
 from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config, kernels
 from qkernels.ops.gram_cosine.config import Plan
+from qkernels.ops.gram_cosine.kernels import Axes, How, Matrix
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
 
 Axis = list[tuple[int, int]]  # (size, stride) of dimensions, from the outermost one on
-
-
-class View(NamedTuple):
-    """Tensors of one shape as matrices [m, k] of items, each with its own strides.
-
-    Attributes:
-        tensors: those given, or copies of what no two strides an axis can reach.
-        strides: of each: item; m outer, m inner; k outer, k inner.
-        m, k: sizes.
-        m_width, k_width: elements along the inner stride.
-    """
-
-    tensors: list[Tensor]
-    strides: list[tuple[int, ...]]
-    m: int
-    k: int
-    m_width: int
-    k_width: int
-
-    def named(self, index: int, name: str) -> dict[str, int]:
-        """The strides as the kernels' arguments."""
-        return {f"{name}_{key}": stride for key, stride in zip(STRIDES, self.strides[index], strict=True)}
-
-    @property
-    def axes(self) -> dict[str, Any]:
-        """What all operands share, as the kernels' arguments."""
-        return {
-            "M": self.m,
-            "K": self.k,
-            "m_width": self.m_width,
-            "k_width": self.k_width,
-            "WIDE_M": self.m_width < self.m,
-            "WIDE_K": self.k_width < self.k,
-        }
-
-
-STRIDES = ("item", "mo", "mi", "ko", "ki")
 
 
 def forward(
@@ -73,81 +37,71 @@ def forward(
     if items == 0:
         loss.fill_(torch.nan if mean else 0.0)
         return cosine, loss, stats_a, stats_b, workspace
-    plan, view = _plan(a, gram, packed, centred), _view([a] if packed else [a, b], gram, packed)
-    weight = beta / items if mean else beta
-    block, tile, pairs = plan.block, plan.forward, config.pairs_of(view.m, plan.block)
+    plan = _plan(a, gram, packed, centred)
+    matrices, axes = _view([a] if packed else [a, b], gram, packed)
+    if centred:
+        matrices = [_centred(x, gram) for x in matrices]
+    block, tile, pairs = plan.block, plan.forward, config.pairs_of(axes.M, plan.block)
     operands: dict[str, Any] = {
-        "a_ptr": view.tensors[0],
-        "b_ptr": b if packed else view.tensors[1],
-        "mean_ptr": _means(view.tensors, gram) if centred else cosine,
-        "items": items,
-        "columns": columns,
+        "a": matrices[0],
+        "b": matrices[-1],
+        "axes": axes,
         "pairs": pairs,
-        **view.axes,
-        **view.named(0, "a"),
-        **view.named(-1, "b"),
-        "EVEN_M": view.m % block == 0,
-        "EVEN_K": view.k % tile.k == 0,
-        "CENTRED": centred,
-        "ONE_BLOCK": pairs == 1,
-        "CHECK": a.dtype != torch.float16,
-        "PRECISION": PRECISION,
-        "UPCAST": _upcast(a),
-        "BLOCK_M": block,
-        "BLOCK_K": tile.k,
+        "HOW": _how(plan, axes, a, packed, centred, block, tile.k, ONE_BLOCK=pairs == 1),
     }
     results: dict[str, Any] = {
-        "known_ptr": cosine if known is None else known,
+        "known_ptr": known if packed or plan.mode == "dual" else None,
         "cosine_ptr": cosine,
+        "loss_ptr": loss,
         "stats_a_ptr": stats_a,
         "stats_b_ptr": stats_b,
         "items": items,
-        "weight": weight,
+        "weight": beta / items if mean else beta,
+        "pairs": pairs,
     }
     with _launch.device_of(a):
         if plan.mode == "stored":
             count = 1 if packed else 2
-            grams = _floats(a, count, items, pairs, plan.splits, block, block)
-            exponents = _floats(a, count, items, pairs, plan.splits)
+            parts = {
+                "gram_ptr": _floats(a, count, items, pairs, plan.splits, block, block),
+                "exponent_ptr": _floats(a, count, items, pairs, plan.splits),
+                "ticket_ptr": a.new_empty((), dtype=torch.int32),
+                "splits": plan.splits,
+            }
             _launch.run(
                 kernels._gram_kernel,
                 (items, count * pairs, plan.splits),
-                operands
-                | {"b_ptr": view.tensors[-1], "gram_ptr": grams, "exponent_ptr": exponents, "splits": plan.splits},
+                operands | parts | {"items": items},
                 tile.warps,
                 tile.stages,
             )
-            terms = torch.empty_like(cosine)
             _launch.run(
                 kernels._gram_finish_kernel,
                 (items,),
                 results
+                | parts
                 | {
-                    "gram_ptr": grams,
-                    "exponent_ptr": exponents,
-                    "packed_ptr": b if packed else cosine,
-                    "term_ptr": terms,
+                    "packed_ptr": b if packed else None,
                     "difference_ptr": workspace,
-                    "M": view.m,
-                    "splits": plan.splits,
-                    "pairs": pairs,
-                    "PACKED": packed,
+                    "M": axes.M,
                     "BOTH": both,
-                    "BLOCKS": -(-view.m // block),
+                    "BLOCKS": -(-axes.M // block),
                     "BLOCK_M": block,
                 },
                 16 if block > 16 else 4,
             )
-            return cosine, terms.sum(), stats_a, stats_b, workspace
+            return cosine, loss, stats_a, stats_b, workspace
         programs = products = pairs
         if plan.mode == "dual":
-            products = (-(-view.m // block)) ** 2
+            products = (-(-axes.M // block)) ** 2
             programs = products + (pairs if known is not None else 2 * pairs)
+        if packed:
+            operands["b"] = _items(b)
         partial = _floats(a, items, programs, 6)
         _launch.run(
             kernels._gram_squares_kernel,
             (items, programs),
-            operands | {"partial_ptr": partial, "PACKED": packed, "DUAL": plan.mode == "dual"},
+            operands | {"partial_ptr": partial},
             tile.warps,
             tile.stages,
         )
@@ -157,11 +111,8 @@ def forward(
             results
             | {
                 "partial_ptr": partial,
-                "loss_ptr": loss,
                 "programs": programs,
                 "products": products,
-                "pairs": pairs,
-                "KNOWN": known is not None and (packed or plan.mode == "dual"),
                 "PACKED": packed,
                 "DUAL": plan.mode == "dual",
                 "BLOCK_I": 16,
@@ -192,64 +143,75 @@ def gradient(
     da = torch.empty_like(a)
     if da.numel() == 0:
         return da
-    items, _, columns = _sizes(a, gram)
+    items, *_ = _sizes(a, gram)
     like, b = _same_type(a, b, packed)
     plan = _plan(like, gram, packed, centred)
-    given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming])]
-    view = _view([*given, da], gram, packed)
-    out = view.tensors[-1]
-    block, tile = plan.block, plan.backward
-    index_b, index_incoming = 0 if packed else 1, 0 if incoming is None else len(given) - 1
+    centred = centred and plan.mode != "stored"  # its D does not ask for means
+    given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming]), da]
+    matrices, axes = _view(given, gram, packed)
+    if centred:
+        matrices[: 1 if packed else 2] = [_centred(x, gram) for x in matrices[: 1 if packed else 2]]
+    other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if packed else matrices[1]
+    tile, out = plan.backward, matrices[-1]
     with _launch.device_of(a):
         _launch.run(
             kernels._gram_backward_kernel,
-            (items, -(-view.m // tile.m), plan.parts),
+            (items, -(-axes.M // tile.m), plan.parts),
             {
-                "a_ptr": view.tensors[0],
-                "b_ptr": b if packed else view.tensors[1],
-                "mean_ptr": _means(view.tensors[: 1 + index_b], gram) if centred and plan.mode != "stored" else cosine,
-                "difference_ptr": workspace[which] if plan.mode == "stored" else cosine,
+                "a": matrices[0],
+                "b": other,
+                "incoming": None if incoming is None else matrices[-2],
+                "da": out,
+                "axes": axes,
                 "cosine_ptr": cosine,
                 "stats_a_ptr": stats_a,
                 "stats_b_ptr": stats_b,
-                "dcosine_ptr": cosine if dcosine is None else dcosine.contiguous(),
-                "dloss_ptr": cosine if dloss is None else dloss,
-                "incoming_ptr": view.tensors[index_incoming],
-                "da_ptr": out,
+                "dcosine_ptr": None if dcosine is None else dcosine.contiguous(),
+                "dloss_ptr": dloss,
                 "items": items,
-                "columns": columns,
                 "weight": beta / items if mean else beta,
                 "splits": plan.parts,
-                "pairs": config.pairs_of(view.m, block),
-                **view.axes,
-                **view.named(0, "a"),
-                **view.named(index_b, "b"),
-                **view.named(index_incoming, "incoming"),
-                **view.named(-1, "da"),
-                "MODE": plan.mode,
-                "PACKED": packed,
-                "HAS_DCOSINE": dcosine is not None,
-                "HAS_DLOSS": dloss is not None,
-                "HAS_INCOMING": incoming is not None,
-                "EVEN_M": view.m % tile.m == 0,
-                "EVEN_N": view.m % tile.n == 0,
-                "EVEN_K": view.k % tile.k == 0,
-                "EVEN_C": view.k % tile.c == 0,
-                "CENTRED": centred,
-                "SCALED": like.dtype != torch.float16,
-                "PRECISION": PRECISION,
-                "UPCAST": _upcast(like),
-                "BLOCK": block,
-                "WHOLE": view.m <= tile.n,
-                "BLOCK_M": tile.m,
-                "BLOCK_N": tile.n,
-                "BLOCK_K": tile.k,
-                "BLOCK_C": tile.c,
+                "HOW": _how(
+                    plan,
+                    axes,
+                    like,
+                    packed,
+                    centred,
+                    tile.m,
+                    tile.k,
+                    EVEN_N=axes.M % tile.n == 0,
+                    EVEN_C=axes.K % tile.c == 0,
+                    BLOCK=plan.block,
+                    WHOLE=tile.n >= axes.M,
+                    BLOCK_N=tile.n,
+                    BLOCK_C=tile.c,
+                ),
             },
             tile.warps,
             tile.stages,
         )
-    return da if out is da else da.copy_(out)
+    return da if out.ptr is da else da.copy_(out.ptr)
+
+
+def _how(
+    plan: Plan, axes: Axes, like: Tensor, packed: bool, centred: bool, block_m: int, block_k: int, **more: Any
+) -> How:
+    return How(
+        MODE=plan.mode,
+        PACKED=packed,
+        CENTRED=centred,
+        CHECKED=like.dtype != torch.float16,
+        EXACT=like.dtype == torch.float32 or (centred and plan.mode == "dual"),
+        UPCAST=_launch.INTERPRETED and like.dtype == torch.bfloat16,
+        PRECISION=PRECISION,
+        WIDE_M=axes.m_width < axes.M,
+        WIDE_K=axes.k_width < axes.K,
+        EVEN_M=axes.M % block_m == 0,
+        EVEN_K=axes.K % block_k == 0,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        **more,
+    )
 
 
 def _floats(like: Tensor, *size: int) -> Tensor:
@@ -272,32 +234,35 @@ def _same_type(a: Tensor, b: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _means(tensors: list[Tensor], gram: str) -> Tensor:
-    """`[operand, item, column]`: the mean over the rows, for one operand or two."""
-    means = []
-    for x in tensors:
-        x = x.flatten(2) if x.dim() > 2 else x[..., None]
-        axis = {"channel": 1, "position": 2, "batch": 0}[gram]
-        means.append(x.mean(axis, dtype=torch.float32).flatten())
-    return torch.cat(means)
+def _centred(x: Matrix, gram: str) -> Matrix:
+    """With the means over the rows, `[item, column]`."""
+    features = x.ptr.flatten(2) if x.ptr.dim() > 2 else x.ptr[..., None]
+    mean = features.mean({"channel": 1, "position": 2, "batch": 0}[gram], dtype=torch.float32)
+    return x._replace(mean_ptr=mean.contiguous())
 
 
-def _view(tensors: list[Tensor], gram: str, packed: bool) -> View:
+def _items(x: Tensor) -> Matrix:
+    """What is not a matrix [m, k], but lies together for each item."""
+    return Matrix(x, None, x.shape[1:].numel(), 0, 0, 0, 0)
+
+
+def _view(tensors: list[Tensor], gram: str, packed: bool) -> tuple[list[Matrix], Axes]:
+    """Tensors of one shape as matrices [m, k]; all are copied if one has more than two strides along an axis."""
     _, rows, columns = _sizes(tensors[0], gram)
     dual = config.mode_of(rows, columns, packed) == "dual"
     # Maps in NHWC are one dense row of features if positions come first, those in NCHW if channels do.
     orders = (False, True) if gram == "batch" else (False,)
-    chosen = tensors
     axes = min((_axes(tensors, gram, dual, order) for order in orders), key=_levels)
     if _levels(axes) > 2:
-        chosen = [x.contiguous() for x in tensors]
-        axes = _axes(chosen, gram, dual, True)
-    item, m, k = ([_two_levels(axis) for axis in by_tensor] for by_tensor in axes)
-    strides = [
-        (item[i][1][1] if axes[0][i] else 0, *(stride for _, stride in (*m[i], *k[i]))) for i in range(len(tensors))
+        tensors = [x.contiguous() for x in tensors]
+        axes = _axes(tensors, gram, dual, True)
+    items, m, k = ([_two_levels(axis) for axis in by_tensor] for by_tensor in axes)
+    matrices = [
+        Matrix(x, None, item[1][1] if given else 0, *(stride for _, stride in (*of_m, *of_k)))
+        for x, given, item, of_m, of_k in zip(tensors, axes[0], items, m, k, strict=True)
     ]
     (outer_m, width_m), (outer_k, width_k) = ([size for size, _ in levels[0]] for levels in (m, k))
-    return View(chosen, strides, outer_m * width_m, outer_k * width_k, width_m, width_k)
+    return matrices, Axes(outer_m * width_m, outer_k * width_k, width_m, width_k)
 
 
 def _axes(tensors: list[Tensor], gram: str, dual: bool, channels_first: bool) -> list[list[Axis]]:
@@ -340,7 +305,3 @@ def _two_levels(axis: Axis) -> list[tuple[int, int]]:
     if not axis:
         return [(1, 0), (1, 1)]
     return [(1, 0), axis[0]] if len(axis) == 1 else axis
-
-
-def _upcast(x: Tensor) -> bool:
-    return _launch.INTERPRETED and x.dtype == torch.bfloat16

@@ -99,7 +99,8 @@ class Tile:
             of a weight gradient those that are written.
         warps: warps of a program.
         stages: depth of the software pipeline.
-        registers: of a thread, at most (tests/compile_only); the model counts programs a multiprocessor by it.
+        registers: of a thread, at most, without a pool (tests/compile_only); by them the model counts the programs that
+            a multiprocessor holds.
     """
 
     m: int
@@ -158,8 +159,8 @@ class Problem:
         return self.kernel, self.pixels.bit_length(), self.n, self.k, self.positions, self.groups, self.phases
 
     def flat(self, form: str, tile: Tile) -> bool:
-        """Whether positions and channels are taken one by one: the input's channels would leave a block half empty."""
-        return form == "signed" and self.k < (32 if self.kernel == "gather" else tile.k) and self.k % tile.k != 0
+        """Whether positions and channels are taken one by one: the input's channels would not fill a block."""
+        return form == "signed" and self.k < tile.k and self.k % tile.k != 0
 
     def blocks(self, form: str, tile: Tile) -> int:
         """Of a gather: steps of the sum. Of a weight gradient: blocks of (position, input channel) pairs."""
@@ -185,7 +186,7 @@ class Problem:
 
 
 def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
-    """Launch settings: the measured ones of a table, else those which `clocks` finds fastest among `candidates`.
+    """Launch settings: the measured ones of a table, else those which `cost` finds fastest among `candidates`.
 
     Args:
         problem: the product's size.
@@ -206,8 +207,17 @@ def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessor
     measured = _table(arch)["plans"].get((*problem.key, form, precision))
     if measured:
         return _fitted(measured, problem)
-    options = candidates(problem, form, precision, arch)
-    return min(options, key=lambda option: clocks(problem, option, arch, multiprocessors))
+    costs = {
+        option: cost(problem, option, arch, multiprocessors) for option in candidates(problem, form, precision, arch)
+    }
+    fastest = min(each.total for each in costs.values())
+
+    def rank(option: Plan) -> tuple[float, ...]:
+        each, programs = costs[option], problem.tiles(form, option.tile) * option.splits
+        slow = each.total > (1 + MODEL_ERROR) * fastest
+        return slow, slow * each.total, programs < 0.75 * multiprocessors, each.parts > 0.1, each.total
+
+    return min(costs, key=rank)
 
 
 def _fitted(option: Plan, problem: Problem) -> Plan:
@@ -236,11 +246,16 @@ def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterat
             continue
         if flat and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
             continue
-        if problem.pool and tile.n == 64 and form == "signed":  # spills
+        if problem.pool and not pools(tile):
             continue
         for exponent in range(MOST_SPLITS.bit_length()):
             for splits in (2**exponent, 3 * 2**exponent // 2):
                 yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
+
+
+def pools(tile: Tile) -> bool:
+    """Whether a thread has registers left to take maxima in: 64 sums of all components at most (tests/compile_only)."""
+    return tile.m * 4 * tile.n <= 64 * 32 * tile.warps
 
 
 def _possible_splits(problem: Problem, form: str, tile: Tile, splits: int) -> int:
@@ -306,7 +321,8 @@ def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
     else:
         passes, products, loads = 2, 4 * tile.m * tile.n * depth, (4 * rows + columns) * depth * size
     shared = tile.stages * loads
-    residents = _residents(tile, shared, arch)
+    registers = tile.registers + (POOL_REGISTERS if problem.pool else 0)
+    residents = _residents(tile.warps, min(registers, 255), shared, arch)
     programs, steps = problem.tiles(plan.form, tile) * plan.splits, _cdiv(problem.steps(plan.form, tile), plan.splits)
     product_clocks, load_clocks = products / rate, loads / L2_BYTES
     latency = max(product_clocks, load_clocks, LATENCY / max(1, tile.stages - 1)) + STEP_CLOCKS
@@ -322,16 +338,16 @@ def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
     if plan.splits > 1:
         elements = rows * columns // (4 if problem.kernel == "dw" else 1)
         traffic = 8 * programs * elements / (multiprocessors * L2_BYTES)
-        parts = TICKET_CLOCKS + traffic + plan.splits * 4 * elements / L2_BYTES
+        parts = TICKET_CLOCKS + traffic + plan.splits * 4 * elements / LONE_BYTES
     bound = "latency" if latency > residents * busy else "products" if product_clocks >= load_clocks else "loads"
     return Cost(time + parts, residents, shared, bound, parts / (time + parts))
 
 
-def _residents(tile: Tile, shared: int, arch: int) -> int:
+def _residents(warps: int, registers: int, shared: int, arch: int) -> int:
     """Programs that a multiprocessor holds at once."""
-    by_registers = 65536 // (32 * tile.warps * _cdiv(tile.registers, 8) * 8)
+    by_registers = 65536 // (32 * warps * _cdiv(registers, 8) * 8)
     by_shared = SHARED_BYTES[_known(arch)] // (shared + 1024)
-    return max(1, min(by_registers, by_shared, 64 // tile.warps, 32))
+    return max(1, min(by_registers, by_shared, 64 // warps, 32))
 
 
 # Multiply-adds of a multiprocessor per clock (data sheets of A100, H100, B200); bytes of its shared memory.
@@ -342,11 +358,16 @@ PRODUCTS_PER_CLOCK = {
 }
 SHARED_BYTES = {80: 167_936, 90: 233_472, 100: 233_472}
 CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
-# Bytes that a multiprocessor loads from the L2 cache per clock, and how many clocks the first of them takes.
-L2_BYTES, LATENCY = 36, 700
+# Bytes that a multiprocessor loads from the L2 cache per clock, where all do and alone; clocks until they are there.
+L2_BYTES, LONE_BYTES, LATENCY = 36, 64, 700
 # Of a step: barriers, addresses; of a program: its start, its epilogue; of a shared sum: barrier, ticket, first load.
 STEP_CLOCKS, PROGRAM_CLOCKS, TICKET_CLOCKS = 120, 1500, 2000
+# Between plans that differ by less than this share no model decides, but how many multiprocessors have a program, and
+# then whether parts of sums take less than a tenth of the time.
+MODEL_ERROR = 0.1
 MOST_SPLITS = 256
+# What taking the maxima of windows adds to a tile's registers, at most (tests/compile_only).
+POOL_REGISTERS = 80
 # Tiles of a launch that several programs may share the sum of: each has a counter.
 MOST_TICKETS = 1024
 
@@ -397,40 +418,44 @@ TILES: dict[int, dict[tuple[str, str, str], tuple[tuple[int, ...], ...]]] = {
     },
     90: {
         ("gather", "signed", "half"): (
-            (128, 64, 64, 8, 3),
-            (128, 32, 64, 8, 4),
-            (64, 64, 64, 4, 3),
-            (64, 32, 64, 4, 4),
-            (64, 16, 64, 4, 4),
-            (32, 16, 64, 4, 4),
-            (32, 32, 64, 4, 3),
+            (128, 64, 64, 8, 3, 254),
+            (256, 32, 64, 8, 3, 254),
+            (128, 32, 64, 8, 3, 128),
+            (128, 32, 64, 8, 4, 128),
+            (64, 64, 64, 4, 3, 253),
+            (64, 32, 64, 4, 3, 128),
+            (64, 32, 64, 4, 4, 142),
+            (64, 16, 64, 4, 4, 100),
+            (32, 32, 64, 4, 3, 128),
+            (32, 16, 64, 4, 4, 96),
         ),
         ("gather", "flat", "half"): (
-            (128, 16, 64, 4, 3),
-            (128, 32, 64, 8, 3),
-            (64, 16, 64, 4, 3),
-            (128, 4, 64, 4, 3),
-            (128, 16, 64, 4, 1),
-            (256, 16, 64, 8, 1),
+            (128, 16, 64, 4, 3, 157),
+            (256, 32, 64, 8, 3, 254),
+            (128, 32, 64, 8, 3, 168),
+            (256, 16, 64, 8, 3, 162),
+            (64, 16, 64, 4, 3, 113),
+            (128, 4, 64, 4, 3, 114),
         ),
         ("dw", "signed", "half"): (
-            (64, 32, 32, 8, 4),
-            (64, 32, 32, 4, 3),
-            (64, 16, 32, 4, 4),
-            (64, 32, 16, 4, 4),
-            (64, 16, 16, 4, 4),
+            (64, 64, 32, 8, 3, 254),
+            (64, 32, 64, 8, 3, 240),
+            (64, 32, 32, 8, 4, 162),
+            (64, 32, 32, 4, 3, 228),
+            (64, 32, 16, 4, 4, 168),
+            (64, 16, 32, 4, 4, 152),
+            (64, 16, 16, 4, 4, 104),
         ),
-        ("dw", "flat", "half"): ((64, 16, 16, 4, 3), (64, 4, 16, 4, 3), (64, 32, 16, 8, 3), (128, 16, 16, 4, 3)),
-        ("gather", "signed", "tf32"): ((128, 32, 32, 8, 3), (64, 32, 32, 4, 3), (64, 16, 32, 4, 4), (32, 16, 32, 4, 3)),
-        ("gather", "flat", "tf32"): ((64, 16, 32, 4, 2), (128, 16, 32, 4, 2), (64, 4, 32, 4, 2)),
-        ("dw", "signed", "tf32"): (
-            (32, 16, 16, 4, 3),
-            (32, 32, 32, 8, 3),
-            (32, 32, 16, 4, 3),
-            (32, 16, 8, 4, 3),
-            (32, 32, 8, 4, 3),
+        ("dw", "flat", "half"): ((64, 16, 16, 4, 3, 162), (64, 32, 16, 8, 3, 146), (64, 4, 16, 4, 3, 80)),
+        ("gather", "signed", "tf32"): (
+            (128, 32, 32, 8, 3, 189),
+            (64, 32, 32, 4, 3, 188),
+            (64, 16, 32, 4, 4, 102),
+            (32, 16, 32, 4, 3, 68),
         ),
-        ("dw", "flat", "tf32"): ((32, 16, 16, 4, 2), (32, 16, 8, 4, 3), (32, 4, 16, 4, 2), (32, 4, 8, 4, 3)),
+        ("gather", "flat", "tf32"): ((128, 16, 32, 4, 2, 187), (64, 16, 32, 4, 2, 103), (64, 4, 32, 4, 2, 64)),
+        ("dw", "signed", "tf32"): ((32, 32, 32, 8, 3, 162), (32, 32, 16, 4, 3, 168), (32, 16, 16, 4, 3, 104)),
+        ("dw", "flat", "tf32"): ((32, 16, 16, 4, 2, 112), (32, 4, 16, 4, 2, 56)),
         ("gather", "signed", "ieee"): ((32, 16, 16, 4, 2), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)),
         ("gather", "flat", "ieee"): ((32, 16, 16, 4, 1), (64, 4, 16, 4, 1), (32, 16, 16, 8, 1)),
         ("dw", "signed", "ieee"): ((16, 16, 16, 8, 1), (16, 16, 8, 4, 1), (16, 8, 16, 4, 1)),

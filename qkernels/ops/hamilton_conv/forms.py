@@ -5,11 +5,13 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from qkernels import algebra
+from qkernels.ops._library import relu_mask
 
 Ints = Sequence[int]
 
@@ -72,6 +74,51 @@ def weight_gradient(
     inputs, outputs = _products(algebra.input_products, x), _products(algebra.output_products, dy)
     z = conv2d_weight(inputs, (8 * p, q, *kernel_size), outputs, stride, padding, dilation, 8 * groups)
     return algebra.weight_from_products(z.unflatten(0, (8, -1))).to(x.dtype)
+
+
+def max_pool(y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    """The maxima of 2x2 windows; the argmax in each, 0 to 3 in reading order, 4 if the ReLU zeroed all four."""
+    pooled, index = F.max_pool2d(y, 2, return_indices=True)
+    argmax = index // y.shape[3] % 2 * 2 + index % y.shape[3] % 2
+    return pooled, (argmax.where(pooled > 0, 4) if relu else argmax).to(torch.uint8)
+
+
+def epilogue_gradient(
+    dy: Tensor | None,
+    relu_output: Tensor | None,
+    dpooled: Tensor | None,
+    argmax: Tensor | None,
+    size: Ints,
+    scale: float,
+) -> Tensor:
+    """The gradient in front of an epilogue: scale [relu_output > 0] dy, and dpooled where the maxima came from."""
+    total = None if dy is None else relu_mask(dy, relu_output).float() * scale
+    if dpooled is not None and argmax is not None:
+        position = torch.arange(4, device=argmax.device).view(2, 1, 2)
+        routed = dpooled[:, :, :, None, :, None].where(argmax[:, :, :, None, :, None] == position, 0).float()
+        routed = routed.flatten(4, 5).flatten(2, 3)
+        routed = F.pad(routed, (0, size[1] - routed.shape[3], 0, size[0] - routed.shape[2]))
+        total = routed if total is None else total + routed
+    assert total is not None
+    return total
+
+
+def pack(weight: Tensor, how: str, dtype: torch.dtype) -> Tensor:
+    """A weight `[4, P, Q, ...]` as the Triton kernels read it, flat: see `kernels._hamilton_pack_kernel`."""
+    form, precision = how.split("-")
+    w = weight.flatten(3).float() if weight.dim() > 3 else weight[..., None].float()
+    if form == "q8":
+        hadamard = w.new_tensor(algebra.HADAMARD)
+        tiles = torch.cat([torch.einsum("ab,b...->a...", hadamard, w), -2 * w[list(algebra.WEIGHT_ORDER)]])
+    else:
+        tiles = torch.cat([w, -w])
+    if precision == "tf32":
+        near = ((tiles.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+        tiles = near.where(tiles == tiles, tiles)  # NaN stays
+    packed = [tiles.permute(0, 3, 1, 2).flatten()]
+    if precision == "tf32":
+        packed.append(tiles.permute(0, 3, 2, 1).flatten())
+    return torch.cat(packed).to(dtype)
 
 
 def _geometry(window: Ints) -> tuple[Ints, Ints, Ints, int]:

@@ -607,19 +607,20 @@ def _hamilton_conv_dw_kernel(
         b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
         h, w = i * HOW.STRIDE[0] - HOW.PADDING[0], j * HOW.STRIDE[1] - HOW.PADDING[1]
         pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
+        # x is transposed by its addresses: a tile that is transposed afterwards is not copied asynchronously on sm_80.
         if FLAT:
-            source_h, source_w = h[:, None] + u[None, :], w[:, None] + v[None, :]
-            at = pixel[:, None] + ((u * x_w + v) * x_channels + x_rows)[None, :]
-            ok = m_ok[:, None] & x_ok[None, :] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
+            source_h, source_w = h[None, :] + u[:, None], w[None, :] + v[:, None]
+            at = pixel[None, :] + ((u * x_w + v) * x_channels + x_rows)[:, None]
+            ok = m_ok[None, :] & x_ok[:, None] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
         else:
             source_h, source_w = h + u, w + v
-            at = (pixel + (u * x_w + v) * x_channels)[:, None] + x_rows[None, :]
+            at = (pixel + (u * x_w + v) * x_channels)[None, :] + x_rows[:, None]
             ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-            ok = ok[:, None] & x_ok[None, :]
+            ok = ok[None, :] & x_ok[:, None]
         x = tl.load(x_ptr + at, mask=ok, other=0.0)
         at = m.to(tl.int64)[:, None] * (4 * groups * P) + columns[None, :]
         dy = tl.load(dy_ptr + at, mask=m_ok[:, None] & p_ok[None, :], other=0.0)
-        acc = _dot(tl.trans(x), dy, acc, HOW)
+        acc = _dot(x, dy, acc, HOW)
 
     a4 = tl.arange(0, 4)[None, None, :, None]
     if PIXELWISE:

@@ -7,7 +7,8 @@ the other two, to any order. Behind a fused ReLU, dropout or pool derivatives en
 A ReLU's mask is of no cost where the gradient that it belongs to is written: `x_is_relu` says that x is a ReLU's
 output, and the gradient by x goes through its mask; whoever made x may then leave its own out, `mask_gradient` False.
 
-`backend` says what computes: "torch" (forms.py) or "triton" (launch.py). `how` says in which form, on the Triton
+`backend` says what computes: "torch" (forms.py), "triton" (launch.py), or "auto", launch.py and forms.py in its place
+where Triton cannot build a kernel. `how` says in which form, on the Triton
 backend with the precision, such as "signed-half" (`config.how_of`). `window` is (stride, padding, dilation) of both
 axes and the groups. `tiles` and `tickets` are those of `hamilton_pack`; without them a kernel packs by itself.
 """
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import define, first_order_only, refuse_second_derivative, relu_mask
+from qkernels.ops._library import define, first_order_only, or_plain, refuse_second_derivative, relu_mask
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_conv.reference import conv_output_size
@@ -27,7 +28,7 @@ Ints = Sequence[int]
 
 
 def _empty_map(like: Tensor, channels: int, size: Ints, backend: str, dtype: torch.dtype | None = None) -> Tensor:
-    layout = torch.channels_last if backend == "triton" else torch.contiguous_format
+    layout = torch.contiguous_format if backend == "torch" else torch.channels_last
     shape = (like.shape[0], channels, *size)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
@@ -61,9 +62,35 @@ def hamilton_pack(weights: Sequence[Tensor], hows: str, dtype: torch.dtype) -> t
     Returns:
         The tiles, one weight behind the other, `config.packed_size` elements each; `config.MOST_TICKETS` zeros each.
     """
-    from qkernels.ops.hamilton_conv import launch
+    with or_plain("auto"):
+        from qkernels.ops.hamilton_conv import launch
 
-    return launch.pack(weights, hows.split(), dtype)
+        return launch.pack(weights, hows.split(), dtype)
+    tiles = [forms.pack(weight, how, dtype) for weight, how in zip(weights, hows.split(), strict=True)]
+    return torch.cat(tiles), tiles[0].new_zeros(len(tiles) * MOST_TICKETS, dtype=torch.int32)
+
+
+def _plain(how: str) -> str:
+    """The form in which plain PyTorch computes what a kernel would."""
+    return "dense" if how.startswith("signed") else how.partition("-")[0]
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
+
+
+def _as_kernels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result of plain PyTorch as the kernels would have written it."""
+    return x.to(dtype, memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, relu: bool, dropout: float, how: str
+) -> Tensor:
+    """A layer in plain PyTorch, whose parameters may be of another type than x."""
+    y = forms.forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), window, _plain(how))
+    y = y.relu_() if relu else y
+    return torch.nn.functional.dropout(y, dropout) if dropout else y
 
 
 def _forward_fake(
@@ -104,12 +131,12 @@ def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, tiles, tickets, y = ctx.saved_tensors
     scale = ctx.scale
-    if ctx.backend != "triton":
+    if ctx.backend == "torch":
         dy = relu_mask(dy, y)
     elif y is not None:
-        dy, scale = hamilton_conv2d_dy(dy, y, None, None, dy.shape[2:], scale, ctx.x_type), 1.0
+        dy, scale = hamilton_conv2d_dy(dy, y, None, None, dy.shape[2:], scale, ctx.x_type, ctx.backend), 1.0
     else:  # once for both gradients
-        dy = dy.to(ctx.x_type, memory_format=torch.channels_last)
+        dy = dy.to(ctx.x_type).contiguous(memory_format=torch.channels_last)
     return _gradients(ctx, dy, scale, x, weight, tiles, tickets)
 
 
@@ -167,14 +194,14 @@ def hamilton_conv2d(
 
     On the Triton backend weight and bias may be float32 beside half types; a dropout needs a ReLU and a `seed`.
     """
-    if backend == "triton":
+    if backend == "torch":
+        return _forward(x, weight, bias, window, relu, dropout, how)
+    with or_plain(backend):
         from qkernels.ops.hamilton_conv import launch
 
         epilogue = launch.Epilogue(bias, relu, seed, 1 / (1 - dropout))
         return launch.forward(x, weight, window, how, epilogue, _packed(tiles, tickets), dtype)
-    assert not dropout
-    y = forms.forward(x, weight, bias, window, how)
-    return y.relu_() if relu else y
+    return _as_kernels(_forward(x, weight, bias, window, relu, dropout, how), dtype)
 
 
 def _pool_fake(
@@ -187,6 +214,7 @@ def _pool_fake(
     relu: bool,
     return_map: bool,
     x_is_relu: bool,
+    backend: str,
     how: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels, size = 4 * weight.shape[1], _output_size(x, weight, window)
@@ -196,12 +224,12 @@ def _pool_fake(
 
 
 def _pool_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, tiles, tickets, ctx.window, relu, ctx.return_map, x_is_relu, ctx.how = inputs
+    x, weight, bias, tiles, tickets, ctx.window, relu, ctx.return_map, x_is_relu, ctx.backend, ctx.how = inputs
     _, argmax, y = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(argmax)
     _remember(ctx, x, weight, bias, x_is_relu, tiles, tickets, argmax, y if ctx.return_map and relu else None)
-    ctx.backend, ctx.y_size = "triton", _output_size(x, weight, ctx.window)
+    ctx.y_size = _output_size(x, weight, ctx.window)
 
 
 def _pool_backward(ctx: Any, dpooled: Tensor | None, _: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -210,7 +238,7 @@ def _pool_backward(ctx: Any, dpooled: Tensor | None, _: Any, dy: Tensor | None) 
     if dpooled is None and dy is None:
         return None, None, None
     argmax, y = (None if dpooled is None else argmax), (None if dy is None else y)
-    gradient = hamilton_conv2d_dy(dy, y, dpooled, argmax, ctx.y_size, 1.0, ctx.x_type)
+    gradient = hamilton_conv2d_dy(dy, y, dpooled, argmax, ctx.y_size, 1.0, ctx.x_type, ctx.backend)
     return _gradients(ctx, gradient, 1.0, x, weight, tiles, tickets)
 
 
@@ -231,15 +259,20 @@ def hamilton_conv2d_pool(
     relu: bool,
     return_map: bool,
     x_is_relu: bool,
+    backend: str,
     how: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maxima of y's 2x2 windows; the argmax in each window, 0 to 3 in reading order, 4 if the ReLU zeroed all four;
-    y (empty without `return_map`). Triton only.
+    y (empty without `return_map`). Not for the backend "torch".
     """
-    from qkernels.ops.hamilton_conv import launch
+    with or_plain(backend):
+        from qkernels.ops.hamilton_conv import launch
 
-    epilogue = launch.Epilogue(bias, relu)
-    return launch.forward_pool(x, weight, window, how, epilogue, _packed(tiles, tickets), return_map)
+        epilogue = launch.Epilogue(bias, relu)
+        return launch.forward_pool(x, weight, window, how, epilogue, _packed(tiles, tickets), return_map)
+    y = _as_kernels(_forward(x, weight, bias, window, relu, 0.0, how), x.dtype)
+    pooled, argmax = forms.max_pool(y, relu)
+    return _as_kernels(pooled, x.dtype), _as_kernels(argmax, torch.uint8), y if return_map else x.new_empty(0)
 
 
 def _dy_fake(
@@ -250,6 +283,7 @@ def _dy_fake(
     size: Ints,
     scale: float,
     dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     like = dpooled if dy is None else dy
     assert like is not None
@@ -270,13 +304,16 @@ def hamilton_conv2d_dy(
     size: Sequence[int],
     scale: float,
     dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """The gradient in front of an epilogue, as one map of `size`, of `dtype`: scale [y > 0] dy, and dpooled where the
-    maxima came from. Triton only.
+    maxima came from. Not for the backend "torch".
     """
-    from qkernels.ops.hamilton_conv import launch
+    with or_plain(backend):
+        from qkernels.ops.hamilton_conv import launch
 
-    return launch.epilogue_gradient(dy, y, dpooled, argmax, size, scale, dtype)
+        return launch.epilogue_gradient(dy, y, dpooled, argmax, size, scale, dtype)
+    return _as_kernels(forms.epilogue_gradient(dy, y, dpooled, argmax, size, scale), dtype)
 
 
 def _dx_fake(
@@ -345,14 +382,15 @@ def hamilton_conv2d_dx(
 
     Times `scale`, and where `x` is given, a ReLU's output, through its mask.
     """
-    if backend == "triton":
-        from qkernels.ops.hamilton_conv import launch
+    if backend != "torch":
+        with or_plain(backend):
+            from qkernels.ops.hamilton_conv import launch
 
-        epilogue = launch.Epilogue(bias, scale=scale, relu_output=x)
-        return launch.data_gradient(dy, weight, size, window, how, epilogue, _packed(tiles, tickets), dtype)
-    assert scale == 1
-    dx = forms.data_gradient(dy, weight, size, window, how)
-    return relu_mask(dx if bias is None else dx.add_(bias.view(-1, 1, 1)), x)
+            epilogue = launch.Epilogue(bias, scale=scale, relu_output=x)
+            return launch.data_gradient(dy, weight, size, window, how, epilogue, _packed(tiles, tickets), dtype)
+    dx = forms.data_gradient(dy, weight.to(dy.dtype), size, window, _plain(how))
+    dx = relu_mask(_scaled(dx if bias is None else dx.add_(bias.to(dx.dtype).view(-1, 1, 1)), scale), x)
+    return dx if backend == "torch" else _as_kernels(dx, dtype)
 
 
 def _dw_fake(
@@ -408,12 +446,13 @@ def hamilton_conv2d_dw(
     how: str,
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient, and the gradient of a bias `[4 P]` (empty without `with_bias`), times `scale`."""
-    if backend == "triton":
-        from qkernels.ops.hamilton_conv import launch
+    if backend != "torch":
+        with or_plain(backend):
+            from qkernels.ops.hamilton_conv import launch
 
-        return launch.weight_gradient(
-            dy, x, kernel_size, window, with_bias, how, scale=scale, tickets=tickets, dtype=dtype
-        )
-    assert scale == 1
-    dw = forms.weight_gradient(dy, x, kernel_size, window, how)
-    return dw, dy.sum((0, 2, 3)) if with_bias else dy.new_empty(0)
+            return launch.weight_gradient(
+                dy, x, kernel_size, window, with_bias, how, scale=scale, tickets=tickets, dtype=dtype
+            )
+    dw = forms.weight_gradient(dy, x, kernel_size, window, _plain(how))
+    db = dy.sum((0, 2, 3)) if with_bias else dy.new_empty(0)
+    return _scaled(dw, scale).to(dtype), _scaled(db, scale).to(dtype)
