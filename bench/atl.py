@@ -15,10 +15,10 @@ from torch import Tensor
 from bench.case import BACKWARD, FORWARD, STEP, Case, Provider, Results, Run, Suite, differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.ops.gram_cosine.reference import matrices
+from qkernels.runtime.tolerances import LOSS_TOLERANCES
 
 # Of loss and gradient. A baseline rounds Gram matrices to bfloat16, and its gradient is a small difference: its errors
 # are published, not judged as ours are.
-TOLERANCE = {"bf16": (1e-5, 2.1e-3), "fp16": (1e-5, 4e-4), "float32": (1e-5, 1e-4)}
 BASELINE_TOLERANCE = (2e-2, 0.5)
 FOLDED = "folded-rowwise"
 # The paper's loss; the released code's; two that the paper does not have.
@@ -117,7 +117,7 @@ class LossCase(Case):
         leaf = operands.trained.detach().double().requires_grad_()
         loss = anti_transfer_loss(leaf, operands.frozen.double(), **VARIANTS[self.variant])
         exact = (loss.detach(), *torch.autograd.grad(loss, leaf))
-        allowed = TOLERANCE[self.precision] if provider.ours else BASELINE_TOLERANCE
+        allowed = LOSS_TOLERANCES[self.precision] if provider.ours else BASELINE_TOLERANCE
         errors = [relative_error(x, y) for x, y in zip(results, exact, strict=self.work != FORWARD)]
         return max(error / bound for error, bound in zip(errors, allowed, strict=False)), max(errors)
 

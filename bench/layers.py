@@ -33,9 +33,9 @@ from bench.case import (
     relative_error,
 )
 from bench.cpu_forms import LAYERS, Layer
-from bench.tolerances import tolerance
 from qkernels import algebra
 from qkernels.ops._launch import switched
+from qkernels.runtime.tolerances import tolerance
 
 # Bare products, without bias and ReLU.
 PRODUCT, DX, DW = "product", "dx", "dw"

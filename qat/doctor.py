@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,7 +25,9 @@ NEEDED_FOR = {
 
 
 def examine() -> dict[str, Any]:
-    """The environment report of ``qkernels``, then ``ok`` or the reason why not for every part."""
+    """The environment report of ``qkernels``, then ``ok`` or the reason why not for every part; on a GPU, of every
+    kernel.
+    """
     from qkernels.runtime.__main__ import report as environment
 
     report: dict[str, Any] = dict(environment())
@@ -33,7 +37,21 @@ def examine() -> dict[str, Any]:
     report["apt-get (corpus fetch)"] = (
         "ok" if shutil.which("apt-get") else "not found; use --from with downloaded packages"
     )
+    if report["gpus"] != "none":
+        report["kernels (python -m qkernels.runtime --check)"] = _kernels()
     return report
+
+
+def _kernels() -> str:
+    from qkernels.runtime.__main__ import obstacle
+
+    if reason := obstacle():
+        return f"cannot run: {reason}"
+    from qkernels.runtime import check
+
+    start = time.monotonic()
+    verdicts = check.run(lambda line: print(line, file=sys.stderr, flush=True))
+    return check.summary(verdicts, time.monotonic() - start)
 
 
 def _import(module: str, distribution: str | None = None) -> str:

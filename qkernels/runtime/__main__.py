@@ -1,12 +1,24 @@
-"""`python -m qkernels.runtime`: what a bug report should say about the machine."""
+"""`python -m qkernels.runtime`: what a bug report should say of the machine; --check says which kernels are right."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from qkernels import runtime
+
+# Exit codes of --check.
+ALL_RIGHT, NOT_ALL_RIGHT, CANNOT_RUN = 0, 1, 2
 
 
 def _version(package: str) -> str:
@@ -25,8 +37,62 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def driver_version() -> str:
+    """Of NVIDIA's driver."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "not found"
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else "unknown"
+
+
+def compiler() -> str:
+    """The C compiler with which Triton builds what launches a kernel, as it looks for one itself."""
+    named = os.environ.get("CC")
+    path = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    if path:
+        return f"ok, {path}"
+    what = f"CC={named} is not there" if named else "no gcc or clang"
+    return (
+        f"missing: {what}, and without one Triton cannot launch a kernel; install one (apt-get install gcc, conda "
+        "install -c conda-forge gcc, on a cluster: module load gcc), or name it in CC"
+    )
+
+
+def python_headers() -> str:
+    """What that compiler includes."""
+    # As Triton does: Debian's own scheme names a folder that holds none.
+    scheme = sysconfig.get_default_scheme()
+    folder = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    if (folder / "Python.h").is_file():
+        return f"ok, {folder}"
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return (
+        f"missing: no {folder / 'Python.h'}, and without it Triton cannot launch a kernel; install {package} (apt-get) "
+        f"or {package}el (dnf), or take a Python of conda or uv, which brings it"
+    )
+
+
+def triton_cache() -> str:
+    """The folder where Triton keeps what it compiled."""
+    named = os.environ.get("TRITON_CACHE_DIR")
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    folder = Path(named) if named else Path(home, ".triton", "cache")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    remedy = "name another folder in TRITON_CACHE_DIR"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        if os.statvfs(existing).f_flag & os.ST_NOEXEC:
+            return f"unusable: nothing can be executed in {existing}, a file system mounted with noexec; {remedy}"
+    except OSError as error:
+        return f"unusable: nothing can be written in {existing} ({error.strerror}), for {folder}; {remedy}"
+    return f"ok, {folder}"
+
+
 def report() -> dict[str, str]:
-    """Versions, processors and settings, as printed."""
+    """Versions, processors, settings, and what Triton needs, as printed."""
     gpus = [
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
         for i in range(torch.cuda.device_count())
@@ -40,13 +106,70 @@ def report() -> dict[str, str]:
         "numpy": _version("numpy"),
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda or "not in this build of torch",
+        "driver": driver_version(),
         "gpus": ", ".join(gpus) or "none",
+        "C compiler": compiler(),
+        "Python headers": python_headers(),
+        "Triton cache": triton_cache(),
         "QKERNELS_BACKEND": os.environ.get("QKERNELS_BACKEND", "not set"),
         "backend": runtime._settings.backend,
         "form": runtime._settings.form,
     }
 
 
-if __name__ == "__main__":
+def check(path: Path | None = None, only: Callable[[str], bool] = lambda name: True) -> int:
+    """Says which kernels are right on this machine, and writes it to `path`; returns the exit code.
+
+    Args:
+        path: of a JSON file `{"environment": {...}, "kernels": {name: "right", or what is wrong}}`.
+        only: says which of them to check.
+    """
+    if reason := obstacle():
+        print(f"the kernels cannot run: {reason}", flush=True)
+        return CANNOT_RUN
+    from qkernels.runtime import check as checks
+
+    environment, start = report(), time.monotonic()
+    verdicts = checks.run(_say, only)
+    _say(checks.summary(verdicts, time.monotonic() - start))
+    try:
+        if path:
+            checks.write(path, environment, verdicts)
+    except OSError as error:
+        _say(f"the verdicts cannot be written to {path}: {error.strerror}")
+        return CANNOT_RUN
+    return ALL_RIGHT if set(verdicts.values()) <= {checks.RIGHT} else NOT_ALL_RIGHT
+
+
+def obstacle() -> str | None:
+    """Why no kernel can run here."""
+    place = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    reason = runtime._obstacle(place)
+    if reason and runtime.HAS_TRITON and not place.is_cuda:
+        return "PyTorch sees no GPU; with TRITON_INTERPRET=1 they are checked in Triton's interpreter, on a CPU"
+    return reason
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m qkernels.runtime", description=__doc__)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check every kernel against float64 on this GPU; exit code 0: all are right, 1: not, 2: none can run",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of --check: write the verdicts there, too")
+    options = parser.parse_args(arguments)
+    if options.json and not options.check:
+        parser.error("--json needs --check")
     for key, value in report().items():
-        print(f"{key:17} {value}")
+        print(f"{key:17} {value}", flush=True)
+    return check(options.json) if options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

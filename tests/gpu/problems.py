@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench.cpu_forms import LAYERS
-from bench.tolerances import LARGEST_ERROR
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.reference import conv_output_size, transposed_output_size
 from qkernels.ops.hamilton_linear import forms as linear_forms
+from qkernels.runtime.tolerances import LARGEST_ERROR
 
 pytest.importorskip("triton")
 

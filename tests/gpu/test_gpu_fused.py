@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from problems import FORMS, PRECISIONS, VGG16, Operands, Problem, poisoned
 
-from bench.tolerances import tolerance
 from bench.warm import compile_all
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import launch, op
 from qkernels.ops.hamilton_linear import launch as linear_launch
+from qkernels.runtime.tolerances import tolerance
 
 # Layers in front of a pool, and one of odd sizes whose last row and column are in no window.
 LAYERS = [VGG16[1], VGG16[5], VGG16[8]]

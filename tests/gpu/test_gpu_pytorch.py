@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import qkernels
-from bench.tolerances import tolerance
 from qkernels import hamilton_conv2d
 from qkernels.nn import QuaternionConv2d, QuaternionConvTranspose2d, QuaternionLinear
 from qkernels.ops.hamilton_conv import launch
+from qkernels.runtime.tolerances import tolerance
 
 
 class Net(nn.Module):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from problems import FORMS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned
 
-from bench.tolerances import tolerance
 from bench.warm import compile_all
 from qkernels.ops import _launch
+from qkernels.runtime.tolerances import tolerance
 
 # Most combinations of shape, precision, form and type of the result are kernels of their own to compile, for 2 s each.
 # All forms meet all precisions on the quaternion VGG16's shapes, with results in float32 on four; elsewhere they take
