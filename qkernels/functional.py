@@ -597,7 +597,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor | None, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *gram_op.gradients(ctx, None, dloss, incoming), *[None] * 8
+        by_operand = gram_op.gradients(ctx, None, dloss, incoming)
+        return *by_operand, *[None] * (len(ctx.needs_input_grad) - len(by_operand))
 
 
 def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) -> Tensor:

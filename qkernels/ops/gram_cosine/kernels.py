@@ -33,7 +33,8 @@ class Matrix(NamedTuple):
 
     Attributes:
         ptr: its first element.
-        mean_ptr: the means that centring subtracts, `[item, K]`, or if dual `[item, M]`.
+        mean_ptr: the means that centring subtracts, `[item, K]`, or if dual `[item, M]`; ptr where it subtracts none
+            (Triton 3.6 has no None in tuples).
         item, m_outer, m_inner, k_outer, k_inner: strides.
     """
 
@@ -166,9 +167,7 @@ def _along(index, width, outer, inner, WIDE: tl.constexpr):
 @triton.jit
 def _of(x, item, axes, HOW: tl.constexpr):
     """The matrix of one item."""
-    mean_ptr = x.mean_ptr
-    if mean_ptr is not None:
-        mean_ptr += item * (axes.M if HOW.DUAL else axes.K)
+    mean_ptr = x.mean_ptr + item * (axes.M if HOW.DUAL else axes.K)
     return Matrix(x.ptr + item * x.item, mean_ptr, x.item, x.m_outer, x.m_inner, x.k_outer, x.k_inner)
 
 

@@ -243,7 +243,7 @@ def _centred(x: Matrix, gram: str) -> Matrix:
 
 def _items(x: Tensor) -> Matrix:
     """What is not a matrix [m, k], but lies together for each item."""
-    return Matrix(x, None, x.shape[1:].numel(), 0, 0, 0, 0)
+    return Matrix(x, x, x.shape[1:].numel(), 0, 0, 0, 0)
 
 
 def _view(tensors: list[Tensor], gram: str, packed: bool) -> tuple[list[Matrix], Axes]:
@@ -258,7 +258,7 @@ def _view(tensors: list[Tensor], gram: str, packed: bool) -> tuple[list[Matrix],
         axes = _axes(tensors, gram, dual, True)
     items, m, k = ([_two_levels(axis) for axis in by_tensor] for by_tensor in axes)
     matrices = [
-        Matrix(x, None, item[1][1] if given else 0, *(stride for _, stride in (*of_m, *of_k)))
+        Matrix(x, x, item[1][1] if given else 0, *(stride for _, stride in (*of_m, *of_k)))
         for x, given, item, of_m, of_k in zip(tensors, axes[0], items, m, k, strict=True)
     ]
     (outer_m, width_m), (outer_k, width_k) = ([size for size, _ in levels[0]] for levels in (m, k))
