@@ -1,11 +1,11 @@
 """Runs Triton kernels, or records what would run: the one place that asks about the device."""
 
 import contextlib
-import contextvars
 import functools
 import os
+import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,14 @@ def flat(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from flat({f"{name}.{field}": one for field, one in zip(fields, value, strict=True)})
 
 
-_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
+class _Current(threading.local):
+    """What records in this thread; a ContextVar is nothing that torch 2.11 compiles."""
+
+    def __init__(self) -> None:
+        self.recording: Recording | None = None
+
+
+_current = _Current()
 # Of each build that failed, the reason: to try again would take as long every step.
 _failed: dict[tuple[Any, ...], str] = {}
 
@@ -63,21 +70,17 @@ def record(arch: int) -> Iterator[Recording]:
 
     For meta tensors; the results of others are whatever lay in their memory.
     """
-    recording = Recording(arch)
-    token = _recording.set(recording)
+    before, recording = _current.recording, Recording(arch)
+    _current.recording = recording
     try:
         yield recording
     finally:
-        _recording.reset(token)
+        _current.recording = before
 
 
 def recorded() -> bool:
-    """Whether kernels are noted and not launched, so that tensors may be anywhere; a constant to `torch.compile`."""
-    return _recording.get() is not None
-
-
-# Dynamo cannot trace a ContextVar; what is recorded is not compiled. As `arch_of_device`.
-recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    """Whether kernels are noted and not launched, so that tensors may be anywhere."""
+    return _current.recording is not None
 
 
 def run(
@@ -94,7 +97,7 @@ def run(
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
     if 0 in grid:
         return
-    if recording := _recording.get():
+    if recording := _current.recording:
         recording.launches.append(Launch(kernel, grid, arguments, options))
         return
     if _failed and (reason := _failed.get(_build(kernel, arguments, options))):
@@ -113,17 +116,9 @@ def _build(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> t
     """What is compiled: kernel, settings, types of the tensors, architecture."""
     fixed = kernel.fn.__annotations__  # tl.constexpr, and no others
     settings = {name: value for name, value in arguments.items() if name in fixed} | options
-    tensors = list(_tensors(arguments.values()))
+    tensors = [value for _, value in flat(arguments) if isinstance(value, Tensor)]
     types = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     return kernel.__name__, ", ".join(f"{name}={value}" for name, value in settings.items()), types, arch_of(tensors[0])
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
 
 
 def _is_of_a_build(error: Exception) -> bool:
@@ -156,7 +151,7 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def arch_of(place: Tensor | torch.device) -> int:
     """Compute capability that kernels on a tensor or device are planned for, as 10 major + minor."""
-    if recording := _recording.get():
+    if recording := _current.recording:
         return recording.arch
     device = place.device if isinstance(place, Tensor) else place
     return _properties(device)[0] if device.type == "cuda" else INTERPRETED_ARCH

@@ -204,7 +204,7 @@ def test_plain_pytorch_computes_in_their_place(shape, loss, kernels):
     assert len(texts) == len(set(texts)) == 2
     version = re.escape(triton.__version__)
     for text in texts:
-        assert re.match(rf"Triton {version} cannot build _\w+_kernel for sm_90 and float32 with ", text)
+        assert re.match(rf"Triton {version} cannot build _\w+_kernel for sm_90 and float32(, int32)? with ", text)
         assert "BLOCK" in text
         assert "num_warps=" in text
         assert text.endswith("; plain PyTorch computes in its place, more slowly")
