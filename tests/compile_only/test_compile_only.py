@@ -146,14 +146,20 @@ def test_geforce_blackwell_takes_the_tiles_of_sm_80(kernel, tmp_path):
     assert compile_launch(entry, 120, tmp_path).problems(120, True, tile.stages) == []
 
 
-@pytest.mark.parametrize("kernel", ["gather", "dw"])
-def test_unaligned_memory(kernel, tmp_path):
-    """`bias[1:]`, odd slices: slower loads, but right code that spills nothing."""
-    (tile, *_) = config.tiles(kernel, "signed", "half", 90)
-    entry = recorded(90, kernel, "signed", "half", tile, next(iter(VARIANTS[kernel])))
-    usage = compile_launch(entry, 90, tmp_path, aligned=False)
-    assert (usage.stack, usage.spills) == (0, 0)
-    assert usage.mma
+def test_unaligned_memory_is_copied():
+    """`bias[1:]`, odd slices: the binary that Triton would compile for them, and that nobody has seen, spills."""
+
+    def odd(x):
+        stored = torch.empty(x.numel() + 1, dtype=x.dtype, device="meta")
+        return stored[1:].as_strided(x.shape, x.stride())
+
+    x, w, b = odd(maps(64, torch.bfloat16)), odd(weight(16, 16)), odd(bias(16))
+    with _launch.record(90) as recording:
+        launch.forward(x, w, WINDOW, "signed-half", Epilogue(b, relu_output=odd(maps(64, torch.bfloat16))))
+        launch.weight_gradient(x, x, (3, 3), WINDOW, True, "signed-half")
+        launch.epilogue_gradient(x, x, None, None, (SIDE, SIDE), 1.0, torch.bfloat16)
+    tensors = [value for entry in recording.launches for _, value in _launch.flat(entry.arguments)]
+    assert {t.storage_offset() * t.element_size() % 16 for t in tensors if isinstance(t, torch.Tensor)} == {0}
 
 
 def steps():
@@ -211,3 +217,19 @@ def test_every_launch_of_a_step(at_layer, batch, precision, tmp_path):
         *(["_gram_backward_kernel"] * bool(at_layer)),
     } <= kinds
     assert sum(name in itertools.chain(*MAIN.values()) for name in kinds) >= 2
+
+
+@pytest.mark.parametrize("arch", config.TILES)
+def test_all_weights_in_one_launch(arch, tmp_path):
+    """Of every kind, side by side; also `_hamilton_gradient_kernel` with all of its parts."""
+    for hows, dtype in (
+        (("signed-half",) * 15, torch.bfloat16),
+        (("signed-tf32", "q8-ieee", "signed-ieee"), torch.float32),
+    ):
+        with _launch.record(arch) as recording:
+            launch.pack([weight(64, 16) for _ in hows], hows, dtype)
+            dy, pooled = maps(64, dtype), maps(64, dtype, SIDE // 2)
+            launch.epilogue_gradient(dy, dy, pooled, pooled.to(torch.uint8), (SIDE, SIDE), 2.0, dtype)
+        assert len(recording.launches) == 2
+        for entry in recording.launches:
+            assert compile_launch(entry, arch, tmp_path).problems(arch, tensor_cores=False) == []

@@ -793,7 +793,7 @@ class Unpacked(NamedTuple):
 
 
 @triton.jit
-def _pack(e, w, out_ptr, FORM: tl.constexpr, PRECISION: tl.constexpr):
+def _pack(e, w, out_ptr, Q8: tl.constexpr, TF32: tl.constexpr):
     """The quaternions e of one weight, `[4, rows, Q, position]`, to `[8, position, rows, Q]`."""
     count = w.rows * w.Q * w.positions
     ok = e < count
@@ -804,17 +804,17 @@ def _pack(e, w, out_ptr, FORM: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.load(at + component, mask=ok, other=0.0).to(tl.float32)
     j = tl.load(at + 2 * component, mask=ok, other=0.0).to(tl.float32)
     k = tl.load(at + 3 * component, mask=ok, other=0.0).to(tl.float32)
-    if FORM == "q8":
+    if Q8:
         first, second = _hadamard(r, i, j, k), (-2 * r, -2 * k, -2 * i, -2 * j)
     else:
         first, second = (r, i, j, k), (-r, -i, -j, -k)
     other = (position.to(tl.int64) * w.Q + q) * w.rows + row
     for tile in tl.static_range(4):
-        x, y = _rounded(first[tile], PRECISION), _rounded(second[tile], PRECISION)
+        x, y = _rounded(first[tile], "tf32" if TF32 else "ieee"), _rounded(second[tile], "tf32" if TF32 else "ieee")
         dtype = out_ptr.dtype.element_ty
         tl.store(out_ptr + tile * component + e, x.to(dtype), mask=ok)
         tl.store(out_ptr + (4 + tile) * component + e, y.to(dtype), mask=ok)
-        if PRECISION == "tf32":
+        if TF32:
             # Tensor cores read 32-bit operands along the sum alone: the adjoint's tiles are [8, position, Q, rows].
             tl.store(out_ptr + (8 + tile) * component + other, x.to(dtype), mask=ok)
             tl.store(out_ptr + (12 + tile) * component + other, y.to(dtype), mask=ok)
@@ -825,7 +825,8 @@ def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constex
     """All weights of a network as the convolutions read them, one behind the other, and `tickets` zeros.
 
     Signed: [w, -w] `[8, position, rows, Q]`, in the maps' type (rounded to tf32). "q8": [H w; -2 w by
-    algebra.WEIGHT_ORDER]. HOW has (form, precision) of each. One program owns BLOCK quaternions of one weight.
+    algebra.WEIGHT_ORDER]. HOW says of each whether it is for q8, and whether for tf32. One program owns BLOCK
+    quaternions of one weight.
     """
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -838,5 +839,4 @@ def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constex
         if (program >= first) & (program < first + programs):
             _pack((program - first) * BLOCK + lanes, w, out_ptr, HOW[number][0], HOW[number][1])
         first += programs
-        copies: tl.constexpr = 16 if HOW[number][1] == "tf32" else 8
-        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * copies
+        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if HOW[number][1] else 8)

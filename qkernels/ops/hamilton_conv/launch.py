@@ -98,7 +98,7 @@ def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> 
     tickets = len(weights) * config.MOST_TICKETS
     tiles = weights[0].new_empty(sum(sizes), dtype=dtype)
     counters = weights[0].new_empty(tickets, dtype=torch.int32)
-    dense = [weight.contiguous() for weight in weights]
+    dense = [_dense(weight.flatten(3)) if weight.dim() > 3 else _dense(weight) for weight in weights]
     programs = sum(_cdiv(weight.numel() // 4, ELEMENTWISE_BLOCK) for weight in dense)
     with _launch.device_of(tiles):
         _launch.run(
@@ -112,7 +112,7 @@ def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> 
                 "out_ptr": tiles,
                 "ticket_ptr": counters,
                 "tickets": tickets,
-                "HOW": tuple(tuple(how.split("-")) for how in hows),
+                "HOW": tuple((how.startswith("q8"), how.endswith("tf32")) for how in hows),
                 "BLOCK": ELEMENTWISE_BLOCK,
             },
         )
@@ -263,10 +263,19 @@ def operand(x: Tensor, precision: str) -> Tensor:
 
     Not while a product's operand is loaded: through registers it would not reach the tensor core asynchronously.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = _dense(x)
     if precision != "tf32" or x.numel() == 0:
         return x
     return _elementwise(x, None, None, None, torch.empty_like(x), 1.0, precision)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A map in dense NHWC, anything else contiguous, at an address from which 16 bytes can be copied at once.
+
+    Triton compiles a binary of its own for memory that is not aligned (`bias[1:]`, odd slices), which would spill.
+    """
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x
 
 
 def _elementwise(
@@ -278,7 +287,7 @@ def _elementwise(
     scale: float,
     precision: str,
 ) -> Tensor:
-    maps = [None if x is None else x.contiguous(memory_format=torch.channels_last) for x in (dy, relu_output, dpooled)]
+    maps = [None if x is None else _dense(x) for x in (dy, relu_output, dpooled)]
     block = ELEMENTWISE_BLOCK
     with _launch.device_of(out):
         _launch.run(
@@ -289,7 +298,7 @@ def _elementwise(
                     name: out if x is None else x
                     for name, x in zip(("dy_ptr", "relu_ptr", "dpooled_ptr"), maps, strict=True)
                 },
-                "argmax_ptr": out if argmax is None else argmax.contiguous(memory_format=torch.channels_last),
+                "argmax_ptr": out if argmax is None else _dense(argmax),
                 "out_ptr": out,
                 "size_h": out.shape[2],
                 "size_w": out.shape[3],
@@ -363,8 +372,8 @@ def _gather(
                     out if y is None else y,
                     out if pooled is None else pooled,
                     out if argmax is None else argmax,
-                    out if bias is None else bias.contiguous(),
-                    out if relu_output is None else relu_output.contiguous(memory_format=torch.channels_last),
+                    out if bias is None else _dense(bias),
+                    out if relu_output is None else _dense(relu_output),
                     out if seed is None else seed,
                 ),
                 **_shared(plan, programs, 4 * tile.m * tile.n, out, packed.tickets),
