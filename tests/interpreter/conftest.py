@@ -45,7 +45,7 @@ def poison():
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    """Every address that a program touches lies in one of its tensors, and no two programs write the same one."""
+    """Addresses lie in one of a launch's tensors, no two programs write the same one, counters end at zero."""
     from interpreted import MemoryCheck
 
     return MemoryCheck(monkeypatch)
