@@ -304,6 +304,39 @@ def test_measured_form_and_plan_come_first(tables):
     assert plan(problem, "signed", "half", 90, 132) == modelled
 
 
+def test_measured_tile_that_would_spill_with_a_pool_is_not_taken_there(tables):
+    problem = Problem("gather", 1280, 64, 64, 9)
+    row = {"problem": list(problem.key), "form": "signed", "asked": "half", "precision": "half",
+           "tile": [128, 64, 64, 8, 3], "splits": 1}  # fmt: skip
+    (tables / "sm_90.json").write_text(json.dumps({"forms": [], "plans": [row]}))
+    forget()
+    assert plan(problem, "signed", "half", 90, 132).tile == Tile(128, 64, 64, 8, 3)
+    assert plan(dataclasses.replace(problem, pool=True), "signed", "half", 90, 132).tile.n < 64
+
+
+@pytest.mark.parametrize("n", range(11))
+def test_what_is_tuned_is_what_is_launched(n, monkeypatch):
+    """A table is looked up by what it was written for."""
+    pytest.importorskip("triton")
+    from qkernels import tune
+
+    asked = []
+
+    def first(problem, form, precision, arch, multiprocessors):
+        asked.append((problem, form, precision))
+        return next(config.candidates(problem, form, precision, arch))
+
+    monkeypatch.setattr(config, "plan", first)
+    layer = tune.LAYERS[n]
+    layer = layer._replace(channels_in=min(layer.channels_in, 64), channels_out=min(layer.channels_out, 64))
+    with _launch.record(90):
+        for product in tune.products(layer, 3, torch.bfloat16, "cpu"):
+            asked.clear()
+            assert product.run("signed-half", None).shape == product.exact.shape
+            assert asked == [(product.problem, "signed", "half")]
+    assert len(tune.LAYERS) == 11
+
+
 def test_forced_plan_is_the_plan():
     """But that no split is empty."""
     option, problem = Plan("signed", "half", Tile(16, 16, 16, 4, 1), 5), Problem("gather", 64, 32, 32, 9)
