@@ -174,12 +174,15 @@ def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once():
     assert len(packs.made) == 2
     with torch.autocast("cpu", torch.bfloat16):
         net(x)
-    assert len(packs.made) == 3
+        assert len(packs.made) == 3
+        with torch.autocast("cpu", torch.float16):  # another of the half types
+            net(x)
+        assert len(packs.made) == 4
     packs.given.clear()
     net(x)  # of the first type again: what was packed last is kept, and nothing else found again
-    assert packs.given == packs.made[3]
+    assert packs.given == packs.made[4]
     # Whatever a recorded step reads is never freed.
-    assert [kept for _, kept in net._outlived] == packs.made[:3]
+    assert [kept for _, kept in net._outlived] == packs.made[:4]
 
 
 def test_only_what_a_feature_needs_is_packed():
