@@ -114,7 +114,6 @@ class Provider(NamedTuple):
         name: in the results; ours start with "ours".
         build: ``(case, sets of operands) -> runs``, one for each set; untimed.
         fits: whether it can compute a case.
-        form: of ours, which form of the Hamilton product it takes; None for the others.
         real: it computes with the real weight of the same shape instead of the quaternion one.
         modes: those that it can be timed in.
         cpu: whether it computes on a CPU.
@@ -125,7 +124,6 @@ class Provider(NamedTuple):
     name: str
     build: Callable[[Any, Sequence[Any]], list[Run]]
     fits: Callable[[Any], bool] = lambda case: True
-    form: str | None = None
     real: bool = False
     modes: tuple[str, ...] = MODES
     cpu: bool = True

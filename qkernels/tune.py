@@ -26,21 +26,21 @@ from torch import Tensor
 from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config, forms, launch
 from qkernels.ops.hamilton_conv.config import Plan, Problem
-from qkernels.ops.hamilton_conv.launch import Source
+from qkernels.ops.hamilton_conv.launch import Epilogue, Packed
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 # Which forms a precision may take by itself, and how their products are computed.
 OPTIONS = {
-    "half": [("dense", "half"), ("q16", "half")],
-    "tf32": [("dense", "tf32"), ("q16", "tf32")],
-    "ieee": [("dense", "ieee"), ("q8", "ieee"), ("dense", "tf32x3"), ("q8", "tf32x3")],
+    "half": [("signed", "half")],
+    "tf32": [("signed", "tf32")],
+    "ieee": [("signed", "ieee"), ("q8", "ieee"), ("signed", "tf32x3"), ("q8", "tf32x3")],
 }
 # Relative Frobenius errors against float64, of results in float32; a plan beyond them is refused.
 TOLERANCES = {"half": 1e-5, "tf32": 6e-4, "ieee": 2e-6}
 
 
 class Layer(NamedTuple):
-    """Real channels, kernel size and side of the square map."""
+    """Real channels, kernel size and side of the square map; kernels of odd size keep it, others have no padding."""
 
     channels_in: int
     channels_out: int
@@ -58,55 +58,60 @@ LAYERS = [
     Layer(256, 512, 3, 8),
     Layer(512, 512, 3, 8),
     Layer(512, 512, 3, 4),
-    Layer(2048, 4096, 1, 1),
+    Layer(512, 4096, 2, 2),  # the first linear layer, which reads maps
     Layer(4096, 4096, 1, 1),
 ]
 
 
 class Product(NamedTuple):
-    """One product of a layer: its size, and how it is computed."""
+    """One product of a layer: its size, and what computes it, `(how, type of the result) -> result`."""
 
     name: str
     problem: Problem
-    run: Callable[[torch.dtype | None], Tensor]
+    run: Callable[[str, torch.dtype | None], Tensor]
     exact: Tensor
 
 
 def products(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device | str) -> Iterator[Product]:
-    """Forward, data gradient behind a ReLU and weight gradient of a layer, on random operands."""
+    """Forward, data gradient and weight gradient of a layer, on random operands; weights are packed beforehand."""
     p, q, kernel, side = layer.channels_out // 4, layer.channels_in // 4, layer.kernel, layer.side
-    window = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
-    size, kernel_size = [side, side], [kernel, kernel]
-    pixels, taps = batch * side * side, kernel * kernel
+    padding = kernel // 2 * (kernel % 2)
+    window, positions, size, kernel_size = (1, 1, padding, padding, 1, 1, 1), kernel**2, [side] * 2, [kernel] * 2
+    y_side = side + 2 * padding - kernel + 1
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    def maps(channels: int) -> Tensor:
+    def maps(channels: int, side: int) -> Tensor:
         return draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
 
-    x, dy, y = maps(4 * q), maps(4 * p), maps(4 * p)
+    x, dy = maps(4 * q, side), maps(4 * p, y_side)
     weight, bias = draw(4, p, q, kernel, kernel), draw(4 * p)
-    kind = "matmul" if side == 1 else "conv"
-    gated = (dy * (y > 0)).double()
+
+    @functools.cache
+    def packed(how: str) -> Packed:
+        return Packed(*launch.pack([weight], [how], dtype))
+
     yield Product(
         "forward",
-        Problem("gather", pixels, p, q, taps),
-        lambda to: launch.forward(x, weight, bias, *window, False, "auto", kind=kind, dtype=to),
-        forms.forward(x.double(), weight.double(), bias.double(), *window, "dense"),
+        Problem("gather", batch * y_side**2, p, q, positions),
+        lambda how, to: launch.forward(x, weight, window, how, Epilogue(bias), packed(how), to),
+        forms.forward(x.double(), weight.double(), bias.double(), window, "dense"),
     )
     yield Product(
         "dx",
-        Problem("gather", pixels, q, p, taps),
-        lambda to: launch.data_gradient(Source(dy, y), weight, None, size, *window, "auto", kind=kind, dtype=to),
-        forms.data_gradient(gated, weight.double(), size, *window, "dense"),
+        Problem("gather", batch * side**2, q, p, positions),
+        lambda how, to: launch.data_gradient(dy, weight, size, window, how, packed=packed(how), dtype=to),
+        forms.data_gradient(dy.double(), weight.double(), size, window, "dense"),
     )
     yield Product(
         "dw",
-        Problem("dw", pixels, p, q, taps),
-        lambda to: launch.weight_gradient(Source(dy, y), x, kernel_size, *window, True, "auto", kind=kind, dtype=to)[0],
-        forms.weight_gradient(gated, x.double(), kernel_size, *window, "dense"),
+        Problem("dw", batch * y_side**2, p, q, positions),
+        lambda how, to: launch.weight_gradient(
+            dy, x, kernel_size, window, True, how, tickets=packed(how).tickets, dtype=to
+        )[0],
+        forms.weight_gradient(dy.double(), x.double(), kernel_size, window, "dense"),
     )
 
 
@@ -135,31 +140,30 @@ def search(
     times: dict[tuple[str, int, int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for precision, layer, batch in itertools.product(precisions, layers, batches):
         weight = (precision, layer.channels_out // 4, layer.channels_in // 4, layer.kernel**2)
-        with _launch.switched(precision):
-            for product in products(layer, batch, DTYPES[precision], device):
-                name = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
-                prefix = f"{name}{layer.side}, batch {batch}, {precision}, {product.name}: "
-                best = _fastest(product, precision, device, time_of, most, functools.partial(_say, say, prefix))
-                for form, (time, plan) in best.items():
-                    times[weight][form].append(time)
-                    row = {
-                        "problem": product.problem.key,
-                        "form": form,
-                        "asked": precision,
-                        "precision": plan.precision,
-                        "tile": dataclasses.astuple(plan.tile),
-                        "splits": plan.splits,
-                        "microseconds": round(1e3 * time, 2),
-                    }
-                    key = (product.problem.key, form, precision)
-                    if key not in plans or row["microseconds"] < plans[key]["microseconds"]:
-                        plans[key] = row
+        for product in products(layer, batch, DTYPES[precision], device):
+            name = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
+            prefix = f"{name}{layer.side}, batch {batch}, {precision}, {product.name}: "
+            best = _fastest(product, precision, device, time_of, most, functools.partial(_say, say, prefix))
+            for form, (time, plan) in best.items():
+                times[weight][form].append(time)
+                row = {
+                    "problem": product.problem.key,
+                    "form": form,
+                    "asked": precision,
+                    "precision": plan.precision,
+                    "tile": dataclasses.astuple(plan.tile)[:-1],
+                    "splits": plan.splits,
+                    "microseconds": round(1e3 * time, 2),
+                }
+                key = (product.problem.key, form, precision)
+                if key not in plans or row["microseconds"] < plans[key]["microseconds"]:
+                    plans[key] = row
     forms_of = []
-    for (precision, p, q, taps), by_form in times.items():
+    for (precision, p, q, positions), by_form in times.items():
         measured = max(map(len, by_form.values()))
         totals = {form: sum(each) for form, each in by_form.items() if len(each) == measured}
         form = min(totals, key=totals.__getitem__)
-        forms_of.append({"precision": precision, "p": p, "q": q, "taps": taps, "form": form})
+        forms_of.append({"precision": precision, "p": p, "q": q, "positions": positions, "form": form})
     return {"forms": forms_of, "plans": list(plans.values())}
 
 
@@ -182,14 +186,15 @@ def _fastest(
     for form, precision in OPTIONS[asked]:
         options = set(config.candidates(product.problem, form, precision, arch))
         ranked = sorted(options, key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
+        how = f"{form}-{asked}"
         for plan in ranked[:most]:
             tile, time = plan.tile, math.inf
             try:
                 with config.force(plan):
-                    result = product.run(torch.float32).double()
+                    result = product.run(how, torch.float32).double()
                     error = ((result - product.exact).norm() / product.exact.norm()).item()
                     if error <= TOLERANCES[asked]:
-                        time = time_of(lambda: product.run(None))
+                        time = time_of(functools.partial(product.run, how, None))
                 verdict = f"{f'{1e3 * time:.1f} us' if time < math.inf else 'refused'}, error {error:.1e}"
             except (_launch.KernelUnavailable, torch.OutOfMemoryError) as problem:
                 verdict = f"refused, {type(problem).__name__}"

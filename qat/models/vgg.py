@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from qat.config import NetworkConfig
 from qat.models.layers import Link, layers_of
 from qkernels import PackedWeight, runtime
+from qkernels.ops._library import autocast_dtype
 
 Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From features `[B, C, H, W]` to what the next layer is given in their place, and what is made of them."""
@@ -131,7 +132,7 @@ class VGG16(nn.Module):
         weights = [module.weight for module in modules]
         if not modules or any(weight.requires_grad for weight in weights):
             return self._layers.packed(modules, self._last_map, x)
-        settings = (x.dtype, torch.is_autocast_enabled(x.device.type), runtime.settings(), convs, hidden)
+        settings = (x.dtype, autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
         version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
         if self._kept is None or self._kept[0] != version:
             # What a CUDA graph reads must live as long as the graph, which this network outlives.

@@ -17,6 +17,7 @@ from qat.anti_transfer import AntiTransfer
 from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, RHEmoEncoder
 from qat.models.rhemo import DIMENSIONS
+from qkernels.ops._library import autocast_dtype
 
 TERMS = ("emotion", *DIMENSIONS)
 """RH-Emo's supervised terms, in the order of its targets."""
@@ -92,8 +93,7 @@ class ClassificationObjective(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, **remembered: Tensor) -> Losses:
         x = inputs if self.embedded else self.classifier.embed(inputs)
-        if torch.is_autocast_enabled(x.device.type):  # once, for the network and its twin
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x.device.type) or x.dtype)  # once, for the network and its twin
         logits, made = self.classifier.net(x, self.anti_transfer(x, remembered) if self.anti_transfer else None)
         with record_function("loss"):
             if self.multi_label:

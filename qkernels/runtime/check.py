@@ -238,7 +238,7 @@ def _allowed(result: str, how: str, widened: bool = False) -> float:
     precision, form, _ = HOWS[how]
     half = precision in ("bf16", "fp16")
     cut = CUT if _launch.INTERPRETED and precision == "bf16" and not widened else 1.0
-    return SLACK * cut * tolerance(result, precision, form, widened and half)
+    return SLACK * cut * tolerance(result, precision, widened and half)
 
 
 def _pack(first: Layer, second: Layer, how: str, device: torch.device) -> Check:

@@ -167,12 +167,18 @@ def test_suites_have_what_they_should():
     names = {
         name: {provider.name for suite in suites for provider in suite.providers} for name, suites in SUITES.items()
     }
-    assert {"ours auto", "ours q16", "ours q8", "ours dense", "torch.compile", "torch.compile, max-autotune",
+    assert {"ours auto", "ours signed", "ours q8", "ours dense", "torch.compile", "torch.compile, max-autotune",
             "concatenated, NHWC", "real, NHWC"} <= names["conv"]  # fmt: skip
     conv = SUITES["conv"][0].cases
     grid = {(case.network, case.batch, case.precision) for case in conv if case.work == STEP and not case.variant}
     assert grid == set(itertools.product(("quaternion", "real"), (20, 256), ("bf16", "fp16", "tf32", "float32")))
     assert len({case.layer for case in conv}) == 9
+    # Forms are compared where there is a choice: the kernels' in float32, those of plain PyTorch on a CPU.
+    by_form = {p.name: [case for case in conv if p.fits(case)] for p in layers.PROVIDERS if p.name.startswith("ours ")}
+    assert {case.precision for name in ("ours signed", "ours q8") for case in by_form[name]} == {"float32"}
+    assert by_form["ours signed"] == by_form["ours q8"]
+    assert by_form["ours dense"] == []
+    assert any(p.name == "ours dense" and p.fits(case) for p in layers.PROVIDERS for case in SUITES["cpu"][0].cases)
     autotuned = next(p for p in SUITES["conv"][0].providers if "autotune" in p.name)
     assert sum(autotuned.fits(case) for case in conv) == 3
     steps = {(case.network, case.layer, case.variant) for case in SUITES["step"][0].cases}

@@ -47,9 +47,29 @@ def test_parts_of_a_step():
     assert names(events, "optimiser") == ["_foreach_add_", "_fused_adam_"]
     assert "_gram_kernel" in names(events, "loss")
     assert "nll_loss_forward" in names(events, "loss")
+    assert names(events, "forward").count("randint") == 2  # the seeds of the hidden layers' dropout
     assert all("gram" not in name for name in names(events, "forward"))
     for event in events:
         assert (event.launch is not None) == (event.name.endswith("_kernel"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_weights_are_packed_in_one_launch_and_a_frozen_twins_never_again(precision):
+    for at_layer in (0, 2, 13):
+        events = step(at_layer, precision=precision)
+        assert names(events).count("_hamilton_pack_kernel") == 1
+        assert "_hamilton_pack_kernel" in names(events, "forward")
+
+
+def test_a_layer_is_two_kernels_backward_and_one_forward():
+    """ReLU, dropout, pools and flattening among them; where a pool or a tap is, one puts the gradient together."""
+    events = step(0)
+    assert names(events, "forward").count("_hamilton_conv_kernel") == 13 + 2
+    assert names(events, "backward").count("_hamilton_conv_dw_kernel") == 13 + 2
+    assert names(events, "backward").count("_hamilton_conv_kernel") == 13 + 2 - 1
+    assert names(events, "backward").count("_hamilton_gradient_kernel") == 5 + 1  # the last hidden layer's mask
+    copies = {"clone", "copy_", "cat", "contiguous", "relu", "native_dropout", "threshold_backward", "max_pool2d"}
+    assert not copies & set(names(events))
 
 
 def test_what_is_cached_is_picked_and_not_computed():
@@ -62,7 +82,7 @@ def test_what_is_cached_is_picked_and_not_computed():
 
 def test_nothing_is_cast_in_float32():
     assert not any("cast" in name for name in names(step(2, precision="float32")))
-    assert any("cast" in name for name in names(step(2)))
+    assert [name for name in names(step(2)) if "cast" in name] == ["cast of float32 to bfloat16"]  # of the input
 
 
 @pytest.mark.parametrize("arch", [80, 100])

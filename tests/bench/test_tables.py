@@ -14,7 +14,7 @@ from bench import grid, summary, tables
 def test_a_speed_up_is_of_the_fastest_baseline_that_computes_the_same():
     rows = (
         row(50.0, percent_of_roof=61.4),
-        row(10.0, provider="ours q16"),  # a form that nobody gets who does not ask for it
+        row(10.0, provider="ours signed"),  # a form that nobody gets who does not ask for it
         row(80.0, provider="concatenated, NCHW"),
         row(70.0, provider="concatenated, NHWC"),
         row(20.0, provider="real, NHWC"),  # another function

@@ -18,7 +18,7 @@ def test_no_batch_size_is_compiled_anew():
             torch.empty(4, 16, 16, 3, 3, device="meta"),
         )
         with _launch.record(90) as recording:
-            launch.forward(x, weight.to(dtype), None, (1, 1), (1, 1), (1, 1), 1, False, "q16")
+            launch.forward(x, weight.to(dtype), (1, 1, 1, 1, 1, 1, 1), "signed-half")
         return [spec_of(one) for one in recording.launches]
 
     assert specs(1) == specs(3) == specs(16)

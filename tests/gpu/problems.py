@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bench.cpu_forms import LAYERS
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.reference import conv_output_size, transposed_output_size
 from qkernels.ops.hamilton_linear import forms as linear_forms
@@ -26,10 +25,15 @@ from qkernels.runtime.tolerances import LARGEST_ERROR
 pytest.importorskip("triton")
 
 from qkernels.ops.hamilton_conv import launch
-from qkernels.ops.hamilton_linear import launch as linear_launch
 
-FORMS = ("dense", "q16", "q8")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+# How the kernels can compute each of them.
+HOWS = {
+    "bf16": ("signed-half",),
+    "fp16": ("signed-half",),
+    "tf32": ("signed-tf32",),
+    "float32": ("signed-ieee", "q8-ieee"),
+}
 DISTRIBUTIONS = ("gaussian", "relu", "correlated", "heavy")
 # Processes of one xdist run must agree on the names of the tests.
 SEED = int(os.environ.get("QKERNELS_SEED") or random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6))
@@ -70,7 +74,7 @@ class Problem:
 
     @property
     def window(self):
-        return self.stride, self.padding, self.dilation, self.groups
+        return (*self.stride, *self.padding, *self.dilation, self.groups)
 
     @property
     def y_size(self):
@@ -127,25 +131,27 @@ def nhwc(x):
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def kernel_results(problem, operands, form, dtype=None):
-    """y, dx, dw and db of the kernels, y, dx and dw of `dtype`; db (of `dtype` too) only where a kernel sums it."""
+def as_convolution(operands):
+    """Those of a linear map as the kernels take them: maps of one pixel."""
     x, weight, bias, dy = operands
-    if problem.kind == "linear":
-        y = linear_launch.forward(x, weight, bias, False, form, dtype=dtype)
-        dx = linear_launch.data_gradient(dy, None, weight, form, dtype=dtype)
-        dw, db = linear_launch.weight_gradient(dy, None, x, True, form, dtype=dtype)
-        return {"y": y, "dx": dx, "dw": dw, "db": db}
-    window, kernel = problem.window, problem.kernel
+    return Operands(nhwc(x[..., None, None]), weight[..., None, None], bias, nhwc(dy[..., None, None]))
+
+
+def kernel_results(problem, operands, how, dtype=None):
+    """y, dx, dw and, where a kernel sums it, db of the kernels, all of `dtype`."""
+    x, weight, bias, dy = as_convolution(operands) if problem.kind == "linear" else operands
+    window, kernel, epilogue = problem.window, problem.kernel, launch.Epilogue(bias)
+    dtype = dtype or x.dtype
     if problem.kind == "transposed":
-        source = launch.Source(x)
-        y = launch.data_gradient(source, weight, bias, problem.y_size, *window, form, dtype=dtype)
-        dx = launch.forward(dy, weight, None, *window, False, form, dtype=dtype)
-        dw, _ = launch.weight_gradient(source, dy, kernel, *window, False, form, dtype=dtype)
+        y = launch.data_gradient(x, weight, problem.y_size, window, how, epilogue, dtype=dtype)
+        dx = launch.forward(dy, weight, window, how, dtype=dtype)
+        dw, _ = launch.weight_gradient(x, dy, kernel, window, False, how, dtype=dtype)
         return {"y": y, "dx": dx, "dw": dw}
-    source = launch.Source(dy)
-    y = launch.forward(x, weight, bias, *window, False, form, dtype=dtype)
-    dx = launch.data_gradient(source, weight, None, problem.size, *window, form, dtype=dtype)
-    dw, db = launch.weight_gradient(source, x, kernel, *window, True, form, dtype=dtype)
+    y = launch.forward(x, weight, window, how, epilogue, dtype=dtype)
+    dx = launch.data_gradient(dy, weight, problem.size, window, how, dtype=dtype)
+    dw, db = launch.weight_gradient(dy, x, kernel, window, True, how, dtype=dtype)
+    if problem.kind == "linear":
+        y, dx, dw = y.flatten(1), dx.flatten(1), dw.flatten(2)
     return {"y": y, "dx": dx, "dw": dw, "db": db}
 
 
@@ -161,32 +167,23 @@ def exact_results(problem, operands):
         }
     window = problem.window
     if problem.kind == "transposed":
-        y = forms.data_gradient(x, weight, problem.y_size, *window, "dense")
+        y = forms.data_gradient(x, weight, problem.y_size, window, "dense")
         return {
             "y": y + bias.view(-1, 1, 1),
-            "dx": forms.forward(dy, weight, None, *window, "dense"),
-            "dw": forms.weight_gradient(x, dy, problem.kernel, *window, "dense"),
+            "dx": forms.forward(dy, weight, None, window, "dense"),
+            "dw": forms.weight_gradient(x, dy, problem.kernel, window, "dense"),
         }
-    return {"y": forms.forward(x, weight, bias, *window, "dense"), **exact_gradients(problem, operands, dy)}
+    return {"y": forms.forward(x, weight, bias, window, "dense"), **exact_gradients(problem, operands, dy)}
 
 
 def exact_gradients(problem, operands, dy):
     """dx, dw and db of a convolution behind which the gradient is `dy`, in float64."""
     x, weight, dy = operands.x.double(), operands.weight.double(), dy.double()
     return {
-        "dx": forms.data_gradient(dy, weight, problem.size, *problem.window, "dense"),
-        "dw": forms.weight_gradient(dy, x, problem.kernel, *problem.window, "dense"),
+        "dx": forms.data_gradient(dy, weight, problem.size, problem.window, "dense"),
+        "dw": forms.weight_gradient(dy, x, problem.kernel, problem.window, "dense"),
         "db": dy.sum((0, 2, 3)),
     }
-
-
-def forms_taken(problem, precision, form, arch):
-    """Which form computes y, dx and dw when asked for `form`, in this order."""
-    with _launch.record(arch) as recording, _launch.switched(precision):
-        kernel_results(problem, problem.meta(PRECISIONS[precision]), form)
-    products = ("_hamilton_conv_kernel", "_hamilton_conv_dw_kernel")
-    taken = [one.arguments["FORM"] for one in recording.launches if one.kernel.__name__ in products]
-    return dict(zip(("y", "dx", "dw"), taken, strict=True)) | {"db": "dense"}
 
 
 def violations(actual, exact, allowed):
@@ -248,6 +245,8 @@ def random_problem(seed):
 # Layers of the quaternion VGG16 at full width, those of equal shape once; and on the maps of the real one, 8 and 2
 # times as large, where the first layer has 4 channels instead of 1.
 VGG16 = [_layer(layer, 4, (layer.side, layer.side), layer.name) for layer in LAYERS[:11]]
+# The first linear layer, as it reads maps: without their copy as rows.
+VGG16.append(Problem("linear 1 of maps", "conv", 20, 128, 1024, (2, 2), (2, 2)))
 REAL_MAPS = [_layer(layer, 1, (8 * layer.side, 2 * layer.side), f"{layer.name} on real maps") for layer in LAYERS[:9]]
 # One quaternion channel: 36 weights, over which roundings hardly average out.
 RHEMO = [

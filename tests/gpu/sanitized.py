@@ -1,7 +1,5 @@
 """Every kernel once on small odd shapes, for compute-sanitizer; operands come from the CPU: little else runs."""
 
-import itertools
-
 import problems
 import torch
 
@@ -10,27 +8,27 @@ from qkernels.ops.hamilton_conv import launch
 CONV = problems.Problem("odd", "conv", 2, 17, 20, (6, 5), (3, 3), padding=(1, 1))
 GROUPED = problems.Problem("strided", "conv", 1, 6, 4, (9, 8), (4, 2), (3, 2), (1, 0), (1, 1), 2)
 RUNS = [
-    *itertools.product([CONV], problems.FORMS, ("bf16", "float32")),
-    (GROUPED, "dense", "bf16"),
-    (GROUPED, "q8", "float32"),
+    *((CONV, how, precision) for precision, hows in problems.HOWS.items() if precision != "fp16" for how in hows),
+    (GROUPED, "signed-half", "bf16"),
+    (GROUPED, "q8-ieee", "float32"),
 ]
 
 
-def run(problem, operands, form):
-    """Products of a plain layer, and of one with a ReLU, a pool and a tap."""
+def run(problem, operands, how):
+    """Products of a plain layer, and of one with a ReLU, a pool and a tap, behind another's ReLU."""
     x, weight, bias, dy = operands
-    problems.kernel_results(problem, operands, form)
-    pooled, code, y = launch.forward_pool(x, weight, bias, *problem.window, True, True, form)
-    source = launch.Source(dy, y, pooled, code)
-    launch.data_gradient(source, weight, None, problem.size, *problem.window, form)
-    launch.weight_gradient(source, x, problem.kernel, *problem.window, True, form)
+    window = problem.window
+    problems.kernel_results(problem, operands, how)
+    pooled, argmax, y = launch.forward_pool(x, weight, window, how, launch.Epilogue(bias, True), None, True)
+    gradient = launch.epilogue_gradient(dy, y, pooled, argmax, problem.y_size, 1.0, dy.dtype)
+    launch.data_gradient(gradient, weight, problem.size, window, how, launch.Epilogue(relu_output=x))
+    launch.weight_gradient(gradient, x, problem.kernel, window, True, how)
 
 
 def main():
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    for problem, form, precision in RUNS:
+    for problem, how, precision in RUNS:
         operands = problem.operands(problems.PRECISIONS[precision], "gaussian", problems.SEED, torch.device("cpu"))
-        run(problem, problems.Operands(*(tensor.cuda() for tensor in operands)), form)
+        run(problem, problems.Operands(*(tensor.cuda() for tensor in operands)), how)
     torch.cuda.synchronize()
     print("all kernels ran")
 

@@ -24,9 +24,9 @@ def compiled(arch):
     """All of it beforehand: the tool slows a compiler down too."""
     if TOOL is None:
         pytest.skip("compute-sanitizer is not installed")
-    with _launch.record(arch) as recording, _launch.switched("float32"):
-        for problem, form, precision in sanitized.RUNS:
-            sanitized.run(problem, problem.meta(problems.PRECISIONS[precision]), form)
+    with _launch.record(arch) as recording:
+        for problem, how, precision in sanitized.RUNS:
+            sanitized.run(problem, problem.meta(problems.PRECISIONS[precision]), how)
     compile_all(recording.launches)
 
 

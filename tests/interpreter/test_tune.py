@@ -33,20 +33,21 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
     lines = []
     arguments = ([tune.Layer(8, 8, 1, 1)], [2], ["ieee"], "cpu", lambda call: float(next(clock)), 1, lines.append)
     table = tune.search(*arguments)
-    assert table["forms"] == [{"precision": "ieee", "p": 2, "q": 2, "taps": 1, "form": "dense"}]
+    assert table["forms"] == [{"precision": "ieee", "p": 2, "q": 2, "positions": 1, "form": "signed"}]
     assert {(row["form"], row["problem"][0]) for row in table["plans"]} == set(
-        itertools.product(("dense", "q8"), ("gather", "dw"))
+        itertools.product(("signed", "q8"), ("gather", "dw"))
     )
     assert len(lines) == 3 * len(tune.OPTIONS["ieee"])
-    assert lines[0].startswith("8->8 1x1 on 1x1, batch 2, ieee, forward: dense ieee ")
+    assert lines[0].startswith("8->8 1x1 on 1x1, batch 2, ieee, forward: signed ieee ")
 
     assert tune.write(table, tmp_path, 90) == tmp_path / "sm_90.json"
     monkeypatch.setenv("QKERNELS_TABLES", str(tmp_path))
     config._table.cache_clear()
     config._best.cache_clear()
-    assert config.triton_form(2, 2, 1, "ieee", 90) == "dense"
+    assert config.triton_form(2, 2, 1, "ieee", 90) == "signed"
     (row,) = [row for row in table["plans"] if (row["form"], row["problem"][0]) == ("q8", "dw")]
     plan = config.plan(config.Problem("dw", 2, 2, 2, 1), "q8", "ieee", 90, 132)
+    assert len(row["tile"]) == 5  # registers are the compiler's
     assert (plan.precision, plan.tile) == (row["precision"], config.Tile(*row["tile"]))
 
     monkeypatch.setattr(tune, "products", spoilt)

@@ -34,6 +34,16 @@ def test_modules_call_their_function():
     assert torch.equal(
         linear(x[..., 0, 0]), F.hamilton_linear(x[..., 0, 0], linear.weight, linear.bias, activation="relu")
     )
+    linear = QuaternionLinear(8, 12, activation="relu", dropout=0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dropped = linear(x[..., 0, 0])
+        torch.manual_seed(0)
+        expected = F.hamilton_linear(x[..., 0, 0], linear.weight, linear.bias, activation="relu", dropout=0.5)
+    assert torch.equal(dropped, expected)
+    undropped = F.hamilton_linear(x[..., 0, 0], linear.weight, linear.bias, activation="relu")
+    assert not torch.equal(dropped, undropped)
+    assert torch.equal(linear.eval()(x[..., 0, 0]), undropped)
     loss = AntiTransferLoss(beta=0.5, reduction="sum", semantics="folded-rowwise", clamp="product")
     assert torch.equal(
         loss(x, x + 1),
@@ -84,6 +94,7 @@ def test_representations_show_what_is_not_default():
     assert "output_padding=(1, 1)" in repr(QuaternionConvTranspose2d(4, 8, 3, 2, 1, 1))
     assert repr(QuaternionLinear(4, 8, activation="relu")) == "QuaternionLinear(4, 8, activation='relu')"
     assert repr(QuaternionLinear(4, 8)) == "QuaternionLinear(4, 8)"
+    assert repr(QuaternionLinear(4, 8, dropout=0.1)) == "QuaternionLinear(4, 8, dropout=0.1)"
     assert repr(QuaternionBatchNorm2d(8)) == "QuaternionBatchNorm2d(8, eps=1e-05, momentum=0.1)"
     assert "semantics='paper'" in repr(AntiTransferLoss())
     assert repr(AntiTransferLoss(aggregation="max")).endswith("aggregation='max', distance='cos_squared')")

@@ -545,8 +545,10 @@ def test_layout_of_the_triton_operators():
     plain = (None, window, True, 0.0, False, True)
     y = ops.hamilton_conv2d(x, weight, None, *packed, *plain, torch.bfloat16, "triton", how)
     dx = ops.hamilton_conv2d_dx(y, weight, None, *packed, None, [9, 9], window, *scaled)
-    pooled, argmax, tapped = ops.hamilton_conv2d_pool(x, weight, None, *packed, window, True, True, False, how)
-    dy = ops.hamilton_conv2d_dy(y, y, pooled, argmax, [7, 7], 1.0, torch.float16)
+    pooled, argmax, tapped = ops.hamilton_conv2d_pool(
+        x, weight, None, *packed, window, True, True, False, "triton", how
+    )
+    dy = ops.hamilton_conv2d_dy(y, y, pooled, argmax, [7, 7], 1.0, torch.float16, "triton")
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx, pooled, argmax, tapped, dy))
     assert [(t.shape, t.dtype) for t in (y, dx, pooled, argmax, tapped, dy)] == [
         ((2, 20, 7, 7), torch.bfloat16),
@@ -556,7 +558,9 @@ def test_layout_of_the_triton_operators():
         ((2, 20, 7, 7), torch.float32),
         ((2, 20, 7, 7), torch.float16),
     ]
-    assert ops.hamilton_conv2d_pool(x, weight, None, *packed, window, True, False, False, how)[2].shape == (0,)
+    assert ops.hamilton_conv2d_pool(x, weight, None, *packed, window, True, False, False, "triton", how)[2].shape == (
+        0,
+    )
     for with_bias in (False, True):
         dw, db = ops.hamilton_conv2d_dw(y, x, tickets, [3, 3], window, with_bias, *scaled)
         assert (dw.shape, dw.dtype, db.shape, db.dtype) == (weight.shape, torch.bfloat16, (20 * with_bias,), dw.dtype)

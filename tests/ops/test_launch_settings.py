@@ -66,7 +66,7 @@ def test_how(tables):
             how_of("dense", 64, 64, 9, precision, 90)
     assert how_of("q8", 1, 1, 1, "ieee", 90) == "q8-ieee"
     for precision in ("half", "tf32"):
-        with pytest.raises(ValueError, match=r"form .q8. .* is for float32 operands without TF32"):
+        with pytest.raises(ValueError, match=r"form 'q8' .* is for float32 operands without TF32"):
             how_of("q8", 64, 64, 9, precision, 90)
 
 
@@ -152,12 +152,18 @@ def test_few_pixels_share_their_sums_and_many_do_not(tables):
 
 @all_options
 def test_no_deep_layer_leaves_a_quarter_of_the_gpu_idle(form, precision, tables):
-    """At the paper's batch; on an H100, whose tiles these are."""
+    """At the paper's batch, on an H100; but for one launch, for which no plan with more programs is about as fast."""
+    idle = []
     for n, name, problem in convolutions(20):
         option = plan(problem, form, precision, 90, 132)
-        if n >= 5:
-            programs = problem.tiles(form, option.tile) * option.splits
-            assert programs >= 0.75 * 132, (n, name, option)
+        if n < 5 or problem.tiles(form, option.tile) * option.splits >= 0.75 * 132:
+            continue
+        idle.append((n, name))
+        for other in config.candidates(problem, form, precision, 90):
+            if problem.tiles(form, other.tile) * other.splits >= 0.75 * 132:
+                times = [config.clocks(problem, each, 90, 132) for each in (option, other)]
+                assert times[1] > (1 + config.MODEL_ERROR) * times[0], (n, name, option, other)
+    assert len(idle) <= 1, idle
 
 
 @all_options
@@ -259,8 +265,8 @@ def test_programs_and_steps():
         return problem.tiles(form, Tile(*tile, 4, 1)), problem.steps(form, Tile(*tile, 4, 1))
 
     assert counts(gather, "q8", 16, 4, 2) == (3 * 2 * 2 * 4, 6 * 2)
-    # 4 components of 3 channels of 6 positions are 72 pairs, since no block of 2 channels takes 3.
-    assert counts(gather, "signed", 16, 4, 2) == (3 * 2 * 2 * 4, 36)
+    assert counts(gather, "signed", 16, 4, 2) == (3 * 2 * 2 * 4, 4 * 6 * 2)
+    # 4 components of 3 channels of 6 positions are 72 pairs, where a block has room for more than 3 channels.
     assert counts(gather, "signed", 16, 4, 16) == (3 * 2 * 2 * 4, 5)
     assert counts(gather, "signed", 16, 4, 3) == (3 * 2 * 2 * 4, 4 * 6)
     # Blocks of channels at each of 6 positions, or of the 18 pairs of both; and one program for the bias.
@@ -296,6 +302,39 @@ def test_measured_form_and_plan_come_first(tables):
     (tables / "sm_90.json").unlink()
     forget()
     assert plan(problem, "signed", "half", 90, 132) == modelled
+
+
+def test_measured_tile_that_would_spill_with_a_pool_is_not_taken_there(tables):
+    problem = Problem("gather", 1280, 64, 64, 9)
+    row = {"problem": list(problem.key), "form": "signed", "asked": "half", "precision": "half",
+           "tile": [128, 64, 64, 8, 3], "splits": 1}  # fmt: skip
+    (tables / "sm_90.json").write_text(json.dumps({"forms": [], "plans": [row]}))
+    forget()
+    assert plan(problem, "signed", "half", 90, 132).tile == Tile(128, 64, 64, 8, 3)
+    assert plan(dataclasses.replace(problem, pool=True), "signed", "half", 90, 132).tile.n < 64
+
+
+@pytest.mark.parametrize("n", range(11))
+def test_what_is_tuned_is_what_is_launched(n, monkeypatch):
+    """A table is looked up by what it was written for."""
+    pytest.importorskip("triton")
+    from qkernels import tune
+
+    asked = []
+
+    def first(problem, form, precision, arch, multiprocessors):
+        asked.append((problem, form, precision))
+        return next(config.candidates(problem, form, precision, arch))
+
+    monkeypatch.setattr(config, "plan", first)
+    layer = tune.LAYERS[n]
+    layer = layer._replace(channels_in=min(layer.channels_in, 64), channels_out=min(layer.channels_out, 64))
+    with _launch.record(90):
+        for product in tune.products(layer, 3, torch.bfloat16, "cpu"):
+            asked.clear()
+            assert product.run("signed-half", None).shape == product.exact.shape
+            assert asked == [(product.problem, "signed", "half")]
+    assert len(tune.LAYERS) == 11
 
 
 def test_forced_plan_is_the_plan():

@@ -205,7 +205,7 @@ def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors
 @functools.cache
 def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
     measured = _table(arch)["plans"].get((*problem.key, form, precision))
-    if measured:
+    if measured and not _spills(problem, form, measured.tile):
         return _fitted(measured, problem)
     costs = {
         option: cost(problem, option, arch, multiprocessors) for option in candidates(problem, form, precision, arch)
@@ -246,11 +246,16 @@ def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterat
             continue
         if flat and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
             continue
-        if problem.pool and not pools(tile):
+        if _spills(problem, form, tile):
             continue
         for exponent in range(MOST_SPLITS.bit_length()):
             for splits in (2**exponent, 3 * 2**exponent // 2):
                 yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
+
+
+def _spills(problem: Problem, form: str, tile: Tile) -> bool:
+    """Whether the maxima of windows take more registers than such a tile leaves; tables are measured without a pool."""
+    return problem.pool and not pools(tile)
 
 
 def pools(tile: Tile) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import qkernels
 from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, tap_name
 from qat.models.vgg import POOL_AFTER
@@ -115,11 +116,11 @@ def test_what_a_tap_returns_feeds_the_next_layer(domain):
     assert unread == ([f"relu{n}" for n in POOL_AFTER] if domain == "quaternion" else [])
 
 
-def test_nothing_deeper_than_the_tap_is_computed(monkeypatch):
+def test_nothing_deeper_than_the_tap_is_computed():
     net = VGG16(TINY, 3)
     ran = []
-    run = net._run
-    monkeypatch.setattr(net, "_run", lambda conv, *args: ran.append(conv) or run(conv, *args))
+    run = net._layers.run
+    net._layers = replace(net._layers, run=lambda conv, *args: ran.append(conv) or run(conv, *args))
     net.features_at(torch.rand(1, 4, 64, 64), ["relu5", "relu2"])
     assert len(ran) == 5
     ran.clear()
@@ -128,6 +129,96 @@ def test_nothing_deeper_than_the_tap_is_computed(monkeypatch):
     ran.clear()
     net.features_at(torch.rand(1, 4, 64, 64), ["input"])
     assert ran == []
+
+
+class Packs:
+    """Stands in for the packing of a network's weights: notes how often, and what its layers are given."""
+
+    def __init__(self, net):
+        self.made, self.given = [], []
+        self._layers = net._layers
+        net._layers = replace(net._layers, packed=self.packed, run=self.run, run_hidden=self.run_hidden)
+
+    def packed(self, modules, maps, x):
+        self.made.append([object() for _ in modules])
+        return self.made[-1]
+
+    def run(self, module, x, activation, pool=False, tap=False, link=None):
+        self.given.append(link.packed)
+        return self._layers.run(module, x, activation, pool, tap, link)
+
+    def run_hidden(self, module, x, dropout, link, dtype=None):
+        self.given.append(link.packed)
+        return self._layers.run_hidden(module, x, dropout, link, dtype)
+
+
+def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once():
+    net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
+    packs = Packs(net)
+    net(x)
+    net(x)
+    assert [len(made) for made in packs.made] == [15, 15]
+    assert packs.given == packs.made[0] + packs.made[1]
+
+    net.requires_grad_(False)
+    packs.made.clear()
+    packs.given.clear()
+    net(x)
+    net(x)
+    assert len(packs.made) == 1
+    assert packs.given == 2 * packs.made[0]
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
+    net(x)
+    assert len(packs.made) == 2
+    net(x)
+    assert len(packs.made) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)
+        assert len(packs.made) == 3
+        with torch.autocast("cpu", torch.float16):  # another of the half types
+            net(x)
+        assert len(packs.made) == 4
+    packs.given.clear()
+    net(x)  # of the first type again: what was packed last is kept, and nothing else found again
+    assert packs.given == packs.made[4]
+    # Whatever a recorded step reads is never freed.
+    assert [kept for _, kept in net._outlived] == packs.made[:4]
+
+
+def test_only_what_a_feature_needs_is_packed():
+    net = VGG16(TINY, 3).requires_grad_(False)
+    packs = Packs(net)
+    for name, convs in (("relu5", 5), ("conv2", 2), ("pool2", 4)):
+        packs.made.clear()
+        packs.given.clear()
+        for _ in range(2):
+            net.features_at(torch.rand(1, 4, 64, 64), [name])
+        assert [len(made) for made in packs.made] == [convs]
+        assert packs.given == 2 * packs.made[0]
+    packs.made.clear()
+    net.features_at(torch.rand(1, 4, 64, 64), ["input"])
+    assert packs.made == [[]]
+
+
+def test_nothing_is_packed_on_a_cpu():
+    net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
+    modules = [*net.convs, net.classifier[0], net.classifier[3]]
+    assert net._layers.packed(modules, net._last_map, x) == [None] * 15
+
+
+@pytest.mark.parametrize("name", ["conv3", "relu3", "pool2", "relu13", "pool5"])
+def test_masks_that_move_between_layers_change_no_gradient(name):
+    """Wherever a tap cuts the chain; the reference, which masks at each layer, agrees."""
+    torch.manual_seed(0)
+    net, x = VGG16(TINY, 3).double(), torch.rand(2, 4, 64, 64, dtype=torch.float64)
+    gradients = []
+    for backend in ("auto", "reference"):
+        with qkernels.set_backend(backend):
+            logits, tapped = net(x, {name: keep})
+            loss = logits.square().sum() + tapped[name].square().sum()
+            gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    for actual, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, exact)
 
 
 def test_dropped_init_option_is_refused_for_quaternions():
