@@ -160,7 +160,7 @@ class Problem:
 
     def flat(self, form: str, tile: Tile) -> bool:
         """Whether positions and channels are taken one by one: the input's channels would not fill a block."""
-        return form == "signed" and self.k < tile.k and self.k % tile.k != 0
+        return form == "signed" and self.k < tile.k
 
     def blocks(self, form: str, tile: Tile) -> int:
         """Of a gather: steps of the sum. Of a weight gradient: blocks of (position, input channel) pairs."""
@@ -241,10 +241,10 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
     """Every plan that the architecture's tiles allow, with 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
     for tile in tiles(problem.kernel, form, precision, arch):
-        flat = problem.flat(form, tile)
-        if flat != (tile in flat_tiles(problem.kernel, precision, arch)):
+        for_few = tile in flat_tiles(problem.kernel, precision, arch)
+        if problem.flat(form, tile) and not for_few:
             continue
-        if flat and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
+        if for_few and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
             continue
         if _spills(problem, form, tile):
             continue
@@ -369,7 +369,7 @@ L2_BYTES, LONE_BYTES, LATENCY = 36, 64, 700
 STEP_CLOCKS, PROGRAM_CLOCKS, TICKET_CLOCKS = 120, 1500, 2000
 # Between plans that differ by less than this share no model decides, but how many multiprocessors have a program, and
 # then whether parts of sums take less than a tenth of the time.
-MODEL_ERROR = 0.1
+MODEL_ERROR = 0.3
 MOST_SPLITS = 256
 # What taking the maxima of windows adds to a tile's registers, at most (tests/compile_only).
 POOL_REGISTERS = 80
