@@ -235,7 +235,7 @@ def _map(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scale: 
 
 
 def _allowed(result: str, how: str, widened: bool = False) -> float:
-    precision, form, _ = HOWS[how]
+    precision, *_ = HOWS[how]
     half = precision in ("bf16", "fp16")
     cut = CUT if _launch.INTERPRETED and precision == "bf16" and not widened else 1.0
     return SLACK * cut * tolerance(result, precision, widened and half)
