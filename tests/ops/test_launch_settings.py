@@ -97,9 +97,8 @@ def test_plans_are_of_the_architectures_own_tiles(arch, form, precision, tables)
     for problem in problems():
         option = plan(problem, form, precision, arch, 132)
         assert (option.form, option.precision) == (form, precision)
-        assert option.tile in config.tiles(problem.kernel, form, precision, arch)
-        few = form == "signed" and option.tile in config.flat_tiles(problem.kernel, precision, arch)
-        assert few or not problem.flat(form, option.tile)
+        asked = "flat" if problem.flat(form, option.tile) else form
+        assert option.tile in [Tile(*numbers) for numbers in config.TILES[arch][problem.kernel, asked, precision]]
         assert option.splits <= min(problem.steps(form, option.tile), config.MOST_SPLITS)
         assert option == plan(problem, form, precision, arch, 132)
 
@@ -152,7 +151,9 @@ def test_few_pixels_share_their_sums_and_many_do_not(tables):
 
 @all_options
 def test_no_deep_layer_leaves_a_quarter_of_the_gpu_idle(form, precision, tables):
-    """At the paper's batch, on an H100; but for one launch, for which no plan with more programs is about as fast."""
+    """At the paper's batch, on an H100; but for a few of 26, for which no plan with more programs, split or not, is
+    about as fast: weight gradients of few pixels, whose sums are too short to be shared, and one layer of 32 channels.
+    """
     idle = []
     for n, name, problem in convolutions(20):
         option = plan(problem, form, precision, 90, 132)
@@ -163,7 +164,7 @@ def test_no_deep_layer_leaves_a_quarter_of_the_gpu_idle(form, precision, tables)
             if problem.tiles(form, other.tile) * other.splits >= 0.75 * 132:
                 times = [config.clocks(problem, each, 90, 132) for each in (option, other)]
                 assert times[1] > (1 + config.MODEL_ERROR) * times[0], (n, name, option, other)
-    assert len(idle) <= 1, idle
+    assert len(idle) <= 4, idle
 
 
 @all_options

@@ -240,11 +240,14 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
     """Every plan that the architecture's tiles allow, with 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
-    for tile in tiles(problem.kernel, form, precision, arch):
-        for_few = tile in flat_tiles(problem.kernel, precision, arch)
-        if problem.flat(form, tile) and not for_few:
+    few = flat_tiles(problem.kernel, precision, arch) if form == "signed" else ()
+    own = tiles(problem.kernel, form, precision, arch)
+    # The same tile may be in both lists; it stands in each for another kernel.
+    for place, tile in enumerate(own):
+        flat = problem.flat(form, tile)
+        if flat != (place >= len(own) - len(few)):
             continue
-        if for_few and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
+        if flat and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
             continue
         if _spills(problem, form, tile):
             continue
@@ -386,6 +389,8 @@ TILES: dict[int, dict[tuple[str, str, str], tuple[tuple[int, ...], ...]]] = {
             (64, 16, 64, 4, 4, 145),
             (32, 32, 64, 4, 3, 128),
             (32, 16, 64, 4, 4, 94),
+            (128, 16, 32, 8, 3, 117),
+            (64, 16, 32, 4, 4, 96),
         ),
         ("gather", "flat", "half"): ((128, 16, 32, 8, 3, 128), (128, 4, 64, 4, 3, 144)),
         ("dw", "signed", "half"): (
