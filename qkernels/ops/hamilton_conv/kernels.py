@@ -187,7 +187,8 @@ def _write(acc, m, channel, n_ok, channels, rows, output, scale, HOW: tl.constex
     if HOW.RELU:
         acc = tl.where(acc < 0, 0.0, acc)
     if HOW.DROPOUT:  # of probability 1 - 1 / scale
-        keep = tl.rand(tl.load(output.seed_ptr), at) * scale < 1.0
+        # By the element's number in 32 bits, after which they would repeat: 64 spill.
+        keep = tl.rand(tl.load(output.seed_ptr), at.to(tl.int32)) * scale < 1.0
         acc = tl.where(keep, acc * scale, 0.0)
     elif HOW.SCALED:
         acc *= scale
