@@ -12,6 +12,8 @@ from qkernels.ops.gram_cosine.kernels import Axes, How, Matrix
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
+# All there are: ptxas by itself stops at 72 or 128 and spills 8 bytes, of what is centred and of the last sums.
+REGISTERS = 255
 
 Axis = list[tuple[int, int]]  # (size, stride) of dimensions, from the outermost one on
 
@@ -59,6 +61,7 @@ def forward(
         "weight": beta / items if mean else beta,
         "pairs": pairs,
     }
+    registers = REGISTERS if centred else 0
     with _launch.device_of(a):
         if plan.mode == "stored":
             count = 1 if packed else 2
@@ -74,6 +77,7 @@ def forward(
                 operands | parts | {"items": items},
                 tile.warps,
                 tile.stages,
+                registers,
             )
             _launch.run(
                 kernels._gram_finish_kernel,
@@ -104,6 +108,7 @@ def forward(
             operands | {"partial_ptr": partial},
             tile.warps,
             tile.stages,
+            registers,
         )
         _launch.run(
             kernels._gram_cosine_kernel,
@@ -118,6 +123,7 @@ def forward(
                 "BLOCK_I": 16,
                 "BLOCK_P": 64,
             },
+            registers=REGISTERS,
         )
     return cosine, loss, stats_a, stats_b, workspace
 
@@ -145,7 +151,7 @@ def gradient(
         return da
     items, *_ = _sizes(a, gram)
     like, b = _same_type(a, b, packed)
-    plan = _plan(like, gram, packed, centred)
+    plan, registers = _plan(like, gram, packed, centred), REGISTERS if centred else 0
     centred = centred and plan.mode != "stored"  # its D does not ask for means
     given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming]), da]
     matrices, axes = _view(given, gram, packed)
@@ -189,6 +195,7 @@ def gradient(
             },
             tile.warps,
             tile.stages,
+            registers,
         )
     return da if out.ptr is da else da.copy_(out.ptr)
 
