@@ -660,11 +660,11 @@ def samples():
     yield "conv2d", (x, weight, bias, *packed, seed, WINDOW, True, 0.25, True, False, dtype, *HOW)
     plain = x.detach(), weight.detach(), None
     yield "conv2d", (*plain, *none, None, WINDOW, False, 0.0, False, True, dtype, *HOW)
-    pool = OPS.hamilton_conv2d_pool(x, weight, bias, *packed, WINDOW, True, True, False, HOW[1])
+    pool = OPS.hamilton_conv2d_pool(x, weight, bias, *packed, WINDOW, True, True, False, *HOW)
     pooled, argmax, _ = (t.detach() for t in pool)
-    yield "conv2d_pool", (x, weight, bias, *packed, WINDOW, True, True, False, HOW[1])
-    yield "conv2d_pool", (x, weight, bias, *none, WINDOW, True, False, True, HOW[1])
-    yield "conv2d_pool", (*plain, *none, WINDOW, False, False, False, HOW[1])
+    yield "conv2d_pool", (x, weight, bias, *packed, WINDOW, True, True, False, *HOW)
+    yield "conv2d_pool", (x, weight, bias, *none, WINDOW, True, False, True, *HOW)
+    yield "conv2d_pool", (*plain, *none, WINDOW, False, False, False, *HOW)
     dy, dpooled = torch.randn_like(y, requires_grad=True), torch.randn_like(pooled)
     shift = torch.randn(4, requires_grad=True)
     yield "conv2d_dx", (dy, weight, shift, *packed, None, x.shape[2:], WINDOW, 1.0, dtype, *HOW)
@@ -673,7 +673,7 @@ def samples():
     dy, x, weight = dy.detach(), x.detach(), weight.detach()
     sources = ((dy, y, None, None), (dy, y, dpooled, argmax), (None, None, dpooled, argmax))
     for source in sources:
-        yield "conv2d_dy", (*source, y.shape[2:], 1.5, torch.float16)
+        yield "conv2d_dy", (*source, y.shape[2:], 1.5, torch.float16, HOW[0])
     yield "conv2d_dx", (dy, weight, None, *packed, x.relu(), x.shape[2:], WINDOW, 1.5, dtype, *HOW)
     yield "conv2d_dw", (dy, x, None, [2, 1], WINDOW, False, 1.5, torch.float16, *HOW)
 
