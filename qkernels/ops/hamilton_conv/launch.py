@@ -98,7 +98,7 @@ def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> 
     tickets = len(weights) * config.MOST_TICKETS
     tiles = weights[0].new_empty(sum(sizes), dtype=dtype)
     counters = weights[0].new_empty(tickets, dtype=torch.int32)
-    dense = [_dense(weight.flatten(3)) if weight.dim() > 3 else _dense(weight) for weight in weights]
+    dense = [_dense(weight.flatten()).view(weight.shape) for weight in weights]
     programs = sum(_cdiv(weight.numel() // 4, ELEMENTWISE_BLOCK) for weight in dense)
     with _launch.device_of(tiles):
         _launch.run(
