@@ -202,7 +202,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_make_gpu_is_this_command():
     made = subprocess.run(
-        ["make", "-n", "gpu", "PYTHON=py", "OUT=some/where", "COMMIT=abc"],
+        ["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=some/where", "COMMIT=abc"],
         cwd=session.ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     [line] = made.stdout.splitlines()

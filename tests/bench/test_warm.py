@@ -9,15 +9,18 @@ pytest.importorskip("triton")
 
 
 def test_no_batch_size_is_compiled_anew():
+    """With the same tile, that is, which a larger batch may leave for a larger one."""
     from qkernels.ops import _launch
-    from qkernels.ops.hamilton_conv import launch
+    from qkernels.ops.hamilton_conv import config, launch
+
+    plan = config.Plan("signed", "half", config.tiles("gather", "signed", "half", 90)[0], 1)
 
     def specs(batch, dtype=torch.float16):
         x, weight = (
             torch.empty(batch, 64, 8, 8, dtype=dtype, device="meta"),
             torch.empty(4, 16, 16, 3, 3, device="meta"),
         )
-        with _launch.record(90) as recording:
+        with _launch.record(90) as recording, config.force(plan):
             launch.forward(x, weight.to(dtype), (1, 1, 1, 1, 1, 1, 1), "signed-half")
         return [spec_of(one) for one in recording.launches]
 

@@ -98,7 +98,7 @@ def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> 
     tickets = len(weights) * config.MOST_TICKETS
     tiles = weights[0].new_empty(sum(sizes), dtype=dtype)
     counters = weights[0].new_empty(tickets, dtype=torch.int32)
-    dense = [_dense(weight.flatten()).view(weight.shape) for weight in weights]
+    dense = [_aligned(weight.contiguous()) for weight in weights]
     programs = sum(_cdiv(weight.numel() // 4, ELEMENTWISE_BLOCK) for weight in dense)
     with _launch.device_of(tiles):
         _launch.run(
@@ -270,11 +270,15 @@ def operand(x: Tensor, precision: str) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """A map in dense NHWC, anything else contiguous, at an address from which 16 bytes can be copied at once.
+    """A map in dense NHWC, aligned."""
+    return _aligned(x.contiguous(memory_format=torch.channels_last))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """At an address from which 16 bytes can be copied at once.
 
     Triton compiles a binary of its own for memory that is not aligned (`bias[1:]`, odd slices), which would spill.
     """
-    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x
 
 
@@ -372,7 +376,7 @@ def _gather(
                     out if y is None else y,
                     out if pooled is None else pooled,
                     out if argmax is None else argmax,
-                    out if bias is None else _dense(bias),
+                    out if bias is None else _aligned(bias.contiguous()),
                     out if relu_output is None else _dense(relu_output),
                     out if seed is None else seed,
                 ),
