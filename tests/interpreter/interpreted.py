@@ -191,12 +191,12 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, tolerance: float)
 
 
 def in_nan(x: torch.Tensor) -> torch.Tensor:
-    """A copy as the images 1 .. B of a larger batch whose others are NaN, in dense NHWC, which is read in place."""
+    """A copy in the middle of a larger batch of NaN, in dense NHWC and behind a multiple of 16 bytes: read in place."""
     fill = float("nan") if x.is_floating_point() else 3
     batch, channels, *size = x.shape
-    larger = torch.full((batch + 2, channels, *size), fill, dtype=x.dtype).to(memory_format=torch.channels_last)
-    larger[1:-1] = x
-    return larger[1:-1].detach()
+    larger = torch.full((batch + 5, channels, *size), fill, dtype=x.dtype).to(memory_format=torch.channels_last)
+    larger[4:-1] = x
+    return larger[4:-1].detach()
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
