@@ -19,6 +19,7 @@ from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile
 MEMORY = {80: 2.0e12, 90: 3.35e12, 100: 8.0e12}
 CACHE = {80: 3.5e12, 90: 5.5e12, 100: 9.0e12}
 CACHE_BYTES = {80: 40e6, 90: 50e6, 100: 126e6}
+CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
 GAP_US = 1.0  # from one kernel of a graph to the next
 COMPUTED = "computed, not measured"
 
@@ -56,8 +57,8 @@ def estimates(events: Iterable[Event], arch: int = ARCH) -> list[Estimate]:
 def _estimate(event: Event, arch: int) -> Estimate:
     cached = event.bytes <= CACHE_BYTES[arch] / 2  # what a kernel before it has just written
     traffic = 1e6 * event.bytes / (CACHE if cached else MEMORY)[arch]
-    floor = max(LAUNCH_US, 1e6 * event.bytes / MEMORY[arch])
-    clock, processors = config.CLOCK_MHZ[arch], _launch.MULTIPROCESSORS[arch]
+    floor = max(LAUNCH_US, traffic)
+    clock, processors = CLOCK_MHZ[arch], _launch.MULTIPROCESSORS[arch]
     if event.launch is None:
         return _finished(event, "", "", None, None, traffic, "memory", floor)
     launch = event.launch
@@ -112,7 +113,9 @@ def _planned(launch: _launch.Launch, arch: int) -> tuple[Problem, Plan]:
     precision = "half" if half else how.PRECISION
     options = launch.options
     numbers = (how.BLOCK_M, how.BLOCK_N, how.BLOCK_K, options["num_warps"], options["num_stages"])
-    known = config.tiles(kernel, form, precision, arch)
+    # The same numbers may stand in both lists, with the registers of different kernels.
+    few = config.flat_tiles(kernel, precision, arch) if how.FLAT else ()
+    known = few or config.tiles(kernel, form, precision, arch)
     tile = next((t for t in known if (t.m, t.n, t.k, t.warps, t.stages) == numbers), Tile(*numbers))
     return problem, Plan(form, precision, tile, given["splits"])
 

@@ -360,7 +360,8 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
     packed: list[PackedWeight | None] = [None] * len(weights)
     if chosen:
         hows = [plans[i][1] for i in chosen]
-        tiles, tickets = conv_op.hamilton_pack([weights[i][1].detach() for i in chosen], " ".join(hows), dtype)
+        plain = [weights[i][1].detach() for i in chosen]
+        tiles, tickets = conv_op.hamilton_pack(plain, " ".join(hows), dtype, runtime.operator_backend("triton"))
         sizes = [packed_size(weights[i][1].numel(), how) for i, how in zip(chosen, hows, strict=True)]
         for i, how, part, counters in zip(chosen, hows, tiles.split(sizes), tickets.split(MOST_TICKETS), strict=True):
             packed[i] = PackedWeight(part, counters, how)
@@ -658,7 +659,7 @@ def _operands_of_layer(
     wanted = autocast_dtype(x.device.type)
     dtype = wanted if wanted and _casts(x) else x.dtype
     backend, how = runtime.plan_of(name, x, weight, dtype)
-    maps = backend == "triton" and x.dim() == 4
+    maps = backend == "triton" and weight.dim() == 5  # not rows of features, however many dimensions those have
     x = x.to(dtype, memory_format=torch.channels_last if maps else torch.preserve_format)
     if wanted and backend != "triton":
         weight = weight.to(wanted) if _casts(weight) else weight
@@ -680,7 +681,7 @@ def _packed(
     if backend != "triton":
         return None, None
     if packed is None:
-        return conv_op.hamilton_pack([weight.detach()], how, x.dtype)
+        return conv_op.hamilton_pack([weight.detach()], how, x.dtype, runtime.operator_backend(backend))
     if packed.how != how or packed.tiles.dtype != x.dtype or packed.tiles.numel() != packed_size(weight.numel(), how):
         raise ValueError(
             f"packed must be of this weight, for {x.dtype} and {how!r}; got {packed.tiles.numel()} elements for "

@@ -32,6 +32,9 @@ class Link(NamedTuple):
     packed: PackedWeight | None = None
 
 
+APART = Link()
+
+
 @dataclass(frozen=True)
 class Layers:
     """How one number system builds a 3x3 convolution and a linear layer, and runs them.
@@ -88,7 +91,7 @@ def _quaternion(init: str) -> Layers:
         activation: str | None,
         pool: bool = False,
         tap: bool = False,
-        link: Link = Link(),  # noqa: B008 (it cannot change)
+        link: Link = APART,
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
         arguments = (x, module.weight, module.bias, 1, 1)
@@ -146,7 +149,7 @@ def _real(init: str) -> Layers:
         activation: str | None,
         pool: bool = False,
         tap: bool = False,
-        link: Link = Link(),  # noqa: B008
+        link: Link = APART,
     ) -> tuple[Tensor, None]:
         y = module(x)
         return F.relu(y) if activation == "relu" else y, None

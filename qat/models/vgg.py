@@ -76,9 +76,9 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         channels, height, width = INPUT[config.domain]
-        # A frozen network's packed weights, with the version that they are of; and those that a graph may still read.
-        self._kept: tuple[Any, list[PackedWeight | None]] | None = None
-        self._outlived: list[Any] = []
+        # A frozen network's packed weights, by the version of the weights, which are kept with them so that no other
+        # tensor takes their identity. None is dropped: a CUDA graph may read it.
+        self._frozen: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):
             self.convs.append(layers.conv(channels, out_channels))
@@ -134,11 +134,9 @@ class VGG16(nn.Module):
             return self._layers.packed(modules, self._last_map, x)
         settings = (x.dtype, autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
         version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
-        if self._kept is None or self._kept[0] != version:
-            # What a CUDA graph reads must live as long as the graph, which this network outlives.
-            self._outlived += [self._kept] if self._kept else []
-            self._kept = version, self._layers.packed(modules, self._last_map, x)
-        return self._kept[1]
+        if version not in self._frozen:
+            self._frozen[version] = weights, self._layers.packed(modules, self._last_map, x)
+        return self._frozen[version][1]
 
     def _features(
         self, x: Tensor, taps: Mapping[str, Tap], packed: Sequence[PackedWeight | None], stop: bool

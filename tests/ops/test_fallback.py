@@ -254,6 +254,21 @@ def test_folded_operator_keeps_its_shapes(positions, kernels):
         torch.library.opcheck(folded_rowwise_da, (loss, b, a, *rest, 1, 0.7, "auto"))
 
 
+def test_weights_that_cannot_be_packed(monkeypatch):
+    """The layers' first kernel: in plain PyTorch, or an error, as the layer's backend says."""
+    from qkernels.ops.hamilton_conv import forms
+    from qkernels.ops.hamilton_conv import kernels as conv
+
+    failing = Failing(conv._hamilton_pack_kernel, OutOfResources(300_000, 232_448, "shared memory"))
+    monkeypatch.setattr(conv, "_hamilton_pack_kernel", failing)
+    weight = torch.rand(4, 5, 3, 2, 2)
+    with pytest.warns(RuntimeWarning, match="plain PyTorch computes in its place"):
+        tiles, _ = torch.ops.qkernels.hamilton_pack([weight], "signed-ieee", weight.dtype, "auto")
+    assert torch.equal(tiles, forms.pack(weight, "signed-ieee", weight.dtype))
+    with pytest.raises(ValueError, match="backend 'triton' was asked for, but"):
+        torch.ops.qkernels.hamilton_pack([weight], "signed-ieee", weight.dtype, "triton")
+
+
 def test_what_operators_take_for_a_backend():
     assert runtime.operator_backend("triton") == "auto"
     assert runtime.operator_backend("torch") == "torch"

@@ -538,7 +538,7 @@ def test_layout_of_the_triton_operators():
     x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
     window, ops, how = [1, 1, 0, 0, 1, 1, 1], torch.ops.qkernels, "signed-half"
     scaled = (1.0, torch.bfloat16, "triton", how)
-    tiles, tickets = ops.hamilton_pack([weight, weight], f"{how} signed-tf32", torch.bfloat16)
+    tiles, tickets = ops.hamilton_pack([weight, weight], f"{how} signed-tf32", torch.bfloat16, "auto")
     assert (tiles.numel(), tiles.dtype) == ((2 + 4) * weight.numel(), torch.bfloat16)
     assert (tickets.numel(), tickets.dtype) == (2 * config.MOST_TICKETS, torch.int32)
     packed = (tiles, tickets)

@@ -205,7 +205,7 @@ def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors
 @functools.cache
 def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessors: int) -> Plan:
     measured = _table(arch)["plans"].get((*problem.key, form, precision))
-    if measured and not _spills(problem, form, measured.tile):
+    if measured and not _spills(problem, measured.tile):
         return _fitted(measured, problem)
     costs = {
         option: cost(problem, option, arch, multiprocessors) for option in candidates(problem, form, precision, arch)
@@ -240,23 +240,25 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
     """Every plan that the architecture's tiles allow, with 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
-    few = flat_tiles(problem.kernel, precision, arch) if form == "signed" else ()
-    own = tiles(problem.kernel, form, precision, arch)
     # The same tile may be in both lists; it stands in each for another kernel.
-    for place, tile in enumerate(own):
-        flat = problem.flat(form, tile)
-        if flat != (place >= len(own) - len(few)):
-            continue
-        if flat and (tile.n < 16) != (problem.n < 16):  # blocks of 4 channels are for layers of as few
-            continue
-        if _spills(problem, form, tile):
-            continue
-        for exponent in range(MOST_SPLITS.bit_length()):
-            for splits in (2**exponent, 3 * 2**exponent // 2):
-                yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
+    for tile in _listed(problem.kernel, form, precision, arch):
+        if not problem.flat(form, tile) and not _spills(problem, tile):
+            yield from _shared_by(problem, form, precision, tile)
+    for tile in flat_tiles(problem.kernel, precision, arch) if form == "signed" else ():
+        # Blocks of 4 channels are for layers of as few.
+        fits = (tile.n < 16) == (problem.n < 16)
+        if problem.flat(form, tile) and fits and not _spills(problem, tile):
+            yield from _shared_by(problem, form, precision, tile)
 
 
-def _spills(problem: Problem, form: str, tile: Tile) -> bool:
+def _shared_by(problem: Problem, form: str, precision: str, tile: Tile) -> Iterator[Plan]:
+    """The plans of one tile, by how many programs share a sum."""
+    for exponent in range(MOST_SPLITS.bit_length()):
+        for splits in (2**exponent, 3 * 2**exponent // 2):
+            yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
+
+
+def _spills(problem: Problem, tile: Tile) -> bool:
     """Whether the maxima of windows take more registers than such a tile leaves; tables are measured without a pool."""
     return problem.pool and not pools(tile)
 
@@ -365,7 +367,6 @@ PRODUCTS_PER_CLOCK = {
     100: {"half": 4096, "tf32": 2048, "tf32x3": 682, "ieee": 128},
 }
 SHARED_BYTES = {80: 167_936, 90: 233_472, 100: 233_472}
-CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
 # Bytes that a multiprocessor loads from the L2 cache per clock, where all do and alone; clocks until they are there.
 L2_BYTES, LONE_BYTES, LATENCY = 36, 64, 700
 # Of a step: barriers, addresses; of a program: its start, its epilogue; of a shared sum: barrier, ticket, first load.
@@ -503,14 +504,17 @@ TILES: dict[int, dict[tuple[str, str, str], tuple[tuple[int, ...], ...]]] = {
 
 def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
     """The tiles of an architecture, all of which compile without spills (tests/compile_only)."""
-    table = TILES[_known(arch)]
-    own = tuple(Tile(*numbers) for numbers in table[kernel, form, precision])
+    own = _listed(kernel, form, precision, arch)
     return own + flat_tiles(kernel, precision, arch) if form == "signed" else own
 
 
 def flat_tiles(kernel: str, precision: str, arch: int) -> tuple[Tile, ...]:
     """Those of them that take positions and channels one by one, for few channels."""
-    return tuple(Tile(*numbers) for numbers in TILES[_known(arch)][kernel, "flat", precision])
+    return _listed(kernel, "flat", precision, arch)
+
+
+def _listed(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
+    return tuple(Tile(*numbers) for numbers in TILES[_known(arch)][kernel, form, precision])
 
 
 def _known(arch: int) -> int:

@@ -8,9 +8,9 @@ A ReLU's mask is of no cost where the gradient that it belongs to is written: `x
 output, and the gradient by x goes through its mask; whoever made x may then leave its own out, `mask_gradient` False.
 
 `backend` says what computes: "torch" (forms.py), "triton" (launch.py), or "auto", launch.py and forms.py in its place
-where Triton cannot build a kernel. `how` says in which form, on the Triton
-backend with the precision, such as "signed-half" (`config.how_of`). `window` is (stride, padding, dilation) of both
-axes and the groups. `tiles` and `tickets` are those of `hamilton_pack`; without them a kernel packs by itself.
+where Triton cannot build a kernel. `how` says in which form, on the Triton backend with the precision, such as
+"signed-half" (`config.how_of`). `window` is (stride, padding, dilation) of both axes and the groups. `tiles` and
+`tickets` are those of `hamilton_pack`; without them a kernel packs by itself.
 """
 
 from collections.abc import Sequence
@@ -44,25 +44,26 @@ def _packed(tiles: Tensor | None, tickets: Tensor | None) -> Any:
     return None if tiles is None or tickets is None else launch.Packed(tiles, tickets)
 
 
-def _pack_fake(weights: Sequence[Tensor], hows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _pack_fake(weights: Sequence[Tensor], hows: str, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     sizes = [packed_size(weight.numel(), how) for weight, how in zip(weights, hows.split(), strict=True)]
     tickets = weights[0].new_empty(len(weights) * MOST_TICKETS, dtype=torch.int32)
     return weights[0].new_empty(sum(sizes), dtype=dtype), tickets
 
 
 @define("hamilton_pack", fake=_pack_fake, **first_order_only("hamilton_pack"))
-def hamilton_pack(weights: Sequence[Tensor], hows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def hamilton_pack(weights: Sequence[Tensor], hows: str, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     """Weights as the Triton kernels read them, and counters for their layers, in one launch.
 
     Args:
         weights: `[4, P, Q, ...]` each.
         hows: how each is multiplied, separated by spaces.
         dtype: of the maps that they will meet.
+        backend: "triton" or "auto".
 
     Returns:
         The tiles, one weight behind the other, `config.packed_size` elements each; `config.MOST_TICKETS` zeros each.
     """
-    with or_plain("auto"):
+    with or_plain(backend):
         from qkernels.ops.hamilton_conv import launch
 
         return launch.pack(weights, hows.split(), dtype)
@@ -163,7 +164,7 @@ def _gradients(
             dy, x, tickets, ctx.kernel_size, ctx.window, need_bias, scale, ctx.weight_type, *how
         )
     elif need_bias:
-        db = dy.sum((0, 2, 3), dtype=ctx.bias_type) * scale
+        db = _scaled(dy.sum((0, 2, 3), dtype=ctx.bias_type), scale)
     return dx, dw, db.to(ctx.bias_type) if need_bias and db is not None else None
 
 

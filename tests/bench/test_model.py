@@ -1,0 +1,38 @@
+"""What `python -m bench model` says is what the planner says, of every launch, and is marked as computed."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import model
+from bench.launches import PARTS, StepCase, step_launches
+from qkernels.ops import _launch
+from qkernels.ops.hamilton_conv import config
+
+CASES = [StepCase(at_layer=2, cached=False, batch=batch, precision="bf16") for batch in (20, 256)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plans_are_read_back_from_launches(case):
+    """Tile, registers, splits: those with which the launch was planned."""
+    read = [model._planned(event.launch, 90) for event in step_launches(case) if "hamilton_conv" in event.name]
+    assert len(read) == 46  # 2 of the twin, 15 forward, 14 data and 15 weight gradients
+    for problem, plan in read:
+        assert plan == config.plan(problem, plan.form, plan.precision, 90, _launch.MULTIPROCESSORS[90])
+
+
+def test_no_launch_is_faster_than_it_can_be():
+    for estimate in model.estimates(step_launches(CASES[0])):
+        assert estimate.predicted_us >= estimate.floor_us >= model.LAUNCH_US, estimate
+
+
+def test_sums_are_of_all_launches_and_say_that_they_are_computed():
+    (case, _), estimates = CASES, model.estimates(step_launches(CASES[0]))
+    plain, lines = model.plain(case), list(model.report([case]))
+    assert plain["launches"] == len(estimates)
+    assert plain["predicted_us"] == pytest.approx(sum(each.predicted_us for each in estimates), abs=0.1)
+    assert plain["predicted_us"] == pytest.approx(sum(plain["by_part"].values()), abs=1)
+    assert list(plain["by_part"]) == list(PARTS)
+    assert plain["source"] == "computed, not measured"
+    assert all("computed, not measured" in line for line in lines if line.startswith(("AT at", "sum of")))
+    assert f"sum of {len(estimates)} launches: {plain['predicted_us']:.0f} us" in lines[-2]
