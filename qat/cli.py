@@ -18,12 +18,11 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 import qat
-from qat.config import CorpusConfig, Experiment, RHEmoExperiment, TrainingConfig, to_plain
-from qat.data.spectrogram import SpectrogramConfig
-from qat.experiments.cost import Assumed
-from qat.experiments.grid import CORPORA, Selection
-from qat.experiments.sweep import SlurmConfig
-from qat.presets import VALUES
+from qat.campaign.cost import Assumed
+from qat.campaign.grid import CORPORA, Selection
+from qat.campaign.sweep import SlurmConfig
+from qat.config import CorpusConfig, Experiment, RHEmoExperiment, SpectrogramConfig, TrainingConfig, to_plain
+from qat.config.preset import VALUES
 
 Command = Callable[[Namespace], Any]
 
@@ -271,13 +270,13 @@ def _chosen(kind: type[Any], options: Namespace) -> Any:
 
 
 def _demo(options: Namespace) -> Any:
-    from qat.experiments.study import Study
+    from qat.campaign.study import Study
 
     return _studied(Study(*_material(options, "demo"), options.recipe, _seeds(options), options.workers))
 
 
 def _study(options: Namespace) -> Any:
-    from qat.experiments.inquiry import Inquiry
+    from qat.campaign.inquiry import Inquiry
 
     folder, material = _material(options, "study")
     chosen = {"layers": tuple(options.layers), "real": options.real, "brief": options.brief}
@@ -285,7 +284,7 @@ def _study(options: Namespace) -> Any:
 
 
 def _material(options: Namespace, name: str) -> tuple[Path, Any]:
-    from qat.experiments.study import recorded, synthetic
+    from qat.campaign.study import recorded, synthetic
 
     if options.seeds < 1 or options.workers < 1:
         raise ValueError(f"--seeds {options.seeds} and --workers {options.workers} must be at least 1")
@@ -300,7 +299,7 @@ def _seeds(options: Namespace) -> tuple[int, ...]:
 
 
 def _studied(study: Any) -> Any:
-    from qat.experiments.report import collect, summary_table
+    from qat.report.report import collect, summary_table
 
     report = study.run()
     return {"summary": summary_table(collect(study.folder)), "report": report}
@@ -391,7 +390,7 @@ def _train(options: Namespace) -> Any:
 
 
 def _sweep(options: Namespace) -> Any:
-    from qat.experiments.sweep import read_plan, train_all
+    from qat.campaign.sweep import read_plan, train_all
 
     trainings = read_plan(options.plan)
     layout = _layout(options)
@@ -415,14 +414,14 @@ def _sweep(options: Namespace) -> Any:
 
 
 def _layout(options: Namespace) -> Any:
-    from qat.experiments.sweep import Layout
+    from qat.campaign.sweep import Layout
 
     return Layout(options.at_once, options.jobs, options.cluster, options.slurm)
 
 
 def _grid(options: Namespace) -> Any:
-    from qat.experiments.cost import estimate
-    from qat.experiments.grid import Grid
+    from qat.campaign.cost import estimate
+    from qat.campaign.grid import Grid
 
     layout, selection = _layout(options), Selection(**{f.name: options[f.name] for f in dataclasses.fields(Selection)})
     grid = Grid(options.out, options.preset, selection, options.folders, options.settings)
@@ -452,14 +451,14 @@ def _grid(options: Namespace) -> Any:
 def _preset(options: Namespace) -> Any:
     import yaml
 
-    from qat.experiments.grid import base
-    from qat.presets import experiment, laid, read_layers
+    from qat.campaign.grid import base
+    from qat.config.preset import experiment, merge, read_layers
 
     place = {} if options.stage.startswith("rhemo") else {"network": options.network}
     if options.stage == "emotion":
         place |= {name: options[name] for name in ("corpus", "split", "at")}
         place["layer"] = 0 if options.at == "none" else options.layer
-    settings = laid({"stage": options.stage, **place}, read_layers(options.name), base(options.stage, place))
+    settings = merge({"stage": options.stage, **place}, read_layers(options.name), base(options.stage, place))
     # Whole, because other commands have other defaults; but for the folder, which is the user's to say.
     whole = to_plain(experiment(settings, options.stage))
     del whole["corpus"]["folder"]
@@ -481,11 +480,11 @@ def _predict(options: Namespace) -> Any:
 
 
 def _report(options: Namespace) -> Any:
-    from qat.experiments.report import collect, summary_table, write_report
+    from qat.report.report import collect, summary_table, write_report
 
     report = write_report(options.folder, options.out)
     if (options.folder / "plan.csv").is_file():
-        from qat.experiments.grid_report import read_table1, short_table
+        from qat.report.grid_report import read_table1, short_table
 
         table = read_table1(report)
         made_up = sorted(set(table.loc[table["kind"] == "synthesised", "corpus"]))

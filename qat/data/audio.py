@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 256
-"""Samples of one STFT window: a shorter file gives no spectrogram."""
+from qat.config import WINDOW
 
 SILENCE = 0.005
 """A file whose largest sample is not above this is skipped (WASPAA 2023, released preprocessing)."""

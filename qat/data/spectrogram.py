@@ -3,81 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat.data.audio import WINDOW
+from qat.config.experiment import INPUT_BINS, INPUT_FRAMES, WORD_FRAMES, SpectrogramConfig
 from qat.data.torchaudio_import import torchaudio
-
-INPUT_FRAMES = 512
-INPUT_BINS = 128
-WORD_FRAMES = 170
-"""Frames that one isolated word is cut or padded to, 1.35 s (Guizzo et al. 2021)."""
 
 LAST_WORD_OFFSET = 340
 
 _LOG_GAIN = 1000.0
-
-
-@dataclass(frozen=True)
-class SpectrogramConfig:
-    """How audio becomes spectrograms.
-
-    Args:
-        sample_rate: in Hz.
-        hop: between windows, in samples.
-        frame_seconds: length of one cut.
-        cut: "audio" cuts the audio in non-overlapping pieces of `frame_seconds`, drops the remainder and fills a short
-            file with zeros at its end (WASPAA 2023). "reference" is the released code's rule: blocks are counted from
-            the end of the file's spectrogram, and a file longer than two blocks ends with a block that overlaps.
-            "word" makes one cut per file, cut or filled with zeros to 170 frames.
-        time_order: "natural", or "reversed" (last frame first) as in the released code.
-    """
-
-    sample_rate: int = 16000
-    window: ClassVar[int] = WINDOW  # samples of the periodic Hamming window; 129 bins, which the networks' shape needs
-    hop: int = 128
-    frame_seconds: float = 4.0
-    cut: Literal["audio", "reference", "word"] = "audio"
-    time_order: Literal["natural", "reversed"] = "natural"
-
-    def __post_init__(self) -> None:
-        for name in ("sample_rate", "hop", "frame_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        if self.hop > self.window:
-            raise ValueError(f"hop={self.hop} must not be above the window of {self.window} samples")
-        if self.cut != "word" and self.frames > INPUT_FRAMES:
-            raise ValueError(
-                f"frame_seconds={self.frame_seconds} at sample_rate={self.sample_rate} and hop={self.hop} gives "
-                f"{self.frames} frames; the networks take at most {INPUT_FRAMES}"
-            )
-        if self.samples < self.window:
-            raise ValueError(
-                f"frame_seconds={self.frame_seconds} must hold at least one window of {self.window} samples"
-            )
-        for name, known in (("cut", ("audio", "reference", "word")), ("time_order", ("natural", "reversed"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-
-    @property
-    def samples(self) -> int:
-        """Audio samples in one cut."""
-        return round(self.frame_seconds * self.sample_rate)
-
-    @property
-    def frames(self) -> int:
-        """Rows of one cut: 501 for 4 s, 170 for a word."""
-        return WORD_FRAMES if self.cut == "word" else -(-self.samples // self.hop) + 1
-
-    @property
-    def bins(self) -> int:
-        """Columns of one cut."""
-        return self.window // 2 + 1
 
 
 def magnitude(audio: NDArray[np.float32] | Tensor, config: SpectrogramConfig) -> Tensor:

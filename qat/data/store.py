@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qat.config import SpectrogramConfig
 from qat.data.audio import AudioError, load_audio
 from qat.data.manifest import Manifest, read_table, write_table
-from qat.data.spectrogram import SpectrogramConfig, cut
+from qat.data.spectrogram import cut
 from qat.files import make_once, sha256_of, write_json
 from qat.processes import bar, ordered_map
 

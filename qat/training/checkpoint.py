@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.config import AnyExperiment, decisive, difference, to_plain
+from qat.config import AnyExperiment, difference, identity_settings, to_plain
 from qat.files import replacing
 
 
@@ -68,7 +68,7 @@ def check_run(folder: Path, experiment: AnyExperiment) -> None:
         theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
     else:
         return
-    if found := difference(decisive(theirs), decisive(to_plain(experiment))):
+    if found := difference(identity_settings(theirs), identity_settings(to_plain(experiment))):
         raise ValueError(f"{folder}: holds a run with {found}; choose another folder, or delete this one")
 
 

@@ -24,7 +24,7 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qat.config import TrainingConfig, decisive
+from qat.config import TrainingConfig, identity_settings
 from qat.files import write_text
 from qat.training import distributed
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
@@ -166,7 +166,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _but_execution(record: dict[str, Any]) -> dict[str, Any]:
-    return record | {"experiment": decisive(record["experiment"])}
+    return record | {"experiment": identity_settings(record["experiment"])}
 
 
 def _losses(history: History) -> list[float]:

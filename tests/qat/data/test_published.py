@@ -11,10 +11,9 @@ import soundfile
 from praatio import textgrid
 
 from qat import cli
-from qat.config import CorpusConfig, Experiment, NetworkConfig, SplitConfig, TrainingConfig
+from qat.config import CorpusConfig, Experiment, NetworkConfig, SpectrogramConfig, SplitConfig, TrainingConfig
 from qat.data import corpora
 from qat.data.corpora import cremad, emodb, emovo, iemocap, ravdess, savee, tess
-from qat.data.spectrogram import SpectrogramConfig
 from qat.data.store import prepare
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import divide, load_data, read_corpus

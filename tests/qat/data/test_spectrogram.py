@@ -5,7 +5,8 @@ import pytest
 import scipy.signal
 import torch
 
-from qat.data.spectrogram import Normalisation, SpectrogramConfig, cut, magnitude, place_words, to_input, word_offsets
+from qat.config import SpectrogramConfig
+from qat.data.spectrogram import Normalisation, cut, magnitude, place_words, to_input, word_offsets
 
 CONFIG = SpectrogramConfig()
 REFERENCE = SpectrogramConfig(cut="reference")

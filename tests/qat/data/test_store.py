@@ -13,10 +13,11 @@ import pytest
 import soundfile
 import torch
 
+from qat.config import SpectrogramConfig
 from qat.data import store as store_module
 from qat.data.audio import load_audio
 from qat.data.manifest import build_manifest
-from qat.data.spectrogram import SpectrogramConfig, cut
+from qat.data.spectrogram import cut
 from qat.data.store import SpectrogramStore, prepare
 from qat.files import sha256_of
 

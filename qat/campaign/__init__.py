@@ -1,0 +1,1 @@
+"""Many trainings from one plan, and the engine that runs them."""

@@ -1,0 +1,178 @@
+"""What trainings that have not been run yet are likely to cost: arithmetic, at a rate that is assumed or was measured.
+
+    seconds of an epoch = (training samples x FLOP to train one + validation samples x FLOP to judge one) / rate
+
+A sample is trained by three forward passes' worth of arithmetic (forward, and twice that backward). Counted are the
+products of convolutions and linear maps, as the definition has them, and the twin's forward pass; Gram matrices,
+spectrograms, reading and judging the test part are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from qat.campaign.stages import RUNS, Plan
+from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
+from qat.data.splits import counts
+from qat.models.rhemo import DIMENSIONS
+from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, scaled
+from qat.results.runs import number, read_json
+
+ITEMS = {
+    "iemocap": 10_039,
+    "ravdess": 1440,
+    "tess": 2800,
+    "emodb": 535,
+    "emovo": 588,
+    "savee": 480,
+    "cremad": 7442,
+    "demo": 1152,
+}
+"""Utterances of the published corpora, and sentences of the demo corpus."""
+
+_FOUR_EMOTIONS = 4490  # of IEMOCAP's utterances
+_WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
+_ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}  # training and validation
+_RHEMO_CONVOLUTIONS = 16e6  # multiplications of encoder and decoder, a sample
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is taken where nothing was measured.
+
+    Args:
+        epochs: of a training, unless its settings allow fewer, or its patience asks for more.
+        tflops: arithmetic of a training, 1e12 operations a second.
+    """
+
+    epochs: int = 60
+    tflops: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "tflops"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be above 0")
+
+
+def estimate(plan: Plan, table: pd.DataFrame, assumed: Assumed) -> pd.DataFrame:
+    """What is left to train, by stage and network.
+
+    Args:
+        plan: the trainings.
+        table: with ``run``, ``stage``, ``network`` and ``split``, see :attr:`qat.campaign.grid.Grid.table`.
+        assumed: where no training of the same stage and network is finished. Where some are, their mean number of
+            epochs and the arithmetic that they did in a second are taken.
+
+    Returns:
+        One row per stage and network: ``stage``, ``network``, ``trainings``, ``finished``, ``epochs`` (mean of those
+        that are left), ``tflops``, ``hours`` (of those that are left, one after another on one device) and ``basis``:
+        where epochs and rate come from.
+    """
+    done = plan.finished()
+    rows = []
+    for (stage, network), group in table.fillna("").groupby(["stage", "network"], sort=False):
+        splits = dict(zip(group["run"], group["split"], strict=True))
+        runs = {RUNS / run: plan.trainings[RUNS / run] for run in splits}
+        work = {path: flop_of_epoch(one, splits[path.name]) for path, one in runs.items()}
+        finished = [path for path in runs if path in done]
+        left = [path for path in runs if path not in done]
+        known = [read_json(plan.folder / path / "result.json") for path in finished]
+        measured = _measured(known, [work[path] for path in finished])
+        epochs, rate, basis = measured or (assumed.epochs, assumed.tflops, "assumed")
+        lengths = [_length(runs[path].training, epochs) for path in left]
+        flop = sum(length * work[path] for length, path in zip(lengths, left, strict=True))
+        rows.append(
+            {
+                "stage": stage,
+                "network": network,
+                "trainings": len(runs),
+                "finished": len(finished),
+                "epochs": sum(lengths) / len(lengths) if lengths else 0.0,
+                "tflops": rate,
+                "hours": flop / (rate * 1e12) / 3600,
+                "basis": basis,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def flop_of_epoch(experiment: AnyExperiment, split: str = "random") -> float:
+    """Operations of one epoch of a training, two for each multiplication with its addition.
+
+    Args:
+        experiment: the training.
+        split: ``random`` or ``actor``, which decides how many samples it has.
+    """
+    train, validation = _samples(experiment, split)
+    forward = _forward(experiment)
+    twin = 0.0
+    if isinstance(experiment, Experiment) and (experiment.anti_transfer.twin or experiment.anti_transfer.random_twin):
+        at, network = experiment.anti_transfer, experiment.network
+        fixed = not network.embeds or network.rhemo_mode == "frozen"
+        if not (at.cache and fixed):
+            deepest = 13 if at.position == "pool5" else max(at.layers)
+            twin = 2 * sum(_convolutions(network)[:deepest])
+    return train * (3 * forward + twin) + validation * (forward + twin)
+
+
+def _forward(experiment: AnyExperiment) -> float:
+    if isinstance(experiment, RHEmoExperiment):
+        hidden, pixels = scaled(HIDDEN, experiment.rhemo.width), 64 * 64
+        heads = (1 + len(DIMENSIONS)) * (pixels * hidden + hidden * hidden)
+        return 2 * (_RHEMO_CONVOLUTIONS + heads)
+    network = experiment.network
+    _, height, width = INPUT[network.domain]
+    cells = 49 if network.adaptive_pool else (height // 32) * (width // 32)
+    hidden = scaled(HIDDEN, network.width)
+    linear = scaled(CHANNELS[-1], network.width) * cells * hidden + hidden * hidden
+    return 2 * (sum(_convolutions(network)) + linear)
+
+
+def _convolutions(network: NetworkConfig) -> list[float]:
+    """Multiplications of each convolution, a sample."""
+    channels, height, width = INPUT[network.domain]
+    found = []
+    for layer, out in enumerate((scaled(c, network.width) for c in CHANNELS), 1):
+        found.append(9.0 * channels * out * height * width)
+        channels = out
+        if layer in POOL_AFTER:
+            height, width = height // 2, width // 2
+    return found
+
+
+def _samples(experiment: AnyExperiment, split: str) -> tuple[float, float]:
+    """Training and validation samples, one cut a file."""
+    name, where = experiment.corpus.name, experiment.corpus.where
+    if isinstance(experiment, Experiment) and experiment.task == "word":
+        return _WORDS.get(name, _WORDS["librispeech"])
+    items = ITEMS.get(name, ITEMS["iemocap"])
+    if name == "iemocap" and "emotion" in where:
+        items = _FOUR_EMOTIONS
+    if name == "demo" and "speaker" in where:
+        items = items * len(where["speaker"]) // 18
+    if split == "actor" and name in _ACTOR:
+        train, validation = (share * items for share in _ACTOR[name])
+        return train, validation
+    return counts(items)[:2]
+
+
+def _measured(results: list[dict[str, Any]], work: list[float]) -> tuple[int, float, str] | None:
+    """Epochs, rate and where they come from, of finished runs."""
+    known = [
+        (n, flop * n, seconds, str(result.get("device")))
+        for result, flop in zip(results, work, strict=True)
+        if (n := number(result.get("epochs"))) and (seconds := number(result.get("seconds")))
+    ]
+    if not known:
+        return None
+    devices = ", ".join(sorted({device for *_, device in known}))
+    epochs, flop, seconds = (sum(values) for values in list(zip(*known, strict=True))[:3])
+    return round(epochs / len(known)), flop / seconds / 1e12, f"measured in {len(known)} of them on {devices}"
+
+
+def _length(training: TrainingConfig, epochs: int) -> int:
+    """Epochs of a training: none stops before its patience is over."""
+    return min(max(epochs, training.patience + 1), training.epochs)

@@ -1,0 +1,423 @@
+"""The experiment as one typed object: what is read, split, trained and how. Saved with every run.
+
+Every field can be set in YAML or on the command line (``--network.width 0.125``). Defaults are the paper's
+settings; where paper and released code disagree, the default is the one argued in the README's table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+WINDOW = 256
+"""Samples of the periodic Hamming window; 129 bins, which the networks' shape needs."""
+INPUT_FRAMES = 512
+INPUT_BINS = 128
+WORD_FRAMES = 170
+"""Frames that one isolated word is cut or padded to, 1.35 s (Guizzo et al. 2021)."""
+
+Domain = Literal["quaternion", "real", "real-on-embedding"]
+Task = Literal["emotion", "speaker", "word", "word-presence"]
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: {value!r} must be {rule}")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which recordings.
+
+    Args:
+        name: a known corpus (``qat corpus list``) or ``csv`` for a manifest of your own.
+        folder: the corpus folder, or the manifest file when ``name`` is ``csv``.
+        where: keep the rows whose column has one of these values, e.g. ``{speaker: [en-us+f1, en-us+m1]}``.
+        options: of the corpus's reader, e.g. ``{speaker: session}`` for iemocap; ``qat corpus list`` names them.
+    """
+
+    name: str = "demo"
+    folder: Path = Path("corpora/demo")
+    where: dict[str, list[str]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SpectrogramConfig:
+    """How audio becomes spectrograms.
+
+    Args:
+        sample_rate: in Hz.
+        hop: between windows, in samples.
+        frame_seconds: length of one cut.
+        cut: "audio" cuts the audio in non-overlapping pieces of `frame_seconds`, drops the remainder and fills a short
+            file with zeros at its end (WASPAA 2023). "reference" is the released code's rule: blocks are counted from
+            the end of the file's spectrogram, and a file longer than two blocks ends with a block that overlaps.
+            "word" makes one cut per file, cut or filled with zeros to 170 frames.
+        time_order: "natural", or "reversed" (last frame first) as in the released code.
+    """
+
+    sample_rate: int = 16000
+    window: ClassVar[int] = WINDOW
+    hop: int = 128
+    frame_seconds: float = 4.0
+    cut: Literal["audio", "reference", "word"] = "audio"
+    time_order: Literal["natural", "reversed"] = "natural"
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rate", "hop", "frame_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+        if self.hop > self.window:
+            raise ValueError(f"hop={self.hop} must not be above the window of {self.window} samples")
+        if self.cut != "word" and self.frames > INPUT_FRAMES:
+            raise ValueError(
+                f"frame_seconds={self.frame_seconds} at sample_rate={self.sample_rate} and hop={self.hop} gives "
+                f"{self.frames} frames; the networks take at most {INPUT_FRAMES}"
+            )
+        if self.samples < self.window:
+            raise ValueError(
+                f"frame_seconds={self.frame_seconds} must hold at least one window of {self.window} samples"
+            )
+        for name, known in (("cut", ("audio", "reference", "word")), ("time_order", ("natural", "reversed"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+
+    @property
+    def samples(self) -> int:
+        """Audio samples in one cut."""
+        return round(self.frame_seconds * self.sample_rate)
+
+    @property
+    def frames(self) -> int:
+        """Rows of one cut: 501 for 4 s, 170 for a word."""
+        return WORD_FRAMES if self.cut == "word" else -(-self.samples // self.hop) + 1
+
+    @property
+    def bins(self) -> int:
+        """Columns of one cut."""
+        return self.window // 2 + 1
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How recordings are divided into train, validation and test.
+
+    Args:
+        rule: ``random`` 70/20/10 over files, the paper's random split; ``speaker`` 70/20/10 over speakers, or the
+            speakers listed below; ``speaker-in-order``: the same without shuffling them (RAVDESS: 17, 5 and 2 actors);
+            ``paper-actor``: the released code's lists for the corpora (or manifest files) named iemocap, ravdess, tess
+            and emodb; ``folds``: one fold of a cross-validation over speakers; ``part``: as the corpus's column
+            ``part`` says (LibriSpeech's subsets); ``part-train-only``: its training part three times, as the released
+            code's word task has it;
+            ``confounded``: the listed speakers, and each training speaker says one emotion always and the others
+            with ``leak`` of its sentences, so that the voice predicts the emotion.
+        seed: shuffles the files, the speakers, or which emotion is whose.
+        train: speakers of the training part (rules ``speaker`` and ``confounded``).
+        validation: speakers of the validation part.
+        test: speakers of the test part.
+        leak: share of sentences kept in the other emotions (``confounded``).
+        group: the column that stands for the speaker in the rules ``speaker``, ``speaker-in-order`` and ``folds``:
+            ``session`` for leave-one-session-out, ``text`` or ``script`` for parts that share no sentence.
+        folds: how many (``folds``), at least 3; 0: as many as groups, leave-one-out.
+        fold: which one is the test part, from 1; the next one is the validation part.
+    """
+
+    rule: Literal[
+        "random", "speaker", "speaker-in-order", "paper-actor", "folds", "part", "part-train-only", "confounded"
+    ] = "random"
+    seed: int = 1
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    leak: float = 0.1
+    group: str = "speaker"
+    folds: int = 0
+    fold: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
+        _require(self.folds == 0 or self.folds >= 3, "split.folds", self.folds, "0 or at least 3")
+        _require(self.fold >= 1, "split.fold", self.fold, "at least 1")
+        if self.rule == "confounded":
+            _require(self.group == "speaker", "split.group", self.group, "'speaker' with rule 'confounded'")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The VGG16 that is trained (WASPAA 2023, section 3; tables 1.2 and 1.3 of the method).
+
+    Args:
+        domain: ``quaternion`` on the RH-Emo embedding; ``real`` on the spectrogram; ``real-on-embedding``: the
+            control that tells the smaller input from the Hamilton product.
+        width: multiplies every hidden width (1 is the paper's network).
+        dropout: of the two hidden linear layers.
+        init: ``default`` is quaternion Glorot (convolutions) and He (linears), or torchvision's VGG law in the real
+            domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
+        adaptive_pool: average pool to 7x7 before the classifier, as torchvision does.
+        rhemo: checkpoint of RH-Emo whose encoder makes the embedding (both embedding domains need it).
+        rhemo_mode: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen weights, batch norm in train
+            mode; ``trainable``: trained along.
+        outputs: of the last layer, if more than there are classes (8 for TESS's 7 in the released code); the others are
+            called ``unused-8`` and so on, and are never right.
+        embedding_scale: ``none``, or what embeddings are divided by, over the training part: their ``max`` or ``rms``
+            (root mean square). Without batch norm, thirteen layers hardly learn from values far from 1.
+    """
+
+    domain: Domain = "quaternion"
+    width: float = 1.0
+    dropout: float = 0.5
+    init: Literal["default", "he", "pytorch"] = "default"
+    adaptive_pool: bool = False
+    rhemo: Path | None = None
+    rhemo_mode: Literal["frozen", "batch-statistics", "trainable"] = "frozen"
+    embedding_scale: Literal["none", "max", "rms"] = "none"
+    outputs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0, "network.width", self.width, "above 0")
+        _require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
+        _require(self.outputs is None or self.outputs >= 1, "network.outputs", self.outputs, "at least 1, or absent")
+        if self.domain == "quaternion":
+            _require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
+
+    @property
+    def embeds(self) -> bool:
+        return self.domain != "real"
+
+
+@dataclass(frozen=True)
+class AntiTransferConfig:
+    """Anti-transfer: the loss beta * cos^2 of Gram matrices against frozen networks (WASPAA 2023, equations 1-2).
+
+    Args:
+        twin: checkpoint of the network trained on the orthogonal task; absent means no anti-transfer.
+        layers: convolution layers 1..13 to push apart; their losses are summed.
+        beta: weight of the loss, of every layer or a list with one for each of ``layers``; 0 only monitors the
+            similarity.
+        position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
+            ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
+            in the released code).
+        semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss, with beta squared.
+        clamp: of ``folded-rowwise``: the norms' lower bound, on ``each`` of two (newer PyTorch) or on their ``product``
+            (PyTorch 1.7, with which the code ran).
+        gram: whose Gram matrix is compared: of the ``channel`` (the paper's); the ``position``, which no rotation of
+            the channels changes, so that it also sees what two unrelated networks have in common; or the samples of the
+            ``batch``, one cosine for all of them.
+        centred: centre the features first; with ``batch`` the cosine is then linear CKA.
+        aggregation: what is made of the features before they are compared: their ``gram`` matrix, or the older code's
+            other choices, one value per batch, see :class:`qkernels.nn.AntiTransferLoss`.
+        distance: ``cos_squared``, or the older code's ``mse_sigmoid``, -sigmoid(mean squared difference).
+        cache: compute what the twin gives of every sample once, before training, instead of in every step. It takes
+            effect where the network is given the same of a sample each time: in the ``real`` domain or with
+            ``network.rhemo_mode`` ``frozen``, unless words move in their canvas.
+        cache_mib: MiB that this may take of the device's memory; what takes more is kept in the host's.
+        random_twin: keep the twin's random initialisation: the control that shows what the twin's knowledge adds.
+    """
+
+    twin: Path | None = None
+    layers: list[int] = field(default_factory=lambda: [2])
+    beta: float | list[float] = 1.0
+    position: Literal["relu", "pre-relu", "slice", "pool5"] = "relu"
+    semantics: Literal["paper", "folded-rowwise"] = "paper"
+    clamp: Literal["each", "product"] = "each"
+    gram: Literal["channel", "position", "batch"] = "channel"
+    centred: bool = False
+    aggregation: Literal["gram", "none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise"] = "gram"
+    distance: Literal["cos_squared", "mse_sigmoid"] = "cos_squared"
+    cache: bool = True
+    cache_mib: int = 256
+    random_twin: bool = False
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        valid = bool(layers) and all(1 <= layer <= 13 for layer in layers) and len(set(layers)) == len(layers)
+        _require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
+        number = not isinstance(self.beta, list) or len(self.beta) == len(layers)
+        _require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
+        _require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
+        if self.semantics == "paper":
+            _require(self.clamp == "each", "anti_transfer.clamp", self.clamp, "'each' with semantics 'paper'")
+        if (self.aggregation, self.distance) != ("gram", "cos_squared"):
+            rule = "'paper' with any aggregation but 'gram' and with distance 'mse_sigmoid'"
+            _require(self.semantics == "paper", "anti_transfer.semantics", self.semantics, rule)
+        if not self.is_gram_cosine:
+            rule = "only with semantics 'paper', aggregation 'gram' and distance 'cos_squared'"
+            _require(self.gram == "channel", "anti_transfer.gram", self.gram, f"'channel'; others are there {rule}")
+            _require(not self.centred, "anti_transfer.centred", self.centred, f"false; true is there {rule}")
+        if self.aggregation == "mul_comp":
+            rule = "behind a ReLU with aggregation 'mul_comp', which takes no negative features"
+            _require(self.position != "pre-relu", "anti_transfer.position", self.position, rule)
+        _require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
+        if self.position == "pool5":
+            _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
+        if self.random_twin:
+            _require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
+
+    @property
+    def betas(self) -> list[float]:
+        """The weight of each layer."""
+        return self.beta if isinstance(self.beta, list) else [self.beta] * len(self.layers)
+
+    @property
+    def is_gram_cosine(self) -> bool:
+        """Whether the loss is the squared cosine of Gram matrices, as in the paper."""
+        return (self.semantics, self.aggregation, self.distance) == ("paper", "gram", "cos_squared")
+
+    @property
+    def mixing(self) -> str | None:
+        """The setting that makes the loss one value of a batch, if any, instead of a mean over its samples."""
+        for name in ("semantics", "aggregation", "distance", "gram"):
+            if (value := getattr(self, name)) not in ("paper", "gram", "cos_squared", "channel", "position"):
+                return f"{name} {value}"
+        return None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation (WASPAA 2023, section 4).
+
+    Args:
+        lr: Adam's learning rate.
+        lr_factor: what it is multiplied by after ``lr_patience`` epochs without a lower validation loss; 1 keeps it.
+        lr_patience: see ``lr_factor``.
+        weight_decay: Adam's L2 term.
+        clip: longest gradient, of all parameters as one vector; a longer one is shortened to this.
+        batch: samples per step, over all processes together.
+        epochs: at most so many.
+        patience: epochs without a lower validation loss before stopping.
+        keep: which state becomes ``model.safetensors``: the ``best`` (lowest validation loss) or the ``last``.
+        stopping: ``standard`` or ``reference-window`` (the released code's rule).
+        seed: of initialisation, order, dropout and word offsets.
+        word_offset: where a word lies in its canvas: one random place per ``sample`` or per ``batch`` in training.
+        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer), with
+            RH-Emo's encoder where both train it; the last layer is initialised anew where the classes are others.
+        initial_head: ``keep`` the last layer of ``initial`` where the classes are the same; ``new`` initialises it anew
+            even there, as the released code does.
+        accuracy: over ``samples``; ``batches``: the mean of the accuracies of consecutive batches, as in the released
+            code, which gives the samples of a last, short batch more weight.
+        device: ``auto`` takes CUDA where there is one.
+        precision: ``float32``; ``tf32``: products of float32 rounded to TF32 on GPUs that can; ``bf16``: layers compute
+            in bfloat16, weights and optimiser stay float32.
+        deterministic: take PyTorch's deterministic algorithms.
+        capture: run every step on a GPU as one captured CUDA graph: the same numbers, in a fraction of the time.
+        data_mib: MiB of inputs that are kept on the device; where they take more, batches are read from the host.
+        checkpoint_seconds: states are written at the end of an epoch when so much time has passed since the last were;
+            0 writes them after every epoch. An interruption costs what came after them.
+    """
+
+    lr: float = 1e-5
+    lr_factor: float = 1.0
+    lr_patience: int = 10
+    weight_decay: float = 0.0
+    clip: float | None = None
+    batch: int = 20
+    epochs: int = 1000
+    patience: int = 20
+    keep: Literal["best", "last"] = "best"
+    stopping: Literal["standard", "reference-window"] = "standard"
+    seed: int = 1
+    word_offset: Literal["sample", "batch"] = "sample"
+    initial: Path | None = None
+    initial_head: Literal["keep", "new"] = "keep"
+    accuracy: Literal["samples", "batches"] = "samples"
+    device: str = "auto"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    deterministic: bool = True
+    capture: bool = True
+    data_mib: int = 4096
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "training.lr", self.lr, "above 0")
+        _require(0 < self.lr_factor <= 1, "training.lr_factor", self.lr_factor, "above 0 and at most 1")
+        _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent")
+        for name in ("data_mib", "checkpoint_seconds"):
+            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+        for name in ("batch", "epochs", "patience", "lr_patience"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+
+
+EXECUTION = ("device", "capture", "data_mib", "checkpoint_seconds")
+"""Fields of :class:`TrainingConfig` that do not decide what is learnt."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training of a classifier, complete: the same object makes the same run.
+
+    Args:
+        corpus: the recordings.
+        task: what is recognised: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words
+            of the vocabulary a line holds).
+        features: how audio becomes spectrograms.
+        normalisation: ``paper`` divides by the training maximum before RH-Emo and standardises for the real network;
+            ``log`` is log(1 + 1000 S / max) / log 1001.
+        split: how recordings are divided.
+        network: the VGG16.
+        anti_transfer: the extra loss.
+        training: the optimisation.
+        cache: where prepared spectrograms are kept.
+    """
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: Task = "emotion"
+    features: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    normalisation: Literal["paper", "max", "standard", "log"] = "paper"
+    split: SplitConfig = field(default_factory=SplitConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    anti_transfer: AntiTransferConfig = field(default_factory=AntiTransferConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    cache: Path = Path("cache")
+
+
+@dataclass(frozen=True)
+class RHEmoConfig:
+    """RH-Emo's own shape and loss weights (method section 3).
+
+    Args:
+        width: multiplies the heads' hidden width 4096; the encoder and decoder are always the published ones.
+        beta: weight of the supervised terms (0 in stage 1, 0.01 in stage 2).
+        beta_class: weight of the emotion term within them.
+        beta_vad: weight of each of the valence, arousal and dominance terms within them.
+    """
+
+    width: float = 1.0
+    beta: float = 0.0
+    beta_class: float = 1.0
+    beta_vad: float = 100.0
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0, "rhemo.width", self.width, "above 0")
+        for name in ("beta", "beta_class", "beta_vad"):
+            _require(getattr(self, name) >= 0, f"rhemo.{name}", getattr(self, name), "at least 0")
+
+
+@dataclass(frozen=True)
+class RHEmoExperiment:
+    """One stage of RH-Emo's pretraining.
+
+    Args:
+        corpus: the recordings.
+        features: how audio becomes spectrograms.
+        normalisation: ``max`` (the paper's) or ``log``; both map the training part to 0..1.
+        split: how recordings are divided.
+        rhemo: width and loss weights.
+        training: the optimisation; in stage 2 ``training.initial`` names stage 1's run.
+        cache: where prepared spectrograms are kept.
+    """
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    features: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    normalisation: Literal["max", "log"] = "max"
+    split: SplitConfig = field(default_factory=SplitConfig)
+    rhemo: RHEmoConfig = field(default_factory=RHEmoConfig)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(lr=1e-3, batch=50, epochs=200_000, patience=100)
+    )
+    cache: Path = Path("cache")
+
+
+AnyExperiment = Experiment | RHEmoExperiment

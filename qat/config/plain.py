@@ -1,0 +1,135 @@
+"""Settings as plain data, for YAML, JSON and the command line: written, read, checked one by one, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+from qat.config.experiment import EXECUTION, AnyExperiment, Experiment, RHEmoExperiment
+
+C = TypeVar("C")
+
+_type_hints = cache(get_type_hints)  # a grid compares hundreds of trainings with what is there
+
+
+def to_plain(config: Any) -> Any:
+    """A config as dicts, lists and strings, ready for YAML and JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def flatten(nested: dict[str, Any]) -> dict[str, Any]:
+    """Values by ``group.field``; what such a field holds may be a mapping itself, and stays whole.
+
+    >>> flatten({"task": "word", "corpus": {"name": "csv", "where": {"speaker": ["ann"]}}})
+    {'task': 'word', 'corpus.name': 'csv', 'corpus.where': {'speaker': ['ann']}}
+    """
+    found: dict[str, Any] = {}
+    for group, value in nested.items():
+        found |= (
+            {f"{group}.{field}": one for field, one in value.items()} if isinstance(value, dict) else {group: value}
+        )
+    return found
+
+
+def identity_settings(plain: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a plain experiment that decide what is learnt, by ``group.field``.
+
+    With other values of the rest a run may be resumed: on another device, after it ran out of memory, uncaptured, or
+    with another cache. Settings that there were not yet when it was saved have their defaults.
+    """
+    kind: type[AnyExperiment] = RHEmoExperiment if "rhemo" in plain else Experiment
+    free = ("cache", *(f"training.{name}" for name in EXECUTION))
+    return {name: value for name, value in flatten(to_plain(from_plain(kind, plain))).items() if name not in free}
+
+
+def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first setting that differs, with its value in a run that is there and in one that is wanted.
+
+    >>> difference({"task": "word", "training.lr": 0.1}, {"task": "word", "training.lr": 0.2})
+    'training.lr 0.1, and this one has 0.2'
+    >>> difference({"rhemo.width": 1.0}, {})
+    'rhemo.width 1.0, and this one has None'
+    """
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
+            return f"{name} {theirs.get(name)!r}, and this one has {ours.get(name)!r}"
+    return None
+
+
+def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
+    """Undo :func:`to_plain`: the config of class ``kind`` that a run or checkpoint was saved with."""
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(plain.keys() - known):
+        raise ValueError(f"{kind.__name__}: unknown setting {', '.join(unknown)}; saved by another version?")
+    values = dict(plain)
+    for name, hint in _type_hints(kind).items():  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(hint) and name in values:
+            values[name] = from_plain(hint, values[name])  # type: ignore[arg-type]
+        elif Path in (hint, *get_args(hint)) and values.get(name) is not None:
+            values[name] = Path(values[name])
+    return kind(**values)
+
+
+@contextmanager
+def prefix_errors(*place: object) -> Iterator[None]:
+    """Say in one line where a wrong setting stands.
+
+    Raises:
+        ValueError: instead of any error of a setting, with ``place`` before it.
+    """
+    try:
+        yield
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(": ".join([*map(str, place), " ".join(str(error).split())])) from None
+
+
+def check(kind: type[AnyExperiment], setting: object, value: object) -> None:
+    """Refuse what a parser lets through: a value instead of a group of settings, and null for everything.
+
+    Args:
+        kind: of the experiment.
+        setting: its dotted name.
+        value: its plain value.
+
+    Raises:
+        ValueError: naming both.
+    """
+    found: Any = kind
+    for part in str(setting).split("."):
+        if not dataclasses.is_dataclass(found):
+            return
+        if part not in {one.name for one in dataclasses.fields(found)}:
+            command = "qat train" if kind.__name__ == "Experiment" else "qat pretrain rhemo"
+            raise ValueError(f"{setting}: {value!r} must be of a setting that `{command}` has")
+        found = get_type_hints(found)[part]
+    if dataclasses.is_dataclass(found):
+        raise ValueError(f"{setting}: {value!r} must be of one setting; this is a group of them")
+    if value is None and type(None) not in get_args(found):
+        raise ValueError(f"{setting}: null must be a value; this setting cannot be absent")
+
+
+@cache
+def parser_of(kind: type[AnyExperiment]) -> ArgumentParser:
+    """A parser of all settings of one kind of experiment."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def instantiate(parser: ArgumentParser, kind: type[AnyExperiment], settings: Any) -> AnyExperiment:
+    """The experiment of parsed settings."""
+    chosen = parser.instantiate(settings)
+    return kind(**{one.name: chosen[one.name] for one in dataclasses.fields(kind)})

@@ -1,0 +1,172 @@
+"""Presets: the settings of every training of the paper's grid, as files of layers that lie over each other.
+
+``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``demo`` is
+what learns in minutes, on synthesised speech. A file is a list of layers::
+
+    - settings: {training: {batch: 20}}
+    - when: {network: real, stage: [word, speaker]}
+      settings: {training: {batch: 40}}
+
+A layer holds for the trainings that have every attribute of its ``when``, with that value or one of a list; the later
+layer wins. Settings are those of ``qat train``, or of ``qat pretrain rhemo`` in RH-Emo's stages; each kind of training
+takes what it has.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment, flatten
+from qat.config.plain import check, instantiate, parser_of, prefix_errors
+
+NAMES = ("paper", "released-code", "demo")
+
+ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
+"""What tells trainings apart. RH-Emo's stages have no ``network``, and what follows it only emotion trainings have."""
+
+VALUES: Mapping[str, Sequence[Any]] = {
+    "stage": ("rhemo-1", "rhemo-2", "word", "speaker", "emotion"),
+    "network": ("quaternion", "real"),
+    "split": ("random", "actor"),
+    "at": ("none", "single_S", "single_W", "dual_SW", "dual_WS"),
+    "layer": range(14),
+}
+"""What attributes can be, where that is known; layer 0 is that of ``at`` none."""
+
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings of some trainings.
+
+    Args:
+        when: allowed values by attribute; empty: of all trainings.
+        settings: nested, as in a YAML file.
+    """
+
+    when: Mapping[str, Sequence[Any]]
+    settings: Plain
+
+    def matches(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether a training with these attributes takes it."""
+        return all(name in attributes and attributes[name] in values for name, values in self.when.items())
+
+
+def kind_of(stage: str) -> type[AnyExperiment]:
+    """What a stage trains."""
+    return RHEmoExperiment if stage.startswith("rhemo") else Experiment
+
+
+def read_layers(source: str | Path) -> list[Layer]:
+    """The layers of a preset, or of a file of the same form.
+
+    Raises:
+        ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
+            values, are named with the layer's number.
+    """
+    if source in NAMES:
+        return list(_preset(str(source)))
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
+    return _read(path, source)
+
+
+@cache
+def _preset(name: str) -> tuple[Layer, ...]:
+    return tuple(_read(files("qat.config") / "presets" / f"{name}.yaml", name))
+
+
+def _read(path: Traversable, source: object) -> list[Layer]:
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(listed, list):
+        raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
+    parsers: dict[type[AnyExperiment], Any] = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
+    layers = []
+    for number, one in enumerate(listed, 1):
+        with prefix_errors(source, f"layer {number}"):
+            if not isinstance(one, dict) or not {"settings"} <= one.keys() <= {"settings", "when"}:
+                raise ValueError(f"{one!r} must have `settings` and perhaps `when`, and nothing else")
+            when, settings = one.get("when") or {}, one["settings"]
+            for name, value in (("when", when), ("settings", settings)):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name}: {value!r} must be names and values")
+            if unknown := [name for name in when if name not in ATTRIBUTES]:
+                raise ValueError(f"when: {unknown[0]!r} must be one of {', '.join(ATTRIBUTES)}")
+            when = {name: value if isinstance(value, list) else [value] for name, value in when.items()}
+            for name, values in when.items():
+                for value in values if name in VALUES else ():
+                    if value not in VALUES[name]:
+                        raise ValueError(f"when: {name}: {value!r} must be one of {', '.join(map(str, VALUES[name]))}")
+            _check(settings, parsers)
+        layers.append(Layer(when, settings))
+    return layers
+
+
+def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -> Plain:
+    """The settings of a training: ``base``, and over it every layer that holds; of groups, field by field.
+
+    Args:
+        attributes: of the training, see :data:`ATTRIBUTES`.
+        layers: the later wins.
+        base: nested settings.
+
+    >>> layer = Layer({"network": ["real"]}, {"training": {"batch": 40}})
+    >>> merge({"network": "real"}, [layer], {"training": {"batch": 20, "seed": 2}})
+    {'training': {'batch': 40, 'seed': 2}}
+    """
+    known = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
+    settings = {group: dict(value) if isinstance(value, dict) else value for group, value in base.items()}
+    for layer in layers:
+        for group, value in layer.settings.items() if layer.matches(attributes) else ():
+            if known is None or group in known:
+                settings[group] = settings.get(group, {}) | value if isinstance(value, dict) else value
+    return settings
+
+
+def experiment(settings: Plain, stage: str) -> AnyExperiment:
+    """The experiment of a stage from nested settings; what they do not say has its default.
+
+    Raises:
+        ValueError: a wrong or unknown setting.
+    """
+    return _experiment(json.dumps(settings, sort_keys=True), stage)
+
+
+@cache  # parsing takes a tenth of a second, and hundreds of trainings differ in nothing but their layer
+def _experiment(settings: str, stage: str) -> AnyExperiment:
+    kind: Any = kind_of(stage)
+    parser, plain = parser_of(kind), json.loads(settings)
+    with prefix_errors(stage):
+        for setting, value in flatten(plain).items():
+            check(kind, setting, value)
+        made: AnyExperiment = instantiate(parser, kind, parser.parse_object(plain))
+        return made
+
+
+def _check(settings: Plain, parsers: Mapping[type[AnyExperiment], Any]) -> None:
+    """Every setting must be one of a kind of experiment, with a value that it takes."""
+    for setting, value in flatten(settings).items():
+        refused: list[Exception] = []
+        for kind, parser in parsers.items():
+            try:
+                check(kind, setting, value)
+                parser.parse_object({setting: value})
+            except (ArgumentError, ValueError, TypeError) as error:
+                refused.append(error)
+        if len(refused) == len(parsers):
+            raise refused[0]

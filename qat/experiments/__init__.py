@@ -1,1 +1,0 @@
-"""What is made from many trainings: the demo, statistics and reports."""

@@ -1,0 +1,184 @@
+"""How sure a figure is: intervals over speakers, paired differences and the spread over seeds.
+
+Clips of one speaker succeed or fail together, so the speaker is what is drawn at random, never the clip. Where
+trainings are compared, and not trained networks, it is the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Interval(NamedTuple):
+    """Both ends of a confidence interval."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A mean difference, and its interval where the data allow one."""
+
+    mean: float
+    interval: Interval | None
+
+
+def cluster_interval(
+    values: ArrayLike, clusters: Sequence[object], *, level: float = 0.95, draws: int = 10_000, seed: int = 1
+) -> Interval | None:
+    r"""Bootstrap interval of a mean over clips whose speakers are a sample.
+
+    Whole clusters are drawn with replacement; each draw gives the mean over its clips. Plain percentiles of so
+    few clusters are too narrow (9 speakers: they cover about 90 % instead of 95 %), so they are taken further
+    out, at
+
+    .. math:: \Phi\left(\pm\sqrt{C/(C-1)}\; t_{C-1,\,(1 + level)/2}\right)
+
+    with C clusters: the expanded percentile interval of Hesterberg 2015, "What teachers should know about the
+    bootstrap". With 9 speakers it covers 94 % in simulation, with 4 still only 89 %.
+
+    Args:
+        values: `[n]`, one per clip, e.g. 1 where the answer was right; several seeds may be merge end to end.
+        clusters: `[n]`, the speaker of each clip.
+        level: coverage that is aimed at.
+        draws: bootstrap draws.
+        seed: of the draws; the same call gives the same interval.
+
+    Returns:
+        The interval; None with fewer than two clusters, or when all clusters have the same mean: no spread
+        between clusters is visible, and a bootstrap would call that certainty.
+
+    Raises:
+        ValueError: values and clusters differ in length, or level is outside (0, 1).
+
+    >>> cluster_interval([1, 1, 0, 1], ["a", "a", "a", "a"]) is None
+    True
+    >>> low, high = cluster_interval([1, 1, 0, 0, 1, 0] * 5, ["a", "b", "c", "d", "e", "f"] * 5)
+    >>> low < 0.5 < high
+    True
+    """
+    from scipy.special import ndtr, stdtrit
+
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1")
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or len(array) != len(clusters):
+        raise ValueError(f"values have shape {array.shape} and there are {len(clusters)} clusters; both must be [n]")
+    _, index = np.unique(np.asarray([str(cluster) for cluster in clusters]), return_inverse=True)
+    sums, sizes = np.bincount(index, weights=array), np.bincount(index)
+    count = len(sums)
+    if count < 2 or np.ptp(sums / sizes) < 1e-12:
+        return None
+    shares = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    means = (shares @ sums) / (shares @ sizes)
+    tail = ndtr(-np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + level) / 2))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def paired_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: Sequence[object],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 1,
+) -> Difference:
+    """Mean of ``first - second`` over the same clips (and seeds), with its interval over speakers.
+
+    Pairing removes what both have in common: a hard speaker is hard for both.
+
+    Args:
+        first, second: `[n]`; position by position the same clip and seed.
+        clusters: `[n]`, the speaker of each clip.
+        level, draws, seed: as in `cluster_interval`.
+
+    Raises:
+        ValueError: the lengths differ.
+
+    >>> paired_difference([1, 1, 0], [0, 1, 0], ["a", "a", "a"])
+    Difference(mean=0.3333333333333333, interval=None)
+    """
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"first has shape {a.shape}, second {b.shape}; a paired difference needs the same clips in both"
+        )
+    interval = cluster_interval(a - b, clusters, level=level, draws=draws, seed=seed)
+    return Difference(float((a - b).mean()), interval)
+
+
+class OverSeeds(NamedTuple):
+    """A mean difference of paired trainings, its interval and p-value, and the seeds in which it rose and fell."""
+
+    mean: float
+    interval: Interval | None
+    p: float | None
+    rose: int
+    fell: int
+
+
+def over_seeds(first: Sequence[float], second: Sequence[float], *, level: float = 0.95) -> OverSeeds:
+    """Mean of ``first - second``, seed by seed, with Student's interval and the p-value of the paired t test.
+
+    It tells what other seeds would give: other initial weights, orders and, where seeds draw them, splits.
+
+    Args:
+        first, second: `[n]`, one figure a seed.
+        level: coverage.
+
+    Returns:
+        No interval and no p-value from a single seed, or when all differences are the same.
+
+    Raises:
+        ValueError: the lengths differ, or there are no seeds.
+
+    >>> found = over_seeds([0.5, 0.6, 0.55], [0.4, 0.45, 0.5])
+    >>> [round(value, 3) for value in (found.mean, *found.interval, found.p)], found.rose
+    ([0.1, -0.024, 0.224, 0.074], 3)
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"first has {len(first)} seeds, second {len(second)}; both need the same, one or more")
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, interval, p = float(differences.mean()), None, None
+    if len(differences) > 1 and np.ptp(differences) > 1e-12:
+        test = ttest_1samp(differences, 0.0)
+        interval, p = Interval(*map(float, test.confidence_interval(level))), float(test.pvalue)
+    return OverSeeds(mean, interval, p, int((differences > 0).sum()), int((differences < 0).sum()))
+
+
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's adjusted p-values: of the results below 0.05, 5 % are false on average.
+
+    >>> false_discovery([0.01, 0.04, 0.5])
+    [0.03, 0.06, 0.5]
+    >>> false_discovery([])
+    []
+    """
+    from scipy.stats import false_discovery_control
+
+    return [float(value) for value in false_discovery_control(list(p_values))] if len(p_values) else []
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (n - 1 in the denominator) over seeds; no deviation from a single one.
+
+    Raises:
+        ValueError: there are no values.
+
+    >>> mean_and_sd([0.25, 0.5, 0.75])
+    (0.5, 0.25)
+    >>> mean_and_sd([0.5])
+    (0.5, None)
+    """
+    if len(values) == 0:
+        raise ValueError("values is empty; a mean needs at least one")
+    array = np.asarray(values, dtype=float)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None

@@ -1,0 +1,233 @@
+from dataclasses import fields, replace
+
+import pytest
+import yaml
+
+from qat import cli
+from qat.campaign.grid import base
+from qat.config import Experiment, RHEmoExperiment, flatten, to_plain
+from qat.config.preset import NAMES, experiment, merge, read_layers
+
+STAGES = ("rhemo-1", "rhemo-2", "word", "speaker", "emotion")
+NETWORKS = ("quaternion", "real")
+
+
+def made(preset: str, stage: str, **place: object) -> Experiment | RHEmoExperiment:
+    attributes = {"stage": stage, **place}
+    return experiment(merge(attributes, read_layers(preset), base(stage, place)), stage)
+
+
+def emotion(preset: str, network: str, at: str = "single_S", corpus: str = "iemocap", split: str = "random"):
+    return made(preset, "emotion", network=network, corpus=corpus, split=split, at=at, layer=2, seed=1)
+
+
+# What paper and released code say, item by item: setting, preset paper, preset released-code.
+ITEMS = [
+    ("anti_transfer.semantics", "paper", "folded-rowwise"),
+    ("anti_transfer.beta", 1.0, 1.0),
+    ("anti_transfer.clamp", "each", "product"),
+    ("anti_transfer.position", "relu", "pool5"),
+    ("anti_transfer.random_twin", False, True),
+    ("anti_transfer.gram", "channel", "channel"),
+    ("features.time_order", "natural", "reversed"),
+    ("features.cut", "audio", "reference"),
+    ("training.batch", 20, 40),
+    ("training.stopping", "standard", "reference-window"),
+    ("training.accuracy", "samples", "batches"),
+    ("training.lr", 1e-5, 1e-5),
+    ("training.patience", 20, 20),
+    ("training.epochs", 1000, 1000),
+    ("training.weight_decay", 0.0, 0.0),
+    ("training.keep", "best", "best"),
+    ("network.width", 1.0, 1.0),
+    ("network.dropout", 0.5, 0.5),
+    (
+        "corpus.where",
+        {"emotion": ["angry", "happy", "neutral", "sad"]},
+        {"emotion": ["angry", "happy", "neutral", "sad"]},
+    ),
+]
+OF_A_NETWORK = [
+    ("quaternion", "network.rhemo_mode", "trainable", "batch-statistics"),
+    ("quaternion", "network.adaptive_pool", False, False),
+    ("quaternion", "network.init", "default", "default"),
+    ("quaternion", "normalisation", "paper", "paper"),
+    ("real", "network.adaptive_pool", True, False),
+    ("real", "network.init", "default", "pytorch"),
+    ("real", "normalisation", "paper", "max"),
+]
+
+
+@pytest.mark.parametrize(("setting", "paper", "code"), ITEMS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_emotion_presets_take_each_side(network, setting, paper, code):
+    for preset, value in (("paper", paper), ("released-code", code)):
+        assert flatten(to_plain(emotion(preset, network)))[setting] == value
+
+
+@pytest.mark.parametrize(("network", "setting", "paper", "code"), OF_A_NETWORK)
+def test_network_presets_take_each_side(network, setting, paper, code):
+    for preset, value in (("paper", paper), ("released-code", code)):
+        for stage in ("word", "speaker"):
+            assert flatten(to_plain(made(preset, stage, network=network)))[setting] == value
+        assert flatten(to_plain(emotion(preset, network)))[setting] == value
+
+
+@pytest.mark.parametrize("preset", ["paper", "released-code"])
+def test_hyperparameters_of_what_is_trained_beforehand(preset):
+    first, second = made(preset, "rhemo-1"), made(preset, "rhemo-2")
+    expected = {"lr": 1e-3, "batch": 50, "patience": 100, "weight_decay": 0.0, "epochs": 200_000}
+    assert {name: getattr(first.training, name) for name in expected} == expected
+    assert first.rhemo.beta == 0
+    assert first.corpus.where == {}
+    expected = {"lr": 1e-6, "batch": 20, "patience": 30, "weight_decay": 1e-5, "epochs": 200_000}
+    assert {name: getattr(second.training, name) for name in expected} == expected
+    assert (second.rhemo.beta, second.rhemo.beta_class, second.rhemo.beta_vad) == (0.01, 1, 100)
+    assert second.corpus.where == {"emotion": ["angry", "happy", "neutral", "sad"]}
+    for stage, epochs, batches in (("word", 500, (300, 40, 38)), ("speaker", 1000, (300, 40, 40))):
+        quaternion, real = (made(preset, stage, network=network) for network in NETWORKS)
+        for one in (quaternion, real):
+            assert (one.training.lr, one.training.epochs, one.training.patience) == (5e-5, epochs, 20)
+        assert quaternion.training.batch == batches[0]
+        assert real.training.batch == batches[1 if preset == "paper" else 2]
+
+
+def test_words_and_speakers():
+    for network in NETWORKS:
+        paper, code = (made(preset, "speaker", network=network) for preset in ("paper", "released-code"))
+        assert paper.corpus.options.get("speaker", "actor") == "actor"
+        assert code.corpus.options == {"speaker": "session"}
+        assert paper.split.rule == code.split.rule == "random"
+        paper, code = (made(preset, "word", network=network) for preset in ("paper", "released-code"))
+        assert (paper.split.rule, code.split.rule) == ("part", "part-train-only")
+        assert (paper.training.word_offset, code.training.word_offset) == ("sample", "batch")
+        assert paper.features.cut == code.features.cut == "word"
+        assert paper.corpus.name == code.corpus.name == "librispeech"
+
+
+def test_what_only_some_emotion_trainings_have():
+    for at in ("none", "single_S", "single_W", "dual_SW", "dual_WS"):
+        for corpus in ("iemocap", "ravdess", "tess", "emodb"):
+            for split in ("random", "actor"):
+                for network in NETWORKS:
+                    paper, code = (emotion(p, network, at, corpus, split) for p in ("paper", "released-code"))
+                    assert paper.split.rule == code.split.rule == ("random" if split == "random" else "paper-actor")
+                    assert paper.training.initial_head == "keep"
+                    assert code.training.initial_head == ("new" if at.startswith("dual") else "keep")
+                    assert paper.network.outputs is None
+                    eight = corpus == "emodb" or (corpus, split) == ("tess", "random")
+                    assert code.network.outputs == (8 if eight else None)
+                    assert code.anti_transfer.random_twin == (at != "none")
+                    assert paper.corpus.name == code.corpus.name == corpus
+
+
+def test_all_stages_of_a_preset_hear_alike():
+    """A checkpoint trained on other inputs is refused, but for the cut."""
+    for preset in NAMES:
+        heard = set()
+        for network in NETWORKS:
+            for stage in STAGES:
+                one = emotion(preset, network) if stage == "emotion" else made(preset, stage, network=network)
+                heard.add(repr(replace(one.features, cut="audio")))
+        assert len(heard) == 1
+
+
+def test_the_demo_trains_what_is_frozen_on_the_training_voices_only():
+    from qat.data.corpora.demo import VOICES
+
+    for stage in STAGES[:-1]:
+        one = made("demo", stage, network="quaternion")
+        assert one.corpus.name == "demo"
+        assert one.corpus.where["speaker"] == list(VOICES["train"])
+        assert one.corpus.where["kind"] == ["word" if stage == "word" else "sentence"]
+    split = emotion("demo", "quaternion", corpus="demo", split="actor").split
+    assert {name: list(getattr(split, name)) for name in VOICES} == {name: list(of) for name, of in VOICES.items()}
+
+
+def test_later_layers_win_field_by_field(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "- settings: {training: {batch: 7, lr: 0.5}, corpus: {where: {speaker: [ann]}}}\n"
+        "- when: {network: [real, quaternion], layer: 3}\n  settings: {training: {batch: 8}}\n"
+        "- when: {network: quaternion}\n  settings: {training: {batch: 9}}\n"
+    )
+    layers, start = read_layers(file), {"training": {"batch": 1, "seed": 5}, "corpus": {"where": {"kind": ["word"]}}}
+    assert merge({"network": "real", "layer": 3}, layers, start) == {
+        "training": {"batch": 8, "seed": 5, "lr": 0.5},
+        "corpus": {"where": {"speaker": ["ann"]}},
+    }
+    assert merge({"network": "real", "layer": 4}, layers, start)["training"]["batch"] == 7
+    assert merge({}, layers, start)["training"]["batch"] == 7
+    assert start == {"training": {"batch": 1, "seed": 5}, "corpus": {"where": {"kind": ["word"]}}}
+
+
+def test_rhemo_takes_what_it_has(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("- settings: {network: {width: 0.5}, rhemo: {width: 0.25}, normalisation: log}\n")
+    layers = read_layers(file)
+    assert merge({"stage": "rhemo-1"}, layers, {}) == {"rhemo": {"width": 0.25}, "normalisation": "log"}
+    assert merge({"stage": "word"}, layers, {}) == {"network": {"width": 0.5}, "normalisation": "log"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {batch: 3}", "must be a list of layers"),
+        ("- settings: {training: {bach: 3}}", "layer 1: training.bach: 3 must be of a setting"),
+        ("- settings: {}\n- settings: {training: {batch: many}}", "layer 2: .*training.batch"),
+        ("- settings: {training: 3}", "layer 1: training: 3 must be of one setting"),
+        ("- settings: {nonsense: {a: 1}}", "layer 1: nonsense.a: 1 must be"),
+        ("- when: {planet: mars}\n  settings: {}", "layer 1: when: 'planet' must be one of stage, network"),
+        ("- when: {stage: emotoin}\n  settings: {}", "layer 1: when: stage: 'emotoin' must be one of rhemo-1, "),
+        ("- when: {layer: [1, 14]}\n  settings: {}", "layer 1: when: layer: 14 must be one of 0, 1, 2"),
+        ("- when: {layer: '2'}\n  settings: {}", "layer 1: when: layer: '2' must be one of 0, 1, 2"),
+        ("- when: {stage: word}", "layer 1: .* must have `settings`"),
+        ("- settings: []", "layer 1: settings: .* must be names and values"),
+        ("- [", "not readable as YAML"),
+    ],
+)
+def test_wrong_layers_are_named(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_layers(file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_presets_and_values_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="best: neither a file nor a preset; presets are paper, released-code, demo"):
+        read_layers("best")
+    with pytest.raises(ValueError, match=r"emotion: training\.batch: 0 must be at least 1"):
+        experiment({"training": {"batch": 0}}, "emotion")
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return cli._parser()[0]
+
+
+@pytest.mark.parametrize("preset", NAMES)
+@pytest.mark.parametrize(
+    ("stage", "network"), [(s, n) for s in STAGES for n in NETWORKS if n == "quaternion" or not s.startswith("rhemo")]
+)
+def test_qat_preset_prints_a_config_file(preset, stage, network, parser, capsys, tmp_path):
+    place = ["--corpus", "tess", "--split", "actor", "--at", "dual_SW", "--layer", "5"] if stage == "emotion" else []
+    assert cli.main(["preset", preset, "--stage", stage, "--network", network, *place]) == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    verb = {"rhemo-1": "pretrain rhemo", "rhemo-2": "pretrain rhemo", "word": "pretrain words"}.get(stage, "train")
+    options = parser.parse_args([*verb.split(), "--config", str(file), "--out", str(tmp_path / "run")])
+    options = parser.instantiate(options)
+    for word in verb.split():
+        options = options[word]
+    kind = RHEmoExperiment if stage.startswith("rhemo") else Experiment
+    given = kind(**{field.name: options[field.name] for field in fields(kind)})
+    place = {"corpus": "tess", "split": "actor", "at": "dual_SW", "layer": 5} if stage == "emotion" else {}
+    expected = flatten(to_plain(made(preset, stage, network=network, **place)))
+    if place:
+        expected["anti_transfer.layers"] = [5]
+    assert {k: v for k, v in flatten(to_plain(given)).items() if k != "corpus.folder"} == {
+        k: v for k, v in expected.items() if k != "corpus.folder"
+    }
+    assert yaml.safe_load(file.read_text())

@@ -1,0 +1,575 @@
+"""The report against folders of invented runs whose figures are recomputed here."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qat.config import (
+    AntiTransferConfig,
+    CorpusConfig,
+    Experiment,
+    NetworkConfig,
+    SplitConfig,
+    TrainingConfig,
+    to_plain,
+)
+from qat.report import figures
+from qat.report.report import collect, summary_table, write_report
+from qat.results.runs import Run, made_with, seed_differences
+from qat.results.statistics import cluster_interval
+
+EMOTIONS = ["angry", "happy", "neutral", "sad"]
+SEEDS = (1, 2, 3)
+PLAIN = Experiment(
+    corpus=CorpusConfig("demo", Path("corpus")),
+    network=NetworkConfig(width=0.125),
+    split=SplitConfig("confounded"),
+    training=TrainingConfig(lr=1e-3, epochs=12),
+)
+
+
+def experiment(at: AntiTransferConfig | None = None, initial: Path | None = None) -> Experiment:
+    training = replace(PLAIN.training, initial=initial)
+    return replace(PLAIN, anti_transfer=at or AntiTransferConfig(), training=training)
+
+
+VOICE = Path("demo/twins/voice")
+SETTINGS = {
+    "baseline": (experiment(), 0.50),
+    "at-voice": (experiment(AntiTransferConfig(VOICE, [13])), 0.51),
+    "from-voice": (experiment(AntiTransferConfig(VOICE, [13], beta=0), VOICE), 0.32),
+    "from-voice-at-voice": (experiment(AntiTransferConfig(VOICE, [13]), VOICE), 0.45),
+    "from-voice-at-random": (experiment(AntiTransferConfig(None, [13], random_twin=True), VOICE), 0.34),
+}
+
+
+class Corpus:
+    """Invented test clips and withheld clips, and answers that are right with a probability of the voice's own."""
+
+    def __init__(self, rng: np.random.Generator, voices: int = 9, sentences: int = 5) -> None:
+        self.rng = rng
+        rows = [
+            (f"v{v}/{e}-{s}.wav", f"voice{v}", f"text {s}", e)
+            for v in range(voices)
+            for s in range(sentences)
+            for e in EMOTIONS
+        ]
+        self.clips = pd.DataFrame(rows, columns=["path", "speaker", "text", "label"])
+        self.ease = dict(zip(self.clips["speaker"].unique(), rng.normal(0, 0.1, voices), strict=True))
+
+    def answers(self, part: str, accuracy: float) -> pd.DataFrame:
+        chance = np.clip([accuracy + self.ease[v] for v in self.clips["speaker"]], 0, 1)
+        right = self.rng.random(len(self.clips)) < chance
+        wrong = [str(self.rng.choice([e for e in EMOTIONS if e != label])) for label in self.clips["label"]]
+        predicted = np.where(right, self.clips["label"], wrong)
+        table = self.clips.assign(part=part, predicted=predicted, p_angry=0.25)
+        return table.sample(frac=1, random_state=int(self.rng.integers(1 << 30)))
+
+
+def judged(table: pd.DataFrame) -> dict:
+    confusion = pd.crosstab(table["label"], table["predicted"]).reindex(index=EMOTIONS, columns=EMOTIONS, fill_value=0)
+    counts = confusion.to_numpy()
+    return {
+        "accuracy": float(np.trace(counts) / counts.sum()),
+        "uar": float(np.mean(np.diag(counts) / counts.sum(1))),
+        "confusion": counts.tolist(),
+        "samples": len(table),
+    }
+
+
+def write_run(folder: Path, result: dict, rng: np.random.Generator, answers: pd.DataFrame | None = None) -> None:
+    folder.mkdir(parents=True)
+    epochs = result.get("epochs", 5)
+    at = result["experiment"].get("anti_transfer", {})
+    with (folder / "metrics.csv").open("w") as file:
+        writer = csv.writer(file)
+        layer = (at.get("twin") or at.get("random_twin")) and at["layers"][0]
+        names = [
+            "epoch",
+            "seconds",
+            "train_total",
+            "train_cross_entropy",
+            "validation_total",
+            "validation_cross_entropy",
+        ]
+        writer.writerow([*names, "validation_accuracy", *([f"validation_similarity_{layer}"] if layer else [])])
+        for e in range(epochs):
+            ce, drop = 1.4 * np.exp(-e / 8) + 0.05 * rng.random(), 0.9 * np.exp(-e / 2) * at.get("beta", 0)
+            total = ce + drop if layer else ce
+            row = [e, 1.2, total, ce, total + 0.1, ce + 0.1, 0.6 - 0.35 * np.exp(-e / 5) + 0.05 * rng.random()]
+            writer.writerow([*row, *([0.9 * np.exp(-e / 2) + 0.002] if layer else [])])
+    if answers is not None:
+        answers.to_csv(folder / "predictions.csv", index=False)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def write_demo(
+    top: Path, rng: np.random.Generator, seeds: tuple[int, ...] = SEEDS
+) -> dict[tuple[str, int], pd.DataFrame]:
+    """A folder like the demo's; returns every emotion run's test answers."""
+    corpus, kept = Corpus(rng), {}
+    common = {"versions": {"torch": "2.13.0"}, "device": "cpu, 1 threads", "kept_epoch": 9, "epochs": 12}
+    for name, (settings, accuracy) in SETTINGS.items():
+        for seed in seeds:
+            answers, withheld = corpus.answers("test", accuracy), corpus.answers("withheld", accuracy - 0.1)
+            kept[name, seed] = answers
+            plain = to_plain(replace(settings, training=replace(settings.training, seed=seed)))
+            result = common | {
+                "kind": "classifier",
+                "name": name,
+                "seed": seed,
+                "experiment": plain,
+                "classes": EMOTIONS,
+                "parts": {"test": judged(answers), "withheld": judged(withheld)},
+                "seconds": 14.5 + seed,
+                "seconds_per_epoch": 1.2 + seed / 100,
+                "peak_memory": 500 * 2**20 + seed,
+                "parameters": 160_000,
+            }
+            folder = top / "emotion" / name / f"seed{seed}"
+            write_run(folder, result, rng, pd.concat([answers, withheld]))
+            layers = {str(layer): {"voice_probe": rng.random(), "word_probe": rng.random()} for layer in (2, 7, 13)}
+            probe = {"shortcut_rate": 0.9 - accuracy + rng.random() / 20, "voice_probe_chance": 1 / 9, "layers": layers}
+            (folder / "analysis.json").write_text(json.dumps(probe | layers["13"]))
+    for task, name in (("speaker", "voice"), ("word", "word")):
+        result = common | {
+            "kind": "classifier",
+            "name": name,
+            "seed": 1,
+            "experiment": to_plain(replace(experiment(), task=task)),
+            "classes": [f"{name} {n}" for n in range(9)],
+            "parts": {"test": {"accuracy": 0.9 + rng.random() / 20, "uar": 0.9, "samples": 200}},
+            "seconds": 20.0,
+        }
+        write_run(top / "twins" / name, result, rng)
+    for stage in (1, 2):
+        scores = {"reconstruction": 0.126, "constant": 0.55, "live_channels": 4, "samples": 99}
+        result = common | {
+            "kind": "rhemo",
+            "seed": 1,
+            "experiment": {},
+            "parts": {"test": scores, "validation": scores},
+        }
+        write_run(top / "rhemo" / f"stage{stage}", result, rng)
+    stages = [{"name": "synthesise the corpus", "seconds": 13.1}, {"name": "train", "seconds": 180.0}]
+    demo = {"corpus": "synthesised speech (eSpeak NG)", "synthetic": True, "recipe": "small", "stages": stages}
+    (top / "demo.json").write_text(json.dumps(demo))
+    return kept
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and keeps what is asked about."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr", "base", "embed", "source"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open[-1:] == [tag], (tag, self.open)
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, rng):
+    top = tmp_path_factory.mktemp("demo")
+    answers = write_demo(top, rng)
+    out = write_report(top)
+    return top, answers, out, Page(out.read_text(encoding="utf-8"))
+
+
+def right(table: pd.DataFrame) -> pd.Series:
+    return (table["label"] == table["predicted"]).astype(float)
+
+
+def by_clip(answers: dict, name: str) -> pd.DataFrame:
+    tables = [answers[name, seed].assign(seed=seed) for seed in SEEDS]
+    return pd.concat(tables).sort_values(["seed", "path"]).reset_index(drop=True)
+
+
+def test_summary_csv_holds_the_figures_recomputed_from_the_answers(demo):
+    top, answers, out, _ = demo
+    assert out == top / "report.html"
+    table = pd.read_csv(top / "summary.csv").set_index("name")
+    bases = {
+        "at-voice": "baseline",
+        "from-voice-at-voice": "from-voice",
+        "from-voice-at-random": "from-voice",
+    }
+    for name in SETTINGS:
+        each = [right(answers[name, seed]).mean() for seed in SEEDS]
+        row, pooled = table.loc[name], by_clip(answers, name)
+        assert row["accuracy"] == pytest.approx(np.mean(each))
+        assert row["accuracy_sd"] == pytest.approx(np.std(each, ddof=1))
+        interval = cluster_interval(right(pooled), list(pooled["speaker"]))
+        assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(tuple(interval))
+        assert row["speakers"] == 9
+        assert row["seeds"] == 3
+        assert row["epoch_seconds"] == pytest.approx(1.22)
+        assert row["peak_memory"] == 500 * 2**20 + 3
+        assert row["kept_epoch"] == 10
+        if name not in bases:
+            assert row[["baseline", "difference", "difference_low"]].isna().all()
+            continue
+        base = by_clip(answers, bases[name])
+        assert (base[["seed", "path"]] == pooled[["seed", "path"]]).all(axis=None)
+        apart = right(pooled) - right(base)
+        assert row["baseline"] == bases[name]
+        assert row["difference"] == pytest.approx(apart.mean())
+        interval = cluster_interval(apart, list(pooled["speaker"]))
+        assert (row["difference_low"], row["difference_high"]) == pytest.approx(tuple(interval))
+    assert list(table.index[:5]) == list(SETTINGS)[:3] + list(SETTINGS)[3:]
+    assert table.loc["rhemo/stage1", "reconstruction"] == 0.126
+    assert table.loc["twins/voice", "task"] == "speaker"
+
+
+def test_the_page_shows_what_summary_csv_holds(demo):
+    top, _, _, page = demo
+    table = pd.read_csv(top / "summary.csv").set_index("name")
+    for name in SETTINGS:
+        row = table.loc[name]
+        cells = next(cells for cells in page.rows if cells[0] == name)
+        assert f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_sd']:.1f}" in cells
+        assert f"{100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f}" in cells
+        assert f"{100 * row['withheld_accuracy']:.1f}" in cells
+        if row["difference"] == row["difference"]:
+            shown = [f"{100 * row[c]:+.1f}" for c in ("difference", "difference_low", "difference_high")]
+            assert "{} [{}, {}]".format(*shown).replace("-", "−") in cells
+    at = next(cells for cells in page.rows if cells[0] == "from-voice-at-voice")
+    assert at[1] == "voice"
+    assert at[2] == "layer 13 (after ReLU, before pooling), beta 1, twin voice, one cosine per sample"
+    assert any("random twin (control)" in cells[2] for cells in page.rows if cells[0] == "from-voice-at-random")
+    assert any("watched, beta 0" in cells[2] for cells in page.rows if cells[0] == "from-voice")
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"layers": [2, 7], "beta": [1.0, 0.5]}, "layers 2+7 (after ReLU, before pooling), beta 1+0.5, "),
+        ({"layers": [2, 7], "beta": [0.0, 0.0]}, "none (layers 2+7 watched, beta 0)"),
+        ({"gram": "position", "centred": True}, "one cosine per sample, over positions, centred"),
+        ({"gram": "batch"}, "one cosine per batch, over samples"),
+        ({"semantics": "folded-rowwise"}, "batch-folded, row-wise cosine"),
+        ({"aggregation": "max", "distance": "mse_sigmoid"}, "max by mse_sigmoid"),
+    ],
+)
+def test_what_was_compared_is_said(settings, shown, tmp_path):
+    run = experiment(AntiTransferConfig(twin=Path("twins/voice"), **settings))
+    result = {"kind": "classifier", "seed": 1, "experiment": to_plain(run)}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (found,) = collect(tmp_path)
+    assert shown in found.anti_transfer
+    assert found.transfers == (settings.get("beta") != [0.0, 0.0])
+
+
+def test_confusions_are_summed_over_seeds(demo):
+    _, answers, _, page = demo
+    for name in SETTINGS:
+        pooled = by_clip(answers, name)
+        for label, predicted in product(EMOTIONS, EMOTIONS):
+            row = pooled[pooled["label"] == label]
+            count = int((row["predicted"] == predicted).sum())
+            assert f"{count} {100 * count / len(row):.0f} %" in page.text
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(demo):
+    _, _, out, page = demo
+    text = out.read_text(encoding="utf-8")
+    assert "http" not in text.lower()
+    assert not {"script", "link", "iframe", "object", "base", "img", "image"} & {tag for tag, _ in page.seen}
+    assert all(
+        value is None or value.startswith("#")
+        for _, attributes in page.seen
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "action", "data")
+    )
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    ids = [attributes["id"] for _, attributes in page.seen if "id" in attributes]
+    targets = {v[1:] for _, a in page.seen for n, v in a.items() if n in ("href", "xlink:href") and v}
+    assert targets <= set(ids)
+    assert out.stat().st_size < 2_000_000
+    assert sum(tag == "svg" for tag, _ in page.seen) == sum(tag == "figcaption" for tag, _ in page.seen) == 7
+
+
+def test_differences_over_seeds_are_those_of_the_same_seed_and_layer(demo):
+    top, _, _, page = demo
+    table = pd.read_csv(top / "differences.csv")
+    compared = {
+        "at-voice": {"baseline": "baseline"},
+        "from-voice-at-voice": {"baseline": "from-voice", "control": "from-voice-at-random"},
+        "from-voice-at-random": {"baseline": "from-voice"},
+    }
+    pairs = table[["name", "against", "other"]].drop_duplicates().itertuples(index=False)
+    assert {tuple(pair) for pair in pairs} == {
+        (name, against, other) for name, others in compared.items() for against, other in others.items()
+    }
+
+    def read(name: str, measure: str) -> np.ndarray:
+        figures = []
+        for seed in SEEDS:
+            folder = top / "emotion" / name / f"seed{seed}"
+            parts = json.loads((folder / "result.json").read_text())["parts"]
+            analysis = json.loads((folder / "analysis.json").read_text())
+            figures.append(
+                {
+                    "accuracy": parts["test"]["accuracy"],
+                    "withheld_accuracy": parts["withheld"]["accuracy"],
+                    "shortcut_rate": analysis["shortcut_rate"],
+                    "voice_probe": analysis["layers"]["13"]["voice_probe"],
+                    "word_probe": analysis["layers"]["13"]["word_probe"],
+                }[measure]
+            )
+        return np.array(figures)
+
+    for row in table.to_dict("records"):
+        d = read(row["name"], row["measure"]) - read(row["other"], row["measure"])
+        assert row["mean"] == pytest.approx(d.mean())
+        half = 4.3026527 * d.std(ddof=1) / 3**0.5  # Student's t with 2 degrees of freedom
+        assert (row["low"], row["high"]) == pytest.approx((d.mean() - half, d.mean() + half))
+        assert (row["rose"], row["fell"], row["seeds"]) == (sum(d > 0), sum(d < 0), 3)
+    for _, same in table.groupby(["against", "measure"]):
+        ranked = sorted(same["p"])
+        for p, q in zip(same["p"], same["q"], strict=True):
+            assert q == pytest.approx(
+                min(len(ranked) * ranked[k] / (k + 1) for k in range(ranked.index(p), len(ranked)))
+            )
+    assert "What anti-transfer changed, over seeds" in " ".join(page.words)
+
+
+def test_probes_are_compared_at_the_layer_of_anti_transfer(demo, tmp_path):
+    shutil.copytree(demo[0] / "emotion", tmp_path / "emotion")
+    for seed in SEEDS:
+        file = tmp_path / "emotion/at-voice" / f"seed{seed}" / "result.json"
+        result = json.loads(file.read_text())
+        result["experiment"]["anti_transfer"]["layers"] = [2]
+        file.write_text(json.dumps(result))
+    table = seed_differences(collect(tmp_path)).set_index(["name", "against", "measure"])
+    layers = {
+        name: [
+            json.loads((tmp_path / "emotion" / name / f"seed{s}" / "analysis.json").read_text())["layers"]["2"]
+            for s in SEEDS
+        ]
+        for name in ("at-voice", "baseline")
+    }
+    expected = np.mean([a["voice_probe"] - b["voice_probe"] for a, b in zip(*layers.values(), strict=True)])
+    assert table.loc[("at-voice", "baseline", "voice_probe"), "mean"] == pytest.approx(expected)
+
+
+def test_ids_are_unique_in_the_page(demo):
+    ids = [attributes["id"] for _, attributes in demo[3].seen if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_synthesised_speech_is_said_wherever_accuracy_is(demo):
+    _, _, out, page = demo
+    text = out.read_text(encoding="utf-8")
+    captions = re.findall(r"<(?:caption|figcaption)>(.*?)</(?:caption|figcaption)>", text)
+    about = [caption for caption in captions if "ccuracy" in caption or "true class" in caption]
+    assert len(about) >= 4
+    assert all("ynthesised speech" in caption for caption in about)
+    assert "Every accuracy below was measured on synthesised speech" in page.text
+    assert "no evidence that anything was removed" in page.text
+    assert "9 voices" in page.text
+    assert "3 seeds" in page.text
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path, rng):
+    answers = Corpus(rng).answers("test", 0.5)
+    plain = to_plain(experiment(AntiTransferConfig(VOICE, [13])))
+    result = {"seed": 1, "experiment": plain, "classes": EMOTIONS, "parts": {"test": judged(answers)}}
+    write_run(tmp_path / "run", result, rng, answers)
+    first, again = write_report(tmp_path), write_report(tmp_path, tmp_path / "again" / "page.html")
+    assert again.read_bytes() == first.read_bytes()
+    assert (tmp_path / "again/summary.csv").read_bytes() == (tmp_path / "summary.csv").read_bytes()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_names_are_escaped(tmp_path, rng):
+    evil = "<script>alert('x')</script> & $\\frac$"
+    answers = Corpus(rng).answers("test", 0.5)
+    result = {
+        "kind": "classifier",
+        "name": evil,
+        "seed": 1,
+        "experiment": to_plain(experiment()),
+        "classes": EMOTIONS,
+        "parts": {"test": judged(answers)},
+        "kept_epoch": 1,
+    }
+    write_run(tmp_path / "a", result, rng, answers)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "script" not in {tag for tag, _ in page.seen}
+    assert any(cells[0] == evil for cells in page.rows)
+
+
+def test_a_baseline_differs_in_anti_transfer_alone(tmp_path, rng):
+    corpus = Corpus(rng, voices=3)
+    longer = replace(experiment(), training=replace(PLAIN.training, epochs=99))
+    for name, settings in (
+        ("wrong-epochs", longer),
+        ("wrong-start", experiment(initial=VOICE)),
+        ("at", experiment(AntiTransferConfig(VOICE, [2]))),
+    ):
+        answers = corpus.answers("test", 0.5)
+        result = {"name": name, "seed": 1, "experiment": to_plain(settings), "parts": {"test": judged(answers)}}
+        write_run(tmp_path / name, result, rng, answers)
+    assert summary_table(collect(tmp_path))["baseline"].isna().all()
+    answers = corpus.answers("test", 0.5)
+    elsewhere = replace(experiment(), cache=Path("other"), training=replace(PLAIN.training, device="cuda"))
+    result = {"name": "right", "seed": 1, "experiment": to_plain(elsewhere), "parts": {"test": judged(answers)}}
+    write_run(tmp_path / "right", result, rng, answers)
+    table = summary_table(collect(tmp_path)).set_index("name")
+    assert table.loc["at", "baseline"] == "right"
+
+
+def test_other_clips_give_a_difference_without_interval(tmp_path, rng):
+    corpus = Corpus(rng)
+    for name, settings in (("plain", experiment()), ("at", experiment(AntiTransferConfig(VOICE, [2])))):
+        answers = corpus.answers("test", 0.6).assign(path=lambda t, name=name: name + t["path"])
+        result = {"seed": 1, "experiment": to_plain(settings), "parts": {"test": judged(answers)}}
+        write_run(tmp_path / name, result, rng, answers)
+    table = summary_table(collect(tmp_path)).set_index("name")
+    assert table.loc["at", "difference"] == pytest.approx(table.at["at", "accuracy"] - table.at["plain", "accuracy"])
+    assert np.isnan(table.loc["at", "difference_low"])
+
+
+@pytest.mark.parametrize("speakers", [1, None])
+def test_too_few_speakers_give_no_interval(tmp_path, rng, speakers):
+    answers = Corpus(rng).answers("test", 0.5).assign(speaker="only one" if speakers else "")
+    result = {"seed": 1, "experiment": to_plain(experiment()), "parts": {"test": judged(answers)}}
+    write_run(tmp_path / "a", result, rng, answers)
+    row = summary_table(collect(tmp_path)).iloc[0]
+    assert np.isnan(row["accuracy_low"])
+    assert np.isnan(row["accuracy_sd"])
+    assert row["accuracy"] == pytest.approx(right(answers).mean())
+    Page(write_report(tmp_path).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {},
+        {"kind": "rhemo"},
+        {"parts": {"test": {"accuracy": 0.5}}},
+        {"parts": {"test": {"accuracy": float("nan"), "confusion": "?"}}, "experiment": None, "classes": None},
+        {"parts": {"test": {"average_precision": 0.4}}, "experiment": {"task": "word-presence"}, "versions": None},
+        {"parts": [], "experiment": {"network": None, "training": {"initial": "x.safetensors"}}, "seed": "one"},
+        {"kept_epoch": 99, "experiment": {"anti_transfer": {"twin": "t", "layers": [1, 2]}}},
+    ],
+)
+def test_a_foreign_run_may_lack_anything(tmp_path, result):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    (tmp_path / "run/metrics.csv").write_text("epoch,train_total,train_similarity_1\n0,1.0,0.5\n1,,\n")
+    Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    row = pd.read_csv(tmp_path / "summary.csv").iloc[0]
+    assert row["name"] == "run"
+    accuracy = ((result.get("parts") or {}) or {"test": {}}).get("test", {}).get("accuracy", float("nan"))
+    assert row["accuracy"] == accuracy or np.isnan(row["accuracy"])
+
+
+def test_runs_are_named_by_their_path_without_the_seed(tmp_path):
+    for path in ("ravdess/at/seed-1", "ravdess/at/seed-2", "tess/at/seed1", "iemocap-seed3"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "result.json").write_text(json.dumps({"name": Path(path).name}))
+    found = {(run.name, run.seed) for run in collect(tmp_path)}
+    assert found == {("ravdess/at", 1), ("ravdess/at", 2), ("tess/at", 1), ("iemocap", 3)}
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no result.json at or below")):
+        write_report(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "result.json").write_text('{"kind": ')
+    with pytest.raises(ValueError, match=re.escape(str(run / "result.json"))):
+        write_report(tmp_path)
+    (run / "result.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"result\.json: holds a list, not an object"):
+        write_report(tmp_path)
+    (run / "result.json").write_text("{}")
+    (run / "metrics.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"metrics\.csv: not readable as CSV"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "summary.csv").exists()
+
+
+def test_a_seed_is_counted_once(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "result.json").write_text(json.dumps({"name": "same", "seed": 4}))
+    with pytest.raises(ValueError, match="has the name 'same' and the seed 4 of"):
+        collect(tmp_path)
+
+
+def test_importing_the_report_is_cheap():
+    code = "import sys, qat.report.report; print({'matplotlib', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_device_is_named_with_its_processes():
+    alone = Run(Path("a"), "a", 1, {"device": "H100", "processes": 1, "versions": {"torch": "2.13"}}, {}, None, None)
+    several = replace(alone, result=alone.result | {"processes": 2, "versions": {"torch": "2.11"}})
+    assert made_with([alone, several, alone]) == [["devices", "2 × H100; H100"], ["torch", "2.11, 2.13"]]
+
+
+@pytest.mark.parametrize("labels", [["mean"], ["no AT", "single S, random"] * 4, ["validation, cross-entropy"] * 4])
+@pytest.mark.parametrize("panels", [1, 2, 3])
+def test_a_legend_fits_its_figure(panels, labels, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_drawing", drawn.append)
+    lines = [figures.Line(f"{label} {n}", "mean", {1: 50.0, 13: 60.0}) for n, label in enumerate(labels)]
+    figures.by_layer({f"panel {n}": lines for n in range(panels)}, "accuracy, %")
+    [figure] = drawn
+    figure.draw_without_rendering()
+    legend, axis = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+    assert len(figure.legends[0].get_texts()) == len(labels)
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y0 > axis.y1
+    assert axis.height > figure.dpi
