@@ -1,6 +1,5 @@
-"""Charts of one run each, as SVG; matplotlib is imported by what draws."""
+"""Charts of one run each, as SVG, in the style of qat's reports; matplotlib is imported by what draws."""
 
-import io
 import itertools
 from collections.abc import Sequence
 from operator import attrgetter
@@ -32,25 +31,10 @@ from bench.summary import (
     standings,
     words,
 )
+from qat.report.figures import AMBER, BLUE, COLOURS, GREY, INK, PAPER, SKY, legend_above, new_figure, style, svg_of
 
-STYLE: dict[str, Any] = {
-    "figure.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "bench",  # the same chart has the same bytes
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e8eaed",
-    "legend.frameon": False,
-}
-# Okabe and Ito's, which colour-blind readers can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#999999", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-PART_COLOURS = dict(zip(PARTS, ("#999999", "#56b4e9", "#0072b2", "#e69f00"), strict=True))
+LABEL = {"facecolor": PAPER, "alpha": 0.8, "pad": 0.5, "linewidth": 0}  # lines end before it
+PART_COLOURS = dict(zip(PARTS, (GREY, SKY, BLUE, AMBER), strict=True))
 
 
 class Bar(NamedTuple):
@@ -64,8 +48,6 @@ class Bar(NamedTuple):
 
 def charts(measured: Sequence[Measured]) -> dict[tuple[str, str], str]:
     """SVG by section and file name, of every chart whose rows exist; the same results give the same bytes."""
-    from matplotlib import style
-
     drawers = (
         ("layers", "layers", speeds),
         ("layers", "roofline", roofline),
@@ -73,13 +55,11 @@ def charts(measured: Sequence[Measured]) -> dict[tuple[str, str], str]:
         ("step", "step", steps),
     )
     drawn = {}
-    with style.context(["default", STYLE]):
+    with style():
         for m, (section, name, draw) in itertools.product(measured, drawers):
             if figure := draw(m):
-                svg = io.StringIO()
-                figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
                 file = "-".join(filter(None, (name, m.path.parent.name)))
-                drawn[section, f"{file}.svg"] = svg.getvalue()
+                drawn[section, f"{file}.svg"] = svg_of(figure)
     return drawn
 
 
@@ -107,7 +87,7 @@ def speeds(m: Measured) -> Any:
     figure, (axis,) = _figure(m, [words(rows[0], *ORDERS)], "speed, 1 = the best baseline")
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}x")
-    axis.axhline(1, color="black", linewidth=1)
+    axis.axhline(1, color=INK, linewidth=1)
     _bars(axis, bars, list(dict.fromkeys(map(_family, rows))), list(lines), 1.0)
     return _with_legend(figure)
 
@@ -122,20 +102,20 @@ def roofline(m: Measured) -> Any:
     figure, (axis,) = _figure(m, [words(first, "network", "work", "precision", "mode")], "TFLOP/s")
     reach = []
     for ((batch,), rows), colour in zip(batches, itertools.cycle(COLOURS), strict=False):
-        for who, face in (("ours", colour), ("best", "white")):
+        for who, face in (("ours", colour), ("best", PAPER)):
             found = [(line.layer, row) for line in standings(rows) if median(row := getattr(line, who))]
             x = [row.flops / row.bytes for _, row in found]
             y = [1e-6 * row.flops / row.median_us for _, row in found]
             name = f"{'best baseline' if who == 'best' else who}, batch {batch}"
             axis.plot(x, y, "o", color=colour, markerfacecolor=face, label=name)
             for (layer, _), *point in zip(found, x, y, strict=True) if who == "ours" else ():
-                axis.annotate(layer, point, (4, 2), textcoords="offset points", fontsize=6.5)
+                axis.annotate(layer, point, (4, 2), textcoords="offset points", fontsize=6.5, bbox=LABEL)
             reach += x
     rates = [m.results.provenance.get(name) for name in ("roof_bandwidth", f"roof_{first.precision}")]
     if all(rates) and reach:
         bandwidth, flops = (1e-12 * float(rate or 0) for rate in rates)
         x = sorted({*reach, flops / bandwidth})
-        axis.plot(x, [min(flops, bandwidth * intensity) for intensity in x], color="black", label="measured roof")
+        axis.plot(x, [min(flops, bandwidth * intensity) for intensity in x], color=INK, zorder=1, label="measured roof")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte of the definition")
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_major_formatter("{x:g}")
@@ -199,9 +179,7 @@ def _family(row: Row) -> str:
 
 def _figure(m: Measured, titles: Sequence[str], ylabel: str) -> tuple[Any, Any]:
     """A figure that names its device, commit and date, with panels below one another."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 0.6 + 3.6 * len(titles)), layout="constrained")
+    figure = new_figure(10, 0.6 + 3.6 * len(titles))
     figure.suptitle(f"{m.device}; {m.source}", fontsize=9, x=0.01, ha="left")
     axes = figure.subplots(len(titles), squeeze=False)[:, 0]
     for axis, title in zip(axes, titles, strict=True):
@@ -210,7 +188,8 @@ def _figure(m: Measured, titles: Sequence[str], ylabel: str) -> tuple[Any, Any]:
 
 
 def _with_legend(figure: Any) -> Any:
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=6)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    legend_above(figure, dict(zip(labels, handles, strict=True)))
     return figure
 
 

@@ -480,19 +480,10 @@ def _predict(options: Namespace) -> Any:
 
 
 def _report(options: Namespace) -> Any:
-    from qat.report.report import collect, summary_table, write_report
+    from qat.report.report import report_tables, write_report
 
     report = write_report(options.folder, options.out)
-    if (options.folder / "plan.csv").is_file():
-        from qat.report.grid_report import read_table1, short_table
-
-        table = read_table1(report)
-        made_up = sorted(set(table.loc[table["kind"] == "synthesised", "corpus"]))
-        if options.json:
-            return {"table1": table, "synthesised": made_up, "report": report}
-        notes = {"synthesised, not to compare with the paper": ", ".join(made_up)} if made_up else {}
-        return {"table1": short_table(table), **notes, "report": report}
-    return {"summary": summary_table(collect(options.folder)), "report": report}
+    return {**report_tables(options.folder, report, short=not options.json), "report": report}
 
 
 def _doctor(options: Namespace) -> Any:

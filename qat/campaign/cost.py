@@ -10,7 +10,6 @@ spectrograms, reading and judging the test part are not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -19,7 +18,7 @@ from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment
 from qat.data.splits import counts
 from qat.models.rhemo import DIMENSIONS
 from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, scaled
-from qat.results.runs import number, read_json
+from qat.results.record import Result, read_result
 
 ITEMS = {
     "iemocap": 10_039,
@@ -79,7 +78,7 @@ def estimate(plan: Plan, table: pd.DataFrame, assumed: Assumed) -> pd.DataFrame:
         work = {path: flop_of_epoch(one, splits[path.name]) for path, one in runs.items()}
         finished = [path for path in runs if path in done]
         left = [path for path in runs if path not in done]
-        known = [read_json(plan.folder / path / "result.json") for path in finished]
+        known = [read_result(plan.folder / path / "result.json") for path in finished]
         measured = _measured(known, [work[path] for path in finished])
         epochs, rate, basis = measured or (assumed.epochs, assumed.tflops, "assumed")
         lengths = [_length(runs[path].training, epochs) for path in left]
@@ -159,12 +158,12 @@ def _samples(experiment: AnyExperiment, split: str) -> tuple[float, float]:
     return counts(items)[:2]
 
 
-def _measured(results: list[dict[str, Any]], work: list[float]) -> tuple[int, float, str] | None:
+def _measured(results: list[Result], work: list[float]) -> tuple[int, float, str] | None:
     """Epochs, rate and where they come from, of finished runs."""
     known = [
-        (n, flop * n, seconds, str(result.get("device")))
+        (n, flop * n, seconds, result.device)
         for result, flop in zip(results, work, strict=True)
-        if (n := number(result.get("epochs"))) and (seconds := number(result.get("seconds")))
+        if (n := result.epochs) and (seconds := result.seconds)
     ]
     if not known:
         return None

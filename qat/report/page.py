@@ -1,11 +1,13 @@
-"""What the reports' pages are made of: tables, figures and the document around them."""
+"""What a page is made of: numbers in words, numbered tables and figures, and the document from its templates."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qat.files import replacing, write_text
 from qat.report import figures
@@ -14,36 +16,29 @@ from qat.report.figures import Drawing
 if TYPE_CHECKING:
     import pandas as pd
 
+NAN = float("nan")
+
 
 class Page:
-    """A page of sections, which count their tables and figures."""
+    """A page whose templates number its tables and figures.
+
+    Templates call ``figure``, ``table`` and ``folded`` with their caption or content as the block of the call.
+    """
 
     def __init__(self) -> None:
         self.tables = 0
         self.drawings: dict[str, Drawing] = {}
-
-    def document(self, title: str, sections: Sequence[tuple[str, str]], label: str = "") -> str:
-        """One HTML file that needs nothing else: no script, no network, figures inside.
-
-        Args:
-            title: of the page.
-            sections: heading and content of each; those without content are left out.
-            label: what is to be read before anything else.
-        """
-        sections = [section for section in sections if section[1]]
-        contents = "".join(f'<li><a href="#s{n}">{title}</a></li>' for n, (title, _) in enumerate(sections, 1))
-        body = "".join(
-            f'<section id="s{n}"><h2><span>{n}</span>{title}</h2>{content}</section>'
-            for n, (title, content) in enumerate(sections, 1)
+        self._templates = Environment(
+            loader=PackageLoader("qat.report"),
+            autoescape=True,
+            undefined=StrictUndefined,
         )
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escaped(title)}</title><style>{_CSS}</style></head><body><main>"
-            "<header><p>Speech emotion recognition with anti-transfer learning</p>"
-            f"<h1>{escaped(title)}</h1></header>{label}"
-            f"<nav><ol>{contents}</ol></nav>{body}</main></body></html>\n"
-        )
+        self._templates.filters |= {one.__name__: one for one in (count, percent, decimal, duration, memory, points)}
+        self._templates.globals |= {"figure": self.figure, "table": self.table, "folded": self.folded}
+
+    def render(self, template: str, **values: Any) -> Markup:
+        """The markup of a template of this package."""
+        return Markup(self._templates.get_template(f"{template}.html.j2").render(values))
 
     def write(self, out: Path, document: str) -> None:
         """Write the document, and every figure as SVG and PNG into `folder_beside` it."""
@@ -53,42 +48,49 @@ class Page:
                 draft.write_bytes(drawing.png)
         write_text(out, document)
 
-    def figure(self, drawing: Drawing, caption: str, groups: Sequence[object] = (), name: str = "") -> str:
+    def figure(
+        self, drawing: Drawing, name: str, groups: Sequence[object] = (), *, caller: Callable[[], str]
+    ) -> Markup:
         """A numbered figure.
 
         Args:
-            drawing: of `qat.report.figures`.
-            caption: below it.
-            groups: what its panels show, of which there is room for the first `figures.PANELS`.
-            name: of its files; default its number.
+            drawing: the figure.
+            name: name of its files.
+            groups: what its panels show; there is room for the first `figures.PANELS`.
+            caller: gives the caption.
         """
-        number = len(self.drawings) + 1
-        self.drawings[name or f"figure-{number}"] = drawing
+        self.drawings[name] = drawing
+        number = len(self.drawings)
+        caption = Markup(" ").join(map(Markup, caller().split()))
         if len(groups) > figures.PANELS:
             caption += f" The first {figures.PANELS} of {len(groups)} settings."
-        return (
-            f"<figure>{figures.embed(drawing.svg, number, caption)}<figcaption><strong>Figure {number}.</strong> "
-            f"{escaped(caption)}</figcaption></figure>"
-        )
+        svg = figures.embed(drawing.svg, number, caption.striptags())
+        return self.render("figure", svg=Markup(svg), number=number, caption=caption)
 
-    def tabulate(self, head: Sequence[str], body: Sequence[Sequence[str]], caption: str, words: int) -> str:
-        """A numbered table without its empty columns; the first ``words`` columns are text, the others figures."""
+    def table(
+        self, head: Sequence[str], body: Sequence[Sequence[str]], words: int, *, caller: Callable[[], str]
+    ) -> Markup:
+        """A numbered table without its empty columns.
+
+        Args:
+            head: titles of the columns.
+            body: rows of cells.
+            words: number of columns of text at the left; the others are numbers.
+            caller: gives the caption.
+        """
         self.tables += 1
-        kept = [n for n in range(len(head)) if n < words or any(row[n] != "–" for row in body)]
+        shown = [n for n in range(len(head)) if n < words or any(row[n] != "–" for row in body)]
+        caption = Markup(" ").join(map(Markup, caller().split()))
+        return self.render("table", head=head, body=body, words=words, shown=shown, number=self.tables, caption=caption)
 
-        def line(cells: Sequence[str], tag: str) -> str:
-            kinds = {n: ' class="n"' if n >= words else "" for n in kept}
-            return "".join(f"<{tag}{kind}>{escaped(cells[n])}</{tag}>" for n, kind in kinds.items())
-
-        rows = "".join(f"<tr>{line(row, 'td')}</tr>" for row in body)
-        return (
-            f'<div class="table"><table><caption><strong>Table {self.tables}.</strong> {escaped(caption)}</caption>'
-            f"<thead><tr>{line(head, 'th')}</tr></thead><tbody>{rows}</tbody></table></div>"
-        )
+    def folded(self, title: str, note: str = "", *, caller: Callable[[], str]) -> Markup:
+        """Content behind its title, or the content itself where there is no title."""
+        content = Markup(caller())
+        return self.render("folded", title=title, note=note, content=content) if title else content
 
 
 def folder_beside(out: Path) -> Path:
-    """Where a page's figures, and a grid's tables, are for other use.
+    """The folder of a page's figures, and of a grid's tables.
 
     >>> folder_beside(Path("runs/report.html")).as_posix()
     'runs/report-files'
@@ -100,29 +102,36 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
 
 
-class Html(str):
-    """Text that is markup already."""
+def cells(rows: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[list[str]]:
+    """A table's body: one row for each of ``rows``, one cell for each column."""
+    return [[cell(row) for cell in columns.values()] for row in rows]
 
 
-def escaped(value: Any) -> str:
-    return value if isinstance(value, Html) else html.escape(str(value))
+def _missing(value: float | None) -> bool:
+    return value is None or value != value
 
 
-def count(value: float, noun: str = "") -> str:
-    return "–" if value != value else f"{value:,.0f} {noun}{'s' if noun and value != 1 else ''}".strip()
+def count(value: float | None, noun: str = "") -> str:
+    """A number of things, such as ``2 seeds``."""
+    return "–" if _missing(value) else f"{value:,.0f} {noun}{'s' if noun and value != 1 else ''}".strip()
 
 
-def seed_count(counts: Iterable[int]) -> str:
-    low, high = min(counts, default=0), max(counts, default=0)
-    return count(high, "seed") if low == high else f"{low} to {high} seeds"
+def span(counts: Iterable[float], noun: str = "") -> str:
+    """The lowest and the highest of several counts."""
+    low, high = min(counts := list(counts), default=0), max(counts, default=0)
+    return count(high, noun) if low == high else f"{low:,.0f} to {count(high, noun)}"
 
 
-def percent(share: float) -> str:
-    return "–" if share != share else f"{100 * share:.1f}"
+def percent(share: float | None) -> str:
+    return "–" if share is None or share != share else f"{100 * share:.1f}"
 
 
-def decimal(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"
+def decimal(value: float | None) -> str:
+    return "–" if _missing(value) else f"{value:.3f}"
+
+
+def digits(value: float | None) -> str:
+    return "–" if _missing(value) else f"{value:.3g}"
 
 
 def signed(share: float) -> str:
@@ -133,27 +142,32 @@ def interval(low: float, high: float) -> str:
     return "–" if low != low else f"{percent(low)} to {percent(high)}"
 
 
-def points(value: float, low: float = float("nan"), high: float = float("nan")) -> str:
+def points(value: float, low: float = NAN, high: float = NAN) -> str:
     """A difference in percentage points, with its interval where there is one."""
-    if value != value:
+    if _missing(value):
         return "–"
-    return signed(value) + (f" [{signed(low)}, {signed(high)}]" if low == low else "")
+    return signed(value) + ("" if _missing(low) else f" [{signed(low)}, {signed(high)}]")
 
 
-def plus_minus(deviation: float) -> str:
-    return "" if deviation != deviation else f" ± {percent(deviation)}"
+def plus_minus(share: float, deviation: float) -> str:
+    return percent(share) + ("" if _missing(deviation) else f" ± {percent(deviation)}")
 
 
-def folded(title: str, content: str, note: str = "") -> str:
-    return f"<details><summary>{escaped(title)} <span>{escaped(note)}</span></summary>{content}</details>"
+def times(ratio: float) -> str:
+    return f"×{ratio:.3g} ({100 * (ratio - 1):+.1f} %)".replace("-", "−")
 
 
-def bar(share: float) -> Html:
-    return Html(f'<span class="bar" style="width:{12 * share:.2f}em"></span>{100 * share:.0f} %')
+def bar(share: float) -> Markup:
+    return Markup('<span class="bar" style="width:{:.2f}em"></span>{:.0f} %').format(12 * share, 100 * share)
 
 
-def duration(seconds: float) -> str:
-    if seconds != seconds:
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits.
+
+    >>> duration(7.25), duration(200), duration(7300)
+    ('7.2 s', '3 min 20 s', '2 h 01 min')
+    """
+    if seconds is None or seconds != seconds:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 2:
@@ -165,57 +179,3 @@ def memory(size: float | None) -> str:
     if size is None or size != size:
         return "–"
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-_CSS = """
-:root { --ink: #1d2129; --soft: #5b616b; --line: #d8dce2; --blue: #1f5f99; }
-* { box-sizing: border-box; }
-body, svg text { font-family: system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
-body { margin: 0; background: #fff; color: var(--ink); font-size: 16px; line-height: 1.55; }
-main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
-header p { margin: 0; color: var(--soft); }
-h1 { margin: .1rem 0 1.2rem; font-size: 2rem; line-height: 1.2; font-weight: 650; }
-h2 { margin: 0 0 .8rem; padding-top: 1.6rem; border-top: 1px solid var(--line); font-size: 1.3rem; font-weight: 650; }
-h2 span { display: inline-block; min-width: 1.3rem; margin-right: .3rem; color: var(--blue); }
-section { margin-top: 2rem; }
-p, dl, section > ul { max-width: 48rem; }
-a { color: var(--blue); text-decoration: none; }
-a:hover { text-decoration: underline; }
-.label { padding: .7rem 1rem; border-left: 4px solid #c77d0a; background: #fdf5e6; max-width: none; }
-.note { padding: .7rem 1rem; border-left: 4px solid var(--blue); background: #f1f6fb; max-width: none; }
-nav ol { columns: 3; column-gap: 2rem; margin: 1.2rem 0 0; padding-left: 1.4rem; font-size: .92rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .92rem; }
-dt { font-weight: 600; }
-dd { margin: 0; }
-.table { overflow-x: auto; margin: 1.4rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; line-height: 1.35; }
-.n { text-align: right; font-variant-numeric: tabular-nums; }
-caption, figcaption { text-align: left; padding: 0 0 .6rem; font-size: .86rem; line-height: 1.45; color: var(--soft); }
-caption strong, figcaption strong { color: var(--ink); }
-th { text-align: left; vertical-align: bottom; font-weight: 600; border-bottom: 1.5px solid var(--ink); }
-td { vertical-align: top; border-bottom: 1px solid var(--line); }
-td:first-child { min-width: 7rem; }
-td:nth-child(3):not(.n) { min-width: 12rem; }
-th, td { padding: .4rem .55rem; }
-th:first-child, td:first-child { padding-left: 0; font-weight: 600; }
-td.n { white-space: nowrap; }
-figure { margin: 1.4rem 0 2rem; }
-figcaption { padding: .5rem 0 0; }
-svg { display: block; max-width: 100%; height: auto; }
-.bar { display: inline-block; height: .65rem; background: var(--blue); opacity: .55; margin-right: .5em; }
-details { border-bottom: 1px solid var(--line); padding: .35rem 0; max-width: none; }
-summary { cursor: pointer; font-weight: 600; }
-summary span { font-weight: 400; color: var(--soft); }
-pre { font-size: .78rem; line-height: 1.35; background: #f6f7f9; padding: .8rem; overflow-x: auto; }
-details ul { font-size: .86rem; overflow-wrap: anywhere; }
-@media (max-width: 45rem) { nav ol { columns: 1; } }
-@media print {
-  @page { margin: 15mm 13mm; }
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  main { max-width: none; padding: 0; }
-  nav { display: none; }
-  figure, tr, .note, .label { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
-  .table { overflow: visible; }
-}
-"""

@@ -5,23 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.resources import files
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qat.results.runs import (
-    Group,
-    Run,
-    clip_difference,
-    collect,
-    devices,
-    number,
-    read_json,
-    summary_table,
-)
+from qat.results.runs import FinishedRun, Group, Planned, RunsFolder, devices
 from qat.results.statistics import Difference, mean_and_sd
+from qat.results.tables import clip_difference, summary_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +63,7 @@ class Setting:
     Args:
         name: as the plan calls it.
         planned: trainings, one a seed.
-        group: the finished ones, without curves and answers.
+        group: the finished ones.
     """
 
     stage: str
@@ -94,63 +84,39 @@ class Setting:
     def cell(self) -> tuple[str, str, str]:
         return self.corpus, self.network, self.split
 
-    @cached_property
-    def whole(self) -> Group:
-        """With curves and answers, which are read only for what a page shows of the hundreds of trainings."""
-        runs = [replace(collect(run.folder)[0], name=self.name, seed=run.seed) for run in self.group.runs]
-        return Group(self.name, runs)
-
 
 _LABELS = ("stage", "corpus", "network", "split", "at", "layer")
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """What a grid has planned, and what of it there is.
+class PaperGrid:
+    """The paper's trainings that a folder has planned, and what of them there is.
 
     Args:
-        folder: with ``plan.csv``, and the runs by their addresses in ``runs``.
         settings: in the order of the paper's tables.
-        planned: trainings; settings that are the same experiment share one.
-        finished: of these.
-        failed: the last line of ``error.txt`` by the name and seed of the training.
+        planned: number of trainings; settings that are the same experiment share one.
+        finished: number of these that are finished.
     """
 
-    folder: Path
     settings: list[Setting]
     planned: int
     finished: int
-    failed: dict[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Grid:
-        """The grid in a folder, however much of it is finished.
-
-        Raises:
-            ValueError: ``plan.csv`` or a run's ``result.json`` cannot be read, or a setting has a seed twice.
-        """
-        rows = _plan(folder / "plan.csv")
-        runs: dict[str, Run] = {}
-        failed: dict[str, str] = {}
-        for row in rows:
-            path = folder / "runs" / row["run"]
-            if (path / "result.json").is_file():
-                result = read_json(path / "result.json")
-                runs[row["run"]] = Run(path, row["name"], row["seed"], result, {}, None, None)
-            elif (path / "error.txt").is_file():
-                lines = (path / "error.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-                seed = "" if row["seed"] is None else f", seed {row['seed']}"
-                failed[f"{row['name']}{seed}"] = next(filter(str.strip, reversed(lines)), "")
+    def of(cls, folder: RunsFolder) -> PaperGrid | None:
+        """The grid of a folder, however much of it is finished; None if it plans no cell of table 1."""
+        if not any(row.stage == "emotion" and row.corpus and row.network and row.at in METHODS for row in folder.plan):
+            return None
+        runs = {run.folder.name: run for run in folder.runs}
         settings = []
-        for _, same in groupby(sorted(rows, key=_place), key=_place):
-            seeds = {row["seed"]: row for row in same}
-            first = next(iter(seeds.values()))
-            found = [replace(runs[row["run"]], name=row["name"]) for row in seeds.values() if row["run"] in runs]
-            group = Group(first["name"], sorted(found, key=lambda run: run.seed or 0))
-            labels = {name: first[name] for name in _LABELS if name != "layer"}
-            layer = first["layer"] or 0
-            settings.append(Setting(**labels, layer=layer, name=first["name"], planned=len(seeds), group=group))
-        return cls(folder, settings, len({row["run"] for row in rows}), len(runs), failed)
+        for _, same in groupby(sorted(folder.plan, key=_place), key=_place):
+            rows = list({row.seed: row for row in same}.values())
+            first = rows[0]
+            finished = [replace(runs[row.run], name=row.name) for row in rows if row.run in runs]
+            group = Group(first.name, sorted(finished, key=lambda run: run.seed or 0))
+            labels = {name: getattr(first, name) for name in _LABELS}
+            settings.append(Setting(**labels, name=first.name, planned=len(rows), group=group))
+        return cls(settings, len({row.run for row in folder.plan}), len(runs))
 
     @property
     def emotion(self) -> list[Setting]:
@@ -161,14 +127,13 @@ class Grid:
         """Those of emotion trainings, the paper's first."""
         return list(dict.fromkeys(setting.corpus for setting in self.emotion))
 
-    @property
-    def runs(self) -> list[Run]:
-        return [run for setting in self.settings for run in setting.group.runs]
-
     def read_as(self, corpus: str) -> list[str]:
         """What the finished trainings on a corpus of the plan really read, by ``corpus.name``."""
-        runs = (run for setting in self.emotion if setting.corpus == corpus for run in setting.group.runs)
-        return sorted({str(run.setting("corpus.name", corpus)) for run in runs}) or [corpus]
+        return sorted({run.experiment.corpus.name for run in self.runs_on(corpus)}) or [corpus]
+
+    def runs_on(self, corpus: str) -> list[FinishedRun]:
+        """The finished emotion trainings on a corpus of the plan."""
+        return [run for setting in self.emotion if setting.corpus == corpus for run in setting.group.runs]
 
     def kind(self, corpus: str) -> str:
         """``synthesised`` (the demo corpus, under whatever name), ``paper`` (one of the paper's) or ``recorded``."""
@@ -210,7 +175,7 @@ def published() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def choices(grid: Grid) -> list[Choice]:
+def choices(grid: PaperGrid) -> list[Choice]:
     """The cells of table 1 that have a finished training, in its order.
 
     The layer is the one of the highest accuracy on the validation part at the kept checkpoint, mean over seeds; ties
@@ -234,7 +199,7 @@ def _highest(settings: Iterable[Setting], part: str) -> Setting | None:
     return min(equal, key=lambda setting: setting.layer, default=None)
 
 
-def summary(grid: Grid) -> pd.DataFrame:
+def summary(grid: PaperGrid) -> pd.DataFrame:
     """Every setting of a grid, in one row: figures over the seeds that are finished, NaN where there are none.
 
     Returns:
@@ -264,7 +229,7 @@ def summary(grid: Grid) -> pd.DataFrame:
             "kept_epoch": None if kept is None else kept + 1,
             "epoch_seconds": _mean(group, "seconds_per_epoch"),
             "seconds": _mean(group, "seconds"),
-            "peak_memory": max(group.values(lambda run: number(run.result.get("peak_memory"))), default=None),
+            "peak_memory": max(group.values(lambda run: run.result.peak_memory), default=None),
             "device": devices(group.runs),
         }
         rows.append(row)
@@ -273,7 +238,7 @@ def summary(grid: Grid) -> pd.DataFrame:
     return table.astype({column: float for column in table.columns if column not in words})
 
 
-def layers(grid: Grid) -> pd.DataFrame:
+def layers(grid: PaperGrid) -> pd.DataFrame:
     """Validation and test accuracy of every emotion setting, and whether it stands in table 1 (``chosen``)."""
     columns = [*CELL, "at", "layer", "name", "planned", "seeds", "validation_accuracy", "validation_sd"]
     table = summary(grid).query("stage == 'emotion'")[[*columns, "accuracy", "accuracy_sd", "uar"]]
@@ -282,13 +247,13 @@ def layers(grid: Grid) -> pd.DataFrame:
     return table.assign(chosen=table["name"].isin(chosen), best_by_test=table["name"].isin(best))
 
 
-def table1(grid: Grid) -> pd.DataFrame:
+def table1(grid: PaperGrid) -> pd.DataFrame:
     """Table 1 of the paper, ours beside it; one row a cell of the plan, shares in [0, 1].
 
     Returns:
-        ``corpus, network, split, at``; ``kind`` (as `Grid.kind`); ``planned`` and ``finished`` trainings of all its
-        layers; ``layer`` (chosen by validation accuracy, 0 without anti-transfer) and ``position`` (which features that
-        is); ``validation_accuracy``; ``seeds``; ``accuracy``, ``accuracy_sd`` over seeds, ``accuracy_low`` and
+        ``corpus, network, split, at``; ``kind`` (as `PaperGrid.kind`); ``planned`` and ``finished`` trainings of all
+        its layers; ``layer`` (chosen by validation accuracy, 0 without anti-transfer) and ``position`` (which features
+        that is); ``validation_accuracy``; ``seeds``; ``accuracy``, ``accuracy_sd`` over seeds, ``accuracy_low`` and
         ``accuracy_high`` (95 % over test speakers, seeds pooled), ``speakers``, ``clips``, ``uar``; ``gain`` over the
         baseline of the same corpus, network and split, paired over ``gain_seeds`` and clips, with ``gain_low`` and
         ``gain_high`` over speakers; ``test_layer`` and ``test_accuracy`` (what choosing by test accuracy would have
@@ -328,14 +293,15 @@ _TABLE1 = (
 
 
 def _ours(choice: Choice, base: Choice | None) -> dict[str, Any]:
-    chosen, group = choice.chosen, choice.chosen.whole
+    chosen, group = choice.chosen, choice.chosen.group
+    at = group.first.twin
     (row,) = summary_table(group.runs).to_dict("records")
     test = _score(choice.by_test.group, "accuracy")
     assert test is not None
     speakers = row["speakers"]
     found = {
         "layer": chosen.layer,
-        "position": group.first.setting("anti_transfer.position", "relu") if chosen.layer else None,
+        "position": at.position if at and chosen.layer else None,
         "validation_accuracy": _spread(group, "validation")[0],
         **{name: row[name] for name in ("seeds", "accuracy", "accuracy_sd", "accuracy_low", "accuracy_high", "clips")},
         "speakers": None if speakers != speakers else int(speakers),
@@ -345,7 +311,7 @@ def _ours(choice: Choice, base: Choice | None) -> dict[str, Any]:
         "optimism": max(0.0, test - row["accuracy"]),  # equal but for rounding, the shallower may have less
         "parameters": row["parameters"],
     }
-    gain, seeds = _gain(group, base.chosen.whole) if chosen.layer and base else (None, 0)
+    gain, seeds = _gain(group, base.chosen.group) if chosen.layer and base else (None, 0)
     if gain is not None:
         low, high = gain.interval or (None, None)
         found |= {"gain": gain.mean, "gain_low": low, "gain_high": high, "gain_seeds": seeds}
@@ -453,7 +419,7 @@ def figure2(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def resources(grid: Grid) -> pd.DataFrame:
+def resources(grid: PaperGrid) -> pd.DataFrame:
     """Time and memory of every setting on every device.
 
     Returns:
@@ -466,7 +432,7 @@ def resources(grid: Grid) -> pd.DataFrame:
     for setting in grid.settings:
         for name in sorted({run.device for run in setting.group.runs}):
             group = Group(setting.name, [run for run in setting.group.runs if run.device == name])
-            memory = group.values(lambda run: number(run.result.get("peak_memory")))
+            memory = group.values(lambda run: run.result.peak_memory)
             rows.append(
                 {"device": name, **setting.labels, "seeds": len(group.runs)}
                 | {"epoch_seconds": _mean(group, "seconds_per_epoch")}
@@ -508,34 +474,10 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _plan(path: Path) -> list[dict[str, Any]]:
-    """The rows of a plan; ``layer`` and ``seed`` are numbers, or None where there is none."""
-    columns = ("run", *_LABELS, "seed", "name")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as CSV ({error})") from error
-    addresses: dict[tuple[str, int | None], str] = {}
-    for line, row in enumerate(rows, 2):
-        if missing := [name for name in columns if row.get(name) is None]:
-            raise ValueError(f"{path}: lacks the column {', '.join(missing)}; it must have {', '.join(columns)}")
-        for name in ("layer", "seed"):
-            try:
-                row[name] = int(float(row[name])) if row[name] else None
-            except ValueError:
-                raise ValueError(f"{path}: line {line}: {name} {row[name]!r} must be a number or empty") from None
-        if addresses.setdefault((row["name"], row["seed"]), row["run"]) != row["run"]:
-            raise ValueError(f"{path}: has {row['name']!r} with the seed {row['seed']} twice; it must be there once")
-    if not rows:
-        raise ValueError(f"{path}: plans no training; a report needs at least one")
-    return rows
-
-
-def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _place(row: Planned) -> tuple[Any, ...]:
     """The order of the paper's table 1."""
     named = (("stage", STAGES), ("corpus", CORPORA), ("network", NETWORKS), ("split", SPLITS), ("at", tuple(METHODS)))
-    return *(_rank(order)(row[name]) for name, order in named), row["layer"] or 0, row["name"]
+    return *(_rank(order)(getattr(row, name)) for name, order in named), row.layer, row.name
 
 
 def _rank(order: Sequence[str]) -> Any:
@@ -552,4 +494,4 @@ def _score(group: Group, name: str) -> float | None:
 
 
 def _mean(group: Group, name: str) -> float | None:
-    return group.mean(lambda run: number(run.result.get(name)))
+    return group.mean(lambda run: getattr(run.result, name))

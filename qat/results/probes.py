@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from qat.config import Experiment, from_plain
+from qat.config import Experiment, from_plain, to_plain
 from qat.files import write_json
 from qat.models import tap_name
+from qat.results.record import Analysis, Probes, read_analysis
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
 from qat.training.pipeline import load_classifier
 
 
-def analyse(run: Path) -> dict[str, Any]:
+def analyse(run: Path) -> Analysis:
     """Probe a finished run; ``analysis.json`` in its folder keeps the result.
 
     Returns:
@@ -32,8 +31,7 @@ def analyse(run: Path) -> dict[str, Any]:
     """
     path = run / "analysis.json"
     if path.is_file():
-        finished: dict[str, Any] = json.loads(path.read_text())
-        return finished
+        return read_analysis(path)
     checkpoint = load_checkpoint(run, "classifier")
     experiment = from_plain(Experiment, checkpoint.record["experiment"])
     predictions = pd.read_csv(run / "predictions.csv")
@@ -45,21 +43,22 @@ def analyse(run: Path) -> dict[str, Any]:
     features: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in taps}
     with torch.no_grad():
         for indices in torch.tensor(rows).split(64):
-            made = classifier.net.features_at(classifier.embed(data.spectrograms(indices, None)), list(taps.values()))
+            tapped = classifier.net.features_at(classifier.embed(data.spectrograms(indices, None)), list(taps.values()))
             for layer, tap in taps.items():
-                features[layer].append(made[tap].flatten(1).numpy())
+                features[layer].append(tapped[tap].flatten(1).numpy())
     voices, texts = (data.index[column].to_numpy()[rows] for column in ("speaker", "text"))
     layers = {}
     for layer in taps:
-        known = np.concatenate(features.pop(layer))
-        voice, word = linear_probe(known, voices, held_out=texts), linear_probe(known, texts, held_out=voices)
-        layers[str(layer)] = {"voice_probe": voice, "word_probe": word}
-    chances = {"voice_probe_chance": 1 / len(set(voices)), "word_probe_chance": 1 / len(set(texts))}
-    result: dict[str, Any] = layers[str(config.layers[-1])] | chances | {"layers": layers}
-    if "withheld" in data.parts:
-        result["shortcut_rate"] = shortcut_rate(predictions)
-    write_json(path, result)
-    return result
+        matrix = np.concatenate(features.pop(layer))
+        layers[layer] = Probes(
+            linear_probe(matrix, voices, held_out=texts), linear_probe(matrix, texts, held_out=voices)
+        )
+    last = layers[config.layers[-1]]
+    shortcut = shortcut_rate(predictions) if "withheld" in data.parts else None
+    chances = 1 / len(set(voices)), 1 / len(set(texts))
+    analysis = Analysis(last.voice_probe, last.word_probe, *chances, shortcut, layers)
+    write_json(path, to_plain(analysis))
+    return analysis
 
 
 def shortcut_rate(predictions: pd.DataFrame) -> float:
@@ -95,6 +94,6 @@ def linear_probe(features: NDArray[np.float32], labels: NDArray[np.object_], hel
             squares, axes = np.linalg.eigh((fitted @ fitted.T).astype(np.float64))
             spanned = squares > 1e-6 * squares[-1]
             axes = axes[:, spanned] / np.sqrt(squares[spanned])
-            fitted, judged = (known @ fitted.T @ axes for known in (fitted, judged))
+            fitted, judged = (matrix @ fitted.T @ axes for matrix in (fitted, judged))
         probe.fit(fitted, labels[~tested])
     return float(probe.score(judged, labels[tested]))

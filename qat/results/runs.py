@@ -1,25 +1,20 @@
-"""Finished runs, read from their folders, grouped over seeds and compared."""
+"""Finished runs, read from their folders, and what a folder of runs has planned, failed and not finished."""
 
 from __future__ import annotations
 
-import json
-import math
+import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qat.config import EXECUTION, flatten
-from qat.results.statistics import (
-    Difference,
-    cluster_interval,
-    false_discovery,
-    mean_and_sd,
-    over_seeds,
-    paired_difference,
-)
+import yaml
+
+from qat.config import AntiTransferConfig, AnyExperiment, Experiment, identity_settings, to_plain
+from qat.results.record import Analysis, Result, Scores, read_analysis, read_result
+from qat.results.statistics import mean_and_sd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +35,7 @@ POSITIONS = {
     "pool5": "last pool, whatever the layer",
 }
 """Which features a layer stands for, by ``anti_transfer.position``."""
+
 _GRAMS = {
     "channel": "one cosine per sample",
     "position": "one cosine per sample, over positions",
@@ -48,123 +44,133 @@ _GRAMS = {
 _SEED = re.compile(r"(?:^|[-_./])seed[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
 
 
+def describe_loss(at: AntiTransferConfig) -> str:
+    """The anti-transfer loss in words: what is compared, and how."""
+    if (at.aggregation, at.distance) != ("gram", "cos_squared"):
+        return f"{at.aggregation} by {at.distance}"
+    if at.semantics == "folded-rowwise":
+        return "batch-folded, row-wise cosine"
+    return _GRAMS.get(at.gram, at.gram) + (", centred" if at.centred else "")
+
+
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One training, as its folder tells it; whatever it does not tell is absent.
+class FinishedRun:
+    """One finished training; its tables are read when they are asked for.
 
     Args:
-        folder: where it lies.
-        name: of its setting; runs of one name differ by their seed.
-        seed: of the training.
-        result: ``result.json``.
-        analysis: ``analysis.json``, or nothing.
-        metrics: ``metrics.csv``, one row per epoch.
-        predictions: ``predictions.csv`` as text.
+        folder: run folder.
+        name: name of its setting; runs of one name differ by their seed.
+        seed: seed of the training.
+        result: record of ``result.json``.
     """
 
     folder: Path
     name: str
     seed: int | None
-    result: dict[str, Any]
-    analysis: dict[str, Any]
-    metrics: pd.DataFrame | None
-    predictions: pd.DataFrame | None
+    result: Result
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Record of ``analysis.json``, empty where there is none."""
+        return read_analysis(self.folder / "analysis.json")
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame | None:
+        """``metrics.csv``, one row per epoch."""
+        return _read_csv(self.folder / "metrics.csv")
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame | None:
+        """``predictions.csv`` as text."""
+        return _read_csv(self.folder / "predictions.csv", dtype=str, keep_default_na=False)
+
+    @property
+    def experiment(self) -> AnyExperiment:
+        return self.result.experiment
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Settings that decide what is learnt, by ``group.field``."""
+        return identity_settings(to_plain(self.experiment))
 
     @property
     def task(self) -> str:
         """``rhemo``, or what the classifier recognises."""
-        return "rhemo" if self.result.get("kind") == "rhemo" else str(self.setting("task", "emotion"))
-
-    @property
-    def classes(self) -> list[str]:
-        return [str(name) for name in self.result.get("classes") or []]
+        return self.experiment.task if isinstance(self.experiment, Experiment) else "rhemo"
 
     @property
     def true_classes(self) -> list[str]:
         """The classes without what `network.outputs` adds to them."""
-        return [name for name in self.classes if not name.startswith("unused-")]
+        return [name for name in self.result.classes if not name.startswith("unused-")]
 
-    def setting(self, dotted: str, default: Any = None) -> Any:
-        """The experiment's value at ``anti_transfer.beta``, say."""
-        return _at(self.result.get("experiment"), dotted, default)
+    @property
+    def width(self) -> float:
+        """Width of the network, as a multiple of the paper's."""
+        experiment = self.experiment
+        return experiment.network.width if isinstance(experiment, Experiment) else experiment.rhemo.width
 
     def score(self, part: str, name: str) -> float | None:
         """A figure of one part, where it was measured."""
-        return number(_at(self.result, f"parts.{part}.{name}"))
+        value: float | None = getattr(self.result.parts.get(part, Scores()), name)
+        return value
 
     @property
     def start(self) -> str:
         """What the weights were before the first step: ``random``, or the network they come from."""
-        initial = self.setting("training.initial")
+        initial = self.experiment.training.initial
         return "random" if initial is None else _origin(initial)
 
     @property
-    def has_twin(self) -> bool:
-        return self.setting("anti_transfer.twin") is not None or self.random_twin
+    def twin(self) -> AntiTransferConfig | None:
+        """The settings of anti-transfer, if the network is compared with another."""
+        at = self.experiment.anti_transfer if isinstance(self.experiment, Experiment) else None
+        return at if at is not None and (at.twin is not None or at.random_twin) else None
 
     @property
     def random_twin(self) -> bool:
-        return bool(self.setting("anti_transfer.random_twin", False))
-
-    @property
-    def _betas(self) -> list[float]:
-        beta = self.setting("anti_transfer.beta", 1.0)
-        return [float(value) for value in (beta if isinstance(beta, list) else [beta])]
+        return self.twin is not None and self.twin.random_twin
 
     @property
     def beta(self) -> str:
         """The weight of all layers, or that of each."""
-        return "+".join(f"{beta:g}" for beta in self._betas)
+        beta = self.twin.beta if self.twin else 0.0
+        return "+".join(f"{value:g}" for value in (beta if isinstance(beta, list) else [beta]))
 
     @property
     def transfers(self) -> bool:
         """Whether an anti-transfer loss took part; beta 0 only watches the similarity."""
-        return self.has_twin and any(self._betas)
+        return self.twin is not None and any(self.twin.betas)
 
     @property
     def layers(self) -> list[int]:
         """Where the twin is compared."""
-        return list(self.setting("anti_transfer.layers", [])) if self.has_twin else []
+        return list(self.twin.layers) if self.twin else []
 
     @property
     def anti_transfer(self) -> str:
         """Layer, its convention, beta, twin and what is compared, or ``none``."""
+        if self.twin is None:
+            return "none"
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {'+'.join(map(str, self.layers))}"
         if not self.transfers:
-            return f"none ({layers} watched, beta 0)" if self.has_twin else "none"
-        position = self.setting("anti_transfer.position", "relu")
-        twin = "random twin (control)" if self.random_twin else f"twin {_origin(self.setting('anti_transfer.twin'))}"
-        place = f"{layers} ({POSITIONS.get(position, position)})"
-        return f"{place}, beta {self.beta}, {twin}, {self._compared}"
-
-    @property
-    def _compared(self) -> str:
-        aggregation, distance = (
-            self.setting(f"anti_transfer.{name}", default)
-            for name, default in (("aggregation", "gram"), ("distance", "cos_squared"))
-        )
-        if (aggregation, distance) != ("gram", "cos_squared"):
-            return f"{aggregation} by {distance}"
-        if self.setting("anti_transfer.semantics", "paper") == "folded-rowwise":
-            return "batch-folded, row-wise cosine"
-        gram = self.setting("anti_transfer.gram", "channel")
-        return _GRAMS.get(gram, gram) + (", centred" if self.setting("anti_transfer.centred", False) else "")
+            return f"none ({layers} watched, beta 0)"
+        twin = "random twin (control)" if self.random_twin else f"twin {_origin(self.twin.twin)}"
+        return f"{layers} ({POSITIONS[self.twin.position]}), beta {self.beta}, {twin}, {describe_loss(self.twin)}"
 
     @property
     def device(self) -> str:
         """Where it was trained, with the number of processes if there were several."""
-        processes = int(number(self.result.get("processes")) or 1)
-        return f"{f'{processes} × ' if processes > 1 else ''}{self.result.get('device', 'an unnamed device')}"
+        processes = self.result.processes
+        return f"{f'{processes} × ' if processes > 1 else ''}{self.result.device}"
 
     def probe(self, name: str, layer: int) -> float | None:
         """A linear probe's accuracy at one layer, ``voice_probe`` or ``word_probe``."""
-        return number(_at(self.analysis, f"layers.{layer}.{name}"))
+        return getattr(self.analysis.layers.get(layer), name, None)
 
     @cached_property
     def answers(self) -> pd.DataFrame | None:
-        """Test answers: ``speaker`` and ``right`` (0 or 1) by ``clip``; several cuts of a file are several clips.
-
-        Nothing for word presence, where a clip has several answers.
+        """Test answers: ``right`` (0 or 1) and the columns of `predictions` by ``clip``; several cuts of a file are
+        several clips. None for word presence, where a clip has several answers.
         """
         table = self.predictions
         if table is None or self.task == "word-presence":
@@ -174,7 +180,7 @@ class Run:
         test = table[table["part"] == "test"]
         clips = test["path"] + "#" + test.groupby("path").cumcount().astype(str)
         right = (test["label"] == test["predicted"]).astype(float)
-        return test.assign(clip=clips, right=right).set_index("clip")[["speaker", "right"]].sort_index()
+        return test.assign(clip=clips, right=right).set_index("clip").sort_index()
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,25 +188,130 @@ class Group:
     """The runs of one setting, by seed."""
 
     name: str
-    runs: list[Run]
+    runs: list[FinishedRun]
 
     @property
-    def first(self) -> Run:
+    def first(self) -> FinishedRun:
         return self.runs[0]
 
-    def values(self, of: Callable[[Run], float | None]) -> list[float]:
+    def values(self, of: Callable[[FinishedRun], float | None]) -> list[float]:
         """A figure of every run that has it."""
         return [value for value in map(of, self.runs) if value is not None]
 
-    def mean(self, of: Callable[[Run], float | None]) -> float | None:
+    def mean(self, of: Callable[[FinishedRun], float | None]) -> float | None:
         values = self.values(of)
         return mean_and_sd(values)[0] if values else None
 
 
-def collect(folder: Path) -> list[Run]:
+class Planned(NamedTuple):
+    """A row of ``plan.csv``; ``run`` is the folder below ``runs``, ``layer`` is 0 where there is none."""
+
+    run: str
+    stage: str
+    network: str
+    corpus: str
+    split: str
+    at: str
+    layer: int
+    seed: int | None
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class RunsFolder:
+    """The runs at or below a folder: a run, a sweep, a study, a grid.
+
+    Args:
+        folder: the folder.
+        plan: rows of its ``plan.csv``; none without that file.
+        runs: the finished runs.
+        failed: first line of ``error.txt`` by the name of the run.
+        unfinished: names of the runs that are planned or begun, and neither finished nor failed.
+        request: text of ``campaign.yaml``, which tells what the campaign was asked for.
+    """
+
+    folder: Path
+    plan: list[Planned]
+    runs: list[FinishedRun]
+    failed: dict[str, str]
+    unfinished: list[str]
+    request: str
+
+    @classmethod
+    def read(cls, folder: Path) -> RunsFolder:
+        """All runs at or below ``folder``, or those of its plan.
+
+        Raises:
+            ValueError: there is neither a finished run nor a plan, a file cannot be read, or two runs have the same
+                name and seed.
+        """
+        folder = Path(folder)
+        plan = read_plan(folder / "plan.csv") if (folder / "plan.csv").is_file() else []
+        if plan:
+            rows = {row.run: row for row in reversed(plan)}  # the first of those that share a run names it
+            places = {folder / "runs" / run: _labelled(row.name, row.seed) for run, row in reversed(rows.items())}
+        else:
+            files = [file for name in ("result.json", "error.txt", "experiment.yaml") for file in folder.rglob(name)]
+            places = {file.parent: file.parent.relative_to(folder).as_posix() for file in sorted(files)}
+        finished = [place for place in places if (place / "result.json").is_file()]
+        runs = collect(folder) if not plan else [_planned_run(place, rows[place.name]) for place in finished]
+        failed, unfinished = {}, []
+        for place, name in places.items():
+            if place in finished:
+                continue
+            if (place / "error.txt").is_file():
+                text = (place / "error.txt").read_text(encoding="utf-8", errors="replace")
+                failed[name] = next(filter(str.strip, text.splitlines()), "")
+            else:
+                unfinished.append(name)
+        asked = next((f for n in ("campaign.yaml", "grid.yaml", "demo.json") if (f := folder / n).is_file()), None)
+        return cls(folder, plan, runs, failed, unfinished, asked.read_text(encoding="utf-8") if asked else "")
+
+    @cached_property
+    def requested(self) -> dict[str, Any]:
+        """The request as a mapping."""
+        requested = yaml.safe_load(self.request) if self.request else None
+        return requested if isinstance(requested, dict) else {}
+
+
+def read_plan(path: Path) -> list[Planned]:
+    """The rows of a ``plan.csv``.
+
+    Raises:
+        ValueError: it cannot be read, lacks a column, has a seed twice, or plans nothing.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as CSV ({error})") from error
+    plan = []
+    addresses: dict[tuple[str, int | None], str] = {}
+    for line, row in enumerate(rows, 2):
+        if missing := [name for name in Planned._fields if row.get(name) is None]:
+            raise ValueError(
+                f"{path}: lacks the column {', '.join(missing)}; it must have {', '.join(Planned._fields)}"
+            )
+        values: dict[str, Any] = {name: row[name] for name in Planned._fields}
+        for name in ("layer", "seed"):
+            try:
+                values[name] = int(float(row[name])) if row[name] else None
+            except ValueError:
+                raise ValueError(f"{path}: line {line}: {name} {row[name]!r} must be a number or empty") from None
+        planned = Planned(**values | {"layer": values["layer"] or 0})
+        plan.append(planned)
+        if addresses.setdefault((planned.name, planned.seed), planned.run) != planned.run:
+            raise ValueError(f"{path}: has {planned.name!r} with the seed {planned.seed} twice; it must be there once")
+    if not plan:
+        raise ValueError(f"{path}: plans no training; a report needs at least one")
+    return plan
+
+
+def collect(folder: Path) -> list[FinishedRun]:
     """All runs at or below ``folder``: every folder that holds a ``result.json``.
 
-    A run is called what ``result.json`` says, or by its path below ``folder``; a seed in either is left out.
+    A run is called what a plan two folders above says, what ``result.json`` says, or by its path below ``folder``; a
+    seed in either is left out.
 
     Raises:
         ValueError: there is none, a file cannot be read, or two runs have the same name and seed.
@@ -208,9 +319,16 @@ def collect(folder: Path) -> list[Run]:
     files = sorted(Path(folder).rglob("result.json"))
     if not files:
         raise ValueError(f"{folder}: no result.json at or below this folder; a report needs at least one finished run")
-    seen: dict[tuple[str, int | None], Run] = {}
+    plans: dict[Path, dict[str, Planned]] = {}
+    seen: dict[tuple[str, int | None], FinishedRun] = {}
     for file in files:
-        run = _run(file.parent, Path(folder))
+        campaign = file.parents[2] if len(file.parents) > 2 else file.parent
+        if campaign not in plans:
+            path = campaign / "plan.csv"
+            plans[campaign] = {row.run: row for row in reversed(read_plan(path))} if path.is_file() else {}
+        row = plans[campaign].get(file.parent.name)
+        above = campaign.relative_to(folder).as_posix() if row and campaign.is_relative_to(folder) else "."
+        run = _planned_run(file.parent, row, "" if above == "." else f"{above}/") if row else _run(file.parent, folder)
         other = seen.setdefault((run.name, run.seed), run)
         if other is not run:
             raise ValueError(
@@ -220,9 +338,9 @@ def collect(folder: Path) -> list[Run]:
     return list(seen.values())
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
+def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
     """Runs by name: by task, then those from random weights first, those without anti-transfer first."""
-    by_name: dict[str, list[Run]] = {}
+    by_name: dict[str, list[FinishedRun]] = {}
     for run in runs:
         by_name.setdefault(run.name, []).append(run)
     tasks = list(TASKS)
@@ -237,115 +355,40 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     return sorted(groups, key=place)
 
 
-def summary_table(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row per setting (runs of one name), figures over its seeds; what was not measured is NaN or None.
-
-    Emotion classifiers come first, then the networks that were trained for them. Shares lie in [0, 1].
-
-    Returns:
-        Columns ``name``, ``task``, ``start`` (initial weights), ``anti_transfer``, ``seeds``; ``accuracy`` (test part,
-        mean over seeds), ``accuracy_sd`` (over seeds), ``accuracy_low`` and ``accuracy_high`` (95 % interval over
-        speakers, seeds pooled), ``uar``, ``average_precision``; ``baseline`` (the setting that differs in nothing but
-        having no anti-transfer), ``difference``, ``difference_low`` and ``difference_high`` from it (same seeds and
-        clips, paired); ``withheld_accuracy``, ``shortcut_rate``, ``voice_probe``, ``word_probe``; ``reconstruction``
-        and ``constant`` (RH-Emo's binary cross-entropy and the best constant's); ``speakers`` and ``clips`` of the test
-        part; ``parameters``, ``epochs``, ``kept_epoch`` (from 1), ``epoch_seconds``, ``seconds`` (of one run) and
-        ``peak_memory`` (bytes, highest).
-    """
-    import pandas as pd
-
-    groups = group_runs(runs)
-    table = pd.DataFrame([_summary(group, groups) for group in groups])
-    words = {"name", "task", "start", "anti_transfer", "baseline", "seeds"}
-    return table.astype({column: float for column in table.columns if column not in words})
-
-
-MEASURES = {
-    "accuracy": "accuracy",
-    "withheld_accuracy": "accuracy, withheld",
-    "shortcut_rate": "shortcut rate",
-    "voice_probe": "voice probe",
-    "word_probe": "word probe",
-}
-"""What `seed_differences` compares, in the order of a report."""
-
-
-def seed_differences(runs: Iterable[Run]) -> pd.DataFrame:
-    """What anti-transfer changed, as differences between trainings of the same seed.
-
-    Each setting with anti-transfer is compared with its baseline (which differs in nothing but having none) and, where
-    there is one, with its control (which differs in nothing but a twin that was trained on nothing). Probes of both are
-    those of the setting's last layer.
-
-    Returns:
-        One row a comparison and measure: ``name``, ``other``, ``against`` (``baseline`` or ``control``), ``measure``
-        (of `MEASURES`), ``seeds``, ``mean``, ``low`` and ``high`` (95 % over seeds), ``rose`` and ``fell`` (seeds),
-        ``p`` (paired t test) and ``q`` (adjusted for all comparisons of this measure and kind, Benjamini-Hochberg).
-    """
-    import pandas as pd
-
-    groups = group_runs(runs)
-    rows: list[tuple[Any, ...]] = []
-    for group in groups:
-        for against, other in (("baseline", _baseline(group, groups)), ("control", _control(group, groups))):
-            for measure in MEASURES if other else ():
-                assert other is not None
-                layer = group.first.layers[-1]
-                both = [(_measured(a, measure, layer), _measured(b, measure, layer)) for a, b in _pairs(group, other)]
-                known = [(a, b) for a, b in both if a is not None and b is not None]
-                if known:
-                    found = over_seeds(*zip(*known, strict=True))
-                    low, high = found.interval or (None, None)
-                    names = (group.name, other.name, against, measure, len(known))
-                    rows.append((*names, found.mean, low, high, found.rose, found.fell, found.p, None))
-    columns = ["name", "other", "against", "measure", "seeds", "mean", "low", "high", "rose", "fell", "p", "q"]
-    table = pd.DataFrame(rows, columns=columns).astype({name: float for name in ("mean", "low", "high", "p", "q")})
-    for _, same in table[table["p"].notna()].groupby(["against", "measure"]):
-        table.loc[same.index, "q"] = false_discovery(same["p"].tolist())
-    return table
-
-
-def _measured(run: Run, measure: str, layer: int) -> float | None:
-    if measure == "accuracy":
-        return run.score("test", "accuracy")
-    if measure == "withheld_accuracy":
-        return run.score("withheld", "accuracy")
-    return number(run.analysis.get(measure)) if measure == "shortcut_rate" else run.probe(measure, layer)
-
-
-def devices(runs: Iterable[Run]) -> str:
+def devices(runs: Iterable[FinishedRun]) -> str:
     """Every device that one of these runs was trained on."""
     return "; ".join(sorted({run.device for run in runs}))
 
 
-def made_with(runs: Sequence[Run]) -> list[list[str]]:
-    """What these runs were made with: the devices, and every version of each program, a row each."""
-    versions: dict[str, set[str]] = {}
+def made_with(runs: Sequence[FinishedRun]) -> list[list[str]]:
+    """What these runs were made with: devices, commits, commands, and every version of each program, a row each."""
+    values: dict[str, set[str]] = {}
     for run in runs:
-        for name, version in (run.result.get("versions") or {}).items():
-            versions.setdefault(str(name), set()).add(str(version))
-    return [["devices", devices(runs)], *([name, ", ".join(sorted(found))] for name, found in versions.items())]
+        result = run.result
+        for name, value in {"commit": result.commit, "command": result.command, **result.versions}.items():
+            values.setdefault(name, set()).update([value] if value else [])
+    return [["devices", devices(runs)], *([name, ", ".join(sorted(found))] for name, found in values.items() if found)]
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or nothing."""
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if numeric else None
+def _labelled(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}, seed {seed}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+def _planned_run(folder: Path, row: Planned, above: str = "") -> FinishedRun:
+    result = read_result(folder / "result.json")
+    return FinishedRun(folder, above + row.name, result.seed if row.seed is None else row.seed, result)
 
-    Raises:
-        ValueError: it is not readable, not JSON or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
+
+def _run(folder: Path, top: Path) -> FinishedRun:
+    result = read_result(folder / "result.json")
+    path = folder.relative_to(top).as_posix()
+    own = folder.resolve().name
+    # A run that was given no name bears its folder's, which says little where folders of several parents meet.
+    named = result.name or own
+    name = _without_seed(named) if named != own else _without_seed(path if path != "." else own)
+    in_path = _SEED.search(path)
+    seed = result.seed if result.seed is not None else int(in_path[1]) if in_path else None
+    return FinishedRun(folder, name, seed, result)
 
 
 def _read_csv(path: Path, **options: Any) -> pd.DataFrame | None:
@@ -359,35 +402,6 @@ def _read_csv(path: Path, **options: Any) -> pd.DataFrame | None:
         raise ValueError(f"{path}: not readable as CSV ({error})") from error
 
 
-def _run(folder: Path, top: Path) -> Run:
-    result = read_json(folder / "result.json")
-    path = folder.relative_to(top).as_posix()
-    own = folder.resolve().name
-    # A run that was given no name bears its folder's, which says little where folders of several parents meet.
-    named = str(result.get("name") or own)
-    name = _without_seed(named) if named != own else _without_seed(path if path != "." else own)
-    analysis = folder / "analysis.json"
-    in_path = _SEED.search(path)
-    seed = number(result.get("seed", _at(result, "experiment.training.seed", int(in_path[1]) if in_path else None)))
-    return Run(
-        folder=folder,
-        name=name,
-        seed=None if seed is None else int(seed),
-        result=result,
-        analysis=read_json(analysis) if analysis.is_file() else {},
-        metrics=_read_csv(folder / "metrics.csv"),
-        predictions=_read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False),
-    )
-
-
-def _at(value: Any, dotted: str, default: Any = None) -> Any:
-    for key in dotted.split("."):
-        if not isinstance(value, dict) or value.get(key) is None:
-            return default
-        value = value[key]
-    return value
-
-
 def _without_seed(path: str) -> str:
     """
     >>> _without_seed("emotion/at-voice/seed-2"), _without_seed("seed3/at_voice"), _without_seed("at-seed1")
@@ -396,7 +410,7 @@ def _without_seed(path: str) -> str:
     return _SEED.sub("", path).strip("/") or path
 
 
-def _origin(checkpoint: Any) -> str:
+def _origin(checkpoint: object) -> str:
     """The run that wrote a checkpoint, which is named by its folder or its file.
 
     >>> _origin("runs/voices/seed-1/best.safetensors"), _origin("demo/twins/voice")
@@ -405,118 +419,3 @@ def _origin(checkpoint: Any) -> str:
     path = Path(str(checkpoint))
     folder = path.parent if path.suffix == ".safetensors" else path
     return Path(_without_seed(folder.as_posix())).name or path.stem
-
-
-def _summary(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
-    import pandas as pd
-
-    accuracies = group.values(lambda run: run.score("test", "accuracy"))
-    accuracy, deviation = mean_and_sd(accuracies) if accuracies else (None, None)
-    answers = [run.answers for run in group.runs if run.answers is not None]
-    speakers, interval = None, None
-    if len(answers) == len(group.runs):
-        pooled = pd.concat(answers)
-        if (pooled["speaker"] != "").all():
-            speakers = pooled["speaker"].nunique()
-            interval = cluster_interval(pooled["right"], list(pooled["speaker"]))
-    base = _baseline(group, groups)
-    difference = clip_difference(group, base) if base else None
-    best = group.mean(lambda run: number(run.result.get("kept_epoch")))
-
-    def score(name: str, part: str = "test") -> float | None:
-        return group.mean(lambda run: run.score(part, name))
-
-    def result(name: str) -> float | None:
-        return group.mean(lambda run: number(run.result.get(name)))
-
-    def analysis(name: str) -> float | None:
-        return group.mean(lambda run: number(run.analysis.get(name)))
-
-    return {
-        "name": group.name,
-        "task": group.first.task,
-        "start": group.first.start,
-        "anti_transfer": group.first.anti_transfer,
-        "seeds": len(group.runs),
-        "accuracy": accuracy,
-        "accuracy_sd": deviation,
-        "accuracy_low": interval and interval.low,
-        "accuracy_high": interval and interval.high,
-        "uar": score("uar"),
-        "average_precision": score("average_precision"),
-        "baseline": base and base.name,
-        "difference": difference and difference.mean,
-        "difference_low": difference and difference.interval and difference.interval.low,
-        "difference_high": difference and difference.interval and difference.interval.high,
-        "withheld_accuracy": score("accuracy", "withheld"),
-        "shortcut_rate": analysis("shortcut_rate"),
-        "voice_probe": analysis("voice_probe"),
-        "word_probe": analysis("word_probe"),
-        "reconstruction": score("reconstruction"),
-        "constant": score("constant"),
-        "speakers": speakers,
-        "clips": score("samples"),
-        "parameters": result("parameters"),
-        "epochs": result("epochs"),
-        "kept_epoch": None if best is None else best + 1,
-        "epoch_seconds": result("seconds_per_epoch"),
-        "seconds": result("seconds"),
-        "peak_memory": max(group.values(lambda run: number(run.result.get("peak_memory"))), default=None),
-    }
-
-
-def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The setting without anti-transfer that agrees in all else on every shared seed; the one with most of them."""
-    best, most = None, 0
-    for other in groups if group.first.transfers else ():
-        pairs = _pairs(group, other)
-        same = all(_but_anti_transfer(a) == _but_anti_transfer(b) for a, b in pairs)
-        if not other.first.transfers and same and len(pairs) > most:
-            best, most = other, len(pairs)
-    return best
-
-
-def _control(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The setting that agrees in all on every shared seed, but for a random twin."""
-
-    def settings(run: Run) -> dict[str, Any]:
-        free = ("anti_transfer.twin", "anti_transfer.random_twin")
-        at = flatten({"anti_transfer": run.setting("anti_transfer", {})})
-        return _but_anti_transfer(run) | {key: value for key, value in at.items() if key not in free}
-
-    for other in groups if group.first.transfers and not group.first.random_twin else ():
-        pairs = _pairs(group, other)
-        if other.first.random_twin and pairs and all(settings(a) == settings(b) for a, b in pairs):
-            return other
-    return None
-
-
-def _pairs(first: Group, second: Group) -> list[tuple[Run, Run]]:
-    by_seed = {run.seed: run for run in second.runs}
-    return [(run, by_seed[run.seed]) for run in first.runs if run.seed in by_seed]
-
-
-def _but_anti_transfer(run: Run) -> dict[str, Any]:
-    """All settings that could change the outcome, but for anti-transfer."""
-    settings = flatten(run.result.get("experiment") or {})
-
-    free = ("anti_transfer.", "cache", *(f"training.{name}" for name in (*EXECUTION, "deterministic")))
-    return {"kind": run.result.get("kind")} | {k: v for k, v in settings.items() if not k.startswith(free)}
-
-
-def clip_difference(group: Group, base: Group) -> Difference | None:
-    """Accuracy of the group minus the baseline's; no interval without both runs' answers to the same clips."""
-    import pandas as pd
-
-    pairs = _pairs(group, base)
-    both = [
-        (a.answers, b.answers)
-        for a, b in pairs
-        if a.answers is not None and b.answers is not None and a.answers.index.equals(b.answers.index)
-    ]
-    if len(both) == len(pairs) and all((a["speaker"] != "").all() for a, _ in both):
-        first, second = pd.concat([a for a, _ in both]), pd.concat([b for _, b in both])
-        return paired_difference(first["right"], second["right"], list(first["speaker"]))
-    scores = [(a.score("test", "accuracy"), b.score("test", "accuracy")) for a, b in pairs]
-    known = [a - b for a, b in scores if a is not None and b is not None]
-    return Difference(mean_and_sd(known)[0], None) if len(known) == len(pairs) else None

@@ -26,6 +26,7 @@ from qat.data.store import prepare
 from qat.files import replacing, write_json, write_text
 from qat.models import VGG16, RHEmo, RHEmoEncoder
 from qat.models.layers import placed
+from qat.results.record import origin
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, check_run, load_checkpoint
 from qat.training.data import (
@@ -287,6 +288,7 @@ class _Run:
             metrics[part], outputs[part] = _judged(steps, samples, judge)
         seconds = [row["seconds"] for row in history]
         result = {
+            **origin(),
             "kind": record["kind"],
             "name": self.name,
             "seed": training.seed,

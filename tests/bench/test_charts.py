@@ -7,6 +7,7 @@ from measurements import GPU, LOSS, STEP, everything, measured, row, steps
 
 from bench import charts, summary
 from bench.results import Results
+from qat.report import figures
 
 
 def charts_of(*results) -> dict[str, set[str]]:
@@ -40,9 +41,7 @@ def test_charts_hold_their_labels():
 
 def drawn_by(function, m):
     """A chart before it is text."""
-    from matplotlib import style
-
-    with style.context(["default", charts.STYLE]):
+    with figures.style():
         return function(m)
 
 

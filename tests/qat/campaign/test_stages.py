@@ -21,7 +21,7 @@ from qat.config import (
     to_plain,
 )
 from qat.files import write_json, write_text
-from qat.results.runs import read_json
+from qat.results.record import read_json
 
 LOCAL = Layout(cluster="local")
 

@@ -29,9 +29,10 @@ from qat.config import (
     TrainingConfig,
     to_plain,
 )
-from qat.report.grid_report import _GridPage
 from qat.report.report import write_report
+from qat.report.view import View, guess
 from qat.results import paper
+from qat.results.runs import RunsFolder
 from qat.results.statistics import cluster_interval
 
 METHODS = ("none", "single_S", "single_W", "dual_SW", "dual_WS")
@@ -203,6 +204,12 @@ class Plan:
 SINGLE = ("none", "single_S")
 
 
+def grid_of(folder: Path) -> paper.PaperGrid:
+    grid = paper.PaperGrid.of(RunsFolder.read(folder))
+    assert grid is not None
+    return grid
+
+
 class Raw:
     """What the files of a grid say, read and averaged in plain Python."""
 
@@ -290,7 +297,7 @@ def half_finished(tmp_path_factory, rng) -> tuple[Path, Path]:
     for run in gone:
         shutil.rmtree(run)
     gone[0].mkdir()
-    (gone[0] / "error.txt").write_text("Traceback (most recent call last):\n  here\nValueError: <no> memory\n\n")
+    (gone[0] / "error.txt").write_text("ValueError: <no> memory\n\nTraceback (most recent call last):\n  here\n")
     # Equal means of other accuracies, of which float32 makes more at the deeper layer: the shallower wins all the same.
     for layer, values in {1: (0.1, 0.9), 2: (0.9, 0.9), 13: (0.85, 0.95)}.items():
         for seed, value in zip("12", values, strict=True):
@@ -369,7 +376,7 @@ def test_settings_may_share_a_training(tmp_path, rng):
         plan.emotion("real", "tess", "random", "single_S", layer, seed, address=f"{0xABC0 + seed:016x}")
     for seed in (1, 2):
         plan.emotion("real", "tess", "random", "none", 0, seed, done=seed == 1)
-    grid = paper.Grid.read(plan.write())
+    grid = grid_of(plan.write())
     assert (grid.planned, grid.finished) == (4, 3)
     row = paper.table1(grid).set_index("at").loc["single_S"]
     assert (row["layer"], row["test_layer"], row["finished"], row["planned"]) == (1, 1, 6, 6)
@@ -446,7 +453,7 @@ def test_figure2_averages_over_corpora_that_have_every_run(tmp_path, rng):
 
 
 def figure2_of(folder: Path) -> dict[tuple, float]:
-    grid = paper.Grid.read(folder)
+    grid = grid_of(folder)
     layers = paper.layers(grid)
     parts = [paper.figure2(layers[layers["corpus"].isin(c)]) for c in (["iemocap", "ravdess", "tess"], ["demo"])]
     rows = pd.concat(parts).to_dict("records")
@@ -497,7 +504,7 @@ def test_the_papers_table_as_runs_gives_the_papers_recomputed_gains(tmp_path, rn
             layer, accuracy = int(row[f"layer_{split}"] or 0), float(row[f"acc_{split}"]) / 100
             run = plan.emotion(network, row["corpus"].lower(), split, row["at_type"], layer, 1, accuracy=accuracy)
             (run / "predictions.csv").unlink()  # of so many clips nobody gives 97.62 %
-    table = paper.table1(paper.Grid.read(plan.write()))
+    table = paper.table1(grid_of(plan.write()))
     assert len(table) == 60
     assert (table["difference"].abs() < 1e-9).all()
     assert (table["layer"] == table["paper_layer"]).all()
@@ -578,7 +585,10 @@ def test_the_page_shows_what_table1_holds(half_finished):
             shown += f"paper {100 * row['paper_accuracy']:.1f}{layer}{100 * row['difference']:+.1f}".replace("-", "−")
         assert cell == shown
     assert "relu (after ReLU, before pooling)" in page.text
-    assert rows["IEMOCAP", "real, random"][1].endswith("165,733,060 parameters, paper 1.6e8")
+    assert rows["IEMOCAP", "real, random"][1] == "real, random"
+    common = "Common to all rows: beta 1.0, anti-transfer loss one cosine per sample, learning rate 1e-05, batch 20"
+    assert common in page.text
+    assert "Parameters: real 165,733,060, the paper's 1.6e8; quaternion 9,998,020" in page.text
 
 
 def test_the_page_says_what_is_real_and_what_is_missing(half_finished):
@@ -640,13 +650,13 @@ def test_accuracy_over_batches_and_outputs_without_a_class_are_minded(tmp_path, 
     plan = Plan(tmp_path, rng).grid(("tess",), networks=("real",), splits=("random",), methods=("none",))
     file = tmp_path / "runs" / plan.rows[0]["run"] / "result.json"
     result = json.loads(file.read_text())
-    assert "means over batches" not in _GridPage(paper.Grid.read(plan.write())).conventions()
+    assert "means over batches" not in View(RunsFolder.read(plan.write())).conventions()
     result["experiment"]["training"]["accuracy"] = "batches"
     result["classes"].append("unused-8")
     file.write_text(json.dumps(result))
-    page = _GridPage(paper.Grid.read(tmp_path))
-    assert "means over batches (training.accuracy batches)" in page.conventions()
-    assert page.guess("tess") == pytest.approx(100 / 7)
+    view = View(RunsFolder.read(tmp_path))
+    assert "means over batches (training.accuracy batches)" in view.conventions()
+    assert guess(view.grid.runs_on("tess")) == pytest.approx(100 / 7)
 
 
 @pytest.mark.parametrize("beforehand", [False, True])

@@ -26,8 +26,10 @@ from qat.config import (
 )
 from qat.report import figures
 from qat.report.report import collect, summary_table, write_report
-from qat.results.runs import Run, made_with, seed_differences
+from qat.results.record import Result
+from qat.results.runs import FinishedRun, made_with
 from qat.results.statistics import cluster_interval
+from qat.results.tables import seed_differences
 
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
 SEEDS = (1, 2, 3)
@@ -496,9 +498,9 @@ def test_too_few_speakers_give_no_interval(tmp_path, rng, speakers):
         {},
         {"kind": "rhemo"},
         {"parts": {"test": {"accuracy": 0.5}}},
-        {"parts": {"test": {"accuracy": float("nan"), "confusion": "?"}}, "experiment": None, "classes": None},
+        {"parts": {"test": {"accuracy": float("nan")}}, "experiment": None, "classes": None},
         {"parts": {"test": {"average_precision": 0.4}}, "experiment": {"task": "word-presence"}, "versions": None},
-        {"parts": [], "experiment": {"network": None, "training": {"initial": "x.safetensors"}}, "seed": "one"},
+        {"experiment": {"training": {"initial": "x.safetensors"}}},
         {"kept_epoch": 99, "experiment": {"anti_transfer": {"twin": "t", "layers": [1, 2]}}},
     ],
 )
@@ -511,6 +513,30 @@ def test_a_foreign_run_may_lack_anything(tmp_path, result):
     assert row["name"] == "run"
     accuracy = ((result.get("parts") or {}) or {"test": {}}).get("test", {}).get("accuracy", float("nan"))
     assert row["accuracy"] == accuracy or np.isnan(row["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("result.json", {"schema": 2}, "schema 2 must be 1; another version of qat wrote this file"),
+        ("result.json", {"seed": "one"}, "seed is 'one'; it must be a whole number"),
+        ("result.json", {"seed": True}, "seed is True; it must be a whole number"),
+        ("result.json", {"kind": "svm"}, "kind is 'svm'; it must be 'classifier' or 'rhemo'"),
+        ("result.json", {"parts": []}, "parts is []; it must be an object"),
+        ("result.json", {"parts": {"test": {"confusion": "?"}}}, "parts.test.confusion is '?'; it must be a list"),
+        ("result.json", {"parts": {"test": {"total": []}}}, "parts.test.losses.total is []; it must be a number"),
+        ("result.json", {"experiment": {"network": None}}, "experiment: must be an object with an object for each"),
+        ("result.json", {"experiment": {"colour": 1}}, "experiment: Experiment: unknown setting colour"),
+        ("analysis.json", {"layers": {"2": 0.5}}, "layers.2 is 0.5; it must be an object"),
+    ],
+)
+def test_a_broken_record_is_refused_by_name(tmp_path, file, content, message):
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / file}: {message}")) as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_runs_are_named_by_their_path_without_the_seed(tmp_path):
@@ -554,16 +580,18 @@ def test_importing_the_report_is_cheap():
 
 
 def test_a_device_is_named_with_its_processes():
-    alone = Run(Path("a"), "a", 1, {"device": "H100", "processes": 1, "versions": {"torch": "2.13"}}, {}, None, None)
-    several = replace(alone, result=alone.result | {"processes": 2, "versions": {"torch": "2.11"}})
-    assert made_with([alone, several, alone]) == [["devices", "2 × H100; H100"], ["torch", "2.11, 2.13"]]
+    result = Result(device="H100", versions={"torch": "2.13"}, commit="abc")
+    alone = FinishedRun(Path("a"), "a", 1, result)
+    several = replace(alone, result=replace(result, processes=2, versions={"torch": "2.11"}))
+    expected = [["devices", "2 × H100; H100"], ["commit", "abc"], ["torch", "2.11, 2.13"]]
+    assert made_with([alone, several, alone]) == expected
 
 
 @pytest.mark.parametrize("labels", [["mean"], ["no AT", "single S, random"] * 4, ["validation, cross-entropy"] * 4])
 @pytest.mark.parametrize("panels", [1, 2, 3])
 def test_a_legend_fits_its_figure(panels, labels, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_drawing", drawn.append)
+    monkeypatch.setattr(figures, "drawing", drawn.append)
     lines = [figures.Line(f"{label} {n}", "mean", {1: 50.0, 13: 60.0}) for n, label in enumerate(labels)]
     figures.by_layer({f"panel {n}": lines for n in range(panels)}, "accuracy, %")
     [figure] = drawn

@@ -1,0 +1,211 @@
+"""Records of a finished training: ``result.json`` and ``analysis.json`` as typed values, with a schema version."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment, from_plain
+
+SCHEMA = 1
+"""Version of the form of ``result.json``; files that name none are of version 1."""
+
+R = TypeVar("R")
+_hints = cache(get_type_hints)
+_TYPES = {float: "a number", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one part of the data at the kept checkpoint; None where the task has none.
+
+    Args:
+        accuracy: share of samples that are right.
+        uar: mean recall over the classes.
+        macro_f1: mean F1 over the classes.
+        average_precision: mean over the labels of a task with several answers.
+        reconstruction, constant: RH-Emo's reconstruction loss and that of the best constant.
+        live_channels: embedding channels that vary, of four.
+        samples: number of samples.
+        confusion: counts `[K, K]`, rows true, columns predicted.
+        losses: mean losses by name, such as ``total`` and ``similarity_13``.
+    """
+
+    accuracy: float | None = None
+    uar: float | None = None
+    macro_f1: float | None = None
+    average_precision: float | None = None
+    reconstruction: float | None = None
+    constant: float | None = None
+    live_channels: int | None = None
+    samples: int | None = None
+    confusion: list[list[float]] | None = None
+    losses: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``result.json`` says about a training.
+
+    Args:
+        kind: ``classifier`` or ``rhemo``.
+        name: name that reports use; empty for the folder's.
+        seed: seed of the training.
+        experiment: all its settings.
+        classes: names of the outputs.
+        parts: scores of ``train``, ``validation``, ``test`` and, after a confounded split, ``withheld``.
+        epochs: number of epochs. kept_epoch: the one whose weights were kept, from 0.
+        seconds: training time. seconds_per_epoch: mean over the epochs.
+        peak_memory: highest memory in bytes.
+        device: name of the device. processes: number of processes.
+        versions: version by program. commit: of this code. command: command line.
+        parameters: number of trained parameters.
+    """
+
+    kind: Literal["classifier", "rhemo"] = "classifier"
+    name: str = ""
+    seed: int | None = None
+    experiment: AnyExperiment = field(default_factory=Experiment)
+    classes: list[str] = field(default_factory=list)
+    parts: dict[str, Scores] = field(default_factory=dict)
+    epochs: int | None = None
+    kept_epoch: int | None = None
+    seconds: float | None = None
+    seconds_per_epoch: float | None = None
+    peak_memory: int | None = None
+    device: str = "an unnamed device"
+    processes: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    command: str | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Accuracy of linear classifiers of the voice and of the text from one layer's features."""
+
+    voice_probe: float | None = None
+    word_probe: float | None = None
+
+
+@dataclass(frozen=True)
+class Analysis(Probes):
+    """What ``analysis.json`` says a network still knows.
+
+    Args:
+        voice_probe, word_probe: probes of the last layer of anti-transfer.
+        voice_probe_chance, word_probe_chance: accuracy of guessing.
+        shortcut_rate: share of the withheld clips that are answered with the voice's own emotion.
+        layers: probes by layer.
+    """
+
+    voice_probe_chance: float | None = None
+    word_probe_chance: float | None = None
+    shortcut_rate: float | None = None
+    layers: dict[int, Probes] = field(default_factory=dict)
+
+
+def read_result(path: Path) -> Result:
+    """The record of a ``result.json``.
+
+    Raises:
+        ValueError: it is not readable, of another schema version, or has a value of a wrong type.
+    """
+    plain = read_json(path)
+    version = plain.pop("schema", SCHEMA)
+    if version != SCHEMA:
+        raise ValueError(f"{path}: schema {version!r} must be {SCHEMA}; another version of qat wrote this file")
+    kind: type[AnyExperiment] = RHEmoExperiment if plain.get("kind") == "rhemo" else Experiment
+    try:
+        experiment = from_plain(kind, plain.pop("experiment", None) or {})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: experiment: {' '.join(str(error).split())}") from error
+    except AttributeError:
+        raise ValueError(f"{path}: experiment: must be an object with an object for each group of settings") from None
+    return _record(Result, plain | {"experiment": experiment}, f"{path}: ")
+
+
+def read_analysis(path: Path) -> Analysis:
+    """The record of an ``analysis.json``, empty where there is no such file.
+
+    Raises:
+        ValueError: it is not readable, or has a value of a wrong type.
+    """
+    return _record(Analysis, read_json(path), f"{path}: ") if path.is_file() else Analysis()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        ValueError: it is not readable, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def origin() -> dict[str, Any]:
+    """What a ``result.json`` says about its own writing: schema version, commit and command."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"schema": SCHEMA, "commit": git_commit(Path(__file__).parents[2]), "command": command}
+
+
+@cache
+def git_commit(root: Path) -> str | None:
+    """The commit that is checked out in a repository, ``-dirty`` with changes; None outside of one."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _record(kind: type[R], plain: dict[str, Any], place: str) -> R:
+    """A record from plain data; ``losses`` takes the numbers that have no field of their own."""
+    names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    if "losses" in names:
+        plain = plain | {"losses": {name: value for name, value in plain.items() if name not in names}}
+    hints = _hints(kind)  # type: ignore[arg-type]
+    values = {name: _typed(hints[name], plain[name], place + name) for name in names & plain.keys()}
+    return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    """A value from JSON as one of the type ``hint``; None for null and for numbers that are not finite."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or hint == AnyExperiment:
+        return value if hint == AnyExperiment else None
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (one for one in get_args(hint) if one is not NoneType)
+    of, inner = get_origin(hint) or hint, get_args(hint)
+    if is_dataclass(hint) and isinstance(value, dict):
+        return _record(hint, value, f"{place}.")  # type: ignore[arg-type]
+    if of is list and isinstance(value, list):
+        return [_typed(inner[0], one, f"{place}[{n}]") for n, one in enumerate(value)]
+    if of is dict and isinstance(value, dict):
+        return {inner[0](key): _typed(inner[1], one, f"{place}.{key}") for key, one in value.items()}
+    if (of is Literal and value in inner) or (of is str and isinstance(value, str)):
+        return value
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (of is float or (of is int and value == int(value)))
+    ):
+        return of(value)
+    allowed = " or ".join(map(repr, inner)) if of is Literal else _TYPES.get(of, "an object")
+    raise ValueError(f"{place} is {value!r}; it must be {allowed}")
