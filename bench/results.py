@@ -3,7 +3,6 @@
 import csv
 import datetime
 import importlib.metadata
-import subprocess
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qat.files import replacing
+from qat.results import record
 from qkernels import runtime
 
 
@@ -145,8 +145,4 @@ def _row(line: dict[str, str], where: str) -> Row:
 
 def git_commit() -> str:
     """What is checked out, "unknown" outside of a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return record.git_commit(Path(__file__).parents[1]) or "unknown"

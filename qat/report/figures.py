@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PANELS = 15
-"""Settings in one figure at most, so that the report of a whole grid is a file that opens at once."""
+"""Maximum number of settings in one figure, so that the report of a whole grid opens quickly."""
 
 _POINTS = 200  # of a curve: more than its panel can show
 INK, SOFT, EDGE, RULE, PAPER = "#1d2129", "#5b616b", "#9aa0a8", "#e8eaed", "#ffffff"
@@ -360,7 +360,7 @@ def svg_of(figure: Figure) -> str:
 
 def drawing(figure: Figure) -> Drawing:
     svg, png = svg_of(figure), io.BytesIO()
-    figure.set_layout_engine(None)  # places are found already, and finding them takes as long as drawing
+    figure.set_layout_engine(None)  # the layout is computed already, and that takes as long as drawing
     figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return Drawing(svg, png.getvalue())
 

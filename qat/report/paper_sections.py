@@ -39,9 +39,6 @@ def grid_verdict(view: View) -> Section:
     if not view.grid:
         return None
     judged = view.table1[view.table1["gain"].notna()]
-    sure = judged[judged["gain_low"].notna()]
-    clear = sure[(sure["gain_low"] > 0) | (sure["gain_high"] < 0)]
-    beside = judged[judged["paper_gain"].notna()]
     keys = list(dict.fromkeys(map(_key, records(judged))))
     panels = []
     for at, title in view.methods.items():
@@ -53,7 +50,11 @@ def grid_verdict(view: View) -> Section:
                 dots.append(Dot(y, 100 * row["paper_gain"], colour=figures.RED, hollow=True, shift=0.15))
         panels += [DotPanel(title, "points", dots, 0)] if dots else []
     rows = [f"{view.called(corpus)}, {network}, {split}" for corpus, network, split in keys]
+    kind = next((kind for kind in KINDS if (judged["kind"] == kind).any()), "")  # the nearest to the paper's, alone
+    judged = judged[judged["kind"] == kind]
+    sure, beside = judged[judged["gain_low"].notna()], judged[judged["paper_gain"].notna()]
     return {
+        "corpora": view.listing(dict.fromkeys(judged["corpus"])),
         "finished": view.grid.finished,
         "planned": view.grid.planned,
         "judged": len(judged),
@@ -61,7 +62,7 @@ def grid_verdict(view: View) -> Section:
         "gain": judged["gain"].mean(),
         "paper": beside["paper_gain"].mean(),
         "beside": beside["gain"].mean(),
-        "clear": len(clear),
+        "clear": int(((sure["gain_low"] > 0) | (sure["gain_high"] < 0)).sum()),
         "sure": len(sure),
         "chart": figures.dots(rows, panels) if panels else None,
     }
@@ -97,7 +98,7 @@ def table1(view: View) -> Section:
         judged, beside = own[own["gain"].notna()], own[own["difference"].notna()]
         if len(judged):
             sure = judged[judged["gain_low"].notna()]
-            found = {
+            counts = {
                 "cells": len(judged),
                 "above": int((judged["gain"] > 0).sum()),
                 "below": int((judged["gain"] < 0).sum()),
@@ -107,7 +108,7 @@ def table1(view: View) -> Section:
                 "mean": beside["difference"].mean(),
                 "far": beside["difference"].abs().max(),
             }
-            findings.append((KINDS[kind].capitalize(), found))
+            findings.append((KINDS[kind].capitalize(), counts))
     sizes = []
     for network, own in view.table1[view.table1["parameters"].notna()].groupby("network", sort=False):
         theirs = own["paper_parameters"].dropna()
@@ -263,8 +264,8 @@ def by_cell(view: View, cell: Callable[[Row], str], table: pd.DataFrame | None =
     for row in records(view.table1 if table is None else table):
         rows.setdefault(_key(row), {})[row["at"]] = cell(row)
     return [
-        [view.called(corpus), f"{network}, {split}", *(found.get(at, "–") for at in view.methods)]
-        for (corpus, network, split), found in rows.items()
+        [view.called(corpus), f"{network}, {split}", *(of_method.get(at, "–") for at in view.methods)]
+        for (corpus, network, split), of_method in rows.items()
     ]
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Section = dict[str, Any] | None
 Row = dict[str, Any]
 SPEAKER_COLUMNS = 6
-CLIPS, CLIP_SECONDS = 3, 5.0
+CLIPS, CLIP_SECONDS = 3, 4.0
 
 
 def verdict(view: View) -> Section:
@@ -65,8 +65,8 @@ def verdict(view: View) -> Section:
     panels = []
     for number, (title, of, line) in enumerate(measures):
         dots = [_dot(view.rows[group.name], group, row, of, number == 0) for row, group in enumerate(view.main)]
-        if found := [dot for dot in dots if dot]:
-            panels.append(DotPanel(title, "%", found, line))
+        if drawn := [dot for dot in dots if dot]:
+            panels.append(DotPanel(title, "%", drawn, line))
     names = [group.name for group in view.main]
     chart = figures.dots(names, panels, _breaks(view.main)) if panels else None
     values = {"judged": len(judged), "clear": len(clear), "top": top, "best": best, "guess": _guess(view)}
@@ -353,8 +353,8 @@ def _settings(runs: Sequence[FinishedRun]) -> tuple[str, list[tuple[str, str]]]:
     for run in runs:
         for key, value in flatten(to_plain(run.experiment)).items():
             values.setdefault(key, {})[json.dumps(value, ensure_ascii=False)] = None
-    shared = "\n".join(f"{key}: {next(iter(found))}" for key, found in values.items() if len(found) == 1)
-    varied = [(key, list(found)) for key, found in values.items() if len(found) > 1]
+    shared = "\n".join(f"{key}: {next(iter(each))}" for key, each in values.items() if len(each) == 1)
+    varied = [(key, list(each)) for key, each in values.items() if len(each) > 1]
     return shared, [(k, ", ".join(v[:8]) + (f" and {len(v) - 8} more" if len(v) > 8 else "")) for k, v in varied]
 
 

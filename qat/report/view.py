@@ -58,6 +58,8 @@ class View:
 
     def __init__(self, folder: RunsFolder) -> None:
         self.folder, self.runs, self.grid = folder, folder.runs, PaperGrid.of(folder)
+        if not (self.runs or self.grid):
+            raise ValueError(f"{folder.folder}: no training of plan.csv is finished; a report needs at least one")
         groups = group_runs(folder.runs)
         emotion = [group for group in groups if group.first.task == "emotion"]
         self.main = emotion or [group for group in groups if group.first.task != "rhemo"]
@@ -120,7 +122,8 @@ class View:
     @cached_property
     def corpus(self) -> str:
         names = sorted({run.experiment.corpus.name for run in self.runs})
-        return "synthesised speech (the demo corpus)" if self.synthetic else ", ".join(map(self.called, names))
+        about = str(self.folder.requested.get("about") or ", ".join(map(self.called, names)))
+        return f"synthesised speech ({about})" if self.synthetic and "synthesised" not in about else about
 
     @property
     def mark(self) -> str:
@@ -152,15 +155,15 @@ class View:
         """What curves, confusions and speakers are shown of: all settings, or those of table 1 by corpus and split."""
         if not self.grid:
             return [Panel("", self.conditions, "", self.main)] if self.main else []
-        found: dict[tuple[str, str], list[Group]] = {}
+        cells: dict[tuple[str, str], list[Group]] = {}
         for choice in self.choices:
             (corpus, network, split), setting = choice.chosen.cell, choice.chosen
             name = f"{network}, {METHODS.get(setting.at, setting.at)}"
             name += f", layer {setting.layer}" if setting.layer else ""
-            found.setdefault((corpus, split), []).append(Group(name, setting.group.runs))
+            cells.setdefault((corpus, split), []).append(Group(name, setting.group.runs))
         return [
             Panel(title, f"{title}, the runs of table 1.", f"-{corpus}-{split}", groups)
-            for (corpus, split), groups in found.items()
+            for (corpus, split), groups in cells.items()
             for title in [f"{self.called(corpus)}, {split} split"]
         ]
 
@@ -177,8 +180,8 @@ class View:
     def kinds(self) -> dict[str, list[str]]:
         """Corpora of a grid by what they are, of `KINDS`."""
         corpora = self.grid.corpora if self.grid else []
-        found = {kind: [one for one in corpora if self.grid and self.grid.kind(one) == kind] for kind in KINDS}
-        return {kind: corpora for kind, corpora in found.items() if corpora}
+        of_kind = {kind: [one for one in corpora if self.grid and self.grid.kind(one) == kind] for kind in KINDS}
+        return {kind: corpora for kind, corpora in of_kind.items() if corpora}
 
     @cached_property
     def methods(self) -> dict[str, str]:
@@ -201,15 +204,15 @@ class View:
         """The settings that all trainings of table 1 share."""
         runs = [run.experiment for group in self.main for run in group.runs]
         tapped = [run.experiment for group in self.main for run in group.runs if run.twin]
-        found = []
+        shared = []
         for name, of in _SHARED.items():
             values = {
                 str(of(one))
                 for one in (tapped if name in ("beta", "anti-transfer loss") else runs)
                 if isinstance(one, Experiment)
             }
-            found += [f"{name} {values.pop()}"] if len(values) == 1 else []
-        return ", ".join(found)
+            shared += [f"{name} {values.pop()}"] if len(values) == 1 else []
+        return ", ".join(shared)
 
 
 def of_corpora(table: pd.DataFrame, corpora: Iterable[str]) -> pd.DataFrame:

@@ -104,8 +104,10 @@ class PaperGrid:
 
     @classmethod
     def of(cls, folder: RunsFolder) -> PaperGrid | None:
-        """The grid of a folder, however much of it is finished; None if it plans no cell of table 1."""
-        if not any(row.stage == "emotion" and row.corpus and row.network and row.at in METHODS for row in folder.plan):
+        """The grid of a folder, however much of it is finished; None if its plan has other trainings than table 1's."""
+        emotion = [row for row in folder.plan if row.stage == "emotion"]
+        cells = (row.corpus and row.network and row.split in SPLITS and row.at in METHODS for row in emotion)
+        if not emotion or not all(cells):
             return None
         runs = {run.folder.name: run for run in folder.runs}
         settings = []
@@ -181,21 +183,21 @@ def choices(grid: PaperGrid) -> list[Choice]:
     The layer is the one of the highest accuracy on the validation part at the kept checkpoint, mean over seeds; ties
     take the shallower.
     """
-    found = []
+    cells = []
     for _, same in groupby(grid.emotion, key=lambda setting: (setting.cell, setting.at)):
         settings = list(same)
         chosen, by_test = _highest(settings, "validation"), _highest(settings, "test")
         if chosen is not None and by_test is not None:
-            found.append(Choice(chosen, by_test))
-    return found
+            cells.append(Choice(chosen, by_test))
+    return cells
 
 
 def _highest(settings: Iterable[Setting], part: str) -> Setting | None:
-    found = [(setting, setting.group.mean(lambda run: run.score(part, "accuracy"))) for setting in settings]
-    known = [(setting, mean) for setting, mean in found if mean is not None]
-    most = max((mean for _, mean in known), default=0.0)
+    means = [(setting, setting.group.mean(lambda run: run.score(part, "accuracy"))) for setting in settings]
+    scored = [(setting, mean) for setting, mean in means if mean is not None]
+    most = max((mean for _, mean in scored), default=0.0)
     # Of accuracies in float32, equal means over seeds may differ in the eighth digit.
-    equal = [setting for setting, mean in known if mean > most - 1e-6]
+    equal = [setting for setting, mean in scored if mean > most - 1e-6]
     return min(equal, key=lambda setting: setting.layer, default=None)
 
 
@@ -242,8 +244,8 @@ def layers(grid: PaperGrid) -> pd.DataFrame:
     """Validation and test accuracy of every emotion setting, and whether it stands in table 1 (``chosen``)."""
     columns = [*CELL, "at", "layer", "name", "planned", "seeds", "validation_accuracy", "validation_sd"]
     table = summary(grid).query("stage == 'emotion'")[[*columns, "accuracy", "accuracy_sd", "uar"]]
-    found = choices(grid)
-    chosen, best = {one.chosen.name for one in found}, {one.by_test.name for one in found}
+    cells = choices(grid)
+    chosen, best = {cell.chosen.name for cell in cells}, {cell.by_test.name for cell in cells}
     return table.assign(chosen=table["name"].isin(chosen), best_by_test=table["name"].isin(best))
 
 
@@ -263,7 +265,7 @@ def table1(grid: PaperGrid) -> pd.DataFrame:
     """
     import pandas as pd
 
-    found = {(*one.chosen.cell, one.chosen.at): one for one in choices(grid)}
+    chosen = {(*cell.chosen.cell, cell.chosen.at): cell for cell in choices(grid)}
     theirs = {(row["corpus"], row["network"], row["split"], row["at"]): row for row in published().to_dict("records")}
     rows = []
     for key, same in groupby(grid.emotion, key=lambda setting: (*setting.cell, setting.at)):
@@ -273,8 +275,8 @@ def table1(grid: PaperGrid) -> pd.DataFrame:
         row["kind"] = kind
         row["planned"] = sum(setting.planned for setting in settings)
         row["finished"] = sum(len(setting.group.runs) for setting in settings)
-        if key in found:
-            row |= _ours(found[key], found.get((*key[:3], "none")))
+        if key in chosen:
+            row |= _ours(chosen[key], chosen.get((*key[:3], "none")))
         if kind == "paper" and key in theirs:
             row |= _beside(row["accuracy"], theirs[key], theirs[*key[:3], "none"])
         rows.append(row)
@@ -299,7 +301,7 @@ def _ours(choice: Choice, base: Choice | None) -> dict[str, Any]:
     test = _score(choice.by_test.group, "accuracy")
     assert test is not None
     speakers = row["speakers"]
-    found = {
+    figures = {
         "layer": chosen.layer,
         "position": at.position if at and chosen.layer else None,
         "validation_accuracy": _spread(group, "validation")[0],
@@ -314,8 +316,8 @@ def _ours(choice: Choice, base: Choice | None) -> dict[str, Any]:
     gain, seeds = _gain(group, base.chosen.group) if chosen.layer and base else (None, 0)
     if gain is not None:
         low, high = gain.interval or (None, None)
-        found |= {"gain": gain.mean, "gain_low": low, "gain_high": high, "gain_seeds": seeds}
-    return found
+        figures |= {"gain": gain.mean, "gain_low": low, "gain_high": high, "gain_seeds": seeds}
+    return figures
 
 
 def _beside(accuracy: float | None, theirs: Mapping[Any, Any], base: Mapping[Any, Any]) -> dict[str, Any]:
@@ -374,12 +376,12 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 def _kinds(cells: pd.DataFrame, corpora: Sequence[str] = CORPORA) -> list[tuple[str, pd.DataFrame]]:
     """What the paper averages its gains over."""
     at = cells["at"].str
-    found = [("all", cells)]
-    found += [(network, cells[cells["network"] == network]) for network in NETWORKS]
-    found += [(what, cells[at.startswith(what)]) for what in ("single", "dual")]
-    found += [(split, cells[cells["split"] == split]) for split in SPLITS]
-    found += [(corpus, cells[cells["corpus"] == corpus]) for corpus in corpora]
-    return [*found, ("single speaker", cells[at.endswith("_S")]), ("single word", cells[at.endswith("_W")])]
+    kinds = [("all", cells)]
+    kinds += [(network, cells[cells["network"] == network]) for network in NETWORKS]
+    kinds += [(what, cells[at.startswith(what)]) for what in ("single", "dual")]
+    kinds += [(split, cells[cells["split"] == split]) for split in SPLITS]
+    kinds += [(corpus, cells[cells["corpus"] == corpus]) for corpus in corpora]
+    return [*kinds, ("single speaker", cells[at.endswith("_S")]), ("single word", cells[at.endswith("_W")])]
 
 
 def figure2(table: pd.DataFrame) -> pd.DataFrame:
@@ -467,10 +469,10 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     ):
         measures = ["epoch_seconds", "peak_memory"]
         both = first.merge(second[[*shared, *measures]], on=shared, suffixes=("", "_second"))
-        found = both[["device", *CELL, "at", "layer"]].assign(what=what)
+        pairs = both[["device", *CELL, "at", "layer"]].assign(what=what)
         for measure in measures:
-            found[measure] = both[measure] / both[f"{measure}_second"]
-        parts.append(found)
+            pairs[measure] = both[measure] / both[f"{measure}_second"]
+        parts.append(pairs)
     return pd.concat(parts, ignore_index=True)
 
 

@@ -367,7 +367,7 @@ def made_with(runs: Sequence[FinishedRun]) -> list[list[str]]:
         result = run.result
         for name, value in {"commit": result.commit, "command": result.command, **result.versions}.items():
             values.setdefault(name, set()).update([value] if value else [])
-    return [["devices", devices(runs)], *([name, ", ".join(sorted(found))] for name, found in values.items() if found)]
+    return [["devices", devices(runs)], *([name, ", ".join(sorted(each))] for name, each in values.items() if each)]
 
 
 def _labelled(name: str, seed: int | None) -> str:

@@ -42,9 +42,9 @@ def cluster_interval(
     bootstrap". With 9 speakers it covers 94 % in simulation, with 4 still only 89 %.
 
     Args:
-        values: `[n]`, one per clip, e.g. 1 where the answer was right; several seeds may be merge end to end.
+        values: `[n]`, one per clip, e.g. 1 where the answer was right; several seeds may be concatenated.
         clusters: `[n]`, the speaker of each clip.
-        level: coverage that is aimed at.
+        level: nominal coverage.
         draws: bootstrap draws.
         seed: of the draws; the same call gives the same interval.
 

@@ -74,12 +74,12 @@ def seed_differences(runs: Iterable[FinishedRun]) -> pd.DataFrame:
                 assert other is not None
                 layer = group.first.layers[-1]
                 both = [(_measured(a, measure, layer), _measured(b, measure, layer)) for a, b in _pairs(group, other)]
-                known = [(a, b) for a, b in both if a is not None and b is not None]
-                if known:
-                    found = over_seeds(*zip(*known, strict=True))
-                    low, high = found.interval or (None, None)
-                    names = (group.name, other.name, against, measure, len(known))
-                    rows.append((*names, found.mean, low, high, found.rose, found.fell, found.p, None))
+                measured = [(a, b) for a, b in both if a is not None and b is not None]
+                if measured:
+                    change = over_seeds(*zip(*measured, strict=True))
+                    low, high = change.interval or (None, None)
+                    names = (group.name, other.name, against, measure, len(measured))
+                    rows.append((*names, change.mean, low, high, change.rose, change.fell, change.p, None))
     columns = ["name", "other", "against", "measure", "seeds", "mean", "low", "high", "rose", "fell", "p", "q"]
     table = pd.DataFrame(rows, columns=columns).astype({name: float for name in ("mean", "low", "high", "p", "q")})
     for _, same in table[table["p"].notna()].groupby(["against", "measure"]):

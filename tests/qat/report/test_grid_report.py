@@ -726,7 +726,23 @@ def test_a_bad_plan_is_named(tmp_path, rows, message):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_papers_table_is_shipped():
+def test_the_papers_table_and_the_templates_are_shipped():
     assert len(paper.published()) == 60
     with Path("pyproject.toml").open("rb") as file:
-        assert "results/*.csv" in tomllib.load(file)["tool"]["setuptools"]["package-data"]["qat"]
+        shipped = tomllib.load(file)["tool"]["setuptools"]["package-data"]["qat"]
+    templates = Path(paper.__file__).parents[1] / "report/templates"
+    expected = {
+        f"report/{path.relative_to(templates.parent).parent.as_posix()}/*.j2" for path in templates.rglob("*.j2")
+    }
+    assert {"results/*.csv", *expected} <= set(shipped)
+
+
+def test_the_verdict_is_of_recorded_speech_where_there_is_any(half_finished):
+    folder, out = half_finished
+    start = Page(out.read_text(encoding="utf-8")).text.partition("What is real")[0]
+    table = read(folder, "table1").query("kind == 'paper' and gain.notna()")
+    assert (
+        f"On IEMOCAP, RAVDESS, anti-transfer is above the baseline in {(table['gain'] > 0).sum()} of {len(table)}"
+        in start
+    )
+    assert f"by {100 * table['gain'].mean():+.1f} points on average".replace("-", "−") in start

@@ -1,6 +1,8 @@
 """The report against folders of invented runs whose figures are recomputed here."""
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -27,7 +29,7 @@ from qat.config import (
 from qat.report import figures
 from qat.report.report import collect, summary_table, write_report
 from qat.results.record import Result
-from qat.results.runs import FinishedRun, made_with
+from qat.results.runs import FinishedRun, group_runs, made_with
 from qat.results.statistics import cluster_interval
 from qat.results.tables import seed_differences
 
@@ -601,3 +603,123 @@ def test_a_legend_fits_its_figure(panels, labels, monkeypatch):
     assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
     assert legend.y0 > axis.y1
     assert axis.height > figure.dpi
+
+
+def test_the_page_begins_with_a_verdict_and_one_chart(demo):
+    top, _, out, page = demo
+    table = pd.read_csv(top / "summary.csv")
+    judged = table[table["difference"].notna()]
+    clear = judged[(judged["difference_low"] > 0) | (judged["difference_high"] < 0)]
+    most = (clear if len(clear) else judged).sort_values("difference", key=abs).iloc[-1]
+    shown = "{} [{}, {}]".format(
+        *(f"{100 * most[c]:+.1f}" for c in ("difference", "difference_low", "difference_high"))
+    )
+    start = page.text.partition("What was trained")[0]
+    assert f"in {len(clear)} of 3 settings" in start or (not len(clear) and "No evidence" in start)
+    assert most["name"] in start
+    assert shown.replace("-", "−") in start
+    text = out.read_text(encoding="utf-8")
+    assert text.index("<svg") < text.index("<nav>") < text.index("<h2>")
+    assert "Anti-transfer is to raise both accuracies" in start
+
+
+def test_every_test_speaker_has_a_row(demo):
+    _, answers, _, page = demo
+    pooled = {name: by_clip(answers, name) for name in SETTINGS}
+    head = ["Speaker", *SETTINGS, "Clips"]
+    assert head in page.rows
+    for voice in pooled["baseline"]["speaker"].unique():
+        own = {name: right(table[table["speaker"] == voice]) for name, table in pooled.items()}
+        cells = [f"{100 * values.mean():.1f}" for values in own.values()]
+        assert [voice, *cells, str(len(own["baseline"]) // len(SEEDS))] in page.rows
+
+
+def test_figures_and_page_change_their_colours_in_the_dark(demo):
+    text = demo[2].read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in text
+    used = set(re.findall(r"var\(--([a-z]+)\)", text))
+    light, dark = (set(re.findall(r"--([a-z]+):", part)) for part in text.split("</style>")[0].split("@media")[:2])
+    assert used <= light
+    assert dark <= light
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert svgs
+    for svg in svgs:
+        assert not re.search("#ffffff|#1d2129|#0072b2", svg)
+
+
+def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path, rng):
+    soundfile = pytest.importorskip("soundfile")
+    table = (
+        Corpus(rng, voices=4, sentences=2).answers("test", 0.5).assign(p_angry="0.2", p_happy="0.3", p_neutral="0.1")
+    )
+    table = table.assign(p_sad="0.4", predicted=["sad" if label == "angry" else "angry" for label in table["label"]])
+    for path in table["path"]:
+        (tmp_path / "corpus" / path).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "corpus" / path, rng.uniform(-0.5, 0.5, 80_000), 16000)
+    settings = replace(experiment(), corpus=CorpusConfig("csv", tmp_path / "corpus/manifest.csv"))
+    result = {"seed": 1, "experiment": to_plain(settings), "classes": EMOTIONS, "parts": {"test": judged(table)}}
+    write_run(tmp_path / "run", result, rng, table)
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    sounds = [attributes["src"] for tag, attributes in page.seen if tag == "audio"]
+    assert len(sounds) == 3
+    audio, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].partition("base64,")[2])))
+    assert (len(audio), rate) == (64_000, 16000)
+    assert "angry , heard as sad with probability 40.0 %" in page.text  # the most confident errors
+    shutil.rmtree(tmp_path / "corpus")
+    assert "audio" not in {tag for tag, _ in Page(write_report(tmp_path / "run").read_text(encoding="utf-8")).seen}
+
+
+def test_failed_and_unfinished_runs_are_named(tmp_path, rng):
+    answers = Corpus(rng).answers("test", 0.5)
+    result = {"seed": 1, "experiment": to_plain(experiment()), "classes": EMOTIONS, "parts": {"test": judged(answers)}}
+    write_run(tmp_path / "good", result, rng, answers)
+    for name, file, text in (
+        ("bad", "error.txt", "ValueError: <no>\n\nTraceback"),
+        ("half", "experiment.yaml", "a: 1"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "1 training failed bad: ValueError: <no> 1 training not finished half" in page.text
+    shutil.rmtree(tmp_path / "bad")
+    shutil.rmtree(tmp_path / "half")
+    assert "What is missing" not in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_plan_that_is_no_grid_names_the_runs(tmp_path, rng):
+    top, corpus, rows = tmp_path / "campaign", Corpus(rng, voices=3), []
+    for name in ("baseline", "at-voice"):
+        for seed in (1, 2):
+            answers = corpus.answers("test", 0.5)
+            plain = to_plain(replace(SETTINGS[name][0], training=replace(PLAIN.training, seed=seed)))
+            address = f"{len(rows):016x}"
+            result = {"name": address, "seed": seed, "experiment": plain, "classes": EMOTIONS}
+            write_run(top / "runs" / address, result | {"parts": {"test": judged(answers)}}, rng, answers)
+            rows.append(f"{address},emotion,quaternion,demo,confounded,{name},13,{seed},{name}")
+    rows.append("f" * 16 + ",emotion,quaternion,demo,confounded,at-word,13,1,at-word")
+    text = "run,stage,network,corpus,split,at,layer,seed,name\n" + "\n".join(rows)
+    (top / "plan.csv").write_text(text)
+    (top / "campaign.yaml").write_text("preset: demo\nnot_run: [Nothing at layer 5.]\n")
+    page = Page(write_report(top).read_text(encoding="utf-8"))
+    assert {cells[0] for cells in page.rows} >= {"baseline", "at-voice"}
+    assert "1 training not finished at-word, seed 1" in page.text
+    assert "Nothing at layer 5." in page.text
+    assert "preset: demo" in page.text
+    table = pd.read_csv(top / "summary.csv").set_index("name")
+    assert table.loc["at-voice", "baseline"] == "baseline"
+    nested = {(run.name, run.seed) for run in collect(tmp_path)}
+    assert ("campaign/at-voice", 2) in nested
+
+
+def test_the_axis_of_one_epoch_has_that_epoch(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "drawing", drawn.append)
+    (tmp_path / "result.json").write_text('{"kept_epoch": 0}')
+    (tmp_path / "metrics.csv").write_text("epoch,train_total,validation_total\n0,1.0,1.5\n")
+    figures.losses(group_runs(collect(tmp_path)), share=True)
+    [figure] = drawn
+    axis = figure.axes[0]
+    low, high = axis.get_xlim()
+    assert low < 1 < high
+    assert {tick for tick in axis.get_xticks() if low <= tick <= high} == {1}
+    assert all(line.get_marker() == "o" for line in axis.lines)

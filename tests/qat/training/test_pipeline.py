@@ -60,6 +60,8 @@ def test_a_run_folder_holds_everything(experiment, twin, tmp_path):
     assert saved == with_twin(experiment, twin, layers=[2, 13])
     metrics = pd.read_csv(tmp_path / "run/metrics.csv")
     assert len(metrics) == result["epochs"] == 2
+    assert result["schema"] == 1
+    assert {"commit", "command"} <= result.keys()
     at = metrics["train_similarity_2"] + metrics["train_similarity_13"]
     np.testing.assert_allclose(metrics["train_anti_transfer"], at, rtol=1e-5)
     np.testing.assert_allclose(metrics["train_total"], metrics["train_cross_entropy"] + at, rtol=1e-5)
