@@ -31,7 +31,7 @@ from bench.summary import (
     standings,
     words,
 )
-from qat.report.figures import AMBER, BLUE, COLOURS, GREY, INK, PAPER, SKY, legend_above, new_figure, style, svg_of
+from qat.report.figures import AMBER, BLUE, COLOURS, GREY, INK, PAPER, SKY, add_legend, new_figure, style, svg_of
 
 LABEL = {"facecolor": PAPER, "alpha": 0.8, "pad": 0.5, "linewidth": 0}  # lines end before it
 PART_COLOURS = dict(zip(PARTS, (GREY, SKY, BLUE, AMBER), strict=True))
@@ -189,7 +189,7 @@ def _figure(m: Measured, titles: Sequence[str], ylabel: str) -> tuple[Any, Any]:
 
 def _with_legend(figure: Any) -> Any:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    legend_above(figure, dict(zip(labels, handles, strict=True)))
+    add_legend(figure, dict(zip(labels, handles, strict=True)), "lower")
     return figure
 
 

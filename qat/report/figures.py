@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,7 @@ BLUE, RED, GREY, GREEN, PURPLE, AMBER, SKY = COLOURS = (
 _VARIABLES = {INK: "ink", SOFT: "soft", EDGE: "edge", RULE: "rule", PAPER: "paper", BLUE: "blue", RED: "red"}
 """Colours that a page exchanges in its dark mode, by its CSS variables."""
 
+_LEGENDS: Any = {"upper": "outside upper left", "lower": "outside lower left"}
 DASHED: tuple[int, tuple[int, int]] = (0, (4, 3))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -194,7 +195,7 @@ def by_layer(panels: Mapping[str, Sequence[Line]], ylabel: str, guess: float | N
             axis.set_xlabel("layer")
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        legend_above(figure, legend)
+        add_legend(figure, legend)
         return drawing(figure)
 
 
@@ -416,18 +417,18 @@ def _grid(
         for axis in axes[len(groups) :]:
             axis.set_visible(False)
         if legend:
-            legend_above(
+            add_legend(
                 figure, {label: Line2D([], [], color=colour, linestyle=style) for label, colour, style in legend}
             )
         return drawing(figure)
 
 
-def legend_above(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """A legend above all panels, in as many columns as fit the figure's width."""
+def add_legend(figure: Figure, handles: Mapping[str, Any], side: Literal["upper", "lower"] = "upper") -> None:
+    """A legend above all panels, or below them (``lower``), in as many columns as fit the figure's width."""
     points = 40 + 4.6 * max(map(len, handles))  # of a column, in letters of 8 points
     columns = max(1, min(len(handles), int(72 * figure.get_figwidth() / points)))
     figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(handles) / columns) - 1))
-    figure.legend(handles=list(handles.values()), labels=list(handles), loc="outside upper left", ncols=columns)
+    figure.legend(handles=list(handles.values()), labels=list(handles), loc=_LEGENDS[side], ncols=columns)
 
 
 def _plot(axis: Axes, curve: Curve, colour: str, line: str) -> None:

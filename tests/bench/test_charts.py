@@ -98,3 +98,12 @@ def test_charts_are_the_same_bytes_again(monkeypatch):
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 20, "svg.hashsalt": None}):
         assert charts.charts([everything()]) == first
     assert all("<dc:date>" not in svg and "fill: #ffffff" in svg for svg in first.values())
+
+
+def test_a_legend_stands_clear_of_title_and_panels():
+    figure = drawn_by(charts.speeds, everything())
+    figure.draw_without_rendering()
+    legend, title = figure.legends[0].get_window_extent(), figure._suptitle.get_window_extent()
+    axis = figure.axes[0].get_tightbbox()
+    assert 0 <= legend.y0 < legend.y1 <= axis.y0
+    assert axis.y1 <= title.y0
