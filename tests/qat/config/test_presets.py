@@ -204,7 +204,7 @@ def test_unknown_presets_and_values_that_do_not_fit_are_named():
 
 @pytest.fixture(scope="module")
 def parser():
-    return cli._parser()[0]
+    return cli.build_parser()[0]
 
 
 @pytest.mark.parametrize("preset", NAMES)

@@ -1,0 +1,20 @@
+"""``qat doctor``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+from qat.commands.parser import Commands
+
+
+def add_doctor(commands: Commands) -> None:
+    """``qat doctor``."""
+    commands.add("doctor", run_doctor, "What is installed, what works here and what is missing.")
+
+
+def run_doctor(options: Namespace) -> Any:
+    from qat.doctor import examine
+
+    return examine()

@@ -1,0 +1,33 @@
+"""``qat report``: a table and a page from finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from qat.commands.parser import Commands
+
+
+def add_report(commands: Commands) -> None:
+    """``qat report``."""
+    parser = commands.add("report", run_report, "A table and an HTML page from finished runs, or from a grid's.")
+    parser.add_argument("folder", type=Path, help="folder that holds runs, at any depth")
+    parser.add_argument("--out", type=Path | None, default=None, help="HTML file (default: report.html in the folder)")
+
+
+def run_report(options: Namespace) -> Any:
+    from qat.report.report import collect, summary_table, write_report
+
+    report = write_report(options.folder, options.out)
+    if (options.folder / "plan.csv").is_file():
+        from qat.report.grid_report import read_table1, short_table
+
+        table = read_table1(report)
+        made_up = sorted(set(table.loc[table["kind"] == "synthesised", "corpus"]))
+        if options.json:
+            return {"table1": table, "synthesised": made_up, "report": report}
+        notes = {"synthesised, not to compare with the paper": ", ".join(made_up)} if made_up else {}
+        return {"table1": short_table(table), **notes, "report": report}
+    return {"summary": summary_table(collect(options.folder)), "report": report}
