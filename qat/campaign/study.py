@@ -36,9 +36,10 @@ from qat.files import write_json
 from qat.processes import bar, ordered_map
 from qat.report.report import write_report
 from qat.results.probes import analyse
+from qat.training.classifier import train_classifier
 from qat.training.data import read_corpus
 from qat.training.loop import peak_memory
-from qat.training.pipeline import pretrain_rhemo, train_classifier
+from qat.training.rhemo import pretrain_rhemo
 
 LAYER = 13
 """Where anti-transfer is applied: the layer with the largest effect in the feasibility study."""

@@ -45,7 +45,7 @@ Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
 
 SEED = "training.seed"
 
-_IMPORTED = [__name__, "qat.training.pipeline", "torchmetrics", "torch.utils.tensorboard", "torch._inductor"]
+_IMPORTED = [__name__, "qat.training.classifier", "torchmetrics", "torch.utils.tensorboard", "torch._inductor"]
 """What every training imports, which takes seconds and is done once for all of a job. None of them starts CUDA, which
 does not survive a fork."""
 
@@ -489,7 +489,8 @@ def _record_death(folder: Path, code: int) -> None:
 
 def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
     """One training in this process, unless another one is at it; what goes wrong is written to its folder."""
-    from qat.training.pipeline import pretrain_rhemo, train_classifier
+    from qat.training.classifier import train_classifier
+    from qat.training.rhemo import pretrain_rhemo
 
     for number in _signals():
         signal.signal(number, lambda *_: None)

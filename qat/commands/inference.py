@@ -25,7 +25,7 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def run_evaluate(options: Namespace) -> Any:
-    from qat.training.pipeline import evaluate_run
+    from qat.training.inference import evaluate_run
 
     return {"parts": evaluate_run(options.run, options.corpus, device=options.device)}
 
@@ -39,6 +39,6 @@ def add_predict(commands: Commands) -> None:
 
 
 def run_predict(options: Namespace) -> Any:
-    from qat.training.pipeline import predict
+    from qat.training.inference import predict
 
     return predict(options.run, options.files, device=options.device).to_dict("records")

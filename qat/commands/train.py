@@ -32,7 +32,7 @@ def add_pretrain(commands: Commands) -> None:
 
 
 def run_pretrain_rhemo(options: Namespace) -> Any:
-    from qat.training.pipeline import pretrain_rhemo
+    from qat.training.rhemo import pretrain_rhemo
 
     experiment = instance(RHEmoExperiment, options)
     return pretrain_rhemo(experiment, options.out, resume=options.resume, profile=options.profile)
@@ -45,7 +45,7 @@ def add_train(commands: Commands) -> None:
 
 
 def run_train(options: Namespace) -> Any:
-    from qat.training.pipeline import train_classifier
+    from qat.training.classifier import train_classifier
 
     experiment = instance(Experiment, options)
     return train_classifier(experiment, options.out, resume=options.resume, profile=options.profile)

@@ -372,6 +372,11 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     cache: Path = Path("cache")
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample may have several labels."""
+        return self.task == "word-presence"
+
 
 @dataclass(frozen=True)
 class RHEmoConfig:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.config import AnyExperiment, difference, identity_settings, to_plain
+from qat.config import AnyExperiment, Experiment, difference, from_plain, identity_settings, to_plain
+from qat.data.spectrogram import Normalisation
 from qat.files import replacing
 
 
@@ -30,6 +31,16 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+
+    @property
+    def experiment(self) -> Experiment:
+        """Settings of the classifier's training."""
+        return from_plain(Experiment, self.record["experiment"])
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Normalisation of the inputs, fitted on the training part."""
+        return Normalisation(**self.record["normalisation"])
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below ``prefix``, with the prefix taken off; all of them below ``""``."""

@@ -12,10 +12,12 @@ from torch import Tensor
 from qat.config import AnyExperiment, CorpusConfig, Experiment, SplitConfig
 from qat.data import corpora, splits
 from qat.data.manifest import Manifest
+from qat.data.rows import Rows
 from qat.data.spectrogram import Normalisation, place_words, to_input, word_offsets
 from qat.data.store import SpectrogramStore, prepare
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint
+from qat.training.examples import Examples
 
 LABEL_COLUMN = {"emotion": "emotion", "speaker": "speaker", "word": "text", "word-presence": "words"}
 
@@ -75,6 +77,10 @@ class Data:
         """Numbers of the samples of all parts, in order."""
         return sorted(set().union(*self.parts.values()))
 
+    def examples(self, **rows: Rows) -> Examples:
+        """A source of batches of ``rows``, in which words are placed on their canvas anew each time."""
+        return Examples(rows, None if self.spectrograms.placing is None else self.spectrograms.offsets)
+
 
 def read_corpus(config: CorpusConfig) -> Manifest:
     """The recordings of ``config``, those that ``config.where`` keeps.
@@ -113,14 +119,18 @@ def recordings(experiment: AnyExperiment) -> Manifest:
     return labelled(manifest, experiment.task) if isinstance(experiment, Experiment) else manifest
 
 
-def load_data(
-    experiment: AnyExperiment, normalisation: str, *, trained: Checkpoint | None = None, quiet: bool = False
-) -> Data:
+def normalisation_kind(experiment: AnyExperiment) -> str:
+    """``max``, ``standard`` or ``log``; ``paper`` is the first with an embedding, the second without."""
+    if isinstance(experiment, Experiment) and experiment.normalisation == "paper":
+        return "max" if experiment.network.embeds else "standard"
+    return experiment.normalisation
+
+
+def load_data(experiment: AnyExperiment, *, trained: Checkpoint | None = None, quiet: bool = False) -> Data:
     """Read, prepare and split what ``experiment`` names. Rank 0 prepares; the others then read.
 
     Args:
         experiment: what to load.
-        normalisation: kind, ``max``, ``standard`` or ``log``.
         trained: take the parts and the normalisation that this checkpoint was trained with.
         quiet: no progress bar.
 
@@ -133,10 +143,11 @@ def load_data(
         store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
     if trained is None:
         parts = divide(store.index, experiment.split, manifest.name)
-        fitted = Normalisation.fit(normalisation, store.magnitudes, parts["train"])  # type: ignore[arg-type]
+        kind = normalisation_kind(experiment)
+        fitted = Normalisation.fit(kind, store.magnitudes, parts["train"])  # type: ignore[arg-type]
     else:
         parts = _recorded_parts(store.index, trained)
-        fitted = Normalisation(**trained.record["normalisation"])
+        fitted = trained.normalisation
     return Data(store.index, parts, Spectrograms.of(store, fitted, experiment))
 
 

@@ -25,6 +25,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def require_one_process(subject: str) -> None:
+    """Refuse to train ``subject`` with several processes.
+
+    Raises:
+        ValueError: torchrun started more than one.
+    """
+    if world_size() > 1:
+        raise ValueError(f"{subject} is trained by one process only; run it without torchrun")
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if any, and yield this process's device.

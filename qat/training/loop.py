@@ -7,7 +7,6 @@ import io
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from qat.files import write_text
 from qat.training import distributed
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from qat.training.examples import batches
+from qat.training.metrics import MetricsOf
 from qat.training.steps import Steps
 from qat.training.stopping import best_epoch, should_stop
 
@@ -42,7 +42,7 @@ def fit(
     validation: Tensor,
     folder: Path,
     record: dict[str, Any],
-    judge: Callable[[Tensor, Tensor], dict[str, float]],
+    metrics_of: MetricsOf,
     *,
     resume: bool = False,
     title: str = "train",
@@ -61,7 +61,7 @@ def fit(
         train, validation: `[n]`, numbers of the samples of these parts.
         folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events.
         record: saved with the kept state; must hold ``kind`` and ``experiment``.
-        judge: ``(outputs, targets) -> metrics`` of the validation part, logged as ``validation_*``.
+        metrics_of: metrics of the validation part, of which the numbers are logged as ``validation_*``.
         resume: go on from ``last.safetensors`` if it is there; the result equals an uninterrupted run.
 
     Returns:
@@ -95,7 +95,8 @@ def fit(
             row |= {f"train_{k}": v for k, v in train_epoch(steps, train, epoch).items()}
             row["seconds"] = time.perf_counter() - started
             parts, outputs, targets = evaluate(steps, validation)
-            row |= {f"validation_{k}": v for k, v in (parts | judge(outputs, targets)).items()}
+            metrics = parts | metrics_of(outputs, targets)
+            row |= {f"validation_{k}": v for k, v in metrics.items() if isinstance(v, float)}
             history.append(row)
             schedule.step(row["validation_total"])
             keeper.keep(ended=_finished(history, config))

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qat.config import Experiment
 
-def classification_metrics(
-    logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None
-) -> dict[str, Any]:
+Metrics = dict[str, Any]
+MetricsOf = Callable[[Tensor, Tensor], Metrics]
+"""``(outputs, targets) -> metrics`` of a part."""
+
+
+def metrics_for(experiment: Experiment, classes: list[str]) -> MetricsOf:
+    """The metrics of an experiment's task."""
+    metrics = presence_metrics if experiment.multi_label else classification_metrics
+    batch = experiment.training.batch if experiment.training.accuracy == "batches" else None
+    return lambda logits, targets: metrics(logits, targets, classes, batch)
+
+
+def probabilities(logits: Tensor, experiment: Experiment) -> Tensor:
+    """Probability of every class `[n, K]`; of labels that may occur together, each by itself."""
+    return logits.sigmoid() if experiment.multi_label else logits.softmax(1)
+
+
+def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> Metrics:
     """Weighted accuracy, unweighted accuracy, macro F1 and confusion matrix over samples.
 
     Args:
@@ -37,7 +54,7 @@ def classification_metrics(
     }
 
 
-def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> dict[str, Any]:
+def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> Metrics:
     """Mean average precision and macro F1 of a multi-label task.
 
     Args:

@@ -23,7 +23,7 @@ from qat.config import Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, 
 from qat.files import sha256_of, write_text
 from qat.report.report import collect, summary_table
 from qat.training.checkpoint import load_checkpoint
-from qat.training.pipeline import train_classifier
+from qat.training.classifier import train_classifier
 
 LOCAL = Layout(cluster="local")
 

@@ -29,8 +29,10 @@ from qat.data.manifest import build_manifest, write_manifest
 from qat.models import VGG16
 from qat.training import distributed, loop
 from qat.training.checkpoint import load_checkpoint
+from qat.training.classifier import train_classifier
 from qat.training.data import class_targets, load_data, rhemo_targets
-from qat.training.pipeline import evaluate_run, load_classifier, predict, pretrain_rhemo, train_classifier
+from qat.training.inference import evaluate_run, load_classifier, predict
+from qat.training.rhemo import pretrain_rhemo
 
 
 def trained(experiment: Experiment, **settings) -> Experiment:
@@ -402,7 +404,7 @@ def test_rhemo_stage_2_starts_from_stage_1(rhemo, experiment, tmp_path):
 def test_constant_predictor_and_live_channels_are_measured(rhemo):
     result = json.loads((rhemo / "result.json").read_text())
     experiment = from_plain(RHEmoExperiment, result["experiment"])
-    data = load_data(experiment, "log", quiet=True)
+    data = load_data(experiment, quiet=True)
     x = data.spectrograms(torch.tensor(data.parts["test"]), None)
     constant = torch.full_like(x, x.mean().item())
     expected = torch.nn.functional.binary_cross_entropy(constant, x).item()
@@ -458,8 +460,9 @@ def test_word_presence_is_multi_label(experiment, tmp_path):
 
 
 def test_words_move_in_training_and_are_centred_in_evaluation(experiment):
-    words = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
-    data = load_data(words, "max", quiet=True)
+    features = replace(experiment.features, cut="word")
+    words = replace(experiment, task="word", features=features, normalisation="max")
+    data = load_data(words, quiet=True)
     rows = torch.arange(6)
     drawn = [data.spectrograms(rows, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
@@ -468,7 +471,7 @@ def test_words_move_in_training_and_are_centred_in_evaluation(experiment):
     assert len(set(first[0].tolist())) > 1
     assert set(first[1].tolist()) == {171}
     per_batch = replace(words, training=replace(words.training, word_offset="batch"))
-    x = load_data(per_batch, "max", quiet=True).spectrograms(rows, torch.Generator().manual_seed(1))
+    x = load_data(per_batch, quiet=True).spectrograms(rows, torch.Generator().manual_seed(1))
     assert len(set((x != 0).any(dim=(1, 3)).float().argmax(1).tolist())) == 1
 
 
@@ -672,7 +675,7 @@ DDP = """
 import json, sys
 from pathlib import Path
 from qat.config import Experiment, from_plain
-from qat.training.pipeline import train_classifier
+from qat.training.classifier import train_classifier
 train_classifier(from_plain(Experiment, json.loads(sys.argv[1])), Path(sys.argv[2]), quiet=True)
 """
 

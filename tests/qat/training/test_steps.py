@@ -26,11 +26,13 @@ from qat.training import loop
 from qat.training import profile as profile_module
 from qat.training import steps as steps_module
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from qat.training.classifier import train_classifier
 from qat.training.data import load_data
 from qat.training.examples import Batch, Examples, batches
+from qat.training.inference import evaluate_run
 from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
-from qat.training.pipeline import evaluate_run, pretrain_rhemo, train_classifier
 from qat.training.profile import COUNT, Profile
+from qat.training.rhemo import pretrain_rhemo
 from qat.training.steps import WARM, Graphs, Steps
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cpu:0")  # two names of one device stand for two devices
@@ -496,7 +498,7 @@ def test_embeddings_are_computed_once_for_all_trainings(experiment, cache, tmp_p
 
 def test_embeddings_are_those_of_the_encoder_the_spectrograms_and_the_device(experiment, tmp_path):
     """Whatever differs in the call has embeddings of its own, even where all lie in one folder."""
-    data = load_data(experiment, "log", quiet=True)
+    data = load_data(experiment, quiet=True)
     numbers = torch.tensor([3, 0])
 
     def embedded(encoder, spectrograms, device=CPU):
