@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -23,7 +22,7 @@ from qat.data.audio import AudioError, load_audio
 from qat.data.manifest import Manifest, read_table, write_table
 from qat.data.spectrogram import cut
 from qat.files import make_once, sha256_of, write_json
-from qat.processes import bar, ordered_map
+from qat.processes import bar, process_map
 
 LAYOUT = 1
 """Raised whenever the files written here change their meaning, so that old stores are not read."""
@@ -135,7 +134,7 @@ def _write(
     skipped: list[tuple[str, str]] = []
     with (
         (folder / "magnitudes.npy").open("wb") as out,
-        ordered_map(workers, __name__, _initialise) as run,
+        process_map(workers, torch.set_num_threads, 1) as run,
         bar(progress) as progress_bar,
     ):
         _write_header(out, 0, config)
@@ -160,11 +159,6 @@ def _write(
         assert out.tell() == start
     index = manifest.table.iloc[sources].reset_index(drop=True).assign(cut=cut_numbers, frames=frames)
     return index, pd.DataFrame(skipped, columns=["path", "reason"])
-
-
-def _initialise() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it, after the current file
 
 
 def _spectrograms(

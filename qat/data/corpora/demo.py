@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import traceback
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from qat.data.manifest import Manifest, read_manifest, write_manifest
 from qat.files import new_folder, write_text
-from qat.processes import bar, ordered_map
+from qat.processes import bar, process_map
 
 VOICES: Mapping[str, Sequence[str]] = {
     "train": ("f2", "f5", "Annie", "belinda", "m1", "m3", "m7", "Andy", "max"),
@@ -140,9 +139,8 @@ def make(
     with new_folder(folder) as draft:
         for parent in {(draft / utterance.path).parent for utterance in utterances}:
             parent.mkdir(parents=True)
-        initializer = (library, data)
         # At least one process: eSpeak's state must never be shared with whoever calls this.
-        with ordered_map(workers or None, __name__, _initialise, initializer) as run, bar(progress) as progress_bar:
+        with process_map(workers or None, _initialise, library, data) as run, bar(progress) as progress_bar:
             task = progress_bar.add_task("Synthesise speech", total=len(utterances))
             groups = [utterances[start : start + len(EMOTIONS)] for start in range(0, len(utterances), len(EMOTIONS))]
             facts: list[tuple[float, str]] = []
@@ -233,7 +231,6 @@ def _collect(wave: ctypes._Pointer[ctypes.c_short], count: int, events: object) 
 
 def _initialise(library: Path, data: Path) -> None:
     global _library, _sample_rate
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it, after the current text
     _library = ctypes.CDLL(str(library))
     _sample_rate = _library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), 0)
     if _sample_rate <= 0:
