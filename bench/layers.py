@@ -279,8 +279,10 @@ def _speechbrain(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
 
     def layer(x: Tensor, r: Tensor, i: Tensor, j: Tensor, k: Tensor, bias: Tensor) -> Tensor:
         if case.linear:
-            return ops.quaternion_linear_op(x, r.mT, i.mT, j.mT, k.mT, bias).relu()
-        return ops.quaternion_conv_op(x, r, i, j, k, bias, 1, case.kernel // 2, 1, 1, False).relu()
+            y: Tensor = ops.quaternion_linear_op(x, r.mT, i.mT, j.mT, k.mT, bias)
+        else:
+            y = ops.quaternion_conv_op(x, r, i, j, k, bias, 1, case.kernel // 2, 1, 1, False)
+        return y.relu()
 
     made = []
     for x, weight, bias, dy, _ in sets:
