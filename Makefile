@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 OUT ?= bench/results/gpu
 CONSTRAINTS ?= constraints.txt
 
-# The tests of `make check`: files that take less than 10 s of one core each, 90 s together.
-QUICK := $(addprefix tests/, test_repository.py algebra nn \
-    $(addprefix bench/test_, $(addsuffix .py, cases compare grid launches network_bench session summary tables targets warm)) \
-    $(addprefix compile_only/test_, $(addsuffix .py, harness signatures)) \
-    ops \
+# The tests of `make check`: what takes less than 15 s of one core a file.
+QUICK := $(addprefix tests/, test_repository.py algebra nn compile_only/test_signatures.py \
+    $(addprefix bench/test_, $(addsuffix .py, cases compare grid session summary tables targets warm)) \
+    $(addprefix ops/test_, $(addsuffix .py, aggregation environment fallback folded_rowwise gram_cosine gram_settings \
+        gram_target hamilton_linear launch_settings runtime)) \
     $(addprefix qat/, config data models results test_anti_transfer.py test_doctor.py test_processes.py test_readme.py) \
     $(addprefix qat/training/test_, $(addsuffix .py, checkpoint epoch_losses stopping_and_metrics)))
 
