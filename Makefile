@@ -8,14 +8,14 @@ CONSTRAINTS ?= constraints.txt
 QUICK := $(addprefix tests/, test_repository.py algebra nn compile_only/test_signatures.py \
     $(addprefix bench/test_, $(addsuffix .py, cases compare grid session summary tables targets warm)) \
     $(addprefix ops/test_, $(addsuffix .py, aggregation environment fallback folded_rowwise gram_cosine gram_settings \
-        gram_target hamilton_linear launch_settings runtime)) \
+        hamilton_linear launch_settings)) \
     $(addprefix qat/, config data models results test_anti_transfer.py test_doctor.py test_processes.py test_readme.py) \
     $(addprefix qat/training/test_, $(addsuffix .py, checkpoint epoch_losses stopping_and_metrics)))
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/qat demo
 
-# While one works: some 90 s on two cores.
+# While one works: 90 s of two cores.
 check: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -n 2 -m "not slow" $(QUICK)
 
