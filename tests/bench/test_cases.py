@@ -11,13 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import atl, layers
 from bench.case import BACKWARD, FORWARD, STEP, differentiated
-from bench.cpu_forms import Layer
 from bench.suites import HEADLINE, SUITES
 from qkernels import anti_transfer_loss
 
 CPU = torch.device("cpu")
-CONV = layers.layer_case(Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP)
-LINEAR = layers.layer_case(Layer("linear 1", 8, 12, 0, 1), "quaternion", 2, "float32", STEP)
+CONV = layers.layer_case(layers.Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP)
+LINEAR = layers.layer_case(layers.Layer("linear 1", 8, 12, 0, 1), "quaternion", 2, "float32", STEP)
 LOSS = next(case for case in atl.ATL.cases if case.variant == "paper").tiny()
 AUTO = layers.PROVIDERS[0]
 

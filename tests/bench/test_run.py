@@ -18,7 +18,6 @@ import qkernels
 from bench import __main__ as cli
 from bench import fresh, layers, results, run
 from bench.case import BACKWARD, FORWARD, STEP, Roof, Suite
-from bench.cpu_forms import Layer
 from bench.network import STEPS
 from bench.suites import SUITES
 from bench.targets import Target
@@ -27,7 +26,7 @@ from qkernels import runtime
 from qkernels.ops import _launch
 
 CPU = torch.device("cpu")
-TINY = layers.layer_case(Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
+TINY = layers.layer_case(layers.Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
 RIGHT = layers.PROVIDERS[0]
 PROVENANCE = {"device", "threads", "commit", "torch", "triton", "cuda", "cudnn", "date"}
 

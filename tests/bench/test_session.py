@@ -15,7 +15,7 @@ import torch
 from bench import __main__ as cli
 from bench import session
 from bench.session import Part
-from bench.suites import SUITES
+from bench.suites import ON_CPU, SUITES
 
 CHECK = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
 
@@ -164,7 +164,7 @@ def test_the_parts_are_commands_and_all_suites_are_among_them(tmp_path: Path) ->
     parts = session.parts(tmp_path, "abc")
     assert [part.name for part in parts[:5]] == ["environment", "check", "step", "atl", "conv"]
     assert sum(part.share for part in parts) == 525
-    assert {*session.NEEDS, "cpu"} == set(SUITES)
+    assert {*session.NEEDS, *ON_CPU} == set(SUITES)
     measured = [part.suites for part in parts if "{suites}" in part.command]
     assert measured == [["step"], ["atl"], ["conv"], list(session.NEEDS)]
     parser, commands = cli._parser()
