@@ -157,7 +157,7 @@ class LayerCase(Case):
     def operands(self, device: torch.device) -> Operands:
         """In the memory format that ours reads, channels last on a GPU; a baseline's own is made from it."""
         generator = torch.Generator(device)
-        generator.seed()
+        generator.manual_seed(int(torch.randint(2**62, ())))
         drawn = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
         scale = (self.channels_in * math.prod(self._window)) ** -0.5
         x, weight, bias, dy, real = (tensor.to(self.dtype) for tensor in drawn)
