@@ -378,8 +378,8 @@ class _Pretrained:
         network, at = experiment.network, experiment.anti_transfer
         if network.rhemo_mode == "batch-statistics":
             _one_process("network.rhemo_mode batch-statistics, which mixes the samples of a batch,")
-        if at.mixing:
-            _one_process(f"anti_transfer.{at.mixing}, which mixes the samples of a batch,")
+        if not at.loss.per_sample:
+            _one_process(f"anti_transfer.loss {at.loss.name}, which mixes the samples of a batch,")
         if network.embeds and network.rhemo is None:
             raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is named")
         found = cls(

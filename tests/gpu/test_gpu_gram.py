@@ -133,10 +133,10 @@ def test_folded_rowwise(shape, dtype, device):
     """By its kernels, or above 64 positions by PyTorch's products; two runs give the same bits."""
     a, b = maps(shape, dtype, True, device)
     exact = [x.detach().double().requires_grad_() for x in (a, b)]
-    correct = anti_transfer_loss(*exact, semantics="folded-rowwise")
+    correct = anti_transfer_loss(*exact, loss="folded-rowwise")
     runs = []
     for _ in range(2):
-        loss = anti_transfer_loss(a, b, semantics="folded-rowwise")
+        loss = anti_transfer_loss(a, b, loss="folded-rowwise")
         runs.append((loss, *torch.autograd.grad(1e3 * loss, (a, b))))
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
     assert abs(runs[0][0].item() - correct.item()) <= COSINE * correct.item()

@@ -8,6 +8,7 @@ from interpreted import assert_accurate
 
 import qkernels
 from qkernels import anti_transfer_loss, anti_transfer_tap, gram_cosine, gram_target
+from qkernels.losses import GramChannel, GramPosition
 from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config
 from qkernels.ops.gram_cosine.config import Tile
@@ -195,9 +196,8 @@ def test_targets(shape, gram, centred):
 
 
 def check_target(a, b, gram="channel", centred=False):
-    target = gram_target(b, gram=gram, centred=centred)
-    how = {"gram": gram, "centred": centred, "beta": 0.5}
-    losses = [anti_transfer_loss(a, frozen, **how) for frozen in (b, target)]
+    target = gram_target(b, loss=GramChannel(centred) if gram == "channel" else GramPosition(centred))
+    losses = [anti_transfer_loss(a, frozen, loss=target.loss, beta=0.5) for frozen in (b, target)]
     gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
     if target.packed:
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)

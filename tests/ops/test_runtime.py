@@ -214,6 +214,7 @@ before = set(sys.modules)
 torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 sys.modules["triton"] = None
 import qkernels
+qkernels.nn, qkernels.anti_transfer_loss, qkernels.set_backend
 heavy = {"triton", "scipy", "pandas", "sklearn", "torchaudio", "matplotlib", "torch._dynamo", "qat"}
 print(sorted(heavy & (set(sys.modules) - before) - {"triton"}), torch.cuda.is_initialized())
 """
@@ -237,6 +238,7 @@ def test_environment_report():
         "qkernels.algebra",
         "qkernels.functional",
         "qkernels.init",
+        "qkernels.losses",
         "qkernels.nn",
         "qkernels.ops.gram_cosine.config",
         "qkernels.ops.hamilton_conv.config",
