@@ -20,7 +20,7 @@ import torch
 
 from bench.case import Case, Provider
 from bench.timing import Nvml
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 ROOT = Path(__file__).parents[1]
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

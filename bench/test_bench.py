@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.suites import HEADLINE
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from harness import compile_launch
 
-from qkernels.ops import _launch
 from qkernels.ops.folded_rowwise import launch
+from qkernels.runtime.recording import record
 
 LAYOUTS = {
     "NHWC": lambda x: x.to(memory_format=torch.channels_last),
@@ -37,7 +37,7 @@ def cases():
 
 def recorded(arch, dtype, size, layout, which):
     maps = [LAYOUTS[layout](torch.empty(20, 512, *MAPS[size], dtype=dtype, device="meta")) for _ in range(2)]
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         loss, *rest = launch.forward(*maps, "each" if which else "product", 1.0)
         launch.gradient(loss, *(reversed(maps) if which else maps), *rest, which, 1.0)
     return recording.launches

@@ -11,7 +11,7 @@ import triton.language as tl
 from harness import compile_launch
 from machine_code import Code
 
-from qkernels.ops._launch import Launch
+from qkernels.runtime.recording import Launch
 
 # All of them compute y [M, N] from a [M, K] and b [K, N] in tiles of M x N.
 M, N, K, BLOCK_K = 128, 128, 4096, 64

@@ -9,8 +9,7 @@ from interpreted import assert_accurate
 import qkernels
 from qkernels import anti_transfer_loss, anti_transfer_tap, gram_cosine, gram_target
 from qkernels.losses import GramChannel, GramPosition
-from qkernels.ops import _launch
-from qkernels.ops.gram_cosine import config
+from qkernels.ops.gram_cosine import config, launch
 from qkernels.ops.gram_cosine.config import Tile
 from qkernels.ops.gram_cosine.op import gram_cosine as operator
 
@@ -45,7 +44,7 @@ def kernels(monkeypatch):
     """Small tiles, and fewer rows in memory; a program's rows of a matrix are on chip as a whole."""
     monkeypatch.setattr(config, "BLOCK", dict.fromkeys(config.BLOCK, 16))
     # Parts that do not share steps and chunks evenly.
-    monkeypatch.setattr(_launch, "multiprocessors_of", lambda x: 4)
+    monkeypatch.setattr(launch, "multiprocessors_of", lambda x: 4)
     monkeypatch.setattr(config, "STORED_ROWS", 32)
     monkeypatch.setattr(config, "_forward_tile", lambda block, *_: Tile(block, block, 16, 0, 4, 1))
     monkeypatch.setattr(config, "_backward_tile", lambda n, *_: Tile(16, n, 32, 16, 4, 1))
