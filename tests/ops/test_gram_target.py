@@ -1,5 +1,6 @@
 """What surrounds the Gram cosine in training: targets that are computed once, the tap, processes that share a batch."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -60,20 +61,20 @@ def test_a_target_is_what_takes_less_memory(shape, loss, dtype, packed):
         assert torch.equal(target.values, frozen)
 
 
-@pytest.mark.parametrize("size", [1e-10, 1, 1e10])
 @every_loss_with_target
-def test_packed_values_are_scaled_gram_matrices(loss, size):
-    of_channels = loss.name == "gram-channel"
-    frozen = features((19, 4, 20) if of_channels else (19, 20, 4))[0] * size
-    target = gram_target(frozen, loss=loss)
-    square, scale = target.stats
-    f = frozen.double() if of_channels else frozen.double().mT
-    f = f - f.mean(1, keepdim=True) if loss.centred else f
-    gram = scale.view(-1, 1, 1).double() ** 2 * f @ f.mT
-    i, j = zip(*((i, j) for i in range(4) for j in range(i, 4)), strict=True)
-    torch.testing.assert_close(target.values, gram[:, i, j].float())
-    torch.testing.assert_close(square, gram.square().sum((1, 2)).float())
-    assert torch.frexp(scale).mantissa.eq(0.5).all()  # a power of two
+def test_packed_values_are_scaled_gram_matrices(loss):
+    for size in (1e-10, 1, 1e10):
+        of_channels = loss.name == "gram-channel"
+        frozen = features((19, 4, 20) if of_channels else (19, 20, 4))[0] * size
+        target = gram_target(frozen, loss=loss)
+        square, scale = target.stats
+        f = frozen.double() if of_channels else frozen.double().mT
+        f = f - f.mean(1, keepdim=True) if loss.centred else f
+        gram = scale.view(-1, 1, 1).double() ** 2 * f @ f.mT
+        i, j = zip(*((i, j) for i in range(4) for j in range(i, 4)), strict=True)
+        torch.testing.assert_close(target.values, gram[:, i, j].float())
+        torch.testing.assert_close(square, gram.square().sum((1, 2)).float())
+        assert torch.frexp(scale).mantissa.eq(0.5).all()  # a power of two
 
 
 @every_loss_with_target
@@ -128,10 +129,9 @@ def test_reductions_with_a_target(loss):
 
 
 @every_loss_with_target
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
-def test_targets_of_any_size(loss, scale):
+def test_targets_of_any_size(loss):
     options = {"loss": loss, "reduction": "none"}
-    for shape in ((2, 3, 8), (2, 8, 3)):
+    for scale, shape in itertools.product((1e-30, 1e-10, 1e10, 1e30), ((2, 3, 8), (2, 8, 3))):
         trained, frozen = features(shape)
         expected = anti_transfer_loss(trained.double(), (frozen * scale).double(), **options)
         value = anti_transfer_loss(trained / scale, gram_target(frozen * scale, loss=loss), **options)
@@ -139,16 +139,16 @@ def test_targets_of_any_size(loss, scale):
 
 
 @every_loss_with_target
-@pytest.mark.parametrize("shape", [(3, 3, 8), (3, 8, 3)])
-def test_dead_and_broken_targets(loss, shape):
-    trained, frozen = features(shape, requires_grad=True)
-    with torch.no_grad():
-        frozen[0], frozen[1, 1, 1] = 0, float("nan")
-    each = anti_transfer_loss(trained, gram_target(frozen, loss=loss), loss=loss, reduction="none")
-    assert each[0] == 0
-    assert each[1].isnan()
-    assert each[2] > 0
-    assert torch.autograd.grad(each[0], trained)[0][0].eq(0).all()
+def test_dead_and_broken_targets(loss):
+    for shape in ((3, 3, 8), (3, 8, 3)):
+        trained, frozen = features(shape, requires_grad=True)
+        with torch.no_grad():
+            frozen[0], frozen[1, 1, 1] = 0, float("nan")
+        each = anti_transfer_loss(trained, gram_target(frozen, loss=loss), loss=loss, reduction="none")
+        assert each[0] == 0
+        assert each[1].isnan()
+        assert each[2] > 0
+        assert torch.autograd.grad(each[0], trained)[0][0].eq(0).all()
 
 
 def test_types_of_features_and_target_may_differ():
@@ -215,16 +215,14 @@ def test_bad_features_of_a_target():
         gram_target(F.long())
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @every_loss_with_target
-def test_opcheck_with_a_target(shape, dtype, loss):
-    trained, frozen = features(shape, dtype, requires_grad=True)
-    target = gram_target(frozen.float(), loss=loss)
-    options = (target.packed, *loss.gram, 0.5, True)
-    torch.library.opcheck(
-        torch.ops.qkernels.gram_cosine, (trained, target.values, target.stats, *options, False, "torch")
-    )
+def test_opcheck_with_a_target(dtype, loss):
+    for shape in (SHAPES[0], SHAPES[2]):
+        trained, frozen = features(shape, dtype, requires_grad=True)
+        target = gram_target(frozen.float(), loss=loss)
+        operands = (trained, target.values, target.stats, target.packed, *loss.gram, 0.5, True, False, "torch")
+        torch.library.opcheck(torch.ops.qkernels.gram_cosine, operands)
 
 
 def frozen_of(kind, frozen, loss="gram-channel"):
@@ -232,9 +230,8 @@ def frozen_of(kind, frozen, loss="gram-channel"):
 
 
 @every_loss_with_target
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_tap_with_a_target_adds_the_gradient_of_the_loss_to_the_incoming_one(loss, reduction):
-    for shape in SHAPES:
+def test_tap_with_a_target_adds_the_gradient_of_the_loss_to_the_incoming_one(loss):
+    for shape, reduction in itertools.product(SHAPES, ("mean", "sum")):
         trained, frozen = features(shape, torch.float64, requires_grad=True)
         target, options = gram_target(frozen, loss=loss), {"loss": loss, "beta": 1.3, "reduction": reduction}
         expected = anti_transfer_loss(trained, target, **options)
