@@ -33,8 +33,8 @@ def computed(loss, a, b, function=anti_transfer_loss, **options):
 
 def literal(loss: Loss, a, b, channels=None):
     """Of a loss that is a mean over samples, the values of all of them."""
-    if loss.gram:
-        return cosine(a, b, *loss.gram) ** 2
+    if options := gram_options(loss):
+        return cosine(a, b, *options) ** 2
     if loss.name == "folded-rowwise":
         return folded(a, b, loss.clamp)
     if channels is None and loss.aggregation == "stochastic_pairwise":
@@ -44,6 +44,13 @@ def literal(loss: Loss, a, b, channels=None):
         return -1 / (1 + torch.exp(-((a - b) ** 2).mean()))
     cosines = [(u @ v / (u @ u).sqrt() / (v @ v).sqrt()).abs() for u, v in zip(a, b, strict=True)]
     return (sum(cosines) / len(cosines)) ** 2
+
+
+def gram_options(loss):
+    """Whose Gram matrix it is, and whether of centred columns, as the loss's name and fields say it."""
+    if loss.name == "cka":
+        return "batch", True
+    return (loss.name.removeprefix("gram-"), getattr(loss, "centred", False)) if "gram-" in loss.name else None
 
 
 def cosine(a, b, gram="channel", centred=False):
@@ -67,7 +74,8 @@ def rows_of(shape, gram):
 
 def is_zero(loss, shape):
     """Whether nothing is left of features of this shape: a single row less its mean."""
-    return bool(loss.gram and loss.gram[1] and rows_of(shape, loss.gram[0]) == 1)
+    gram, centred = gram_options(loss) or (None, False)
+    return centred and rows_of(shape, gram) == 1
 
 
 def folded(a, b, clamp):
