@@ -63,6 +63,6 @@ def _start(initializer: Callable[..., object], *arguments: Any) -> None:
 
 
 def bar(shown: bool) -> Progress:
-    """A progress bar with counts and the time left, on the error stream: the output stream is for results."""
+    """A progress bar with counts and the remaining time, on stderr, as stdout is for results."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -13,7 +13,9 @@ from qat.config import CorpusConfig
 
 def add_evaluate(commands: Commands) -> None:
     """``qat evaluate``."""
-    parser = commands.add("evaluate", run_evaluate, "Judge a trained classifier on its own parts or on another corpus.")
+    parser = commands.add(
+        "evaluate", run_evaluate, "Evaluate a trained classifier on its own parts or on another corpus."
+    )
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
     parser.add_argument(
         "--corpus",

@@ -52,11 +52,9 @@ def run_train(options: Namespace) -> Any:
 
 
 def _add_training_arguments(parser: Parser, defaults: Experiment | RHEmoExperiment) -> None:
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it win")
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it take precedence")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
-    parser.add_argument(
-        "--profile", action="store_true", help="where a step's time goes: profile.txt and Chrome traces"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same settings")
+    parser.add_argument("--profile", action="store_true", help="profile some steps: profile.txt and Chrome traces")
     parser.add_class_arguments(type(defaults))
     parser.set_defaults({name: value for name, value in to_plain(defaults).items() if name != "corpus"})

@@ -64,8 +64,8 @@ class VGG16(nn.Module):
     """Thirteen 3x3 convolutions, each with ReLU, five 2x2 max pools, three linear layers; no batch norm.
 
     Args:
-        config: domain, width, initialisation, dropout and whether the 7x7 average pool is kept.
-        num_classes: K, the number of logits.
+        config: domain, width, initialisation, dropout, and whether there is a 7x7 average pool.
+        num_classes: number of logits K.
 
     Shapes: input `[B, 4, 64, 64]` (embedding domains) or `[B, 1, 512, 128]` (real), output logits `[B, K]`.
     The last linear layer is real in every domain.
@@ -76,8 +76,8 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         channels, height, width = INPUT[config.domain]
-        # A frozen network's packed weights, by the version of the weights, which are kept with them so that no other
-        # tensor takes their identity. None is dropped: a CUDA graph may read it.
+        # Packed weights of a frozen network by the weights' versions, kept with the weights so that their ids stay
+        # unique. No entry is ever dropped: a CUDA graph may read it.
         self._frozen: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):

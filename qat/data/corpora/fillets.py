@@ -37,7 +37,7 @@ def read(folder: Path) -> Manifest:
     """Read the unpacked corpus.
 
     Args:
-        folder: with `usr/share/games/fillets-ng` in it.
+        folder: folder that contains `usr/share/games/fillets-ng`.
 
     Returns:
         One row per recorded line that has a transcript and a character: `speaker` is language and character
@@ -45,7 +45,7 @@ def read(folder: Path) -> Manifest:
         ("cs:ryba"); further `language`, `gloss` (English) and `line` (the same for both languages, to split by lines).
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     root = Path(folder) / _ROOT
     rows: list[dict[str, str]] = []
