@@ -14,7 +14,6 @@ from qat.config import CorpusConfig, Experiment, SpectrogramConfig
 
 
 def add_corpus(commands: Commands) -> None:
-    """``qat corpus list``, ``make``, ``fetch`` and ``check``."""
     group = commands.group("corpus", "Make, fetch and check corpora.")
     _add_list(group)
     _add_make(group)
@@ -120,7 +119,6 @@ def _counts(manifest: Any) -> dict[str, Any]:
 
 
 def add_prepare(commands: Commands) -> None:
-    """``qat prepare``."""
     parser = commands.add("prepare", run_prepare, "Decode a corpus and store its spectrograms.")
     parser.add_class_arguments(CorpusConfig, "corpus")
     parser.add_class_arguments(SpectrogramConfig, "features")

@@ -10,7 +10,6 @@ from qat.commands.parser import Commands
 
 
 def add_doctor(commands: Commands) -> None:
-    """``qat doctor``."""
     commands.add("doctor", run_doctor, "Check which parts are installed and work on this machine.")
 
 

@@ -11,7 +11,6 @@ from qat.commands.parser import Commands
 
 
 def add_report(commands: Commands) -> None:
-    """``qat report``."""
     parser = commands.add(
         "report", run_report, "Write a table and an HTML page from finished runs, or from those of a grid."
     )

@@ -12,7 +12,6 @@ from qat.config import Experiment, RHEmoExperiment, SpectrogramConfig, TrainingC
 
 
 def add_pretrain(commands: Commands) -> None:
-    """``qat pretrain rhemo``, ``words`` and ``speakers``."""
     group = commands.group("pretrain", "Train RH-Emo and the networks of the orthogonal tasks.")
     parser = group.add(
         "rhemo",
@@ -39,7 +38,6 @@ def run_pretrain_rhemo(options: Namespace) -> Any:
 
 
 def add_train(commands: Commands) -> None:
-    """``qat train``."""
     parser = commands.add("train", run_train, "Train an emotion classifier, with or without anti-transfer.")
     _add_training_arguments(parser, Experiment())
 

@@ -184,8 +184,8 @@ def word_offsets(
         return torch.full((count,), (INPUT_FRAMES - WORD_FRAMES) // 2)
     if placing not in ("sample", "batch"):
         raise ValueError(f"placing={placing!r} must be one of sample, batch, centre")
-    drawn = torch.randint(LAST_WORD_OFFSET + 1, (count if placing == "sample" else 1,), generator=generator)
-    return drawn.expand(count)
+    offsets = torch.randint(LAST_WORD_OFFSET + 1, (count if placing == "sample" else 1,), generator=generator)
+    return offsets.expand(count)
 
 
 def place_words(rows: Tensor, offsets: Tensor) -> Tensor:

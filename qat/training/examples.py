@@ -90,7 +90,7 @@ def batches(
     rank, processes = shared
     copying = _copying(device) if device.type == "cuda" and not examples.resident else None
 
-    def load(numbers: Tensor, there: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
+    def load(numbers: Tensor, device_numbers: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
         mine = len(numbers[rank::processes])
         share = slice(rank, None, processes) if mine else slice(1)
         values = {name: rows.read(numbers[share]) for name, rows in examples.rows.items() if not rows.resident}
@@ -99,14 +99,14 @@ def batches(
         with torch.cuda.stream(copying):
             moved = {name: to_device(value, device) for name, value in values.items()}
             copied = copying.record_event() if copying else None
-        return Batch(moved | {"numbers": there[share]}, mine, len(numbers)), copied
+        return Batch(moved | {"numbers": device_numbers[share]}, mine, len(numbers)), copied
 
     if not len(order):
         return
     pairs = zip(order.split(size), order.to(device).split(size), strict=True)
     if examples.resident:
-        for numbers, there in pairs:
-            yield load(numbers, there)[0]
+        for pair in pairs:
+            yield load(*pair)[0]
         return
     with ThreadPoolExecutor(1, initializer=_begin, initargs=(device,)) as thread:
         loading = deque(thread.submit(load, *pair) for pair in itertools.islice(pairs, _AHEAD))

@@ -40,9 +40,9 @@ class Profile:
 
     def __init__(self, steps: Steps, folder: Path) -> None:
         self.steps, self.folder = steps, folder
-        self.wanted = ["trace"]
+        self.pending = ["trace"]
         if steps.graphs is not None:
-            self.wanted.append("trace-captured")
+            self.pending.append("trace-captured")
             steps.graphs.warm = math.inf
         self._wait, self._seen = WARM, 0
         self._pages: list[str] = []
@@ -57,7 +57,7 @@ class Profile:
         self._running.close()
         if self.steps.graphs is not None:
             self.steps.graphs.warm = WARM
-        if self.wanted:
+        if self.pending:
             size = self.steps.config.batch
             log.warning(
                 "--profile: after the first %d, no %d steps of %d samples in a row to look at", WARM, COUNT, size
@@ -71,13 +71,13 @@ class Profile:
             self._seen = 0
         elif self._wait:
             self._wait -= 1
-        elif self.wanted:
+        elif self.pending:
             if not self._seen:
                 self._start()
             yield
             self._seen += 1
             if self._seen == COUNT:
-                self._stop(self.wanted.pop(0))
+                self._stop(self.pending.pop(0))
             return
         yield
 

@@ -50,7 +50,9 @@ def pretrain_rhemo(
             initial.load_into(model)
         data = load_data(experiment, quiet=quiet)
         targets = rhemo_targets(data.index)
-        annotated = [name for name, known in zip(TERMS, ~targets[data.used].isnan().all(0), strict=True) if known]
+        annotated = [
+            term for term, missing in zip(TERMS, targets[data.used].isnan().all(0), strict=True) if not missing
+        ]
         objective = RHEmoObjective(placed(model, device), experiment.rhemo, annotated)
         examples = data.examples(
             inputs=Rows.within(data.spectrograms.rows, data.used, device, training.data_mib),

@@ -181,5 +181,5 @@ def _check_arguments(name: str, folder: Path, reader_options: dict[str, Any]) ->
     if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
         about = CORPORA[name]
         command = about.source.startswith("qat ")
-        how = f"fill it with `{about.source} --folder {folder}`" if command else f"get {name} from {about.source}"
-        raise ValueError(f"{folder}: empty or no folder; {how}")
+        advice = f"fill it with `{about.source} --folder {folder}`" if command else f"get {name} from {about.source}"
+        raise ValueError(f"{folder}: empty or no folder; {advice}")

@@ -180,10 +180,10 @@ def _plan(
                 for number, text in enumerate(texts):
                     for emotion in EMOTIONS:
                         path = f"{kind}s/{voice}/{number:02d}-{emotion}.wav"
-                        said = " ".join(re.findall("[a-z']+", text.lower()))
+                        spoken_words = " ".join(re.findall("[a-z']+", text.lower()))
                         rows.append(
                             {"path": path, "speaker": voice, "text": text, "emotion": emotion}
-                            | {"kind": kind, "part": part, "words": said, "source": "synthesised speech"}
+                            | {"kind": kind, "part": part, "words": spoken_words, "source": "synthesised speech"}
                         )
                         utterances.append(Utterance(path, voice, text, _settings(voice, text, emotion, seed)))
     return rows, utterances

@@ -99,17 +99,17 @@ def survey(
     for annotated in sources.values():
         annotations.update(annotated)
     unlabelled: Counter[str] = Counter()
-    taken: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for file in files:
         path, name = file.relative_to(folder).as_posix(), _UTTERANCE.fullmatch(file.stem)
         if not name:
             if file.parent.parent.name != "dialog":  # whole dialogues
                 survey.unexpected.append((path, "its name is not that of an utterance"))
             continue
-        if file.stem in taken:
-            survey.unexpected.append((path, f"{file.stem} is there already: {taken[file.stem]}"))
+        if file.stem in paths:
+            survey.unexpected.append((path, f"{file.stem} is there already: {paths[file.stem]}"))
             continue
-        taken[file.stem] = path
+        paths[file.stem] = path
         dialogue, session, script, sex = name.groups()
         annotation = annotations.get(file.stem)
         if annotation is None:
@@ -135,7 +135,7 @@ def survey(
         if dialogue not in sources:
             survey.missing.append((f"EmoEvaluation/{dialogue}.txt", f"is not there: {count} utterances have no label"))
     for dialogue, annotated in sources.items():
-        for utterance in annotated.keys() - taken.keys():
+        for utterance in annotated.keys() - paths.keys():
             survey.missing.append((f"wav/{dialogue}/{utterance}.wav", "is annotated and not there"))
     survey.missing.sort()
     if unlabelled:

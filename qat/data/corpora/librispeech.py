@@ -100,9 +100,9 @@ def survey(
             survey.unexpected.append((path, f"{name} is there already: {recordings[subset][name]}"))
         else:
             recordings[subset][name] = path
-    here = [{"subset": subset} for subset in subsets for _ in recordings[subset]]
-    survey.compare(here, {"subset": {subset: PUBLISHED[subset] for subset in subsets}})
-    if not here:
+    recorded = [{"subset": subset} for subset in subsets for _ in recordings[subset]]
+    survey.compare(recorded, {"subset": {subset: PUBLISHED[subset] for subset in subsets}})
+    if not recorded:
         return survey
     place = Path(folder) if alignments is None else Path(alignments)
     files = _published.files(place, {".txt", ".ctm", ".textgrid"})
@@ -111,9 +111,9 @@ def survey(
     for subset in subsets:
         lists = [file for file in files if re.fullmatch(rf"{subset}(-selected-\d+)?\.(txt|ctm)", file.name)]
         if lists:
-            chosen = min(lists, key=lambda file: (file.stem != f"{subset}-selected-{words}", file))
-            spoken = list(_read_list(chosen))
-            vocabulary = vocabulary or _vocabulary(chosen.with_name(f"{words}-mostfreq"))
+            list_file = min(lists, key=lambda file: (file.stem != f"{subset}-selected-{words}", file))
+            spoken = list(_read_list(list_file))
+            vocabulary = vocabulary or _vocabulary(list_file.with_name(f"{words}-mostfreq"))
             aligned = {word.utterance for word in spoken}
         else:
             grids = [file for file in files if file.suffix.lower() == ".textgrid" and _subset(file) == subset]
@@ -193,6 +193,6 @@ def _at_most(limit: int, rows: list[_published.Row]) -> Iterator[_published.Row]
     for part in _PARTS.values():
         of_part = [row for row in rows if row["part"] == part]
         if len(of_part) > limit:
-            kept = np.random.default_rng(1).choice(len(of_part), limit, replace=False)
-            of_part = [of_part[number] for number in np.sort(kept)]
+            numbers = np.random.default_rng(1).choice(len(of_part), limit, replace=False)
+            of_part = [of_part[number] for number in np.sort(numbers)]
         yield from of_part
