@@ -40,7 +40,8 @@ def process_map(workers: int | None, initializer: Callable[..., object], *argume
         yield map
         return
     pending: deque[Future[Any]] = deque()
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(initializer, *arguments)) as pool:
+    # Idle processes end after a minute, also those that a killed caller has left behind.
+    with ProcessPoolExecutor(workers, timeout=60, initializer=_start, initargs=(initializer, *arguments)) as pool:
 
         def run(function: Callable[..., Any], *columns: Sequence[Any]) -> Iterator[Any]:
             tasks = zip(*columns, strict=True)
