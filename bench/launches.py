@@ -147,7 +147,7 @@ class _Counter(TorchDispatchMode):
     """Notes what would be launched; the program's own marks say in which part."""
 
     def __init__(self, recording: _launch.Recording) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self._recording = recording
         self._marks: list[str] = []

@@ -155,7 +155,7 @@ class GpuClock:
         run()
         end.record()
         end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        return 1e3 * float(start.elapsed_time(end))
 
     def _eager(self, turn: Turn, calls: int) -> float:
         torch.cuda.synchronize()
@@ -225,7 +225,7 @@ class Nvml:
     def joules(self) -> float | None:
         """Since the driver was loaded; None where nobody counts."""
         try:
-            return 1e-3 * self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+            return 1e-3 * float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except self.library.NVMLError:
             return None
 

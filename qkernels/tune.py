@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, "qkernels.tune times kernels on a CUDA GPU, and PyTorch sees none\n")
 
     def time_of(call: Callable[[], Any]) -> float:
-        return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+        return float(triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median"))
 
     table = search(LAYERS, options.batch, options.precision, "cuda", time_of, options.most)
     path = write(table, options.out, _launch.arch_of(torch.empty(0, device="cuda")))

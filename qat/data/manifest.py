@@ -190,7 +190,7 @@ def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
         import soundfile  # imported here: a complete manifest can be read without it
 
         try:
-            return round(soundfile.info(file).duration, 6)
+            return round(float(soundfile.info(file).duration), 6)
         except soundfile.LibsndfileError:
             return 0.0
 

@@ -207,7 +207,7 @@ def switched(precision: str) -> Iterator[None]:
     before: list[tuple[Any, str]] = []
 
     def wrong(switch: Any) -> bool:
-        return (switch.fp32_precision == "tf32") != (wanted == "tf32")
+        return bool((switch.fp32_precision == "tf32") != (wanted == "tf32"))
 
     try:
         if any(map(wrong, switches)):

@@ -129,7 +129,7 @@ def feature_maps(draw):
     return a, b, generator
 
 
-properties = hypothesis.settings(max_examples=60, deadline=None)
+properties = hypothesis.settings(max_examples=60)
 how_drawn = st.fixed_dictionaries({"gram": st.sampled_from(GRAMS), "centred": st.booleans()})
 
 

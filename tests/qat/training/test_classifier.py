@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from trainings import same, trained, weights, with_twin
 
 from qat.anti_transfer import AntiTransfer
 from qat.config import (
@@ -32,6 +31,7 @@ from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.inference import evaluate_run, predict
 from qat.training.rhemo import pretrain_rhemo
+from tests.qat.training.trainings import same, trained, weights, with_twin
 
 
 def test_a_run_folder_holds_everything(experiment, twin, tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from trainings import louder, trained
 
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.data import class_targets, load_data, rhemo_targets
+from tests.qat.training.trainings import louder, trained
 
 
 def test_rhemo_targets():

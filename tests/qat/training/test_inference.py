@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from trainings import trained
 
 from qat.config import (
     CorpusConfig,
@@ -17,6 +16,7 @@ from qat.data.manifest import write_manifest
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.inference import evaluate_run, load_classifier, predict
+from tests.qat.training.trainings import trained
 
 
 def test_evaluate_gives_the_runs_own_numbers_again(experiment, corpus, twin, tmp_path):

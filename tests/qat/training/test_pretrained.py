@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainings import trained, weights, with_twin
 
 from qat.config import (
     RHEmoConfig,
@@ -13,6 +12,7 @@ from qat.config import (
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.rhemo import pretrain_rhemo
+from tests.qat.training.trainings import trained, weights, with_twin
 
 
 def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(experiment, twin, tmp_path):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from trainings import louder
 
 from qat.config import (
     RHEmoExperiment,
@@ -15,6 +14,7 @@ from qat.config import (
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
 from qat.training.rhemo import pretrain_rhemo
+from tests.qat.training.trainings import louder
 
 
 def test_rhemo_stage_2_starts_from_stage_1(rhemo, experiment, tmp_path):
