@@ -9,7 +9,8 @@ QUICK := $(addprefix tests/, test_repository.py algebra nn compile_only/test_sig
     $(addprefix bench/test_, $(addsuffix .py, cases compare grid session summary tables targets warm)) \
     $(addprefix ops/test_, $(addsuffix .py, aggregation environment fallback folded_rowwise gram_cosine gram_settings \
         hamilton_linear launch_settings)) \
-    $(addprefix qat/, config data models results test_anti_transfer.py test_doctor.py test_processes.py test_readme.py) \
+    $(addprefix qat/, config data models results test_anti_transfer.py test_docs.py test_doctor.py test_files.py \
+        test_processes.py test_readme.py) \
     $(addprefix qat/training/test_, $(addsuffix .py, checkpoint epoch_losses stopping_and_metrics)))
 
 demo: $(VENV)/.installed-demo

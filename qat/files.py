@@ -93,7 +93,7 @@ def held(lock: Path, *, wait: bool = False) -> Iterator[None]:
         except Timeout:
             if not wait:
                 raise Busy(holder(lock)) from None
-            log.info("%s: waiting for %s", lock, holder(lock))
+            log.warning("%s: waiting for %s", lock, holder(lock))
             file_lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"{lock}: cannot be locked ({error}); use a folder on a file system with locks") from None

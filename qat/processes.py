@@ -40,7 +40,8 @@ def process_map(workers: int | None, initializer: Callable[..., object], *argume
         yield map
         return
     pending: deque[Future[Any]] = deque()
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(initializer, *arguments)) as pool:
+    # Idle processes end after a minute, also those that a killed caller has left behind.
+    with ProcessPoolExecutor(workers, timeout=60, initializer=_start, initargs=(initializer, *arguments)) as pool:
 
         def run(function: Callable[..., Any], *columns: Sequence[Any]) -> Iterator[Any]:
             tasks = zip(*columns, strict=True)
@@ -63,6 +64,6 @@ def _start(initializer: Callable[..., object], *arguments: Any) -> None:
 
 
 def bar(shown: bool) -> Progress:
-    """A progress bar with counts and the time left, on the error stream: the output stream is for results."""
+    """A progress bar with counts and the remaining time, on stderr, as stdout is for results."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -14,7 +14,6 @@ from qat.config import CorpusConfig, Experiment, SpectrogramConfig
 
 
 def add_corpus(commands: Commands) -> None:
-    """``qat corpus list``, ``make``, ``fetch`` and ``check``."""
     group = commands.group("corpus", "Make, fetch and check corpora.")
     _add_list(group)
     _add_make(group)
@@ -23,21 +22,21 @@ def add_corpus(commands: Commands) -> None:
 
 
 def _add_list(commands: Commands) -> None:
-    commands.add("list", run_list, "The corpora that are known.")
+    commands.add("list", run_list, "List the supported corpora.")
 
 
 def run_list(options: Namespace) -> Any:
     from qat.data import corpora
 
-    known = {
+    described = {
         name: dataclasses.asdict(about) | {"options": ", ".join(corpora.options(name))}
         for name, about in corpora.CORPORA.items()
     }
     if options.json:
-        return known
-    for about in known.values():
+        return described
+    for about in described.values():
         about["what"] = "\n    ".join([about["what"], *(f"{k}: {v}" for k, v in about.items() if v and k != "what")])
-    return {name: about["what"] for name, about in known.items()}
+    return {name: about["what"] for name, about in described.items()}
 
 
 def _add_make(commands: Commands) -> None:
@@ -51,7 +50,7 @@ def run_make(options: Namespace) -> Any:
 def _add_fetch(commands: Commands) -> None:
     parser = commands.add("fetch", run_fetch, "Fetch recorded human speech from Debian's archive.")
     _add_corpus_arguments(parser)
-    parser.add_argument("--from", type=Path | None, default=None, help="folder of packages that are downloaded already")
+    parser.add_argument("--from", type=Path | None, default=None, help="folder of packages that were downloaded before")
 
 
 def run_fetch(options: Namespace) -> Any:
@@ -59,8 +58,8 @@ def run_fetch(options: Namespace) -> Any:
 
 
 def _add_corpus_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", type=str, help="of the corpus; `qat corpus list` shows them")
-    parser.add_argument("--folder", type=Path, required=True, help="its folder (the manifest file for csv)")
+    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the corpus (for csv the manifest file)")
 
 
 def _maker(options: Namespace, verb: str, other: str) -> Callable[..., Any]:
@@ -69,8 +68,8 @@ def _maker(options: Namespace, verb: str, other: str) -> Callable[..., Any]:
     corpus = module(options.name)
     if not hasattr(corpus, verb):
         source = CORPORA[options.name].source
-        how = f"use `{source}`" if hasattr(corpus, other) else f"get it from {source}"
-        raise ValueError(f"{options.name}: cannot be had with `corpus {verb}`; {how}")
+        advice = f"use `{source}`" if hasattr(corpus, other) else f"get it from {source}"
+        raise ValueError(f"{options.name}: not supported by `corpus {verb}`; {advice}")
     function: Callable[..., Any] = getattr(corpus, verb)
     return function
 
@@ -79,14 +78,16 @@ def _add_check(commands: Commands) -> None:
     parser = commands.add(
         "check",
         run_check,
-        "Compare a corpus with what is published of it, and try to read every file. `problems` are files that are "
-        "missing or cannot be used, and make the exit code 1; `remarks` are files that are not part of it, or the "
-        "same as another.",
+        "Compare a folder with the published corpus, and try to read every file. `problems` are files that are missing "
+        "or cannot be used; the exit code is then 1. `remarks` are files that are not part of the corpus, or are "
+        "duplicates.",
     )
-    parser.add_argument("name", type=str, help="of the corpus; `qat corpus list` shows them")
-    parser.add_argument("dir", type=Path | None, nargs="?", default=None, help="its folder (the manifest file for csv)")
-    parser.add_argument("--folder", type=Path | None, default=None, help="the same")
-    parser.add_argument("--options", type=dict[str, Any], default={}, help="of its reader, e.g. '{words: 500}'")
+    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
+    parser.add_argument(
+        "dir", type=Path | None, nargs="?", default=None, help="folder of the corpus (for csv the manifest file)"
+    )
+    parser.add_argument("--folder", type=Path | None, default=None, help="the same as DIR")
+    parser.add_argument("--options", type=dict[str, Any], default={}, help="options of the reader, e.g. '{words: 500}'")
 
 
 def run_check(options: Namespace) -> Any:
@@ -118,11 +119,10 @@ def _counts(manifest: Any) -> dict[str, Any]:
 
 
 def add_prepare(commands: Commands) -> None:
-    """``qat prepare``."""
-    parser = commands.add("prepare", run_prepare, "Decode a corpus and store its spectrograms, once.")
+    parser = commands.add("prepare", run_prepare, "Decode a corpus and store its spectrograms.")
     parser.add_class_arguments(CorpusConfig, "corpus")
     parser.add_class_arguments(SpectrogramConfig, "features")
-    parser.add_argument("--cache", type=Path, default=Experiment().cache, help="where prepared spectrograms are kept")
+    parser.add_argument("--cache", type=Path, default=Experiment().cache, help="folder of prepared spectrograms")
 
 
 def run_prepare(options: Namespace) -> Any:

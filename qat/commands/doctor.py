@@ -10,8 +10,7 @@ from qat.commands.parser import Commands
 
 
 def add_doctor(commands: Commands) -> None:
-    """``qat doctor``."""
-    commands.add("doctor", run_doctor, "What is installed, what works here and what is missing.")
+    commands.add("doctor", run_doctor, "Check which parts are installed and work on this machine.")
 
 
 def run_doctor(options: Namespace) -> Any:

@@ -12,8 +12,9 @@ from qat.config import CorpusConfig
 
 
 def add_evaluate(commands: Commands) -> None:
-    """``qat evaluate``."""
-    parser = commands.add("evaluate", run_evaluate, "Judge a trained classifier on its own parts or on another corpus.")
+    parser = commands.add(
+        "evaluate", run_evaluate, "Evaluate a trained classifier on its own parts or on another corpus."
+    )
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
     parser.add_argument(
         "--corpus",
@@ -31,7 +32,6 @@ def run_evaluate(options: Namespace) -> Any:
 
 
 def add_predict(commands: Commands) -> None:
-    """``qat predict``."""
     parser = commands.add("predict", run_predict, "Classify audio files.")
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
     parser.add_argument("files", type=Path, nargs="+", help="wav, flac, mp3, ogg or opus")

@@ -11,8 +11,9 @@ from qat.commands.parser import Commands
 
 
 def add_report(commands: Commands) -> None:
-    """``qat report``."""
-    parser = commands.add("report", run_report, "A table and an HTML page from finished runs, or from a grid's.")
+    parser = commands.add(
+        "report", run_report, "Write a table and an HTML page from finished runs, or from those of a grid."
+    )
     parser.add_argument("folder", type=Path, help="folder that holds runs, at any depth")
     parser.add_argument("--out", type=Path | None, default=None, help="HTML file (default: report.html in the folder)")
 

@@ -12,7 +12,6 @@ from qat.config import Experiment, RHEmoExperiment, SpectrogramConfig, TrainingC
 
 
 def add_pretrain(commands: Commands) -> None:
-    """``qat pretrain rhemo``, ``words`` and ``speakers``."""
     group = commands.group("pretrain", "Train RH-Emo and the networks of the orthogonal tasks.")
     parser = group.add(
         "rhemo",
@@ -39,7 +38,6 @@ def run_pretrain_rhemo(options: Namespace) -> Any:
 
 
 def add_train(commands: Commands) -> None:
-    """``qat train``."""
     parser = commands.add("train", run_train, "Train an emotion classifier, with or without anti-transfer.")
     _add_training_arguments(parser, Experiment())
 
@@ -52,11 +50,9 @@ def run_train(options: Namespace) -> Any:
 
 
 def _add_training_arguments(parser: Parser, defaults: Experiment | RHEmoExperiment) -> None:
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it win")
+    parser.add_argument("--config", action="config", help="YAML file of settings; options after it take precedence")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
-    parser.add_argument(
-        "--profile", action="store_true", help="where a step's time goes: profile.txt and Chrome traces"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same settings")
+    parser.add_argument("--profile", action="store_true", help="profile some steps: profile.txt and Chrome traces")
     parser.add_class_arguments(type(defaults))
     parser.set_defaults({name: value for name, value in to_plain(defaults).items() if name != "corpus"})

@@ -101,25 +101,31 @@ def _output_names(classes: list[str], experiment: Experiment) -> list[str]:
 def _network_inputs(
     classifier: SpeechClassifier, data: Data, experiment: Experiment, device: torch.device, quiet: bool
 ) -> tuple[Rows, bool]:
-    """Inputs of the objective, and whether they are embeddings: computed once where no training changes them."""
+    """Inputs of the objective, and whether they are embeddings, which are computed once if the encoder is frozen."""
     network, training = classifier.config, experiment.training
     frozen = network.embeds and network.rhemo_mode == "frozen"
     if network.embedding_scale != "none" and not frozen:
         raise ValueError(
             f"network.embedding_scale: {network.embedding_scale!r} needs an embedding and network.rhemo_mode 'frozen'"
         )
-    read, embedded = data.spectrograms.rows, frozen and data.spectrograms.placing is None
+    embedded = frozen and data.spectrograms.placing is None
+    stored = None
     if embedded:
         assert classifier.encoder is not None
-        embed = embeddings(classifier.encoder, data.spectrograms, experiment.cache, device, quiet=quiet)
-        scale = classifier.embedding_scale
-        read = lambda numbers: embed(numbers) / scale.cpu()  # noqa: E731
-    else:
-        embed = lambda numbers: classifier.eval().embed(data.spectrograms(numbers).to(device)).cpu()  # noqa: E731
+        stored = embeddings(classifier.encoder, data.spectrograms, experiment.cache, device, quiet=quiet)
+
+    def embed(numbers: Tensor) -> Tensor:
+        return stored(numbers) if stored else classifier.eval().embed(data.spectrograms(numbers).to(device)).cpu()
+
     if network.embedding_scale != "none":
         blocks = torch.tensor(data.parts["train"]).split(64)
         classifier.embedding_scale.copy_(_scale(map(embed, blocks), network.embedding_scale))
-    # What autocast would round in every step is kept rounded.
+    scale = classifier.embedding_scale.cpu()
+
+    def read(numbers: Tensor) -> Tensor:
+        return stored(numbers) / scale if stored else data.spectrograms.rows(numbers)
+
+    # Autocast would round the same inputs in every step.
     rounded = training.precision == "bf16" and (embedded or classifier.encoder is None)
     dtype = torch.bfloat16 if rounded else None
     return Rows.within(read, data.used, device, training.data_mib, dtype), embedded

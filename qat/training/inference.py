@@ -1,4 +1,4 @@
-"""What a trained classifier says: of its own parts, of another corpus, of audio files."""
+"""Evaluation of a trained classifier on its own parts or on another corpus, and its predictions for audio files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate_run(
     Args:
         run: run folder or checkpoint.
         corpus: another corpus with the same labels; by default the parts that the run was split into.
-        device: as in :class:`qat.config.TrainingConfig`.
+        device: device, see :class:`qat.config.TrainingConfig`.
         quiet: no progress bar.
 
     Returns:
@@ -57,7 +57,7 @@ def evaluate_run(
         objective = ClassificationObjective(
             placed(load_classifier(checkpoint), where), None, embedded=False, multi_label=experiment.multi_label
         )
-        # Every sample is seen once: nothing is won by keeping it on the device.
+        # Every sample is used once, so a table on the device would gain nothing.
         examples = data.examples(inputs=Rows(data.spectrograms.rows, where), targets=Rows(targets.to(where), where))
         steps = Steps(objective, examples, experiment.training, where, training=False)
         metrics_of = metrics_for(experiment, classes)
@@ -71,8 +71,8 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFram
 
     Args:
         run: run folder or checkpoint.
-        files: what :func:`qat.data.audio.load_audio` reads; a file of several cuts gets their mean probability.
-        device: where to compute.
+        files: audio files; one of several cuts gets their mean probability.
+        device: device to compute on.
 
     Returns:
         One row per file: ``path``, ``predicted``, then the probability of every class.

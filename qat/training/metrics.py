@@ -1,4 +1,4 @@
-"""What a classifier is judged by, from torchmetrics."""
+"""Metrics of a classifier, from torchmetrics."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str], 
     """Weighted accuracy, unweighted accuracy, macro F1 and confusion matrix over samples.
 
     Args:
-        logits: `[n, K]`. targets: `[n]` class indices.
-        classes: the names of the K outputs; one that is in no target is never right.
-        batch: take for accuracy the mean of the accuracies of consecutive batches of so many samples.
+        logits: `[n, K]`.
+        targets: class indices `[n]`.
+        classes: names of the K outputs; some may occur in no target.
+        batch: if set, accuracy is the mean accuracy of consecutive batches of this size.
 
     Returns:
-        ``accuracy`` (WA: share of samples right), ``uar`` (UA: mean recall over the classes that occur in ``targets``),
-        ``macro_f1`` (over the outputs that are targets or answers), ``confusion`` (rows true, columns predicted) and
-        ``samples``.
+        ``accuracy`` (WA: share of correct samples), ``uar`` (UA: mean recall over the classes that occur in
+        ``targets``), ``macro_f1`` (over the outputs that are targets or answers), ``confusion`` (rows true, columns
+        predicted) and ``samples``.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 
@@ -58,12 +59,13 @@ def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch:
     """Mean average precision and macro F1 of a multi-label task.
 
     Args:
-        logits: `[n, V]`. targets: `[n, V]` of 0 and 1.
-        classes: the V labels.
+        logits: `[n, V]`.
+        targets: zeros and ones `[n, V]`.
+        classes: names of the V labels.
         batch: as in :func:`classification_metrics`.
 
     Returns:
-        ``accuracy`` (share of single yes/no answers right), ``average_precision`` (mean over the labels that occur),
+        ``accuracy`` (share of correct yes/no answers), ``average_precision`` (mean over the labels that occur),
         ``macro_f1`` at probability 0.5, and ``samples``.
     """
     from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
@@ -79,7 +81,7 @@ def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch:
     }
 
 
-def _share(right: Tensor, batch: int | None) -> float:
-    """Of what is right: `[n]`, or `[n, V]`."""
-    shares = [part.float().mean() for part in right.split(batch or len(right))]
+def _share(correct: Tensor, batch: int | None) -> float:
+    """Share of true values of `[n]` or `[n, V]`, as a mean over batches if ``batch`` is set."""
+    shares = [part.float().mean() for part in correct.split(batch or len(correct))]
     return torch.stack(shares).mean().item()

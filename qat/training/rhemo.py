@@ -30,10 +30,10 @@ def pretrain_rhemo(
     name: str | None = None,
     profile: bool = False,
 ) -> Metrics:
-    """Train one stage of RH-Emo; stage 2 starts from stage 1 by ``training.initial``.
+    """Train one stage of RH-Emo; stage 2 starts from stage 1, which ``training.initial`` names.
 
-    Beside the losses the result gives, per part, ``constant`` (the reconstruction loss of the best constant predictor)
-    and ``live_channels`` (embedding channels, of four, whose deviation is over 1 % of the largest one's).
+    For each part the result has, beside the losses, ``constant`` (reconstruction loss of the best constant predictor)
+    and ``live_channels`` (number of the four embedding channels whose deviation exceeds 1 % of the largest).
 
     Args, Raises: as :func:`qat.training.classifier.train_classifier`.
     """
@@ -50,7 +50,9 @@ def pretrain_rhemo(
             initial.load_into(model)
         data = load_data(experiment, quiet=quiet)
         targets = rhemo_targets(data.index)
-        annotated = [name for name, known in zip(TERMS, ~targets[data.used].isnan().all(0), strict=True) if known]
+        annotated = [
+            term for term, missing in zip(TERMS, targets[data.used].isnan().all(0), strict=True) if not missing
+        ]
         objective = RHEmoObjective(placed(model, device), experiment.rhemo, annotated)
         examples = data.examples(
             inputs=Rows.within(data.spectrograms.rows, data.used, device, training.data_mib),
@@ -66,7 +68,7 @@ def pretrain_rhemo(
 
 
 def _embedding_health(model: RHEmo, spectrograms: Spectrograms, samples: Tensor, device: torch.device) -> Metrics:
-    """How much the autoencoder does: the loss of the best constant, and the embedding channels that carry anything."""
+    """Whether the autoencoder has learnt: the loss of the best constant, and the number of channels that vary."""
     pixels, embeddings = [], []
     model.eval()
     with torch.no_grad():

@@ -36,7 +36,7 @@ class TrainingRun:
         experiment: all settings.
         folder: run folder.
         name: name in reports.
-        device: where to compute.
+        device: device to compute on.
         resume: continue from ``last.safetensors`` if there is one.
         quiet: no progress bars.
         profile: profile some of the first steps.
@@ -92,7 +92,7 @@ class TrainingRun:
         checkpoint = load_checkpoint(self.folder / "model.safetensors", record["kind"])
         checkpoint.load_into(model)
         metrics, outputs = {}, {}
-        # What an objective draws in evaluation must not depend on whether the run was resumed.
+        # Random numbers of an evaluation must not depend on whether the run was resumed.
         torch.manual_seed(training.seed)
         for part, numbers in parts.items():
             metrics[part], outputs[part] = evaluate_part(steps, numbers, metrics_of)
@@ -119,7 +119,7 @@ class TrainingRun:
         """The record of the run's checkpoints; settings and parts are also written to files of their own."""
         files = {part: data.index["path"].iloc[numbers].unique().tolist() for part, numbers in data.parts.items()}
         settings = to_plain(self.experiment)
-        # A run that is resumed wrote these already; `fit` is yet to find out whether its recordings are the same.
+        # A resumed run has written these already, and `fit` is yet to check that its recordings are the same.
         if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
             write_json(self.folder / "split.json", files)
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -155,10 +155,11 @@ def open_run(
 @contextlib.contextmanager
 def _algorithms(deterministic: bool) -> Iterator[None]:
     """PyTorch's deterministic algorithms, or the fastest that cuDNN finds."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled: Any = torch.utils.deterministic
-    filling, filled.fill_uninitialized_memory = filled.fill_uninitialized_memory, False
-    searched, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
     if deterministic:
         # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -166,9 +167,9 @@ def _algorithms(deterministic: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = searched
-        filled.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        options.fill_uninitialized_memory = fill
 
 
 def evaluate_part(steps: Steps, numbers: Tensor, metrics_of: MetricsOf) -> tuple[Metrics, Tensor]:

@@ -43,7 +43,7 @@ def test_a_lock_says_who_holds_it_and_ends_with_that_process(tmp_path):
         assert holder(lock).startswith(f"process {os.getpid()} on ")
 
 
-def test_threads_exclude_each_other_and_one_that_waits_goes_on(tmp_path):
+def test_threads_exclude_each_other_and_one_that_waits_says_so_and_goes_on(tmp_path, caplog):
     lock, order = tmp_path / ".lock", []
 
     def wait() -> None:
@@ -58,6 +58,7 @@ def test_threads_exclude_each_other_and_one_that_waits_goes_on(tmp_path):
         order.append("held")
     thread.join(30)
     assert order == ["held", "waited"]
+    assert f"{lock}: waiting for process {os.getpid()} on" in caplog.text
 
 
 def test_a_lock_is_free_again_after_an_error(tmp_path):

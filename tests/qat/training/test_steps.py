@@ -303,14 +303,14 @@ def test_waits_are_noted_and_other_warnings_pass(monkeypatch):
     others = ["something else", "synchronizing CUDA operations are slow"]
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        with steps_module.waits() as found:
+        with steps_module.synchronisations() as found:
             mode.wait()
             torch._C._warn()  # a test message, through the machinery that the others come through
             for text in others:
                 warnings.warn(text, stacklevel=1)
         assert found == ["called a synchronizing CUDA operation"]
         assert mode.modes == ["warn", "default"]
-        with steps_module.waits() as found:
+        with steps_module.synchronisations() as found:
             pass
         assert found == []
     first, *rest = [str(warning.message) for warning in shown]
