@@ -269,11 +269,11 @@ def prepare(run: Path, out: Path) -> None:
     """Write what `demo_embeddings` reads, from a run of `qat demo`, in the folder that it was started in."""
     from qat.training.checkpoint import load_checkpoint
     from qat.training.data import class_targets, load_data
-    from qat.training.pipeline import load_classifier
+    from qat.training.inference import load_classifier
 
     checkpoint = load_checkpoint(run, "classifier")
     experiment = from_plain(Experiment, checkpoint.record["experiment"])
-    data = load_data(experiment, experiment.normalisation, trained=checkpoint, quiet=True)
+    data = load_data(experiment, trained=checkpoint, quiet=True)
     train = torch.tensor(data.parts["train"])
     clips = train[torch.linspace(0, len(train) - 1, 128).long()]
     _, targets = class_targets(data.index, data.parts, experiment.task)

@@ -1,4 +1,4 @@
-"""``qat doctor``: what is installed, what works here and what is missing, for a newcomer and for bug reports."""
+"""``qat doctor``: installed parts, and whether they work on this machine; for new users and bug reports."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ NEEDED_FOR = {
     "matplotlib": "the report",
     "tensorboard": "TensorBoard events",
     "submitit": "sweeps and grids",
+    "filelock": "locks",
+    "joblib": "worker processes",
     "praatio": "word alignments as TextGrids",
     "espeakng_loader": "the demo corpus",
     "triton": "kernels on NVIDIA GPUs",
@@ -25,9 +27,7 @@ NEEDED_FOR = {
 
 
 def examine() -> dict[str, Any]:
-    """The environment report of ``qkernels``, then ``ok`` or the reason why not for every part; on a GPU, of every
-    kernel.
-    """
+    """The environment report of ``qkernels``, then ``ok`` or an error for each part, and on a GPU for the kernels."""
     from qkernels.runtime.__main__ import report as environment
 
     report: dict[str, Any] = dict(environment())
@@ -57,7 +57,7 @@ def _kernels() -> str:
 def _import(module: str, distribution: str | None = None) -> str:
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken install can raise anything, and the report is about that
+    except Exception as error:  # a broken installation can raise anything, which is what the report shows
         return f"missing: {error}"
     try:
         return f"ok, {version(distribution or module)}"

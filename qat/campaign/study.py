@@ -8,8 +8,10 @@ human speech. Networks start from random weights, or from the very network that 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,12 +35,13 @@ from qat.config import (
 from qat.data.corpora import demo, fillets, hedgewars
 from qat.data.store import prepare
 from qat.files import write_json
-from qat.processes import bar, ordered_map
+from qat.processes import bar
 from qat.report.report import write_report
 from qat.results.probes import analyse
+from qat.training.classifier import train_classifier
 from qat.training.data import read_corpus
 from qat.training.loop import peak_memory
-from qat.training.pipeline import pretrain_rhemo, train_classifier
+from qat.training.rhemo import pretrain_rhemo
 
 LAYER = 13
 """Where anti-transfer is applied: the layer with the largest effect in the feasibility study."""
@@ -323,11 +326,19 @@ class Study:
         """
         folders = [self.folder / path for path in trainings]
         peaks = [0]
-        with ordered_map(self.workers, __name__, torch.set_num_threads, (1,), long=True) as run, bar(True) as progress:
+        context, once = multiprocessing.get_context("forkserver"), {"max_tasks_per_child": 1}
+        with (
+            ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,), **once) as pool,
+            bar(True) as progress,
+        ):
             task = progress.add_task("trainings", total=len(folders))
-            for peak in run(train, list(trainings.values()), folders):
-                peaks.append(peak)
-                progress.advance(task)
+            try:
+                for peak in pool.map(train, list(trainings.values()), folders):
+                    peaks.append(peak)
+                    progress.advance(task)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         return max(peaks)
 
 

@@ -39,13 +39,14 @@ from qat.config.plain import check, instantiate, parser_of, prefix_errors
 from qat.files import write_text
 from qat.processes import bar
 from qat.training.checkpoint import check_run
+from qkernels.losses import Loss
 
 C = TypeVar("C")
 Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
 
 SEED = "training.seed"
 
-_IMPORTED = [__name__, "qat.training.pipeline", "torchmetrics", "torch.utils.tensorboard", "torch._inductor"]
+_IMPORTED = [__name__, "qat.training.classifier", "torchmetrics", "torch.utils.tensorboard", "torch._inductor"]
 """What every training imports, which takes seconds and is done once for all of a job. None of them starts CUDA, which
 does not survive a fork."""
 
@@ -213,6 +214,9 @@ def _slug(value: Any) -> str:
     >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/voice")), _slug({"speaker": ["ann", "ben"]})
     ('2+13', '0.5', 'voice', 'speaker-ann+ben')
     """
+    if isinstance(value, Loss):
+        plain = value.plain()
+        value = list(plain.values()) if isinstance(plain, dict) else plain
     if isinstance(value, list):
         return "+".join(map(_slug, value))
     if isinstance(value, dict):
@@ -489,7 +493,8 @@ def _record_death(folder: Path, code: int) -> None:
 
 def _train(experiment: AnyExperiment, folder: Path, one_thread: bool) -> None:
     """One training in this process, unless another one is at it; what goes wrong is written to its folder."""
-    from qat.training.pipeline import pretrain_rhemo, train_classifier
+    from qat.training.classifier import train_classifier
+    from qat.training.rhemo import pretrain_rhemo
 
     for number in _signals():
         signal.signal(number, lambda *_: None)

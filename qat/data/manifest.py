@@ -22,7 +22,7 @@ REQUIRED = ("path", "speaker", "text", "emotion")
 """Columns that a CSV must have; `duration` and `checksum` are computed when it lacks them."""
 
 NUMBERS = ("start", "duration", "valence", "arousal", "dominance", "cut", "frames")
-"""Columns of numbers; all others are strings."""
+"""Columns of numbers; the others hold strings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +30,14 @@ class Manifest:
     """A corpus: a folder, and a table with one row per audio file or, with the column `start`, per segment of one.
 
     Columns: `path` (relative to `root`, with slashes), `speaker`, `text`, `emotion` (empty where unknown), `duration`
-    (seconds), `checksum` (SHA-256 of the file, hex), and whatever else the corpus knows, e.g. `words` (the words that
-    are said, lower-case, separated by spaces), `part` (train, validation or test), `valence`, `arousal`, `dominance`.
-    With `start` (seconds) a row is the part of its file that begins there and lasts `duration`; nothing is cut to disk.
+    (seconds), `checksum` (SHA-256 of the file, hex), and further columns of the corpus, e.g. `words` (the spoken words,
+    lower-case, separated by spaces), `part` (train, validation or test), `valence`, `arousal`, `dominance`. With
+    `start` (seconds) a row is a segment of its file, from there for `duration`; no segments are written to disk.
 
     Args:
-        root: the folder that the paths are relative to.
-        table: the rows, numbered from 0.
-        name: of the corpus, for messages and folder names.
+        root: folder that the paths are relative to.
+        table: rows, numbered from 0.
+        name: name of the corpus, for messages and folder names.
 
     Raises:
         ValueError: a column is missing, or a value breaks its rule; names the row (from 1, without the header).
@@ -55,54 +55,51 @@ class Manifest:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 over the name and every cell, checksums of the files included, independent of where `root` is."""
+        """SHA-256 of the name and all cells, which include the files' checksums; independent of `root`."""
         columns = sorted(self.table.columns)
         content = json.dumps([self.name, columns], ensure_ascii=False) + _to_csv(self.table[columns])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def segments(self) -> list[tuple[float, ...]]:
-        """Of each row, which part of its file it is: start and duration in seconds, or `()` for the whole file."""
+        """Segment of each row: start and duration in seconds, or `()` for the whole file."""
         if "start" not in self.table:
             return [()] * len(self)
         return list(zip(self.table["start"], self.table["duration"], strict=True))
 
     def by_file(self) -> list[list[int]]:
-        """Row numbers, in order; adjacent segments of the same file are together, so that it is read once."""
+        """Row numbers in order, grouped so that a file with adjacent segments is read once."""
         files = list(zip(self.table["path"], self.table["checksum"], strict=True))
         return [list(rows) for _, rows in groupby(range(len(self)), key=files.__getitem__)]
 
     def filter(self, rows: str | Sequence[bool] | pd.Series) -> "Manifest":
-        """Keep some rows.
+        """The corpus with some of its rows, numbered from 0 again.
 
         Args:
-            rows: a `DataFrame.query` expression, e.g. `"kind == 'word'"`, or one bool per row.
-
-        Returns:
-            The same corpus with fewer rows, numbered from 0 again.
+            rows: `DataFrame.query` expression, e.g. `"kind == 'word'"`, or one bool per row.
 
         Raises:
             ValueError: no row is left.
         """
-        kept = self.table.query(rows) if isinstance(rows, str) else self.table[np.asarray(rows, dtype=bool)]
-        if not len(kept):
+        table = self.table.query(rows) if isinstance(rows, str) else self.table[np.asarray(rows, dtype=bool)]
+        if not len(table):
             raise ValueError(f"{self.name}: no row is left by the filter {rows if isinstance(rows, str) else 'mask'!r}")
-        return Manifest(self.root, kept.reset_index(drop=True), self.name)
+        return Manifest(self.root, table.reset_index(drop=True), self.name)
 
 
 def build_manifest(root: Path, rows: Iterable[Mapping[str, Any]], name: str) -> Manifest:
-    """Make a manifest from rows without `duration` and `checksum`, which are taken from the files.
+    """A manifest from rows without `duration` and `checksum`, which are computed from the files.
 
     Args:
-        root: the corpus's folder.
+        root: folder of the corpus.
         rows: one mapping per file with at least `path`, `speaker`, `text` and `emotion`; with `start` also `duration`.
-        name: of the corpus.
+        name: name of the corpus.
 
     Returns:
-        The manifest, in the order of the rows. A file that is not audio gets duration 0: `prepare` reports it.
+        The manifest, in the order of the rows. A file that is not audio gets duration 0; `prepare` reports it.
 
     Raises:
-        ValueError: no rows, a file that does not exist, or a broken rule.
+        ValueError: no rows, a file that does not exist, or a value that breaks its rule.
     """
     table = pd.DataFrame(list(rows))
     if not len(table):
@@ -114,13 +111,10 @@ def read_manifest(csv: Path, root: Path | None = None, name: str | None = None) 
     """Read a corpus from CSV.
 
     Args:
-        csv: with a header and at least the columns `path`, `speaker`, `text`, `emotion`; `duration` and `checksum` are
-            computed from the files where they are missing, `duration` not beside `start`.
-        root: the folder that the paths are relative to; that of the CSV by default.
-        name: of the corpus; the CSV's name without its ending by default, or its folder's for `manifest.csv`.
-
-    Returns:
-        The manifest.
+        csv: CSV file with a header and at least the columns `path`, `speaker`, `text` and `emotion`. Missing columns
+            `duration` and `checksum` are computed from the files; with `start`, `duration` must not be missing.
+        root: folder that the paths are relative to; by default that of the CSV.
+        name: name of the corpus; by default the CSV's without its ending, or its folder's for `manifest.csv`.
 
     Raises:
         ValueError: names file, row, column and rule.
@@ -137,12 +131,12 @@ def read_manifest(csv: Path, root: Path | None = None, name: str | None = None) 
 
 
 def write_manifest(manifest: Manifest, csv: Path) -> None:
-    """Write a manifest as CSV, whole or not at all. Paths stay relative to `manifest.root`."""
+    """Write a manifest as CSV, atomically. Paths stay relative to `manifest.root`."""
     write_table(manifest.table, Path(csv))
 
 
 def read_table(csv: Path) -> pd.DataFrame:
-    """Read a CSV whose columns are strings (never NaN), but for those of `NUMBERS`."""
+    """Read a CSV; columns hold strings (never NaN), except those of `NUMBERS`."""
     try:
         table = pd.read_csv(csv, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -156,15 +150,15 @@ def read_table(csv: Path) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, csv: Path) -> None:
-    """Write a table as CSV, whole or not at all."""
+    """Write a table as CSV, atomically."""
     write_text(csv, _to_csv(table))
 
 
 def check_files(manifest: Manifest, progress: bool = True) -> pd.DataFrame:
-    """Compare every file of a corpus, or segment of one, with its manifest.
+    """Compare every file or segment of a corpus with its manifest.
 
     Args:
-        manifest: the corpus.
+        manifest: corpus.
         progress: show a progress bar.
 
     Returns:
@@ -190,25 +184,25 @@ def check_files(manifest: Manifest, progress: bool = True) -> pd.DataFrame:
 
 
 def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
-    """Fill in `duration` and `checksum` from the files where the table has none."""
+    """The table with `duration` and `checksum`, computed from the files if missing."""
 
     def duration(file: Path) -> float:
-        import soundfile  # not above: a complete manifest is read where it is not installed
+        import soundfile  # imported here: a complete manifest can be read without it
 
         try:
-            return round(soundfile.info(file).duration, 6)
+            return round(float(soundfile.info(file).duration), 6)
         except soundfile.LibsndfileError:
             return 0.0
 
     paths = table["path"]
     files = {path: root / path for path in paths.unique()}
-    there = {path: file.is_file() for path, file in files.items()}
-    _refuse(source, paths, [not there[path] for path in paths], f"is no file under {root}")
-    with ThreadPoolExecutor() as pool:  # both of them wait for the disk and compute without Python's lock
-        for column, fact in (("duration", duration), ("checksum", sha256_of)):
+    exists = {path: file.is_file() for path, file in files.items()}
+    _refuse(source, paths, [not exists[path] for path in paths], f"is no file under {root}")
+    with ThreadPoolExecutor() as pool:  # both functions wait for the disk and compute without Python's global lock
+        for column, function in (("duration", duration), ("checksum", sha256_of)):
             if column not in table:
-                facts = dict(zip(files, pool.map(fact, files.values()), strict=True))
-                table = table.assign(**{column: paths.map(facts)})
+                values = dict(zip(files, pool.map(function, files.values()), strict=True))
+                table = table.assign(**{column: paths.map(values)})
     return table
 
 

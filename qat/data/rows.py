@@ -1,4 +1,4 @@
-"""What is known of samples, by number: on the device where it fits, else read from the host."""
+"""Tables of one row per sample: on the device if they fit, else read from the host."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 Read = Callable[[Tensor], Tensor]
 _BLOCK = 256
-"""Samples that are read at once to fill a table."""
+"""Number of samples that are read at a time to fill a table."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One thing that is known of every sample, such as its input, by number.
+    """One value for every sample, such as its input, by sample number.
 
     Args:
-        source: all of it, `[n, ...]`, or ``numbers [B] -> [B, ...]``, both on the CPU.
-        device: where it is wanted. A table that lies there is *resident*: its rows are picked on the device.
-        axis: of a table, along which its rows lie; 0 but for few numbers a sample.
+        source: table `[n, ...]`, or function ``numbers [B] -> [B, ...]`` that reads rows on the CPU.
+        device: device where rows are used. A table there is *resident*: rows are picked on the device.
+        axis: axis of the table along which rows lie.
     """
 
     source: Tensor | Read
@@ -31,25 +31,25 @@ class Rows:
     def within(
         cls, read: Read, numbers: Sequence[int], device: torch.device, mib: float, dtype: torch.dtype | None = None
     ) -> Rows:
-        """Resident if a table takes at most ``mib`` MiB of the device's memory (of the host's, on a CPU), else read.
+        """Resident if the table takes at most ``mib`` MiB on the device, else read from the host.
 
         Args:
-            read: ``numbers [B] -> [B, ...]``, on the CPU, the same for a sample each time.
-            numbers: of the samples that will be asked for.
-            device: where they are wanted.
-            mib: what the table may take.
-            dtype: what they are converted to; none keeps theirs.
+            read: function ``numbers [B] -> [B, ...]`` on the CPU, whose rows never change.
+            numbers: numbers of the samples that will be used.
+            device: device where rows are used.
+            mib: largest size of the table.
+            dtype: type of the rows; by default that of ``read``.
         """
 
         def converted(rows: Tensor) -> Tensor:
             return read(rows) if dtype is None else read(rows).to(dtype)
 
-        wanted = torch.as_tensor(sorted(numbers))
-        first, count = converted(wanted[:1]), int(wanted[-1]) + 1
+        used = torch.as_tensor(sorted(numbers))
+        first, count = converted(used[:1]), int(used[-1]) + 1
         if first.nbytes * count > mib * 2**20:
             return cls(converted, device)
         table = empty_rows(first.to(device), count)
-        for block in wanted.split(_BLOCK):
+        for block in used.split(_BLOCK):
             table[block.to(device)] = converted(block).to(device)
         return cls(table, device)
 
@@ -58,15 +58,15 @@ class Rows:
         return isinstance(self.source, Tensor) and self.source.device == self.device
 
     def read(self, numbers: Tensor) -> Tensor:
-        """These rows `[B, ...]`, from the host."""
+        """Rows `[B, ...]` on the host."""
         return self._picked(numbers) if isinstance(self.source, Tensor) else self.source(numbers)
 
     def fetch(self, numbers: Tensor) -> Tensor:
-        """These rows `[B, ...]`, on the device, by numbers on the CPU."""
+        """Rows `[B, ...]` on the device, by numbers on the CPU."""
         return self.pick(numbers.to(self.device)) if self.resident else to_device(self.read(numbers), self.device)
 
     def pick(self, numbers: Tensor) -> Tensor:
-        """These rows `[B, ...]` of a resident table, by numbers on the device."""
+        """Rows `[B, ...]` of a resident table, by numbers on the device."""
         assert self.resident
         return self._picked(numbers)
 
@@ -79,12 +79,12 @@ class Rows:
 
 
 def empty_rows(like: Tensor, count: int, device: torch.device | None = None) -> Tensor:
-    """A table of NaN for ``count`` rows like those of ``like``; `[B, C, H, W]` on a GPU in NHWC, elsewhere as it is.
+    """A table of ``count`` rows of NaN, shaped like the rows of ``like``; maps on a GPU are in NHWC.
 
     Args:
-        like: `[B, ...]`.
-        count: rows of the table.
-        device: of the table; that of ``like`` if absent.
+        like: rows `[B, ...]`.
+        count: number of rows.
+        device: device of the table, by default that of ``like``.
     """
     nhwc = like.dim() == 4 and (like.is_cuda or not like.is_contiguous())
     shape = [count, *like.shape[1:]]
@@ -96,7 +96,7 @@ def empty_rows(like: Tensor, count: int, device: torch.device | None = None) -> 
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host; to a GPU from pinned memory, while it computes, and `[B, C, H, W]` in NHWC."""
+    """Copy from the host; to a GPU asynchronously from pinned memory, with `[B, C, H, W]` in NHWC."""
     if device.type != "cuda":
         return values.to(device)
     layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format

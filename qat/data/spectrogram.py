@@ -26,11 +26,11 @@ def magnitude(audio: NDArray[np.float32] | Tensor, config: SpectrogramConfig) ->
     with a periodic Hamming window: the same numbers as `abs(scipy.signal.stft(x, window="hamming", nperseg=window))`.
 
     Args:
-        audio: `[..., n]`.
-        config: the window and hop.
+        audio: samples `[..., n]`.
+        config: window and hop.
 
     Returns:
-        `[..., T, bins]` with T = ceil(n / hop) + 1, float32.
+        Magnitudes `[..., T, bins]` with T = ceil(n / hop) + 1, float32.
 
     Raises:
         ValueError: fewer samples than one window.
@@ -43,16 +43,17 @@ def magnitude(audio: NDArray[np.float32] | Tensor, config: SpectrogramConfig) ->
     if n < config.window:
         raise ValueError(f"audio has {n} samples, fewer than one window of {config.window}")
     transform, scale = _transform(config.window, config.hop)
-    # torchaudio drops an incomplete last hop; scipy, hence the method, fills it with zeros.
-    return transform(torch.nn.functional.pad(audio, (0, -n % config.hop))).transpose(-1, -2) * scale
+    # torchaudio drops an incomplete last hop; scipy, which the method uses, pads it with zeros.
+    spectrogram: Tensor = transform(torch.nn.functional.pad(audio, (0, -n % config.hop)))
+    return spectrogram.transpose(-1, -2) * scale
 
 
 def cut(audio: NDArray[np.float32] | Tensor, config: SpectrogramConfig) -> Tensor:
-    """Spectrograms of equal length from one clip, by the rule `config.cut` and in the order `config.time_order`.
+    """Spectrograms of equal length from one clip, by the rule `config.cut`, with time in the order `config.time_order`.
 
     Args:
-        audio: `[n]`.
-        config: the rule.
+        audio: samples `[n]`.
+        config: rule and sizes.
 
     Returns:
         `[cuts, config.frames, config.bins]`, at least one cut.
@@ -91,11 +92,13 @@ class Normalisation:
     """Global scaling by statistics of the training spectrograms, one scalar each.
 
     "max": S / maximum, for quaternion networks; "standard": (S - mean) / std, for real ones (WASPAA 2023, section 3);
-    "log": log1p(1000 S / maximum) / log(1001), which maps [0, maximum] to [0, 1] and lifts the quiet parts.
+    "log": log1p(1000 S / maximum) / log(1001), which maps [0, maximum] to [0, 1] and amplifies quiet parts.
 
     Args:
         kind: "max", "standard" or "log".
-        maximum, mean, std: of the training spectrograms, over all bins and frames, before padding.
+        maximum: maximum of the training spectrograms over all bins and frames, before padding.
+        mean: their mean.
+        std: their standard deviation.
     """
 
     kind: Literal["max", "standard", "log"]
@@ -115,12 +118,12 @@ class Normalisation:
     def fit(
         cls, kind: Literal["max", "standard", "log"], magnitudes: NDArray[np.float32], rows: Sequence[int]
     ) -> "Normalisation":
-        """Take the statistics from some rows.
+        """The normalisation with the statistics of some rows.
 
         Args:
-            kind: of scaling.
-            magnitudes: `[n, frames, bins]`, may be memory-mapped.
-            rows: the training rows, and no others.
+            kind: "max", "standard" or "log".
+            magnitudes: spectrograms `[n, frames, bins]`, possibly memory-mapped.
+            rows: numbers of the training rows.
 
         Raises:
             ValueError: no rows, or constant data.
@@ -139,7 +142,7 @@ class Normalisation:
         return cls(kind, maximum, mean, float(np.sqrt(max(squares / count - mean**2, 0.0))))
 
     def __call__(self, magnitudes: Any) -> Tensor:
-        """Scale spectrograms `[...]`, in any shape; gives float32."""
+        """Normalised spectrograms, in any shape, as float32."""
         values = torch.as_tensor(magnitudes, dtype=torch.float32)
         if self.kind == "max":
             return values / self.maximum
@@ -149,15 +152,15 @@ class Normalisation:
 
 
 def to_input(rows: Tensor) -> Tensor:
-    """Shape normalised spectrograms for the networks: zeros after the last frame up to 512, the Nyquist bin dropped.
+    """Network inputs from normalised spectrograms: padded with zeros to 512 frames, without the Nyquist bin.
 
-    The zeros come after normalising, so under "standard" they stand for the mean, not for silence, as in the method.
+    As in the method, padding follows normalisation: under "standard" zeros stand for the mean, not for silence.
 
     Args:
-        rows: `[..., frames <= 512, 129]`.
+        rows: spectrograms `[..., frames <= 512, 129]`.
 
     Returns:
-        `[..., 1, 512, 128]`.
+        Inputs `[..., 1, 512, 128]`.
     """
     _check_rows(rows, INPUT_FRAMES)
     padded = torch.nn.functional.pad(rows[..., :INPUT_BINS], (0, 0, 0, INPUT_FRAMES - rows.shape[-2]))
@@ -167,34 +170,35 @@ def to_input(rows: Tensor) -> Tensor:
 def word_offsets(
     count: int, placing: Literal["sample", "batch", "centre"], generator: torch.Generator | None = None
 ) -> Tensor:
-    """First frame of each word in its canvas: uniform over 0..340, or the middle.
+    """First frame of each word in its canvas: uniform over 0..340, or centred.
 
     Args:
-        count: words in the batch.
-        placing: "sample" draws one per word (training), "batch" one for all (released code), "centre" takes the middle
-            (evaluation).
-        generator: of the draws.
+        count: number of words in the batch.
+        placing: "sample" draws one offset per word (training), "batch" one for all (released code), "centre" centres
+            them (evaluation).
+        generator: generator of the draws.
 
     Returns:
-        `[count]`, int64.
+        Offsets `[count]`, int64.
     """
     if placing == "centre":
         return torch.full((count,), (INPUT_FRAMES - WORD_FRAMES) // 2)
     if placing not in ("sample", "batch"):
         raise ValueError(f"placing={placing!r} must be one of sample, batch, centre")
-    drawn = torch.randint(LAST_WORD_OFFSET + 1, (count if placing == "sample" else 1,), generator=generator)
-    return drawn.expand(count)
+    offsets = torch.randint(LAST_WORD_OFFSET + 1, (count if placing == "sample" else 1,), generator=generator)
+    return offsets.expand(count)
 
 
 def place_words(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Put words on a canvas of zeros, each at its own frame (Guizzo et al. 2021).
+    """Place words in a canvas of zeros, each at its own frame (Guizzo et al. 2021).
 
     Args:
-        rows: `[B, frames <= 170, 129]`, normalised.
-        offsets: `[B]`, from `word_offsets`; where rows are; on a GPU, which would have to be waited for, not checked.
+        rows: normalised spectrograms `[B, frames <= 170, 129]`.
+        offsets: first frames `[B]` from `word_offsets`, on the device of `rows`; on a GPU they are not checked, as the
+            host would have to wait for it.
 
     Returns:
-        `[B, 1, 512, 128]`.
+        Inputs `[B, 1, 512, 128]`.
 
     >>> place_words(torch.ones(2, 170, 129), torch.tensor([0, 340]))[:, 0, [0, 169, 340, 509], 0].tolist()
     [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
@@ -206,8 +210,8 @@ def place_words(rows: Tensor, offsets: Tensor) -> Tensor:
         raise ValueError(f"offsets must be {batch} frames from 0 to {INPUT_FRAMES - frames}, got {offsets.tolist()}")
     frame = torch.arange(INPUT_FRAMES, device=rows.device) - offsets[:, None]
     inside = (frame >= 0) & (frame < frames)
-    there = rows[torch.arange(batch, device=rows.device)[:, None], frame.clamp(0, frames - 1), :INPUT_BINS]
-    return torch.where(inside[..., None], there, there.new_zeros(()))[:, None]
+    values = rows[torch.arange(batch, device=rows.device)[:, None], frame.clamp(0, frames - 1), :INPUT_BINS]
+    return torch.where(inside[..., None], values, values.new_zeros(()))[:, None]
 
 
 def _check_rows(rows: Tensor, frames: int) -> None:

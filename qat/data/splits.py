@@ -1,8 +1,8 @@
 """Train, validation and test as pure functions of a table and a seed (WASPAA 2023, section 4).
 
-Every function takes a table with one row per file or per cut (`Manifest.table`, `SpectrogramStore.index`, or some rows
-of them) and gives, for each part, labels of `table.index` in the table's order. So a split of chosen rows,
-`by_speaker(store.index[store.index["kind"] == "word"], 1)`, can be used with the whole store.
+Every function takes a table with one row per file or per cut (`Manifest.table`, `SpectrogramStore.index`, or some of
+their rows) and returns, for each part, labels of `table.index` in the table's order. Hence a split of some rows,
+`by_speaker(store.index[store.index["kind"] == "word"], 1)`, holds for the whole store.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def random(table: pd.DataFrame, seed: int) -> Split:
     """Split by files, shuffled: 70, 20 and 10 %. All cuts of a file stay together.
 
     Args:
-        table: with the column `path`.
-        seed: of the shuffle.
+        table: table with the column `path`.
+        seed: seed of the shuffle.
 
     Returns:
         Labels of `table.index` under train, validation and test.
@@ -61,11 +61,11 @@ def by_speaker(
     """Split by speakers, so that none is in two parts.
 
     Args:
-        table: with the column `group`.
-        seed: of the shuffle of the speakers, which are then divided 70, 20 and 10 %; None takes them in the order of
+        table: table with the column `group`.
+        seed: seed of the shuffle of the speakers, who are then divided 70, 20 and 10 %; None takes them in the order of
             their names.
-        parts: the speakers of each part instead; every speaker of the table must be in one.
-        group: the column, e.g. `session`; or `text`, so that no sentence is in two parts.
+        parts: speakers of each part, instead of a random division; they must be all of the table's speakers.
+        group: column to split by, e.g. `session`; or `text`, so that no sentence is in two parts.
 
     Returns:
         Labels of `table.index` under train, validation and test.
@@ -74,23 +74,24 @@ def by_speaker(
         ValueError: fewer than 3 speakers, an empty name, or `parts` does not fit the table.
     """
     present = np.sort(column(table, group).unique())
-    divided = _divide(present, seed, group) if parts is None else _given(parts, present, group)
+    divided = _divide(present, seed, group) if parts is None else _listed(parts, present, group)
     return _gather(table, group, divided)
 
 
 def folds(table: pd.DataFrame, seed: int, fold: int, count: int = 0, group: str = "speaker") -> Split:
     """One fold of a cross-validation in which no speaker is in two parts.
 
-    The groups are dealt round to `count` folds after a shuffle, or one to each in the order of their names when there
-    are as many folds as groups. Fold `fold` is the test part, the next one (after the last the first) the validation
-    part, the others the training part: every group is tested once, and validated once.
+    Shuffled groups are assigned round-robin to `count` folds; with as many folds as groups each fold is one group, in
+    the order of their names. Fold `fold` is the test part, the next one (cyclically) the validation part, the others
+    are the
+    training part: every group is once in the test part and once in the validation part.
 
     Args:
-        table: with the column `group`.
-        seed: of the shuffle.
-        fold: which, from 1 to `count`.
-        count: folds, at least 3; 0 leaves one group out at a time.
-        group: the column, e.g. `session`, or `text`.
+        table: table with the column `group`.
+        seed: seed of the shuffle.
+        fold: number of the test fold, from 1 to `count`.
+        count: number of folds, at least 3; 0 leaves one group out at a time.
+        group: column of the groups, e.g. `session`, or `text`.
 
     Returns:
         Labels of `table.index` under train, validation and test.
@@ -108,8 +109,8 @@ def folds(table: pd.DataFrame, seed: int, fold: int, count: int = 0, group: str 
         raise ValueError(f"fold={fold} must be from 1 to {count}")
     if count < len(groups):
         groups = np.random.default_rng(seed).permutation(groups)
-    dealt = [list(groups[number::count]) for number in range(count)]
-    test, validation = dealt[fold - 1], dealt[fold % count]
+    members = [list(groups[number::count]) for number in range(count)]
+    test, validation = members[fold - 1], members[fold % count]
     train = [name for name in groups if name not in (*validation, *test)]
     return _gather(table, group, {"train": train, "validation": validation, "test": test})
 
@@ -140,9 +141,9 @@ def paper_actor(table: pd.DataFrame, seed: int, corpus: str) -> Split:
     shuffled and halved into validation and test, which therefore share their speaker.
 
     Args:
-        table: with `path`, `speaker` and, for IEMOCAP, `session`.
-        seed: of the shuffle of YAF's files; the released code's has none.
-        corpus: its name.
+        table: table with `path`, `speaker` and, for IEMOCAP, `session`.
+        seed: seed of the shuffle of YAF's files; the released code does not seed it.
+        corpus: name of the corpus.
 
     Returns:
         Labels of `table.index` under train, validation and test.
@@ -165,14 +166,14 @@ def paper_actor(table: pd.DataFrame, seed: int, corpus: str) -> Split:
 
 
 def by_part(table: pd.DataFrame, only_train: bool = False) -> Split:
-    """The parts that the corpus itself names in its column `part`, e.g. the subsets of LibriSpeech.
+    """The parts of the corpus's own column `part`, e.g. the subsets of LibriSpeech.
 
     Args:
-        table: with the column `part`, whose values are train, validation and test.
-        only_train: validation and test are the training part again, as in the released code's word task.
+        table: table with the column `part`, whose values are train, validation and test.
+        only_train: use the training part for validation and test, too, as in the released code's word task.
 
     Raises:
-        ValueError: another value.
+        ValueError: `part` has another value.
     """
     named = column(table, "part")
     if unknown := sorted(set(named) - set(PARTS)):
@@ -188,21 +189,22 @@ def confounded(
     leak: float = 0.1,
     label: str = "emotion",
 ) -> Split:
-    """Split by speakers, and make the voice predict the label in training: a shortcut that fails on new voices.
+    """Split by speakers so that in training the voice predicts the label: a shortcut that fails for new voices.
 
-    Each training speaker keeps every file of one label, its own, and of each other label the share `leak` (rounded, at
-    least 1 file). Own labels are dealt round, so each has about as many speakers. Validation and test are whole.
+    Each training speaker keeps all files of one label, the speaker's own, and the share `leak` (rounded, at least 1
+    file) of every other label. Own labels are assigned round-robin, so that each has about as many speakers. The
+    validation and test parts are complete.
 
     Args:
-        table: with the columns `path`, `speaker` and `label`.
-        seed: deals the own labels and draws the files that stay.
-        parts: the speakers of each part; every speaker of the table must be in one.
-        leak: share of files kept of the other labels, from 0 to 1; 0 keeps none.
-        label: the column.
+        table: table with the columns `path`, `speaker` and `label`.
+        seed: seed of the own labels and of the files that are kept.
+        parts: speakers of each part; they must be all of the table's speakers.
+        leak: share of files to keep of the other labels, from 0 to 1; 0 keeps none.
+        label: column of the labels.
 
     Returns:
-        Labels of `table.index` under train, validation and test, and under withheld: the training speakers' files that
-        are not trained on, to see whether the speaker's own label is answered instead of the true one.
+        Labels of `table.index` under train, validation and test, and under withheld: the files of training speakers
+        that are not trained on, which show whether a network answers with the speaker's own label.
 
     Raises:
         ValueError: `parts` does not fit the table, or `leak` is out of range.
@@ -213,21 +215,21 @@ def confounded(
     train = table.loc[split["train"]]
     own = own_labels(table, seed, parts, label)
     generator = np.random.default_rng([seed, 1])
-    kept: set[str] = set()
+    train_files: set[str] = set()
     cells = train.groupby(["speaker", label])["path"].unique()
     for speaker, value in sorted(cells.index):
         files = np.sort(cells[speaker, value])
         if value != own[speaker]:
             files = generator.permutation(files)[: max(round(leak * len(files)), leak > 0)]
-        kept.update(files)
-    stays = train["path"].isin(kept)
-    return split | {"train": train.index[stays].tolist(), "withheld": train.index[~stays].tolist()}
+        train_files.update(files)
+    trained = train["path"].isin(train_files)
+    return split | {"train": train.index[trained].tolist(), "withheld": train.index[~trained].tolist()}
 
 
 def own_labels(
     table: pd.DataFrame, seed: int, parts: Mapping[str, Iterable[str]], label: str = "emotion"
 ) -> dict[str, str]:
-    """The label that each training speaker says always under `confounded` with the same arguments."""
+    """Own label of each training speaker under `confounded` with the same arguments."""
     values = np.sort(column(table, label).unique())
     generator = np.random.default_rng([seed, 0])
     values = generator.permutation(values)
@@ -236,10 +238,10 @@ def own_labels(
 
 
 def column(table: pd.DataFrame, name: str) -> pd.Series:
-    """A column in which every cell must be filled.
+    """A column without empty cells.
 
     Raises:
-        ValueError: it is missing, or a cell is empty.
+        ValueError: the column is missing, or a cell is empty.
     """
     if name not in table:
         raise ValueError(f"column {name!r} is missing; there are {', '.join(map(repr, table.columns))}")
@@ -259,23 +261,23 @@ def _divide(items: np.ndarray, seed: int | None, what: str) -> dict[str, list[st
     return dict(zip(PARTS, map(list, np.split(items, [train, train + validation])), strict=True))
 
 
-def _given(parts: Mapping[str, Iterable[str]], present: np.ndarray, group: str) -> dict[str, list[str]]:
+def _listed(parts: Mapping[str, Iterable[str]], present: np.ndarray, group: str) -> dict[str, list[str]]:
     if set(parts) != set(PARTS):
         raise ValueError(f"parts must be {', '.join(PARTS)}, got {', '.join(parts) or 'none'}")
-    given = {part: list(parts[part]) for part in PARTS}
-    everybody = [speaker for part in PARTS for speaker in given[part]]
-    for speaker in everybody:
-        if everybody.count(speaker) > 1:
+    listed = {part: list(parts[part]) for part in PARTS}
+    speakers = [speaker for part in PARTS for speaker in listed[part]]
+    for speaker in speakers:
+        if speakers.count(speaker) > 1:
             raise ValueError(f"{group} {speaker!r} is listed twice; each must be in one part only")
         if speaker not in present:
             raise ValueError(f"{group} {speaker!r} has no row; there are {', '.join(present)}")
     for speaker in present:
-        if speaker not in everybody:
+        if speaker not in speakers:
             raise ValueError(f"{group} {speaker!r} is in no part; list it, or leave its rows out of the table")
     for part in PARTS:
-        if not given[part]:
+        if not listed[part]:
             raise ValueError(f"the {part} part lists no {group}")
-    return given
+    return listed
 
 
 def _gather(table: pd.DataFrame, group: str, parts: Mapping[str, Sequence[str] | np.ndarray]) -> Split:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -23,24 +22,24 @@ from qat.data.audio import AudioError, load_audio
 from qat.data.manifest import Manifest, read_table, write_table
 from qat.data.spectrogram import cut
 from qat.files import make_once, sha256_of, write_json
-from qat.processes import bar, ordered_map
+from qat.processes import bar, process_map
 
 LAYOUT = 1
-"""Raised whenever the files written here change their meaning, so that old stores are not read."""
+"""Version of the files; raised whenever their meaning changes, so that old stores are not read."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class SpectrogramStore:
-    """Spectrograms of a corpus, made by `prepare`.
+    """Prepared spectrograms of a corpus.
 
     Args:
-        folder: holds `magnitudes.npy`, `index.csv`, `skipped.csv` and `meta.json`.
-        config: how they were made.
-        index: one row per cut: the manifest's columns, then `cut` (its number within the file, from 0) and `frames`
-            (how many of its rows hold sound, the rest is padding). Row i belongs to `magnitudes[i]`.
-        skipped: one row per file, or segment, that is not in the store: `path` and `reason`.
+        folder: folder with `magnitudes.npy`, `index.csv`, `skipped.csv` and `meta.json`.
+        config: settings of the spectrograms.
+        index: table with one row per cut: the manifest's columns, `cut` (its number in the file, from 0) and `frames`
+            (number of frames before the padding). Row i belongs to `magnitudes[i]`.
+        skipped: table with one row per file or segment that is not in the store: `path` and `reason`.
     """
 
     folder: Path
@@ -53,7 +52,7 @@ class SpectrogramStore:
         """Open a store.
 
         Raises:
-            ValueError: the folder holds none, or one of another layout.
+            ValueError: there is no store in the folder, or one of another layout.
         """
         meta_file = folder / "meta.json"
         if not meta_file.is_file():
@@ -69,7 +68,8 @@ class SpectrogramStore:
     @cached_property
     def magnitudes(self) -> NDArray[np.float32]:
         """`[len(index), config.frames, config.bins]`, read-only, memory-mapped."""
-        return np.load(self.folder / "magnitudes.npy", mmap_mode="r")
+        magnitudes: NDArray[np.float32] = np.load(self.folder / "magnitudes.npy", mmap_mode="r")
+        return magnitudes
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Copy some spectrograms to memory: `[len(indices), config.frames, config.bins]`."""
@@ -87,21 +87,21 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> SpectrogramStore:
-    """Decode and transform every file of a corpus once; a second call with the same files and settings only opens it.
+    """Spectrograms of a corpus, computed on the first call with the same files and settings.
 
-    Files that are unreadable, silent or shorter than a window are left out, logged, and listed in `skipped`.
+    Files that are unreadable, silent or shorter than a window are skipped, logged, and listed in `skipped`.
 
     Args:
-        manifest: the corpus.
-        config: how audio becomes spectrograms.
-        folder: for all stores; this one goes into a sub-folder named after the corpus and a hash of its content
-            (checksums and all columns of the manifest) and of the settings. It appears there whole or not at all;
-            another process that wants it meanwhile waits.
-        workers: processes of one thread each; 0 works in this one, None takes the available cores.
+        manifest: corpus.
+        config: settings of the spectrograms.
+        folder: folder of all stores; this one is a sub-folder named after the corpus and a hash of its content
+            (checksums and all columns of the manifest) and of the settings. It is complete or absent; another process
+            that needs it meanwhile waits.
+        workers: number of processes with one thread each; 0 works in this one, None takes the available cores.
         progress: show a progress bar.
 
     Returns:
-        The store. Rows are in the manifest's order, the same bytes for any number of workers.
+        The store, with rows in the manifest's order and the same bytes for any number of workers.
 
     Raises:
         ValueError: a file has changed since the manifest was made, or no file is usable.
@@ -135,7 +135,7 @@ def _write(
     skipped: list[tuple[str, str]] = []
     with (
         (folder / "magnitudes.npy").open("wb") as out,
-        ordered_map(workers, __name__, _initialise) as run,
+        process_map(workers, torch.set_num_threads, 1) as run,
         bar(progress) as progress_bar,
     ):
         _write_header(out, 0, config)
@@ -154,7 +154,7 @@ def _write(
             progress_bar.advance(task, len(rows))
         if not sources:
             raise ValueError(f"{manifest.name}: no usable audio file among {len(paths)}; the first: {skipped[0][1]}")
-        # numpy leaves room in the header for the first axis to grow, so it can be filled in last.
+        # numpy pads the header so that the first axis can grow: its length is written last.
         out.seek(0)
         _write_header(out, len(sources), config)
         assert out.tell() == start
@@ -162,15 +162,10 @@ def _write(
     return index, pd.DataFrame(skipped, columns=["path", "reason"])
 
 
-def _initialise() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it, after the current file
-
-
 def _spectrograms(
     config: SpectrogramConfig, file: Path, checksum: str, segments: Sequence[tuple[float, ...]]
 ) -> list[tuple[NDArray[np.float32], list[int]] | str]:
-    """Of each segment of a file the cuts and how many rows of each hold sound, or why it is skipped."""
+    """For each segment of a file its cuts with their numbers of frames, or the reason to skip it."""
     results: list[tuple[NDArray[np.float32], list[int]] | str] = []
     for segment in segments:
         try:

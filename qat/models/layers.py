@@ -1,4 +1,4 @@
-"""The layers of one number system, so that VGG16 is written once for real and quaternion networks."""
+"""Layers of the real and the quaternion domain with one interface, so that VGG16 is written once for both."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Link(NamedTuple):
-    """How a layer is joined to its neighbours, see `qkernels.hamilton_conv2d`; real layers do without.
+    """How a quaternion layer shares work with its neighbours, see `qkernels.hamilton_conv2d`; real layers ignore it.
 
     Args:
-        x_is_relu: its input is the output of a ReLU that left its mask to it.
-        mask_gradient: False: it leaves the mask of its ReLU to the layer that reads its output.
-        packed: its weight as the GPU's kernels read it.
+        x_is_relu: apply the mask of the ReLU before this layer to the gradient of its input.
+        mask_gradient: apply the mask of this layer's own ReLU; False leaves it to the next layer.
+        packed: weight in the layout of the GPU's kernels.
     """
 
     x_is_relu: bool = False
@@ -32,26 +32,25 @@ class Link(NamedTuple):
     packed: PackedWeight | None = None
 
 
-APART = Link()
+UNLINKED = Link()
 
 
 @dataclass(frozen=True)
 class Layers:
-    """How one number system builds a 3x3 convolution and a linear layer, and runs them.
+    """Constructors and functions of the layers of one domain.
 
     Args:
-        conv: ``(in_channels, out_channels) -> module``, 3x3, padding 1, initialised.
-        hidden: ``(in_features, out_features) -> (module, module)``: a linear layer, initialised, and its ReLU, which
-            does nothing where it is part of the layer.
-        head: ``(in_features, out_features) -> module``: the last layer, which is real in every domain.
-        run: ``(module, x, activation, pool, tap, link) -> (y, pooled)`` with activation ``"relu"`` or ``None``;
-            ``pooled`` is y behind a 2x2 max pool where that is asked for and part of the convolution, else ``None``;
-            beside it y is ``None`` unless a ``tap`` needs it.
-        run_hidden: ``(module, x, dropout, link, dtype) -> y``: a hidden layer with its ReLU and dropout, on features
-            `[B, K]` or maps `[B, C, H, W]`, which are read as `torch.flatten(x, 1)`; y of ``dtype``, by default as it
-            comes.
-        packed: ``(modules, maps, x) -> weights`` of convolutions and hidden layers, the first of which reads maps of
-            that size, as the kernels read them.
+        conv: ``(in_channels, out_channels) -> module``: initialised 3x3 convolution with padding 1.
+        hidden: ``(in_features, out_features) -> (module, module)``: initialised linear layer and its ReLU, which is an
+            identity if the layer includes it.
+        head: ``(in_features, out_features) -> module``: last layer, real in every domain.
+        run: ``(module, x, activation, pool, tap, link) -> (y, pooled)``: convolution with activation ``"relu"`` or
+            ``None``. ``pooled`` is the output of a fused 2x2 max pool, if ``pool`` is set and the layer can fuse it,
+            else ``None``; y is then ``None`` unless ``tap`` is set.
+        run_hidden: ``(module, x, dropout, link, dtype) -> y``: hidden layer with ReLU and dropout, on features `[B, K]`
+            or flattened maps `[B, C, H, W]`; ``dtype`` is the type of y, by default that of the computation.
+        packed: ``(modules, maps, x) -> weights``: weights of convolutions and hidden layers in the kernels' layout; the
+            first hidden layer reads maps of size ``maps``.
     """
 
     conv: Callable[[int, int], nn.Module]
@@ -63,7 +62,7 @@ class Layers:
 
 
 def placed(module: M, device: torch.device) -> M:
-    """The module on the device; on a GPU, weights of real convolutions in the layout of its tensor cores, NHWC."""
+    """The module on the device; on a GPU with the weights of real convolutions in NHWC, which tensor cores read."""
     if device.type == "cuda":
         for part in module.modules():
             if isinstance(part, nn.Conv2d):
@@ -72,7 +71,7 @@ def placed(module: M, device: torch.device) -> M:
 
 
 def layers_of(config: NetworkConfig) -> Layers:
-    """The layers that ``config.domain`` and ``config.init`` ask for."""
+    """The layers of ``config.domain`` with the initialisation ``config.init``."""
     if config.domain == "quaternion":
         return _quaternion(config.init)
     return _real(config.init)
@@ -91,14 +90,14 @@ def _quaternion(init: str) -> Layers:
         activation: str | None,
         pool: bool = False,
         tap: bool = False,
-        link: Link = APART,
+        link: Link = UNLINKED,
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
         arguments = (x, module.weight, module.bias, 1, 1)
-        joined: dict[str, Any] = {"activation": activation, **link._asdict()}
+        options: dict[str, Any] = {"activation": activation, **link._asdict()}
         if pool and tap:
-            return hamilton_conv2d(*arguments, pool=2, tap=True, **joined)
-        y = hamilton_conv2d(*arguments, pool=2 if pool else None, **joined)
+            return hamilton_conv2d(*arguments, pool=2, tap=True, **options)
+        y = hamilton_conv2d(*arguments, pool=2 if pool else None, **options)
         return (None, y) if pool else (y, None)
 
     def hidden(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
@@ -149,7 +148,7 @@ def _real(init: str) -> Layers:
         activation: str | None,
         pool: bool = False,
         tap: bool = False,
-        link: Link = APART,
+        link: Link = UNLINKED,
     ) -> tuple[Tensor, None]:
         y = module(x)
         return F.relu(y) if activation == "relu" else y, None

@@ -1,4 +1,4 @@
-"""RH-Emo: a real encoder, a quaternion decoder and four heads that make a 4-channel speech embedding.
+"""RH-Emo: a real encoder that gives a 4-channel speech embedding, a quaternion decoder and four heads.
 
 Source: Guizzo et al., "Learning speech emotion representations in the quaternion domain", 2022; the frozen encoder
 feeds the quaternion networks (WASPAA 2023, section 2).
@@ -74,9 +74,9 @@ def _head(hidden: int, outputs: int) -> nn.Sequential:
 
 
 class RHEmo(nn.Module):
-    """The whole autoencoder with its heads: 134,283,658 parameters at width 1.
+    """The autoencoder with its heads: 134,283,658 parameters at width 1.
 
-    Channel r is read by the emotion head (5 logits), i, j, k by valence, arousal and dominance (one logit each).
+    The emotion head (5 logits) reads channel r; the heads of valence, arousal and dominance (1 logit) read i, j and k.
 
     Args:
         config: ``width`` scales the heads' hidden layers.

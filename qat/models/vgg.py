@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,20 +15,24 @@ from qkernels import PackedWeight, runtime
 from qkernels.ops._library import autocast_dtype
 
 Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From features `[B, C, H, W]` to what the next layer is given in their place, and what is made of them."""
+"""Maps features `[B, C, H, W]` to the next layer's input, and to a value that is returned beside the logits."""
 
-CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-POOL_AFTER = (2, 4, 7, 10, 13)
+LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+"""The 3x3 convolutions by their output channels, and 2x2 max pools "M" (Simonyan and Zisserman, configuration D)."""
 HIDDEN = 4096
 INPUT = {"quaternion": (4, 64, 64), "real": (1, 512, 128), "real-on-embedding": (4, 64, 64)}
 
-# The older anti-transfer code evaluates "layer n" up to, not including, convolution n.
-_INPUT_OF_CONV = ("input", "relu1", "pool1", "relu3", "pool2", "relu5", "relu6",
-                  "pool3", "relu8", "relu9", "pool4", "relu11", "relu12")  # fmt: skip
+CHANNELS = tuple(layer for layer in LAYERS if isinstance(layer, int))
+POOL_AFTER = tuple(i - LAYERS[:i].count("M") for i, layer in enumerate(LAYERS) if layer == "M")
+"""Numbers, from 1, of the convolutions before a pool."""
+
+_DEPTH = {"input": 0} | {f"{kind}{n}": n for n in range(1, len(CHANNELS) + 1) for kind in ("conv", "relu")}
+_DEPTH |= {f"pool{k}": n for k, n in enumerate(POOL_AFTER, 1)}
+"""Number of convolutions before each feature map; among equal ones the last is what the next convolution reads."""
 
 
 def tap_name(layer: int, position: str) -> str:
-    """The feature map that "layer n" means.
+    """Name of the feature map that "layer n" means.
 
     Args:
         layer: convolution 1..13.
@@ -38,17 +41,14 @@ def tap_name(layer: int, position: str) -> str:
     Raises:
         ValueError: the layer is not one of VGG16's thirteen convolutions.
 
-    >>> tap_name(2, "relu"), tap_name(3, "slice")
-    ('relu2', 'pool1')
+    >>> tap_name(2, "relu"), tap_name(3, "slice"), tap_name(4, "slice")
+    ('relu2', 'pool1', 'relu3')
     """
     if not 1 <= layer <= len(CHANNELS):
         raise ValueError(f"anti_transfer.layers: layer {layer} does not exist; VGG16 has convolutions 1 to 13")
-    return {
-        "relu": f"relu{layer}",
-        "pre-relu": f"conv{layer}",
-        "slice": _INPUT_OF_CONV[layer - 1],
-        "pool5": "pool5",
-    }[position]
+    # The older anti-transfer code evaluates "layer n" up to, not including, convolution n.
+    input_of_layer = [name for name, depth in _DEPTH.items() if depth == layer - 1][-1]
+    return {"relu": f"relu{layer}", "pre-relu": f"conv{layer}", "slice": input_of_layer, "pool5": "pool5"}[position]
 
 
 def scaled(channels: int, width: float) -> int:
@@ -64,8 +64,8 @@ class VGG16(nn.Module):
     """Thirteen 3x3 convolutions, each with ReLU, five 2x2 max pools, three linear layers; no batch norm.
 
     Args:
-        config: domain, width, initialisation, dropout and whether the 7x7 average pool is kept.
-        num_classes: K, the number of logits.
+        config: domain, width, initialisation, dropout, and whether there is a 7x7 average pool.
+        num_classes: number of logits K.
 
     Shapes: input `[B, 4, 64, 64]` (embedding domains) or `[B, 1, 512, 128]` (real), output logits `[B, K]`.
     The last linear layer is real in every domain.
@@ -76,8 +76,8 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         channels, height, width = INPUT[config.domain]
-        # A frozen network's packed weights, by the version of the weights, which are kept with them so that no other
-        # tensor takes their identity. None is dropped: a CUDA graph may read it.
+        # Packed weights of a frozen network by the weights' versions, kept with the weights so that their ids stay
+        # unique. No entry is ever dropped: a CUDA graph may read it.
         self._frozen: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):
@@ -96,38 +96,34 @@ class VGG16(nn.Module):
         )
 
     def forward(self, x: Tensor, taps: Mapping[str, Tap] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, K]`, and what each tap made of its features, from one forward pass.
+        """Logits `[B, K]`, and the value of each tap, from one forward pass.
 
         Args:
-            x: the input.
-            taps: by the name of a feature map (see :func:`tap_name`), what it goes through.
+            x: input.
+            taps: taps by the name of their feature map (see :func:`tap_name`).
         """
         packed = self._packed(x, len(self.convs), hidden=True)
-        x, made = self._features(x, taps or {}, packed, stop=False)
+        x, tapped = self._features(x, taps or {}, packed[: len(self.convs)])
         first, _, first_dropout, second, _, second_dropout, head = self.classifier
         rates = [dropout.p if self.training else 0.0 for dropout in (first_dropout, second_dropout)]
         x = self._layers.run_hidden(first, self.pool(x), rates[0], Link(False, False, packed[-2]))
         # The few logits are computed in the type of their weight in any precision: casting would take longer.
         x = self._layers.run_hidden(second, x, rates[1], Link(True, True, packed[-1]), head.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return head(x), made
+            return head(x), tapped
 
     def features_at(self, x: Tensor, names: Collection[str]) -> dict[str, Tensor]:
         """The feature maps with these names (see :func:`tap_name`); nothing deeper is computed."""
         taps = dict.fromkeys(names, lambda features: (features, features))
-        return self._features(x, taps, self._packed(x, self._depth(names)), stop=True)[1]
-
-    @staticmethod
-    def _depth(names: Collection[str]) -> int:
-        """How many convolutions are needed for the maps with these names."""
-        deepest = 0
-        for kind, number in (re.fullmatch(r"(\D+)(\d*)", name).groups() for name in names):  # type: ignore[union-attr]
-            if kind != "input":
-                deepest = max(deepest, POOL_AFTER[int(number) - 1] if kind == "pool" else int(number))
-        return deepest
+        depth = max((_DEPTH[name] for name in names), default=0)
+        last_pool = any(name.startswith("pool") for name in names if _DEPTH[name] == depth)
+        return self._features(x, taps, self._packed(x, depth), last_pool)[1]
 
     def _packed(self, x: Tensor, convs: int, hidden: bool = False) -> list[PackedWeight | None]:
-        """The first weights as the kernels read them, in one launch; those of a frozen network are kept."""
+        """Weights of the first ``convs`` convolutions, and of the hidden layers, as the kernels read them.
+
+        They are packed in one launch; those of a frozen network are kept.
+        """
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
         weights = [module.weight for module in modules]
         if not modules or any(weight.requires_grad for weight in weights):
@@ -139,34 +135,37 @@ class VGG16(nn.Module):
         return self._frozen[version][1]
 
     def _features(
-        self, x: Tensor, taps: Mapping[str, Tap], packed: Sequence[PackedWeight | None], stop: bool
+        self, x: Tensor, taps: Mapping[str, Tap], packed: Sequence[PackedWeight | None], last_pool: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        made: dict[str, Tensor] = {}
+        """The last feature map and the value of each tap.
+
+        Args:
+            x: input.
+            taps: taps by the name of their feature map.
+            packed: packed weights, one for each convolution to compute.
+            last_pool: pool the last convolution's output if the network does.
+        """
+        tapped: dict[str, Tensor] = {}
 
         def tap(name: str, features: Tensor) -> Tensor:
             if name in taps:
-                features, made[name] = taps[name](features)
+                features, tapped[name] = taps[name](features)
             return features
 
-        x = tap("input", x)
-        pools, x_is_relu = 0, False
-        for n, conv in enumerate(self.convs, 1):
-            if stop and len(made) == len(taps):
-                break
-            relu, conv_name = f"relu{n}", f"conv{n}"
-            pool = n in POOL_AFTER and not (stop and taps.keys() <= {*made, relu})
+        x, x_is_relu = tap("input", x), False
+        for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
+            conv_name, relu_name = f"conv{n}", f"relu{n}"
+            pool = n in POOL_AFTER and (last_pool or n < len(packed))
             # Only the next convolution reads the output: the ReLU's mask is of no cost there.
-            chained = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {relu, conv_name}
-            link = Link(x_is_relu, not chained, packed[n - 1])
+            chained = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {conv_name, relu_name}
+            link = Link(x_is_relu, not chained, weight)
             if conv_name in taps:
                 y, pooled = F.relu(tap(conv_name, self._layers.run(conv, x, None, link=link)[0])), None
             else:
-                y, pooled = self._layers.run(conv, x, "relu", pool, relu in taps, link)
-            x_is_relu = chained
+                y, pooled = self._layers.run(conv, x, "relu", pool, relu_name in taps, link)
             # With a fused pool nothing follows the tapped map: the convolution adds its gradient to the pool's.
-            y = tap(relu, y)
-            x = y if pooled is None else pooled
+            x, x_is_relu = tap(relu_name, y), chained
             if pool:
-                pools += 1
-                x = tap(f"pool{pools}", F.max_pool2d(y, 2) if pooled is None else pooled)
-        return x, made
+                pool_name = f"pool{POOL_AFTER.index(n) + 1}"
+                x = tap(pool_name, F.max_pool2d(x, 2) if pooled is None else pooled)
+        return x, tapped

@@ -15,7 +15,7 @@ from qat.models import tap_name
 from qat.results.record import Analysis, Probes, read_analysis
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
-from qat.training.pipeline import load_classifier
+from qat.training.inference import load_classifier
 
 
 def analyse(run: Path) -> Analysis:
@@ -35,7 +35,7 @@ def analyse(run: Path) -> Analysis:
     checkpoint = load_checkpoint(run, "classifier")
     experiment = from_plain(Experiment, checkpoint.record["experiment"])
     predictions = pd.read_csv(run / "predictions.csv")
-    data = load_data(experiment, checkpoint.record["normalisation"]["kind"], trained=checkpoint, quiet=True)
+    data = load_data(experiment, trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()
     config = experiment.anti_transfer
     taps = {layer: tap_name(layer, config.position) for layer in config.layers}

@@ -36,21 +36,12 @@ POSITIONS = {
 }
 """Which features a layer stands for, by ``anti_transfer.position``."""
 
-_GRAMS = {
-    "channel": "one cosine per sample",
-    "position": "one cosine per sample, over positions",
-    "batch": "one cosine per batch, over samples",
-}
 _SEED = re.compile(r"(?:^|[-_./])seed[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
 
 
 def describe_loss(at: AntiTransferConfig) -> str:
     """The anti-transfer loss in words: what is compared, and how."""
-    if (at.aggregation, at.distance) != ("gram", "cos_squared"):
-        return f"{at.aggregation} by {at.distance}"
-    if at.semantics == "folded-rowwise":
-        return "batch-folded, row-wise cosine"
-    return _GRAMS.get(at.gram, at.gram) + (", centred" if at.centred else "")
+    return str(at.loss)
 
 
 @dataclass(frozen=True, eq=False)

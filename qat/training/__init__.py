@@ -1,1 +1,1 @@
-"""The training loop and what it needs: examples, objectives, metrics, checkpoints, processes."""
+"""Training: from an experiment's settings to a finished run folder, and what a trained classifier predicts."""

@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors files: tensors, and one JSON record that says what they are."""
+"""Checkpoints as safetensors files: tensors, and one JSON record that describes them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.config import AnyExperiment, difference, identity_settings, to_plain
+from qat.config import AnyExperiment, Experiment, difference, from_plain, identity_settings, to_plain
+from qat.data.spectrogram import Normalisation
 from qat.files import replacing
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Args:
-        path: where it was read.
-        tensors: by name, on the CPU.
-        record: what was saved with them: ``kind`` (``classifier`` or ``rhemo``), ``experiment``, ``classes``...
+        path: file that it was read from.
+        tensors: tensors by name, on the CPU.
+        record: description of them: ``kind`` (``classifier``, ``rhemo`` or ``training``), ``experiment``,
+            ``classes``...
     """
 
     path: Path
     tensors: dict[str, Tensor]
     record: dict[str, Any]
 
+    @property
+    def experiment(self) -> Experiment:
+        """Settings of the classifier's training."""
+        return from_plain(Experiment, self.record["experiment"])
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Normalisation of the inputs, fitted on the training part."""
+        return Normalisation(**self.record["normalisation"])
+
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors below ``prefix``, with the prefix taken off; all of them below ``""``."""
+        """Tensors whose names begin with ``prefix`` and a dot, by the rest of their names; all of them for ``""``."""
         dotted = f"{prefix}." if prefix else ""
         return {k.removeprefix(dotted): v for k, v in self.tensors.items() if k.startswith(dotted)}
 
     def load_into(self, module: nn.Module, prefix: str = "") -> None:
-        """Load the tensors below ``prefix`` into ``module``, every one of them or none.
+        """Load the part ``prefix`` into ``module``.
 
         Raises:
-            ValueError: names or shapes differ: the checkpoint is of another network.
+            ValueError: the checkpoint is of another network, as names or shapes differ; nothing is loaded then.
         """
         tensors, own = self.part(prefix), module.state_dict()
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -60,7 +72,7 @@ def check_run(folder: Path, experiment: AnyExperiment) -> None:
     """Refuse a folder that holds a run, finished or interrupted, of other settings.
 
     Raises:
-        ValueError: naming the first decisive setting that differs, and both values.
+        ValueError: names the first setting that differs, of those that a run is identified by, and both values.
     """
     if (folder / "result.json").is_file():
         theirs = json.loads((folder / "result.json").read_text(encoding="utf-8"))["experiment"]
@@ -68,26 +80,26 @@ def check_run(folder: Path, experiment: AnyExperiment) -> None:
         theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
     else:
         return
-    if found := difference(identity_settings(theirs), identity_settings(to_plain(experiment))):
-        raise ValueError(f"{folder}: holds a run with {found}; choose another folder, or delete this one")
+    if changed := difference(identity_settings(theirs), identity_settings(to_plain(experiment))):
+        raise ValueError(f"{folder}: holds a run with {changed}; choose another folder, or delete this one")
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write tensors and record to ``path`` at once; an interrupted write leaves the older file in place."""
+    """Write tensors and record to ``path`` atomically; an interrupted write leaves the older file in place."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as draft:
-        draft.touch()  # with the mode of any other file; safetensors alone would let nobody else read it
+        draft.touch()  # with the umask's mode; safetensors alone would make it unreadable for others
         mode = draft.stat().st_mode
         save_file(plain, draft, metadata={"record": json.dumps(record)})
         draft.chmod(mode)
 
 
 def load_checkpoint(path: Path, kind: str) -> Checkpoint:
-    """Read a checkpoint, or the one that a run folder kept.
+    """Read a checkpoint file, or the one of a run folder.
 
     Args:
-        path: a ``.safetensors`` file, or a run folder that holds ``model.safetensors``.
-        kind: what it must be: ``classifier``, ``rhemo`` or ``training`` (a state to resume from).
+        path: ``.safetensors`` file, or run folder that holds ``model.safetensors``.
+        kind: required kind: ``classifier``, ``rhemo`` or ``training`` (a state to resume from).
 
     Raises:
         ValueError: no such file, not a checkpoint of this program, or of another kind.
@@ -113,7 +125,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo :func:`optimizer_tensors`."""
+    """Restore the state that :func:`optimizer_tensors` gave."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, field = name.split(".", 1)
@@ -121,5 +133,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, own in optimizer.state.items():
         for field, value in own.items():
-            if value.shape == parameter.shape:  # in the parameter's layout, which Adam's kernel takes for granted
+            if value.shape == parameter.shape:  # in the parameter's layout, which Adam's kernel assumes
                 own[field] = torch.empty_like(parameter).copy_(value)

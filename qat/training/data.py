@@ -1,4 +1,4 @@
-"""From an experiment's settings to numbered samples: corpus, prepared spectrograms, parts, labels, normalisation."""
+"""From an experiment's settings to numbered samples: corpus, spectrograms, parts, labels, normalisation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor
 from qat.config import AnyExperiment, CorpusConfig, Experiment, SplitConfig
 from qat.data import corpora, splits
 from qat.data.manifest import Manifest
+from qat.data.rows import Rows
 from qat.data.spectrogram import Normalisation, place_words, to_input, word_offsets
 from qat.data.store import SpectrogramStore, prepare
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint
+from qat.training.examples import Examples
 
 LABEL_COLUMN = {"emotion": "emotion", "speaker": "speaker", "word": "text", "word-presence": "words"}
 
@@ -25,10 +27,10 @@ class Spectrograms:
     """Normalised spectrograms by sample number.
 
     Args:
-        store: where they are prepared.
-        normalisation: fitted on the training part.
-        placing: of words, in training: a place in the canvas drawn for each ``sample`` or ``batch``; None for others,
-            which are the same each time.
+        store: prepared spectrograms.
+        normalisation: normalisation, fitted on the training part.
+        placing: for words: draw the position in the canvas for each ``sample`` or each ``batch`` in training. None for
+            other cuts, which never change.
     """
 
     store: SpectrogramStore
@@ -41,17 +43,17 @@ class Spectrograms:
         return cls(store, normalisation, experiment.training.word_offset if word else None)
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """What is the same of a sample each time: `[B, 1, 512, 128]`, or a word without its canvas `[B, 170, 129]`."""
+        """Inputs `[B, 1, 512, 128]`, or words `[B, 170, 129]` that are yet to be placed on their canvas."""
         rows = self.normalisation(self.store.rows(numbers.tolist()))
         return to_input(rows) if self.placing is None else rows
 
     def offsets(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Where words begin in their canvas `[count]`: drawn with a generator (training), else in the middle."""
+        """First frame of each word in its canvas `[count]`: random with a generator (training), else centred."""
         assert self.placing is not None
         return word_offsets(count, "centre" if generator is None else self.placing, generator)
 
     def __call__(self, numbers: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`[B, 1, 512, 128]`."""
+        """Inputs `[B, 1, 512, 128]`; words are placed at random with a generator, else centred."""
         rows = self.rows(numbers)
         return rows if self.placing is None else place_words(rows, self.offsets(len(rows), generator))
 
@@ -61,9 +63,9 @@ class Data:
     """An experiment's samples.
 
     Args:
-        index: one row per sample: path, speaker, text, emotion...
-        parts: sample numbers of ``train``, ``validation``, ``test`` and, after a confounded split, ``withheld``.
-        spectrograms: of the samples.
+        index: table with one row per sample: path, speaker, text, emotion...
+        parts: sample numbers of ``train``, ``validation``, ``test`` and, with a confounded split, ``withheld``.
+        spectrograms: spectrograms of the samples.
     """
 
     index: pd.DataFrame
@@ -75,18 +77,22 @@ class Data:
         """Numbers of the samples of all parts, in order."""
         return sorted(set().union(*self.parts.values()))
 
+    def examples(self, **rows: Rows) -> Examples:
+        """A source of batches from these rows; words are placed on their canvas batch by batch."""
+        return Examples(rows, None if self.spectrograms.placing is None else self.spectrograms.offsets)
+
 
 def read_corpus(config: CorpusConfig) -> Manifest:
-    """The recordings of ``config``, those that ``config.where`` keeps.
+    """The recordings of a corpus that match ``config.where``.
 
     Raises:
-        ValueError: unknown corpus, empty folder, unknown column, or nothing left.
+        ValueError: unknown corpus or column, empty folder, or no recording matches.
     """
     manifest = corpora.read(config.name, config.folder, **config.options)
     for column, values in config.where.items():
         if column not in manifest.table:
-            known = ", ".join(manifest.table.columns)
-            raise ValueError(f"corpus.where: {config.name} has no column {column!r}; it has {known}")
+            columns = ", ".join(manifest.table.columns)
+            raise ValueError(f"corpus.where: {config.name} has no column {column!r}; it has {columns}")
         manifest = manifest.filter(manifest.table[column].isin(values))
     return manifest
 
@@ -95,7 +101,7 @@ def labelled(manifest: Manifest, task: str) -> Manifest:
     """The recordings that have a label for ``task``.
 
     Raises:
-        ValueError: none has.
+        ValueError: no recording has one.
     """
     column = LABEL_COLUMN[task]
     if column not in manifest.table or not (manifest.table[column] != "").any():
@@ -104,47 +110,56 @@ def labelled(manifest: Manifest, task: str) -> Manifest:
 
 
 def recordings(experiment: AnyExperiment) -> Manifest:
-    """What ``experiment`` reads: its corpus, of a classifier's the recordings that have a label.
+    """The recordings that an experiment uses; for a classifier those that have a label.
 
     Raises:
-        ValueError: as :func:`read_corpus` and :func:`labelled`.
+        ValueError: see :func:`read_corpus` and :func:`labelled`.
     """
     manifest = read_corpus(experiment.corpus)
     return labelled(manifest, experiment.task) if isinstance(experiment, Experiment) else manifest
 
 
-def load_data(
-    experiment: AnyExperiment, normalisation: str, *, trained: Checkpoint | None = None, quiet: bool = False
-) -> Data:
-    """Read, prepare and split what ``experiment`` names. Rank 0 prepares; the others then read.
+def normalisation_kind(experiment: AnyExperiment) -> str:
+    """``max``, ``standard`` or ``log``; ``paper`` is the first with an embedding, the second without."""
+    if isinstance(experiment, Experiment) and experiment.normalisation == "paper":
+        return "max" if experiment.network.embeds else "standard"
+    return experiment.normalisation
+
+
+def load_data(experiment: AnyExperiment, *, trained: Checkpoint | None = None, quiet: bool = False) -> Data:
+    """Read, prepare and split an experiment's corpus. Rank 0 prepares, then the others read.
 
     Args:
-        experiment: what to load.
-        normalisation: kind, ``max``, ``standard`` or ``log``.
-        trained: take the parts and the normalisation that this checkpoint was trained with.
+        experiment: settings.
+        trained: checkpoint whose parts and normalisation are used instead of new ones.
         quiet: no progress bar.
 
     Raises:
-        ValueError: whatever is wrong with the corpus, the files or the split; or the corpus has lost files of
-            ``trained``.
+        ValueError: an error in the corpus, the files or the split; or the corpus lacks files of ``trained``.
     """
     manifest = recordings(experiment)
     with distributed.leader_first():
         store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
     if trained is None:
         parts = divide(store.index, experiment.split, manifest.name)
-        fitted = Normalisation.fit(normalisation, store.magnitudes, parts["train"])  # type: ignore[arg-type]
+        kind = normalisation_kind(experiment)
+        fitted = Normalisation.fit(kind, store.magnitudes, parts["train"])  # type: ignore[arg-type]
     else:
         parts = _recorded_parts(store.index, trained)
-        fitted = Normalisation(**trained.record["normalisation"])
+        fitted = trained.normalisation
     return Data(store.index, parts, Spectrograms.of(store, fitted, experiment))
 
 
 def divide(index: pd.DataFrame, config: SplitConfig, corpus: str = "") -> splits.Split:
-    """Sample numbers of each part by the rule of ``config``; ``corpus`` is the name by which ``paper-actor`` goes.
+    """Sample numbers of each part.
+
+    Args:
+        index: table of the samples.
+        config: rule and its options.
+        corpus: name of the corpus, which ``paper-actor`` depends on.
 
     Raises:
-        ValueError: the rule does not fit the corpus, leaves a part empty, or was not given the speakers it needs.
+        ValueError: the rule does not fit the corpus, leaves a part empty, or lacks the speakers that it needs.
     """
     listed = {"train": config.train, "validation": config.validation, "test": config.test}
     if config.rule == "random":
@@ -183,19 +198,19 @@ def _recorded_parts(index: pd.DataFrame, trained: Checkpoint) -> splits.Split:
 def class_targets(
     index: pd.DataFrame, parts: dict[str, list[int]], task: str, classes: list[str] | None = None
 ) -> tuple[list[str], Tensor]:
-    """Class names, sorted, and every sample's target.
+    """Class names, sorted, and the target of every sample.
 
     Args:
-        index: the samples.
-        parts: where a class must occur in ``train``.
-        task: as in :class:`qat.config.Experiment`.
-        classes: fixed names (evaluation of a trained network) instead of those that occur.
+        index: table of the samples.
+        parts: sample numbers of each part; every class must occur in ``train``.
+        task: task of :class:`qat.config.Experiment`.
+        classes: class names of a trained network; by default those that occur.
 
     Returns:
-        Names, and `[n]` class numbers, or `[n, V]` of 0 and 1 for ``word-presence``.
+        Names, and class numbers `[n]`, or zeros and ones `[n, V]` for ``word-presence``.
 
     Raises:
-        ValueError: a class without training sample, or a label that a trained network does not know.
+        ValueError: a class without training sample, or a label that is none of ``classes``.
     """
     labels = index[LABEL_COLUMN[task]]
     sets = [set(label.split()) for label in labels] if task == "word-presence" else [{label} for label in labels]
@@ -222,10 +237,10 @@ _RHEMO_CLASSES = (("neutral", "neu"), ("angry", "anger", "ang"), ("happy", "happ
 
 
 def rhemo_targets(index: pd.DataFrame) -> Tensor:
-    """RH-Emo's targets `[n, 4]`: emotion class; valence, arousal, dominance as 0 (<= 2.5) or 1; NaN where unknown.
+    """Targets of RH-Emo `[n, 4]`: emotion class; valence, arousal and dominance as 0 (<= 2.5) or 1; NaN where unknown.
 
-    Classes are neutral 0, angry 1, happy 2, sad 3 (any case, also anger, happiness, sadness), everything else 4.
-    Valence, arousal and dominance are on IEMOCAP's scale from 1 to 5.
+    Classes: neutral 0, angry 1, happy 2, sad 3 (in any case, or as anger, happiness, sadness), all others 4. Valence,
+    arousal and dominance are on IEMOCAP's scale from 1 to 5.
     """
     number = {name: float(k) for k, names in enumerate(_RHEMO_CLASSES) for name in names}
     labels = [label.casefold() for label in index["emotion"]]

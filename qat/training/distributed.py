@@ -1,4 +1,4 @@
-"""One process or many: the few calls that the loop needs, no-ops without torchrun."""
+"""Training with several processes: the calls that the loop needs, which do nothing without torchrun."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number, 0 without torchrun."""
+    """Rank of this process, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together, 1 without torchrun."""
+    """Number of processes that train together, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def require_one_process(subject: str) -> None:
+    """Refuse to train ``subject`` with several processes.
+
+    Raises:
+        ValueError: torchrun started more than one.
+    """
+    if world_size() > 1:
+        raise ValueError(f"{subject} is trained by one process only; run it without torchrun")
 
 
 @contextmanager
@@ -30,27 +40,27 @@ def process_group(device: str) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if any, and yield this process's device.
 
     Args:
-        device: ``auto``, or what ``torch.device`` takes. Under torchrun a CUDA device is the local rank's.
+        device: ``auto``, or a name that ``torch.device`` takes. Under torchrun ``cuda`` is the local rank's device.
 
     Raises:
         ValueError: the device is unknown or absent.
     """
-    chosen = device_of(device)
-    joined = "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if joined:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    own_device = device_of(device)
+    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     try:
-        yield chosen
+        yield own_device
     finally:
-        if joined:
+        if joins:
             dist.destroy_process_group()
 
 
 def device_of(name: str) -> torch.device:
-    """The device called ``name``, ``auto`` meaning CUDA where there is one.
+    """The device called ``name``; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
-        ValueError: unknown or absent.
+        ValueError: the device is unknown or absent.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,19 +78,17 @@ def device_of(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or how many threads a CPU uses."""
+    """Name of a GPU, or ``cpu`` with its number of threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module, wrapped for gradient averaging when there are several processes and anything to train."""
-    if world_size() == 1:
-        return module
-    return DistributedDataParallel(module)
+    """The module, wrapped for gradient averaging if there are several processes."""
+    return module if world_size() == 1 else DistributedDataParallel(module)
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, in rank order."""
+    """Values of all processes, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -90,7 +98,7 @@ def gather(value: T) -> list[T]:
 
 @contextmanager
 def leader_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others, who find what it made."""
+    """Rank 0 runs the block first, then all others do, with its results."""
     if rank() > 0:
         barrier()
     yield

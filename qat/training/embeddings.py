@@ -18,10 +18,10 @@ from qat.models import RHEmoEncoder
 from qat.processes import bar
 from qat.training import distributed
 from qat.training.data import Spectrograms
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 LAYOUT = 1
-"""Raised whenever what is written here changes its meaning, so that old embeddings are not read."""
+"""Version of the files; raised whenever their meaning changes, so that old embeddings are not read."""
 _BATCH = 64
 
 
@@ -30,15 +30,15 @@ def embeddings(
 ) -> Read:
     """Embeddings `[B, 4, 64, 64]` of prepared samples by number, in float32.
 
-    The first call for these weights, spectrograms and their normalisation computes those of all samples and keeps them
-    on disk, from where they are read. Rank 0 computes; the others then read.
+    The first call with the same weights, spectrograms and normalisation computes the embeddings of all samples and
+    writes them to disk, from where they are read. Rank 0 computes, then the others read.
 
     Args:
-        encoder: on ``device``; it is put in eval mode.
-        spectrograms: what is embedded.
-        folder: where such things are kept; these go into a sub-folder named after a hash of all that they depend on,
-            which appears whole or not at all. Another process that wants them meanwhile waits.
-        device: where to compute; a GPU rounds otherwise than a CPU, so each has embeddings of its own.
+        encoder: encoder on ``device``; it is set to eval mode.
+        spectrograms: spectrograms to embed.
+        folder: cache; the embeddings are in a sub-folder named after a hash of all that they depend on, which is
+            complete or absent. Another process that needs it meanwhile waits.
+        device: device to compute on; a GPU rounds differently from a CPU, so each type has its own embeddings.
         quiet: no progress bar.
     """
     weights = hashlib.sha256()
@@ -55,8 +55,8 @@ def embeddings(
     target = folder / f"embeddings-{key[:16]}"
     with distributed.leader_first():
         make_once(target, partial(_write, settings, encoder, spectrograms, device, quiet))
-    known = np.load(target / "embeddings.npy", mmap_mode="r")
-    return lambda numbers: torch.from_numpy(known[numbers.numpy()])
+    table = np.load(target / "embeddings.npy", mmap_mode="r")
+    return lambda numbers: torch.from_numpy(table[numbers.numpy()])
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""Batches of samples on the device, the next ones read while it computes."""
+"""Batches of samples on the device; the next ones are read while it computes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from qat.data.spectrogram import place_words
 Offsets = Callable[[int, torch.Generator | None], Tensor]
 
 _AHEAD = 2
-"""Batches that are read before they are asked for."""
+"""Number of batches that are read ahead."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What is known of samples, by number.
+    """The arguments of an objective for every sample, by sample number.
 
     Args:
-        rows: ``inputs``, ``targets`` (`[n]` class indices or `[n, V]` values), and whatever else an objective is given.
-        offsets: ``(count, generator or None) -> [count]``: inputs are words `[n, frames, bins]`, which are put on their
-            canvas at these frames, drawn anew in training (with a generator).
+        rows: ``inputs``, ``targets`` (`[n]` class indices or `[n, V]` values), and further arguments of the objective.
+        offsets: ``(count, generator or None) -> [count]`` if inputs are words `[n, frames, bins]`: the first frame of
+            each in its canvas, random in training (with a generator).
     """
 
     rows: Mapping[str, Rows]
@@ -39,16 +39,16 @@ class Examples:
         return all(rows.resident for rows in self.rows.values())
 
     def gather(self, loaded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What an objective is given of a batch; on the device, and nothing that a CUDA graph could not hold.
+        """The objective's arguments for a batch, on the device; every operation can be captured in a CUDA graph.
 
         Args:
-            loaded: as :func:`batches` gives it.
+            loaded: ``loaded`` of a :class:`Batch`.
         """
         numbers = loaded["numbers"]
-        found = {name: rows.pick(numbers) if rows.resident else loaded[name] for name, rows in self.rows.items()}
+        batch = {name: rows.pick(numbers) if rows.resident else loaded[name] for name, rows in self.rows.items()}
         if "offsets" in loaded:
-            found["inputs"] = place_words(found["inputs"], loaded["offsets"])
-        return found
+            batch["inputs"] = place_words(batch["inputs"], loaded["offsets"])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Batch:
     """This process's share of a batch.
 
     Args:
-        loaded: on the device: ``numbers`` `[b]`, the samples', and what :meth:`Examples.gather` cannot find there.
-        samples: b; or 0 where a short last batch has none for this process, which then gets another's.
-        everyones: samples of the whole batch.
+        loaded: tensors on the device: the sample ``numbers`` `[b]`, and the rows that are not resident there.
+        samples: b, or 0 if a short last batch has no sample for this process, which then computes another's.
+        everyones: number of samples of the whole batch.
     """
 
     loaded: dict[str, Tensor]
@@ -74,39 +74,39 @@ def batches(
     generator: torch.Generator | None = None,
     shared: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Batches of samples.
+    """This process's shares of all batches, in order.
 
-    What is drawn anew is drawn for the whole batch, so that it does not depend on the number of processes. What is not
-    on the device is read by another thread, and copied to a GPU on a stream of its own, two batches ahead.
+    Random offsets are drawn for the whole batch, so that they do not depend on the number of processes. Rows that are
+    not on the device are read by another thread, two batches ahead, and copied to a GPU on a separate stream.
 
     Args:
-        examples: the source.
-        order: `[n]`, numbers of the samples.
-        size: of a batch, over all processes.
-        device: where batches are wanted.
-        generator: of what is drawn anew; none in evaluation.
-        shared: number of this process, and of how many that share each batch.
+        examples: source of the batches.
+        order: numbers of the samples `[n]`, in the order of the pass.
+        size: batch size over all processes.
+        device: device of the batches.
+        generator: generator of random offsets; None in evaluation.
+        shared: rank of this process, and number of processes.
     """
     rank, processes = shared
     copying = _copying(device) if device.type == "cuda" and not examples.resident else None
 
-    def load(numbers: Tensor, there: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
+    def load(numbers: Tensor, device_numbers: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
         mine = len(numbers[rank::processes])
         share = slice(rank, None, processes) if mine else slice(1)
-        found = {name: rows.read(numbers[share]) for name, rows in examples.rows.items() if not rows.resident}
+        values = {name: rows.read(numbers[share]) for name, rows in examples.rows.items() if not rows.resident}
         if examples.offsets is not None:
-            found["offsets"] = examples.offsets(len(numbers), generator)[share]
+            values["offsets"] = examples.offsets(len(numbers), generator)[share]
         with torch.cuda.stream(copying):
-            moved = {name: to_device(value, device) for name, value in found.items()}
+            moved = {name: to_device(value, device) for name, value in values.items()}
             copied = copying.record_event() if copying else None
-        return Batch(moved | {"numbers": there[share]}, mine, len(numbers)), copied
+        return Batch(moved | {"numbers": device_numbers[share]}, mine, len(numbers)), copied
 
     if not len(order):
         return
     pairs = zip(order.split(size), order.to(device).split(size), strict=True)
     if examples.resident:
-        for numbers, there in pairs:
-            yield load(numbers, there)[0]
+        for pair in pairs:
+            yield load(*pair)[0]
         return
     with ThreadPoolExecutor(1, initializer=_begin, initargs=(device,)) as thread:
         loading = deque(thread.submit(load, *pair) for pair in itertools.islice(pairs, _AHEAD))
@@ -123,7 +123,7 @@ def batches(
 
 @functools.cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all copies; of high priority, as no stream is that computes and may be captured."""
+    """The stream of all copies; high priority, which no stream has that computes and may be captured."""
     return torch.cuda.Stream(device, priority=-1)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: standard PyTorch, with early stopping, checkpoints, resuming and several processes."""
+"""The training loop: epochs of steps, early stopping, checkpoints, resumption, several processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from qat.files import write_text
 from qat.training import distributed
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from qat.training.examples import batches
+from qat.training.metrics import MetricsOf
 from qat.training.steps import Steps
 from qat.training.stopping import best_epoch, should_stop
 
@@ -37,56 +37,59 @@ History = list[dict[str, float]]
 
 def fit(
     steps: Steps,
-    state: nn.Module,
+    model: nn.Module,
     train: Tensor,
     validation: Tensor,
     folder: Path,
     record: dict[str, Any],
-    judge: Callable[[Tensor, Tensor], dict[str, float]],
+    metrics_of: MetricsOf,
     *,
     resume: bool = False,
     title: str = "train",
     quiet: bool = False,
 ) -> History:
-    """Minimise the objective until early stopping; keep the best and the last state on disk.
+    """Minimise the objective until early stopping; write the best and the last state to disk.
 
-    Adam; every epoch visits the training part once in an order drawn from ``(seed, epoch)``; the total validation loss
-    (anti-transfer included) decides which state is the best, when the learning rate falls and when to stop. Every batch
-    is shared out over the processes and gradients are weighted by samples, so that the global batch is the same with
-    any number of them.
+    Every epoch visits the training part once, in an order that follows from ``(seed, epoch)``. The total validation
+    loss (anti-transfer included) decides which state is the best, when the learning rate falls and when to stop. Every
+    batch is divided among the processes and gradients are weighted by samples, so that the global batch is the same
+    with any number of processes.
 
     Args:
-        steps: of the objective, with what is trained how on which device.
-        state: the module inside the objective whose state is saved.
-        train, validation: `[n]`, numbers of the samples of these parts.
+        steps: steps of the objective.
+        model: module in the objective whose state is saved.
+        train: numbers of the training samples `[n]`.
+        validation: numbers of the validation samples `[n]`.
         folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events.
-        record: saved with the kept state; must hold ``kind`` and ``experiment``.
-        judge: ``(outputs, targets) -> metrics`` of the validation part, logged as ``validation_*``.
-        resume: go on from ``last.safetensors`` if it is there; the result equals an uninterrupted run.
+        record: record of the checkpoints; must hold ``kind`` and ``experiment``.
+        metrics_of: metrics of the validation part; its numbers are logged as ``validation_*``.
+        resume: continue from ``last.safetensors`` if it exists; the result equals an uninterrupted run.
+        title: label of the progress bar.
+        quiet: no progress bar.
 
     Returns:
         One row per epoch, as in ``metrics.csv``.
 
     Raises:
         FloatingPointError: the training loss is not finite.
-        ValueError: ``last.safetensors`` is of another run.
+        ValueError: ``last.safetensors`` belongs to another run.
     """
     config, optimizer = steps.config, steps.optimizer
     assert optimizer is not None
     history: History = []
     if resume and (folder / "last.safetensors").is_file():
-        saved = load_checkpoint(folder / "last.safetensors", "training")
-        if _but_execution(saved.record["of"]) != _but_execution(record):
-            raise ValueError(f"{saved.path}: state of another experiment; resume with the same settings or start anew")
-        saved.load_into(state, "state")
-        load_optimizer(optimizer, saved.part("optimizer"))
-        history = saved.record["history"]
-    schedule = _Plateaus(optimizer, config)
+        last = load_checkpoint(folder / "last.safetensors", "training")
+        if _without_execution(last.record["of"]) != _without_execution(record):
+            raise ValueError(f"{last.path}: state of another experiment; resume with the same settings or start anew")
+        last.load_into(model, "state")
+        load_optimizer(optimizer, last.part("optimizer"))
+        history = last.record["history"]
+    schedule = _PlateauSchedule(optimizer, config)
     for loss in _losses(history):
         schedule.step(loss)
     leads = distributed.rank() == 0
     quiet = quiet or not leads
-    with _Keeper(folder, steps, state, record, history, leads) as keeper, _progress(quiet) as progress:
+    with _Checkpoints(folder, steps, model, record, history, leads) as checkpoints, _progress(quiet) as progress:
         bar = progress.add_task(title, total=config.epochs, completed=len(history), note="")
         while not _finished(history, config):
             epoch = len(history)
@@ -95,10 +98,11 @@ def fit(
             row |= {f"train_{k}": v for k, v in train_epoch(steps, train, epoch).items()}
             row["seconds"] = time.perf_counter() - started
             parts, outputs, targets = evaluate(steps, validation)
-            row |= {f"validation_{k}": v for k, v in (parts | judge(outputs, targets)).items()}
+            metrics = parts | metrics_of(outputs, targets)
+            row |= {f"validation_{k}": v for k, v in metrics.items() if isinstance(v, float)}
             history.append(row)
             schedule.step(row["validation_total"])
-            keeper.keep(ended=_finished(history, config))
+            checkpoints.update(ended=_finished(history, config))
             distributed.barrier()
             note = f"loss {row['train_total']:.4f} validation {row['validation_total']:.4f}"
             progress.update(bar, advance=1, note=note)
@@ -106,22 +110,22 @@ def fit(
 
 
 def train_epoch(steps: Steps, train: Tensor, epoch: int) -> dict[str, float]:
-    """One pass over the training part, a step of the optimizer for each batch.
+    """One pass over the training part, with one step of the optimiser for each batch.
 
     Args:
-        steps: of the objective, the same in every process.
-        train: `[n]`, numbers of the training samples.
-        epoch: number of this pass, from 0; with the seed it gives the order of the samples and the dropout.
+        steps: steps of the objective, the same in every process.
+        train: numbers of the training samples `[n]`.
+        epoch: number of this pass, from 0; order of the samples and dropout follow from it and the seed.
 
     Returns:
-        Mean losses per sample, each from before its batch's step: ``total`` and the parts, over all processes.
+        Mean losses per sample over all processes, ``total`` and the parts, each from before its batch's step.
 
     Raises:
         FloatingPointError: the mean total loss is not finite.
     """
     config = steps.config
     order_generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run continues as if never interrupted.
+    # Dropout is seeded by (seed, epoch, rank), so that a resumed run continues as if never interrupted.
     torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank())
     order = train[torch.randperm(len(train), generator=order_generator)]
     with steps.running(training=True):
@@ -137,24 +141,24 @@ def train_epoch(steps: Steps, train: Tensor, epoch: int) -> dict[str, float]:
 
 
 def evaluate(steps: Steps, samples: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Mean losses per sample, outputs and targets of a part `[n]`, in eval mode, in the part's order.
+    """Mean losses per sample, outputs and targets of some samples `[n]`, in eval mode, in their order.
 
-    The samples are shared out over the processes; every process returns the whole result.
+    The samples are divided among the processes; every process returns the whole result.
     """
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
-    mine = samples[distributed.rank() :: distributed.world_size()]
+    own_share = samples[distributed.rank() :: distributed.world_size()]
     with steps.running(training=False):
-        for batch in batches(steps.examples, mine, steps.config.batch, steps.device):
-            found, truth = steps.evaluate(batch)
-            outputs.append(found)
-            targets.append(truth)
+        for batch in batches(steps.examples, own_share, steps.config.batch, steps.device):
+            batch_outputs, batch_targets = steps.evaluate(batch)
+            outputs.append(batch_outputs)
+            targets.append(batch_targets)
         sums = steps.sums()
     return _means(sums, len(samples)), _interleaved(outputs), _interleaved(targets)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by PyTorch's allocator on a GPU, by the whole process on a CPU (0 where nobody knows)."""
+    """Peak memory in bytes: of PyTorch's allocator on a GPU, of the whole process on a CPU (0 where unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -165,7 +169,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _but_execution(record: dict[str, Any]) -> dict[str, Any]:
+def _without_execution(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without settings that do not change the result, such as the device."""
     return record | {"experiment": identity_settings(record["experiment"])}
 
 
@@ -173,13 +178,13 @@ def _losses(history: History) -> list[float]:
     return [row["validation_total"] for row in history]
 
 
-class _Plateaus:
-    """Lowers the learning rate where the validation loss stays; what it did follows from the losses alone."""
+class _PlateauSchedule:
+    """Lowers the learning rate when the validation loss stagnates; its state follows from the losses alone."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
         self._schedule = None
         if config.lr_factor < 1:
-            patience = config.lr_patience - 1  # PyTorch counts the epochs that are waited for beyond the first
+            patience = config.lr_patience - 1  # PyTorch lowers it one epoch after its patience
             self._schedule = ReduceLROnPlateau(optimizer, "min", config.lr_factor, patience, threshold=0, eps=0)
 
     def step(self, loss: float) -> None:
@@ -193,16 +198,16 @@ def _finished(history: History, config: TrainingConfig) -> bool:
 
 
 def _means(sums: dict[str, float], samples: int) -> dict[str, float]:
-    """Mean per sample, from every process's sums over its own samples."""
-    everyones = distributed.gather(sums)
-    names = dict.fromkeys(name for one in everyones for name in one)
-    return {name: sum(one.get(name, 0.0) for one in everyones) / samples for name in names}
+    """Means per sample, from each process's sums over its own samples."""
+    sums_of_all = distributed.gather(sums)
+    names = dict.fromkeys(name for sums in sums_of_all for name in sums)
+    return {name: sum(sums.get(name, 0.0) for sums in sums_of_all) / samples for name in names}
 
 
 def _interleaved(batches: list[Tensor]) -> Tensor:
-    """All processes' rows in the order of the samples, undoing ``[rank::world_size]``."""
-    whole_share = torch.cat(batches).cpu() if batches else None
-    shares = [share for share in distributed.gather(whole_share) if share is not None]
+    """Rows of all processes in the order of the samples; each process has ``[rank::world_size]``."""
+    own_share = torch.cat(batches).cpu() if batches else None
+    shares = [share for share in distributed.gather(own_share) if share is not None]
     whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
     for rank, share in enumerate(shares):
         whole[rank :: distributed.world_size()] = share
@@ -222,27 +227,28 @@ def _progress(quiet: bool) -> Progress:
     )
 
 
-class _Keeper:
-    """Writes the kept state, the last one and the rows of ``history``, now and then: the disk shall not set the pace.
+class _Checkpoints:
+    """Writes the best state, the last state and the rows of ``history`` to the run folder.
 
-    An interrupted training goes on from the last state that was written, and the kept one belongs to it. Rows are also
-    written on the way out, whatever ended the training.
+    They are written at most every ``training.checkpoint_seconds``, so that writing does not bound the epoch time. A
+    resumed training continues from the last state written, to which the best one written belongs. Rows are also written
+    when the training ends by an error.
     """
 
     def __init__(
-        self, folder: Path, steps: Steps, state: nn.Module, record: dict[str, Any], history: History, leads: bool
+        self, folder: Path, steps: Steps, model: nn.Module, record: dict[str, Any], history: History, leads: bool
     ) -> None:
-        self.folder, self.steps, self.state, self.record = folder, steps, state, record
+        self.folder, self.steps, self.model, self.record = folder, steps, model, record
         self.history, self.leads = history, leads
         self._best: tuple[int, dict[str, Tensor]] | None = None
         self._written = -math.inf
         self._logged = len(history)
 
-    def __enter__(self) -> _Keeper:
+    def __enter__(self) -> _Checkpoints:
         if self.leads:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What an interrupted training logged beyond the state that it is resumed from comes again.
+            # Epochs that were logged after the state that a training is resumed from are repeated.
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._logged or None)
         return self
 
@@ -253,16 +259,16 @@ class _Keeper:
             finally:
                 self._board.close()
 
-    def keep(self, *, ended: bool) -> None:
-        """Note an epoch's end; write what has not been for ``training.checkpoint_seconds``, at the end all."""
+    def update(self, *, ended: bool) -> None:
+        """Take the state after an epoch; write if ``training.checkpoint_seconds`` have passed, and at the end."""
         if not self.leads:
             return
         config, epoch = self.steps.config, len(self.history) - 1
         due = ended or time.monotonic() - self._written >= config.checkpoint_seconds
         if config.keep == "last" and due:
-            self._best = epoch, self.state.state_dict()
+            self._best = epoch, self.model.state_dict()
         elif config.keep == "best" and best_epoch(_losses(self.history)) == epoch:
-            tensors = self.state.state_dict()
+            tensors = self.model.state_dict()
             self._best = epoch, tensors if due else {name: tensor.clone() for name, tensor in tensors.items()}
         if due:
             if self._best is not None:
@@ -270,7 +276,7 @@ class _Keeper:
                 save_checkpoint(self.folder / "model.safetensors", tensors, self.record | {"epoch": best})
                 self._best = None
             assert self.steps.optimizer is not None
-            tensors = {f"state.{k}": v for k, v in self.state.state_dict().items()}
+            tensors = {f"state.{k}": v for k, v in self.model.state_dict().items()}
             tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.steps.optimizer).items()}
             record = {"kind": "training", "of": self.record, "history": self.history}
             save_checkpoint(self.folder / "last.safetensors", tensors, record)

@@ -1,27 +1,45 @@
-"""What a classifier is judged by, from torchmetrics."""
+"""Metrics of a classifier, from torchmetrics."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qat.config import Experiment
 
-def classification_metrics(
-    logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None
-) -> dict[str, Any]:
+Metrics = dict[str, Any]
+MetricsOf = Callable[[Tensor, Tensor], Metrics]
+"""``(outputs, targets) -> metrics`` of a part."""
+
+
+def metrics_for(experiment: Experiment, classes: list[str]) -> MetricsOf:
+    """The metrics of an experiment's task."""
+    metrics = presence_metrics if experiment.multi_label else classification_metrics
+    batch = experiment.training.batch if experiment.training.accuracy == "batches" else None
+    return lambda logits, targets: metrics(logits, targets, classes, batch)
+
+
+def probabilities(logits: Tensor, experiment: Experiment) -> Tensor:
+    """Probability of every class `[n, K]`; of labels that may occur together, each by itself."""
+    return logits.sigmoid() if experiment.multi_label else logits.softmax(1)
+
+
+def classification_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> Metrics:
     """Weighted accuracy, unweighted accuracy, macro F1 and confusion matrix over samples.
 
     Args:
-        logits: `[n, K]`. targets: `[n]` class indices.
-        classes: the names of the K outputs; one that is in no target is never right.
-        batch: take for accuracy the mean of the accuracies of consecutive batches of so many samples.
+        logits: `[n, K]`.
+        targets: class indices `[n]`.
+        classes: names of the K outputs; some may occur in no target.
+        batch: if set, accuracy is the mean accuracy of consecutive batches of this size.
 
     Returns:
-        ``accuracy`` (WA: share of samples right), ``uar`` (UA: mean recall over the classes that occur in ``targets``),
-        ``macro_f1`` (over the outputs that are targets or answers), ``confusion`` (rows true, columns predicted) and
-        ``samples``.
+        ``accuracy`` (WA: share of correct samples), ``uar`` (UA: mean recall over the classes that occur in
+        ``targets``), ``macro_f1`` (over the outputs that are targets or answers), ``confusion`` (rows true, columns
+        predicted) and ``samples``.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 
@@ -37,16 +55,17 @@ def classification_metrics(
     }
 
 
-def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> dict[str, Any]:
+def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch: int | None = None) -> Metrics:
     """Mean average precision and macro F1 of a multi-label task.
 
     Args:
-        logits: `[n, V]`. targets: `[n, V]` of 0 and 1.
-        classes: the V labels.
+        logits: `[n, V]`.
+        targets: zeros and ones `[n, V]`.
+        classes: names of the V labels.
         batch: as in :func:`classification_metrics`.
 
     Returns:
-        ``accuracy`` (share of single yes/no answers right), ``average_precision`` (mean over the labels that occur),
+        ``accuracy`` (share of correct yes/no answers), ``average_precision`` (mean over the labels that occur),
         ``macro_f1`` at probability 0.5, and ``samples``.
     """
     from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
@@ -62,7 +81,7 @@ def presence_metrics(logits: Tensor, targets: Tensor, classes: list[str], batch:
     }
 
 
-def _share(right: Tensor, batch: int | None) -> float:
-    """Of what is right: `[n]`, or `[n, V]`."""
-    shares = [part.float().mean() for part in right.split(batch or len(right))]
+def _share(correct: Tensor, batch: int | None) -> float:
+    """Share of true values of `[n]` or `[n, V]`, as a mean over batches if ``batch`` is set."""
+    shares = [part.float().mean() for part in correct.split(batch or len(correct))]
     return torch.stack(shares).mean().item()

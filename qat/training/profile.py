@@ -1,4 +1,4 @@
-"""Where a training step's time goes: a table of one page, and Chrome traces."""
+"""Profile of training steps: a table of one page, and Chrome traces."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ log = logging.getLogger(__name__)
 
 PHASES = ("gather", "forward", "twin", "loss", "backward", "optimiser")
 COUNT = 5
-"""Steps of each kind that are looked at."""
+"""Number of profiled steps of each kind."""
 LINES = 24
 
 
 class Profile:
-    """Looks at some of the first training steps; the training is the same as without.
+    """Profiles some of the first training steps, without changing the training.
 
-    ``profile.txt`` has the phases of a step (``twin`` and ``loss`` are parts of ``forward``), then its operators or
-    kernels by the time that they take. Phases are known of steps that run one operator after another; on a GPU, where
-    steps are captured as CUDA graphs, as many of those are looked at as well. ``trace.json`` and
-    ``trace-captured.json`` open in chrome://tracing or ui.perfetto.dev.
+    ``profile.txt`` lists the phases of a step (``twin`` and ``loss`` are parts of ``forward``), then its operators or
+    kernels by time. Phases are only known of eager steps; on a GPU, where steps are captured as CUDA graphs, as many
+    captured ones are profiled as well. ``trace.json`` and ``trace-captured.json`` open in chrome://tracing or
+    ui.perfetto.dev.
 
     Args:
-        steps: of the training.
-        folder: for the files, which appear when the steps are done.
+        steps: steps of the training.
+        folder: folder of the files, which are written when the profiled steps are done.
     """
 
     def __init__(self, steps: Steps, folder: Path) -> None:
         self.steps, self.folder = steps, folder
-        self.wanted = ["trace"]
+        self.pending = ["trace"]
         if steps.graphs is not None:
-            self.wanted.append("trace-captured")
+            self.pending.append("trace-captured")
             steps.graphs.warm = math.inf
         self._wait, self._seen = WARM, 0
         self._pages: list[str] = []
@@ -57,7 +57,7 @@ class Profile:
         self._running.close()
         if self.steps.graphs is not None:
             self.steps.graphs.warm = WARM
-        if self.wanted:
+        if self.pending:
             size = self.steps.config.batch
             log.warning(
                 "--profile: after the first %d, no %d steps of %d samples in a row to look at", WARM, COUNT, size
@@ -65,24 +65,24 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
-        """Around every training step. A short batch among those that are looked at has them begin anew."""
+        """Context of every training step. A short batch restarts the profile, so that profiled steps are equal."""
         if batch.everyones < self.steps.config.batch:
             self._running.close()
             self._seen = 0
         elif self._wait:
             self._wait -= 1
-        elif self.wanted:
+        elif self.pending:
             if not self._seen:
                 self._start()
             yield
             self._seen += 1
             if self._seen == COUNT:
-                self._stop(self.wanted.pop(0))
+                self._stop(self.pending.pop(0))
             return
         yield
 
     def _start(self) -> None:
-        # In a thread of autograd's own, kernels would not count as the backward pass's.
+        # With autograd's own thread, kernels would not be attributed to the backward pass.
         self._running.enter_context(torch.autograd.set_multithreading_enabled(False))
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.steps.device.type == "cuda":
@@ -93,7 +93,7 @@ class Profile:
     def _stop(self, name: str) -> None:
         seconds = (self._now() - self._started) / COUNT
         self._running.close()
-        self._seen, self._wait = 0, 1  # the next step is captured, none to look at
+        self._seen, self._wait = 0, 1  # the next step is the capture
         if self.steps.graphs is not None:
             self.steps.graphs.warm = WARM
         with replacing(self.folder / f"{name}.json") as draft:
@@ -111,9 +111,9 @@ def page(events: Sequence[Any], seconds: float, steps: Steps, *, captured: bool)
     """The table of one kind of steps.
 
     Args:
-        events: averages over `COUNT` steps, as PyTorch's profiler gives them.
-        seconds: of one step.
-        steps: what was profiled.
+        events: averages over `COUNT` steps, from PyTorch's profiler.
+        seconds: time of one step.
+        steps: profiled steps.
         captured: whether steps were replays of a CUDA graph.
     """
     cuda, config, whole = steps.device.type == "cuda", steps.config, 1e3 * seconds

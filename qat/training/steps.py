@@ -1,7 +1,7 @@
 """Training and evaluation steps; on a GPU, each is one captured CUDA graph.
 
 At the paper's batch of 20 a step of the quaternion network is a quarter of a millisecond of arithmetic in some two
-hundred kernels: launched one by one from Python, they take longer to be launched than to run.
+hundred kernels; launching them one by one from Python takes longer than running them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from qat.config import TrainingConfig
 from qat.training import distributed
 from qat.training.examples import Batch, Examples
 from qat.training.objectives import Losses
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 WARM = 3
-"""Steps of a kind before it is captured, in which kernels are compiled, and libraries and Adam take their memory."""
+"""Steps of each kind before it is captured, while kernels are compiled and libraries and Adam allocate memory."""
 
-WAITED = "called a synchronizing CUDA operation"
-"""How PyTorch's warning of it begins (`warn_or_error_on_sync` in its c10/cuda/CUDAFunctions.cpp)."""
+SYNC_WARNING = "called a synchronizing CUDA operation"
+"""Beginning of PyTorch's warning (`warn_or_error_on_sync` in its c10/cuda/CUDAFunctions.cpp)."""
 
 log = logging.getLogger(__name__)
 
@@ -37,33 +37,34 @@ Around = Callable[[Batch], contextlib.AbstractContextManager[object]]
 
 @contextlib.contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Computes in ``training.precision``: TF32 where it is named, else accurate float32; ``bf16`` by autocast."""
+    """Computes in ``training.precision``: ``tf32``, full float32, or ``bf16`` by autocast."""
     with switched(name), autocast(name, device):
         yield
 
 
 def autocast(name: str, device: torch.device) -> torch.autocast:
-    """The part of :func:`precision` that only a forward pass needs."""
+    """Autocast for a forward pass; does nothing unless ``name`` is ``bf16``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
 
 
 def adam(parameters: Iterable[nn.Parameter], config: TrainingConfig, device: torch.device) -> torch.optim.Adam:
-    """Adam in one kernel; on a GPU a CUDA graph can hold it, and its rate is a tensor that may be changed."""
+    """Fused Adam; on a GPU it can be captured in a CUDA graph, with a learning rate that may change later."""
     cuda = device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if cuda else config.lr
-    wanted = [p for p in parameters if p.requires_grad]
-    return torch.optim.Adam(wanted, lr, weight_decay=config.weight_decay, fused=True, capturable=cuda)
+    trainable = [p for p in parameters if p.requires_grad]
+    return torch.optim.Adam(trainable, lr, weight_decay=config.weight_decay, fused=True, capturable=cuda)
 
 
 class Steps:
-    """The steps of one training, or of an evaluation.
+    """The steps of a training, or of an evaluation.
 
     Args:
-        objective: ``(inputs=, targets=, ...) -> Losses``, on ``device``; it is given what ``examples`` has rows of.
-        examples: the source of all batches.
-        config: the optimisation.
-        device: where to compute.
-        training: make Adam for the objective's parameters; evaluation alone needs none.
+        objective: module ``(inputs=, targets=, ...) -> Losses`` on ``device``; its arguments are the rows of
+            ``examples``.
+        examples: source of all batches.
+        config: optimisation settings.
+        device: device to compute on.
+        training: create an optimiser; not needed to evaluate.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Steps:
 
     @contextlib.contextmanager
     def running(self, training: bool) -> Iterator[None]:
-        """Around the steps of a pass: the mode, the precision, on a GPU the stream."""
+        """Context of all steps of a pass: train or eval mode, precision, and on a GPU the stream; sums start at 0."""
         self.objective.train(training)
         stream = self.graphs.on_stream() if self.graphs else contextlib.nullcontext()
         with stream, switched(self.config.precision), torch.set_grad_enabled(training):
@@ -93,10 +94,10 @@ class Steps:
             yield
 
     def train(self, batch: Batch) -> Tensor:
-        """Forward, backward, clipping and the optimiser's step; adds the losses, from before it, to the sums.
+        """Forward and backward pass, clipping and the optimiser's step; adds the losses to the sums.
 
         Returns:
-            The total loss, on the device; the next step may overwrite it.
+            Total loss before the step, on the device; the next step may overwrite it.
         """
 
         def step(loaded: Loaded) -> Tensor:
@@ -104,7 +105,7 @@ class Steps:
             self.optimizer.zero_grad()
             losses, _ = self._losses(self._wrapped, loaded)
             total = losses.total
-            if distributed.world_size() > 1:  # which averages gradients over processes, whatever their shares
+            if distributed.world_size() > 1:  # DDP averages over processes, whatever their shares
                 total = total * (batch.samples * distributed.world_size() / batch.everyones)
             with record_function("backward"):
                 total.backward()
@@ -131,63 +132,63 @@ class Steps:
         return (outputs.clone(), targets.clone()) if self.graphs else (outputs, targets)
 
     def sums(self) -> dict[str, float]:
-        """Every loss, ``total`` and the parts, summed over this process's samples of this pass."""
+        """Sums of ``total`` and of each part over this process's samples of this pass."""
         return dict(zip(self._names, [] if self._sums is None else self._sums.tolist(), strict=True))
 
     def _losses(self, objective: nn.Module, loaded: Loaded) -> tuple[Losses, Tensor]:
         with record_function("gather"):
-            given = self.examples.gather(loaded)
+            batch = self.examples.gather(loaded)
         with record_function("forward"), autocast(self.config.precision, self.device):
-            losses: Losses = objective(**given)
-        return losses, given["targets"]
+            losses: Losses = objective(**batch)
+        return losses, batch["targets"]
 
     def _add(self, losses: Losses, samples: int) -> None:
-        found = {"total": losses.total.detach(), **losses.parts}
+        means = {"total": losses.total.detach(), **losses.parts}
         if self._sums is None:
-            self._names = list(found)
-            self._sums = torch.zeros(len(found), device=self.device)
-        self._sums.add_(torch.stack([found[name] for name in self._names]), alpha=samples)
+            self._names = list(means)
+            self._sums = torch.zeros(len(means), device=self.device)
+        self._sums.add_(torch.stack([means[name] for name in self._names]), alpha=samples)
 
     def _run(self, name: str, step: Function, loaded: Loaded) -> Any:
         return self.graphs.run(name, step, loaded) if self.graphs else step(loaded)
 
 
 class Graphs:
-    """Runs functions of tensors on a stream of its own; from the fourth call of a kind on, as a captured CUDA graph.
+    """Runs functions of tensors on a separate stream, from the fourth call of a kind on as a captured CUDA graph.
 
-    The first calls are steps like any other, and capturing computes nothing, so that a training is the same with and
-    without. Calls are of one kind when they have the same name and tensors of the same sizes: a pass over the samples
-    has two, the last of which is often shorter.
+    The first calls compute like any other and capturing computes nothing, so the training is the same with and without.
+    Calls are of one kind if they have the same name and the same tensor sizes; a pass has two kinds where its last
+    batch is shorter.
     """
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
         self.warm: float = WARM
-        self._pool = torch.cuda.graph_pool_handle()  # one for all: no two of them run at once
+        self._pool = torch.cuda.graph_pool_handle()  # shared: graphs never run at the same time
         self._calls: dict[object, int] = {}
         self._captured: dict[object, tuple[Callable[[], None], dict[str, Tensor], Any]] = {}
         self._failed = False
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
-        """On this object's stream, behind what was asked for before, ahead of what will be."""
+        """Run on this object's stream, after all work already submitted and before all that follows."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def run(self, name: str, function: Function, tensors: Loaded) -> Any:
-        """``function(tensors)``, or a replay of it, whose results the next replay overwrites."""
+        """``function(tensors)``, or a replay of it; the next replay overwrites the results."""
         kind = (name, *((key, tuple(value.shape)) for key, value in tensors.items()))
         if kind not in self._captured:
             self._calls[kind] = self._calls.get(kind, 0) + 1
             if self._failed or self._calls[kind] < self.warm:
                 return function(tensors)
             if self._calls[kind] == self.warm:
-                with waits() as found:
+                with synchronisations() as warned:
                     results = function(tensors)
-                if found:
-                    self._give_up(found[0])
+                if warned:
+                    self._give_up(warned[0])
                 return results
             if not self._capture(kind, function, tensors):
                 return function(tensors)
@@ -202,7 +203,7 @@ class Graphs:
         try:
             replay, results = captured(lambda: function(static), self.stream, self._pool)
         except RuntimeError as error:
-            # Ending a capture that has failed raises again, which hides the reason.
+            # The end of a failed capture raises once more, which hides the reason.
             reason = error.__context__ or error
             self._give_up(str(reason).strip().partition("\n")[0] or repr(reason))
             return False
@@ -215,35 +216,35 @@ class Graphs:
 
 
 @contextlib.contextmanager
-def waits() -> Iterator[list[str]]:
-    """Notes what makes the host wait for the GPU, which a capture would fail at.
+def synchronisations() -> Iterator[list[str]]:
+    """Collects warnings of operations that make the host wait for the GPU, with which a capture would fail.
 
     PyTorch before 2.12 does not recover from a failed capture (its pull requests 176752 and 180395).
     """
-    found: list[str] = []
+    warned: list[str] = []
     _sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield found
+            yield warned
     finally:
         _sync_debug_mode("default")
     for warning in caught:
-        if str(warning.message).startswith(WAITED):
-            found.append(WAITED)
+        if str(warning.message).startswith(SYNC_WARNING):
+            warned.append(SYNC_WARNING)
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _sync_debug_mode(mode: str) -> None:
-    """PyTorch's, without its notice that the mode "does not yet detect all synchronizing operations"."""
+    """Set PyTorch's mode, without its notice that it "does not yet detect all synchronizing operations"."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode(mode)
 
 
 def captured(function: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of what ``function`` asks the device for, and what it returns, which each replay writes anew."""
+    """A CUDA graph of ``function``: its replay, and its results, which each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     # Other threads read the next batches meanwhile, which "global" would forbid.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

@@ -1,4 +1,4 @@
-"""When to stop."""
+"""Early stopping."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def best_epoch(losses: Sequence[float]) -> int:
-    """The first epoch with the lowest loss, from 0; a NaN is never lower.
+    """The first epoch, from 0, with the lowest loss; a NaN is never lower.
 
     >>> best_epoch([3.0, 1.0, 2.0, 1.0])
     1
@@ -19,11 +19,11 @@ def best_epoch(losses: Sequence[float]) -> int:
 
 
 def should_stop(losses: Sequence[float], patience: int, rule: str = "standard") -> bool:
-    """Whether training ends after the epochs whose validation losses are given.
+    """Whether training ends after the epochs so far.
 
     Args:
         losses: validation loss of every epoch so far.
-        patience: epochs without a strictly lower loss that are waited for.
+        patience: number of epochs without a strictly lower loss before training stops.
         rule: ``standard``, or ``reference-window`` of the released code: from epoch index patience + 1 on, stop if the
             oldest of the last patience - 1 losses is their minimum.
 

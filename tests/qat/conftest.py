@@ -9,7 +9,8 @@ import torch
 
 from qat.config import CorpusConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
 from qat.data.manifest import Manifest, build_manifest, write_manifest
-from qat.training.pipeline import pretrain_rhemo, train_classifier
+from qat.training.classifier import train_classifier
+from qat.training.rhemo import pretrain_rhemo
 
 SPEAKERS, TEXTS, EMOTIONS = ("ann", "ben", "cem", "dan"), ("one", "two", "three"), ("angry", "neutral", "sad")
 

@@ -6,6 +6,8 @@ import pytest
 import soundfile
 
 from qat import cli
+from qat.commands import campaign, train
+from qat.commands.parser import instance
 from qat.config import Experiment, RHEmoExperiment
 from qat.training.checkpoint import load_checkpoint
 
@@ -76,7 +78,7 @@ def test_from_a_corpus_to_predictions_by_commands_alone(corpus, cache, rhemo, op
 def test_settings_come_from_yaml_and_options_win(options, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("split: {rule: speaker, seed: 3}\nanti_transfer: {beta: 0.5}\n")
     args = ["--config", tmp_path / "run.yaml", "--anti_transfer.beta", "0.25", "--out", tmp_path / "run"]
-    parser, _ = cli._parser()
+    parser, _ = cli.build_parser()
     chosen = parser.instantiate(parser.parse_args(["train", *map(str, args)])).train
     assert (chosen.split.rule, chosen.split.seed, chosen.anti_transfer.beta) == ("speaker", 3, 0.25)
     args = ["--anti_transfer.layers", "[2, 7]", "--anti_transfer.beta", "[1, 0.5]", "--out", tmp_path / "run"]
@@ -85,12 +87,12 @@ def test_settings_come_from_yaml_and_options_win(options, tmp_path, capsys):
 
 
 def test_defaults_are_the_papers():
-    parser, _ = cli._parser()
+    parser, _ = cli.build_parser()
     chosen = parser.instantiate(parser.parse_args(["train", "--out", "x"])).train
-    assert cli._chosen(Experiment, chosen) == Experiment()
+    assert instance(Experiment, chosen) == Experiment()
     assert (Experiment().training.lr, Experiment().training.batch, Experiment().training.patience) == (1e-5, 20, 20)
     chosen = parser.instantiate(parser.parse_args(["pretrain", "rhemo", "--out", "x"])).pretrain.rhemo
-    assert cli._chosen(RHEmoExperiment, chosen) == RHEmoExperiment()
+    assert instance(RHEmoExperiment, chosen) == RHEmoExperiment()
     for task in ("words", "speakers"):
         training = parser.instantiate(parser.parse_args(["pretrain", task, "--out", "x"])).pretrain[task].training
         assert (training.lr, training.batch, training.patience) == (5e-5, 300, 20)
@@ -126,12 +128,15 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("words", "resumes"), [(["train", "--out", "x"], True), (["demo"], False)])
-def test_interruption_is_told_and_has_its_own_exit_code(words, resumes, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "action", "resumes"),
+    [(["train", "--out", "x"], (train, "run_train"), True), (["demo"], (campaign, "run_demo"), False)],
+)
+def test_interruption_is_told_and_has_its_own_exit_code(words, action, resumes, monkeypatch, capsys):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_{words[0]}", interrupted)
+    monkeypatch.setattr(*action, interrupted)
     code, _, err = run(capsys, *words)
     assert code == 130
     assert "goes on" in err

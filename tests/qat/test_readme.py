@@ -40,7 +40,7 @@ COMMANDS = [line for line in README.replace("\\\n", " ").splitlines() if line.st
 def test_every_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text("corpus: {name: csv, folder: my.csv}\n")
-    parser, _ = cli._parser()
+    parser, _ = cli.build_parser()
     options = parser.instantiate(parser.parse_args(shlex.split(command)[1:]))
     if "--config my.yaml" in command and "--corpus.where" in command:
         pretraining = options.pretrain[options.pretrain.subcommand]

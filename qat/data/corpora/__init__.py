@@ -1,7 +1,7 @@
-"""The corpora that are known, each a module with `read(folder)`.
+"""The supported corpora, each a module with `read(folder)`.
 
-Those that can be had without a licence form have `make` or `fetch`; the published ones `survey`, which tells what of
-them is there, missing and unexpected.
+Corpora that need no licence form have `make` or `fetch`; published ones have `survey`, which compares a folder with
+what is published.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qat.data.manifest import Manifest, build_manifest, check_files, read_manife
 
 @dataclass(frozen=True)
 class About:
-    """A corpus in a few words: what it is, how it is obtained, and what its folder looks like."""
+    """A corpus in a few words: its content, its source, and the layout of its folder."""
 
     what: str
     source: str
@@ -87,7 +87,7 @@ CORPORA = {
         "train-clean-100/103/1240/103-1240-0000.TextGrid",
     ),
 }
-"""Name of each corpus and what is to be known about it."""
+"""The corpora by name."""
 
 
 def module(name: str) -> ModuleType:
@@ -109,30 +109,30 @@ def options(name: str) -> list[str]:
     return list(inspect.signature(module(name).read).parameters)[1:]
 
 
-def read(name: str, folder: Path, **given: Any) -> Manifest:
-    """Read a corpus that has been made, fetched or obtained.
+def read(name: str, folder: Path, **reader_options: Any) -> Manifest:
+    """Read a corpus.
 
     Args:
-        name: a key of `CORPORA`, or `csv`.
-        folder: of the corpus; for `csv` the manifest file.
-        given: options of its reader.
+        name: name in `CORPORA`, or `csv`.
+        folder: folder of the corpus; for `csv` the manifest file.
+        reader_options: options of the corpus's reader.
 
     Raises:
-        ValueError: no such corpus or option, or nothing of it in the folder.
+        ValueError: no such corpus or option, or the folder has none of its files.
     """
-    _accept(name, folder, given)
-    return read_manifest(Path(folder)) if name == "csv" else module(name).read(Path(folder), **given)
+    _check_arguments(name, folder, reader_options)
+    return read_manifest(Path(folder)) if name == "csv" else module(name).read(Path(folder), **reader_options)
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is found of a corpus.
+    """Result of comparing a folder with a corpus.
 
     Args:
-        manifest: what there is.
-        problems: one row per file that is missing or cannot be used: `path` (empty where only a count is known) and
+        manifest: files of the corpus in the folder.
+        problems: table of files that are missing or cannot be used: `path` (empty if only a count is known) and
             `problem`.
-        remarks: one row per file that is not part of the corpus, or holds the same bytes as another: the same columns.
+        remarks: table, with the same columns, of files that are not part of the corpus or duplicate another.
     """
 
     manifest: Manifest
@@ -140,27 +140,27 @@ class Check:
     remarks: pd.DataFrame
 
 
-def check(name: str, folder: Path, *, progress: bool = True, **given: Any) -> Check:
-    """Compare a corpus with what is published of it, and try to read every file.
+def check(name: str, folder: Path, *, progress: bool = True, **reader_options: Any) -> Check:
+    """Compare a folder with the published corpus, and try to read every file.
 
     Args:
-        name: a key of `CORPORA`, or `csv`.
-        folder: of the corpus; for `csv` the manifest file.
+        name: name in `CORPORA`, or `csv`.
+        folder: folder of the corpus; for `csv` the manifest file.
         progress: show a progress bar.
-        given: options of its reader.
+        reader_options: options of the corpus's reader.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: see `read`.
     """
-    _accept(name, folder, given)
+    _check_arguments(name, folder, reader_options)
     missing: list[tuple[str, str]] = []
     unexpected: list[tuple[str, str]] = []
     if name != "csv" and hasattr(corpus := module(name), "survey"):
-        found = corpus.survey(Path(folder), **given)
-        missing, unexpected = found.missing, found.unexpected
-        manifest = build_manifest(Path(folder), found.rows, name)
+        survey = corpus.survey(Path(folder), **reader_options)
+        missing, unexpected = survey.missing, survey.unexpected
+        manifest = build_manifest(Path(folder), survey.rows, name)
     else:
-        manifest = read(name, folder, **given)
+        manifest = read(name, folder, **reader_options)
     columns = ["path", "problem"]
     problems = pd.concat([pd.DataFrame(missing, columns=columns), check_files(manifest, progress)], ignore_index=True)
     files = manifest.table.drop_duplicates("path")
@@ -170,16 +170,16 @@ def check(name: str, folder: Path, *, progress: bool = True, **given: Any) -> Ch
     return Check(manifest, problems, pd.DataFrame(unexpected, columns=columns))
 
 
-def _accept(name: str, folder: Path, given: dict[str, Any]) -> None:
+def _check_arguments(name: str, folder: Path, reader_options: dict[str, Any]) -> None:
     if name == "csv":
-        if given:
-            raise ValueError(f"corpus csv: has no options, not {', '.join(given)}")
+        if reader_options:
+            raise ValueError(f"corpus csv: has no options, not {', '.join(reader_options)}")
         return
-    known = options(name)
-    if unknown := [option for option in given if option not in known]:
-        raise ValueError(f"corpus {name}: no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    allowed = options(name)
+    if unknown := [option for option in reader_options if option not in allowed]:
+        raise ValueError(f"corpus {name}: no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
     if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
         about = CORPORA[name]
         command = about.source.startswith("qat ")
-        how = f"fill it with `{about.source} --folder {folder}`" if command else f"get {name} from {about.source}"
-        raise ValueError(f"{folder}: empty or no folder; {how}")
+        advice = f"fill it with `{about.source} --folder {folder}`" if command else f"get {name} from {about.source}"
+        raise ValueError(f"{folder}: empty or no folder; {advice}")

@@ -24,11 +24,11 @@ def fetch(
     """Download packages with apt-get, unpack them into a folder and read the corpus in it.
 
     Args:
-        folder: to be made; one that already holds the corpus is only read.
-        packages: their names.
-        read: the corpus's reader.
-        from_dir: take `NAME_*.deb` from this folder instead of downloading.
-        progress: show what is going on.
+        folder: new folder, or one that already holds the corpus, which is then only read.
+        packages: names of the packages.
+        read: reader of the corpus.
+        from_dir: folder with `NAME_*.deb`, instead of downloading them.
+        progress: show progress.
 
     Returns:
         The manifest.
@@ -77,14 +77,14 @@ def _download(packages: Sequence[str], folder: Path) -> None:
 
 
 def _find(package: str, folder: Path) -> Path:
-    found = sorted(Path(folder).glob(f"{package}_*.deb"))
-    if not found:
+    files = sorted(Path(folder).glob(f"{package}_*.deb"))
+    if not files:
         raise ValueError(f"{folder}: no package file {package}_*.deb in this folder")
-    return found[-1]
+    return files[-1]
 
 
 def _run(*command: object, folder: Path | None = None) -> None:
-    done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(f"{command[0]} failed with status {done.returncode}: {lines[-1]}")
+    process = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"{command[0]} failed with status {process.returncode}: {lines[-1]}")

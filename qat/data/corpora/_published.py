@@ -1,4 +1,4 @@
-"""What the readers of published corpora share: finding recordings, and telling what is missing or does not belong."""
+"""Shared by the readers of published corpora: the comparison of a folder's files with those of the publication."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ from pathlib import Path
 from typing import Any
 
 AUDIO = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4"})
-"""Endings, in lower case, of what may be a recording."""
+"""Endings of recordings, in lower case."""
 
 Row = dict[str, Any]
 Counts = Mapping[str, Mapping[str, int]]
-"""Of each column, how many files each of its values has."""
+"""Number of files of each value of each column."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds of a corpus.
+    """The files of a corpus in a folder, compared with those that are published.
 
     Args:
-        rows: of the manifest, without `checksum`.
-        missing: what should be there and is not: a path, or nothing where only a count is known, and what is wrong.
-        unexpected: what is there and is not taken, in the same way.
+        rows: rows of the manifest, without `checksum`.
+        missing: path (empty if only a count is known) and description of each missing file.
+        unexpected: path and description of each file that is not used.
     """
 
     rows: list[Row] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     unexpected: list[tuple[str, str]] = field(default_factory=list)
 
-    def compare(self, found: Iterable[Mapping[str, str]], published: Counts) -> None:
-        """Note where the files of a value are fewer or more than published.
+    def compare(self, rows: Iterable[Mapping[str, str]], published: Counts) -> None:
+        """Record each value that has fewer or more files than published.
 
         Args:
-            found: one mapping per file, with the columns of `published`.
-            published: the counts of the complete corpus.
+            rows: one mapping per file, with the columns of `published`.
+            published: counts of the complete corpus.
         """
-        found = list(found)
+        rows = list(rows)
         for column, counts in published.items():
-            here = Counter(row[column] for row in found if row[column])
-            for value in sorted({*counts, *here}):
-                if here[value] != counts.get(value, 0):
-                    notes = self.missing if here[value] < counts.get(value, 0) else self.unexpected
-                    notes.append(("", f"{column} {value}: {here[value]} files, published are {counts.get(value, 0)}"))
+            present = Counter(row[column] for row in rows if row[column])
+            for value in sorted({*counts, *present}):
+                files, expected = present[value], counts.get(value, 0)
+                if files != expected:
+                    notes = self.missing if files < expected else self.unexpected
+                    notes.append(("", f"{column} {value}: {files} files, published are {expected}"))
 
 
 def files(folder: Path, endings: Iterable[str] = AUDIO) -> list[Path]:
-    """Files below a folder that have one of these endings (in any case), in order; not the `._` files of macOS."""
+    """Files below a folder with one of these endings (in any case), sorted, without the `._` files of macOS."""
     return sorted(
         file
         for file in Path(folder).rglob("*")
@@ -62,26 +63,26 @@ def survey(
     names: Callable[[list[Row]], Iterable[str]] = lambda rows: (),
     endings: Iterable[str] = AUDIO,
 ) -> Survey:
-    """Survey a corpus whose file names tell everything.
+    """Survey of a corpus whose file names hold all labels.
 
     Args:
-        folder: of the corpus.
-        parse: gives, for a file, its name in the corpus and its row without `path`; or why it is none of the corpus.
-        published: the counts of the complete corpus.
-        names: gives, for the rows, the names that must be there, if they are known.
-        endings: of the files to look at.
+        folder: folder of the corpus.
+        parse: function of a file: its name in the corpus and its row without `path`; or why it is not part of it.
+        published: counts of the complete corpus.
+        names: function of the rows: names of all files of the complete corpus, if they are known.
+        endings: endings of the files to look at.
     """
-    found = Survey()
-    taken: dict[str, str] = {}
+    survey = Survey()
+    paths: dict[str, str] = {}
     for file in files(folder, endings):
         path, parsed = file.relative_to(folder).as_posix(), parse(file)
         if isinstance(parsed, str):
-            found.unexpected.append((path, parsed))
-        elif (name := parsed[0]) in taken:
-            found.unexpected.append((path, f"{name} is there already: {taken[name]}"))
+            survey.unexpected.append((path, parsed))
+        elif (name := parsed[0]) in paths:
+            survey.unexpected.append((path, f"{name} is there already: {paths[name]}"))
         else:
-            taken[name] = path
-            found.rows.append({"path": path, **parsed[1]})
-    found.missing.extend((f"{name}.wav", "is not there") for name in names(found.rows) if name not in taken)
-    found.compare(found.rows, published)
-    return found
+            paths[name] = path
+            survey.rows.append({"path": path, **parsed[1]})
+    survey.missing.extend((f"{name}.wav", "is not there") for name in names(survey.rows) if name not in paths)
+    survey.compare(survey.rows, published)
+    return survey

@@ -38,20 +38,20 @@ def read(folder: Path) -> Manifest:
     """Read the corpus.
 
     Args:
-        folder: with `AudioWAV`, at any depth. Files of Git LFS that were not pulled are no audio.
+        folder: folder that contains `AudioWAV`, at any depth. Files of Git LFS that were not pulled are no audio.
 
     Returns:
         One row per wav file: `speaker` is the actor ("1001"), `text` the sentence; further `level`, the intensity:
         low, medium, high or unspecified.
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     return build_manifest(Path(folder), survey(Path(folder)).rows, "cremad")
 
 
 def survey(folder: Path) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, endings={".wav"})
 
 

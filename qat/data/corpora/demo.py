@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import traceback
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from qat.data.manifest import Manifest, read_manifest, write_manifest
 from qat.files import new_folder, write_text
-from qat.processes import bar, ordered_map
+from qat.processes import bar, process_map
 
 VOICES: Mapping[str, Sequence[str]] = {
     "train": ("f2", "f5", "Annie", "belinda", "m1", "m3", "m7", "Andy", "max"),
@@ -85,7 +84,7 @@ _DONE = "recipe.json"
 
 @dataclass(frozen=True)
 class Utterance:
-    """One clip to be spoken; `settings` are rate, volume, pitch and pitch range."""
+    """A clip to synthesise; `settings` are rate, volume, pitch and pitch range."""
 
     path: str
     voice: str
@@ -103,23 +102,23 @@ def make(
     workers: int | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Synthesise the demo corpus: all voices say all sentences and the training voices all words, in each emotion.
+    """Synthesise the demo corpus: all sentences by all voices and all words by the training voices, in each emotion.
 
     The same arguments give the same bytes, for any number of workers. A folder that already holds the corpus is only
     read; an interrupted run leaves nothing behind.
 
     Args:
-        folder: to be made.
+        folder: new folder for the corpus.
         voices: eSpeak NG voice variants of the parts train, validation and test.
-        sentences: to say.
+        sentences: sentences that all voices say.
         words: single words for the word task.
-        seed: of the jitter.
-        workers: processes; None takes the available cores.
+        seed: seed of the jitter.
+        workers: number of processes; None takes the available cores.
         progress: show a progress bar.
 
     Returns:
-        The manifest, with the further columns `kind` (sentence or word), `part` (of the voice), `words` (what is said,
-        lower-case) and `source`.
+        The manifest, with the further columns `kind` (sentence or word), `part` (of the voice), `words` (the spoken
+        words, lower-case) and `source`.
 
     Raises:
         ValueError: espeakng-loader is not installed, an unknown voice, or the folder holds something else.
@@ -133,16 +132,15 @@ def make(
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["recipe"] == recipe:
         return read(folder)
     library, data = _espeak()
-    known = {file.name for file in (data / "voices" / "!v").iterdir()}
+    variants = {file.name for file in (data / "voices" / "!v").iterdir()}
     for voice in [voice for part in voices.values() for voice in part]:
-        if voice not in known:
-            raise ValueError(f"voices: eSpeak NG has no variant {voice!r}; it has {', '.join(sorted(known))}")
+        if voice not in variants:
+            raise ValueError(f"voices: eSpeak NG has no variant {voice!r}; it has {', '.join(sorted(variants))}")
     with new_folder(folder) as draft:
         for parent in {(draft / utterance.path).parent for utterance in utterances}:
             parent.mkdir(parents=True)
-        initializer = (library, data)
         # At least one process: eSpeak's state must never be shared with whoever calls this.
-        with ordered_map(workers or None, __name__, _initialise, initializer) as run, bar(progress) as progress_bar:
+        with process_map(workers or None, _initialise, library, data) as run, bar(progress) as progress_bar:
             task = progress_bar.add_task("Synthesise speech", total=len(utterances))
             groups = [utterances[start : start + len(EMOTIONS)] for start in range(0, len(utterances), len(EMOTIONS))]
             facts: list[tuple[float, str]] = []
@@ -161,10 +159,10 @@ def make(
 
 
 def read(folder: Path) -> Manifest:
-    """Read a demo corpus that `make` has made.
+    """Read a demo corpus.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: there is none in the folder.
     """
     if not (folder / _DONE).is_file():
         raise ValueError(f"{folder}: holds no demo corpus; make it with `qat corpus make demo --folder {folder}`")
@@ -174,7 +172,7 @@ def read(folder: Path) -> Manifest:
 def _plan(
     voices: Mapping[str, Sequence[str]], sentences: Sequence[str], words: Sequence[str], seed: int
 ) -> tuple[list[dict[str, str]], list[Utterance]]:
-    """The manifest's rows and what is to be spoken for each."""
+    """The manifest's rows, and the utterance of each."""
     rows, utterances = [], []
     for kind, texts in (("sentence", sentences), ("word", words)):
         for part in voices if kind == "sentence" else ("train",):
@@ -182,10 +180,10 @@ def _plan(
                 for number, text in enumerate(texts):
                     for emotion in EMOTIONS:
                         path = f"{kind}s/{voice}/{number:02d}-{emotion}.wav"
-                        said = " ".join(re.findall("[a-z']+", text.lower()))
+                        spoken_words = " ".join(re.findall("[a-z']+", text.lower()))
                         rows.append(
                             {"path": path, "speaker": voice, "text": text, "emotion": emotion}
-                            | {"kind": kind, "part": part, "words": said, "source": "synthesised speech"}
+                            | {"kind": kind, "part": part, "words": spoken_words, "source": "synthesised speech"}
                         )
                         utterances.append(Utterance(path, voice, text, _settings(voice, text, emotion, seed)))
     return rows, utterances
@@ -224,7 +222,7 @@ def _espeak() -> tuple[Path, Path]:
     return Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
 
 
-@_CALLBACK
+@_CALLBACK  # type: ignore[untyped-decorator]
 def _collect(wave: ctypes._Pointer[ctypes.c_short], count: int, events: object) -> int:
     if wave and count > 0:
         _spoken.append(np.ctypeslib.as_array(wave, (count,)).copy())
@@ -233,7 +231,6 @@ def _collect(wave: ctypes._Pointer[ctypes.c_short], count: int, events: object) 
 
 def _initialise(library: Path, data: Path) -> None:
     global _library, _sample_rate
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it, after the current text
     _library = ctypes.CDLL(str(library))
     _sample_rate = _library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), 0)
     if _sample_rate <= 0:

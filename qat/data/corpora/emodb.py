@@ -45,20 +45,20 @@ def read(folder: Path) -> Manifest:
     """Read the corpus.
 
     Args:
-        folder: with the wav files, e.g. `wav/03a01Fa.wav`, at any depth.
+        folder: folder that contains the wav files, e.g. `wav/03a01Fa.wav`, at any depth.
 
     Returns:
         One row per file: `speaker` is the number ("03"), `text` the code of the sentence ("a01"); further `sex` and
         `version` (a, b... of the same speaker, sentence and emotion).
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     return build_manifest(Path(folder), survey(Path(folder)).rows, "emodb")
 
 
 def survey(folder: Path) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED)
 
 

@@ -33,19 +33,19 @@ def read(folder: Path) -> Manifest:
     """Read the corpus.
 
     Args:
-        folder: with the speakers' folders, e.g. `EMOVO/f1/dis-f1-b1.wav`, at any depth.
+        folder: folder that contains the speakers' folders, e.g. `EMOVO/f1/dis-f1-b1.wav`, at any depth.
 
     Returns:
         One row per file: `speaker` is "f1" to "m3", `text` the code of the sentence ("b1"); further `sex`.
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     return build_manifest(Path(folder), survey(Path(folder)).rows, "emovo")
 
 
 def survey(folder: Path) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, _names)
 
 

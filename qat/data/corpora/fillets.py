@@ -19,7 +19,7 @@ PACKAGES = ("fillets-ng-data", "fillets-ng-data-cs", "fillets-ng-data-nl")
 LANGUAGES = ("cs", "nl")
 
 MIN_LINES = 20
-"""A word is in the vocabulary of its language when at least so many lines say it."""
+"""Smallest number of lines that contain a word of a language's vocabulary."""
 
 _ROOT = Path("usr/share/games/fillets-ng")
 _STRING = r'"((?:[^"\\]|\\.)*)"'
@@ -37,7 +37,7 @@ def read(folder: Path) -> Manifest:
     """Read the unpacked corpus.
 
     Args:
-        folder: with `usr/share/games/fillets-ng` in it.
+        folder: folder that contains `usr/share/games/fillets-ng`.
 
     Returns:
         One row per recorded line that has a transcript and a character: `speaker` is language and character
@@ -45,7 +45,7 @@ def read(folder: Path) -> Manifest:
         ("cs:ryba"); further `language`, `gloss` (English) and `line` (the same for both languages, to split by lines).
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     root = Path(folder) / _ROOT
     rows: list[dict[str, str]] = []
@@ -54,14 +54,14 @@ def read(folder: Path) -> Manifest:
         for script in sorted(root.glob(f"script/*/dialogs_{language}.lua")):
             for line, font, gloss, text in _LINE.findall(script.read_text(encoding="utf-8")):
                 lines[script.parent.name, line] = (font.removeprefix("font_"), _unescape(gloss), _unescape(text))
-        said = {key: sorted(set(re.findall(r"[^\W\d_]+", text.lower()))) for key, (_, _, text) in lines.items()}
+        words = {key: sorted(set(re.findall(r"[^\W\d_]+", text.lower()))) for key, (_, _, text) in lines.items()}
         recorded = {
             (sound.parent.parent.name, sound.stem): sound for sound in sorted(root.glob(f"sound/*/{language}/*.ogg"))
         }
         # Lines without a font are noises.
         usable = [key for key in recorded if key in lines and lines[key][0]]
         log.info("%s: %d of %d sounds are lines with a transcript", language, len(usable), len(recorded))
-        occurrences = Counter(word for key in usable for word in said[key])
+        occurrences = Counter(word for key in usable for word in words[key])
         for key in usable:
             character, gloss, text = lines[key]
             rows.append(
@@ -71,7 +71,7 @@ def read(folder: Path) -> Manifest:
                     "text": text,
                     "emotion": "",
                     "language": language,
-                    "words": " ".join(f"{language}:{word}" for word in said[key] if occurrences[word] >= MIN_LINES),
+                    "words": " ".join(f"{language}:{word}" for word in words[key] if occurrences[word] >= MIN_LINES),
                     "gloss": gloss,
                     "line": "/".join(key),
                 }

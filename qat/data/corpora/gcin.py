@@ -25,14 +25,14 @@ def read(folder: Path) -> Manifest:
     """Read the unpacked corpus.
 
     Args:
-        folder: with `usr/share/gcin-voice` in it.
+        folder: folder that contains `usr/share/gcin-voice`.
 
     Returns:
         One row per clip: `speaker` is the file's name (3 or 5), `text` the syllable in bopomofo without its tone,
         `words` the same with it, `emotion` the tone from "tone-1" to "tone-5" (neutral).
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     rows = []
     for clip in sorted(Path(folder).glob(f"{_ROOT}/*/*.ogg")):

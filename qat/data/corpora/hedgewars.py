@@ -37,14 +37,14 @@ def read(folder: Path) -> Manifest:
     """Read the unpacked corpus.
 
     Args:
-        folder: with `usr/share/games/hedgewars` in it.
+        folder: folder that contains `usr/share/games/hedgewars`.
 
     Returns:
         One row per clip: `speaker` is the voice pack, `text` and `words` the phrase, `emotion` that of the phrase or
         empty (95 noises).
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     rows = [
         {

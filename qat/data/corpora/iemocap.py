@@ -1,7 +1,7 @@
 """IEMOCAP: ten actors in five sessions of two, scripted and improvised dialogues (Busso et al. 2008; licence form).
 
-torchaudio has a class for it, which gives neither the utterances of five labels, nor valence, arousal and dominance,
-nor who of the two speaks; RH-Emo's training needs them.
+torchaudio's class for it lacks the utterances of five labels, valence, arousal and dominance, and the speaker of an
+utterance; RH-Emo's training needs them.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def read(folder: Path, speaker: Literal["actor", "session"] = "actor", merge_exc
 
     Args:
         folder: `IEMOCAP_full_release`, with `Session1` to `Session5`, or one above it.
-        speaker: what the column `speaker` tells: the `actor`, session and sex of who speaks the utterance ("1F"); or
-            the `session`, the two actors together, as the released code's speaker task has it ("1").
+        speaker: content of the column `speaker`: the `actor`, as session and sex ("1F"), or the `session` with its two
+            actors ("1"), as in the released code's speaker task.
         merge_excited: call excited utterances happy, as most later studies do and the paper does not.
 
     Returns:
@@ -82,7 +82,7 @@ def read(folder: Path, speaker: Literal["actor", "session"] = "actor", merge_exc
         all sessions), and `valence`, `arousal`, `dominance`.
 
     Raises:
-        ValueError: nothing of it in the folder, an unknown option, or an annotation that cannot be read.
+        ValueError: the folder has none of its files, an unknown option, or an annotation that cannot be read.
     """
     return build_manifest(Path(folder), survey(Path(folder), speaker, merge_excited).rows, "iemocap")
 
@@ -90,36 +90,36 @@ def read(folder: Path, speaker: Literal["actor", "session"] = "actor", merge_exc
 def survey(
     folder: Path, speaker: Literal["actor", "session"] = "actor", merge_excited: bool = False
 ) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     if speaker not in ("actor", "session"):
         raise ValueError(f"iemocap: option speaker={speaker!r} must be 'actor' or 'session'")
-    found = _published.Survey()
+    survey = _published.Survey()
     files = _published.files(folder)
     sources, annotations, transcripts = _annotations(folder), {}, _transcripts(folder)
     for annotated in sources.values():
         annotations.update(annotated)
     unlabelled: Counter[str] = Counter()
-    taken: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for file in files:
         path, name = file.relative_to(folder).as_posix(), _UTTERANCE.fullmatch(file.stem)
         if not name:
             if file.parent.parent.name != "dialog":  # whole dialogues
-                found.unexpected.append((path, "its name is not that of an utterance"))
+                survey.unexpected.append((path, "its name is not that of an utterance"))
             continue
-        if file.stem in taken:
-            found.unexpected.append((path, f"{file.stem} is there already: {taken[file.stem]}"))
+        if file.stem in paths:
+            survey.unexpected.append((path, f"{file.stem} is there already: {paths[file.stem]}"))
             continue
-        taken[file.stem] = path
+        paths[file.stem] = path
         dialogue, session, script, sex = name.groups()
         annotation = annotations.get(file.stem)
         if annotation is None:
             if dialogue in sources:
-                found.missing.append((path, f"has no line in EmoEvaluation/{dialogue}.txt"))
+                survey.missing.append((path, f"has no line in EmoEvaluation/{dialogue}.txt"))
             unlabelled[dialogue] += 1
             annotation = Annotation("", *[float("nan")] * 3)
         if merge_excited and annotation.emotion == "excited":
             annotation = annotation._replace(emotion="happy")
-        found.rows.append(
+        survey.rows.append(
             {
                 "path": path,
                 "speaker": session + sex if speaker == "actor" else session,
@@ -133,22 +133,22 @@ def survey(
         )
     for dialogue, count in unlabelled.items():
         if dialogue not in sources:
-            found.missing.append((f"EmoEvaluation/{dialogue}.txt", f"is not there: {count} utterances have no label"))
+            survey.missing.append((f"EmoEvaluation/{dialogue}.txt", f"is not there: {count} utterances have no label"))
     for dialogue, annotated in sources.items():
-        for utterance in annotated.keys() - taken.keys():
-            found.missing.append((f"wav/{dialogue}/{utterance}.wav", "is annotated and not there"))
-    found.missing.sort()
+        for utterance in annotated.keys() - paths.keys():
+            survey.missing.append((f"wav/{dialogue}/{utterance}.wav", "is annotated and not there"))
+    survey.missing.sort()
     if unlabelled:
         log.warning("iemocap: %d utterances have no annotation", unlabelled.total())
     counts = {name: dict(counts) for name, counts in PUBLISHED.items()}
     if merge_excited:
         counts["emotion"]["happy"] += counts["emotion"].pop("excited")
-    found.compare(found.rows, counts)
-    return found
+    survey.compare(survey.rows, counts)
+    return survey
 
 
 def _annotations(folder: Path) -> dict[str, dict[str, Annotation]]:
-    """Of each dialogue, the annotation of each utterance: the first line that begins with a time and names it."""
+    """Annotations by dialogue and utterance; of several lines with its name and a time, the first counts."""
     dialogues: dict[str, dict[str, Annotation]] = {}
     for file, lines in _texts(folder, "EmoEvaluation"):
         turns = dialogues.setdefault(file.stem, {})
@@ -166,12 +166,12 @@ def _annotations(folder: Path) -> dict[str, dict[str, Annotation]]:
 
 
 def _transcripts(folder: Path) -> dict[str, str]:
-    said: dict[str, str] = {}
+    transcripts: dict[str, str] = {}
     for _, lines in _texts(folder, "transcriptions"):
         for line in lines:
-            if found := _LINE.match(line):
-                said.setdefault(found[1], found[2].strip())
-    return said
+            if match := _LINE.match(line):
+                transcripts.setdefault(match[1], match[2].strip())
+    return transcripts
 
 
 def _texts(folder: Path, kind: str) -> Iterator[tuple[Path, list[str]]]:

@@ -1,6 +1,7 @@
 """LibriSpeech with word alignments: single words by many readers, for the word task (Panayotov et al. 2015, CC BY 4.0).
 
-A row is a word: a segment of an utterance's file. Nothing is cut to disk. Who said when which word is told by either of
+A row is a word: a segment of an utterance's file; no segments are written to disk. Times of the words come from either
+    of
 two published sets of forced alignments: the lists of SpeechVGG, or TextGrids.
 """
 
@@ -18,7 +19,7 @@ from qat.data.corpora import _published
 from qat.data.manifest import Manifest, build_manifest
 
 SUBSETS = ("train-clean-100", "dev-clean", "test-clean")
-"""Which are read by default: the training, validation and test part."""
+"""Subsets that are read by default: the training, validation and test part."""
 
 PUBLISHED = {
     "train-clean-100": 28539,
@@ -34,11 +35,11 @@ PUBLISHED = {
 _PARTS = {"train": "train", "dev": "validation", "test": "test"}
 _UTTERANCE = re.compile(r"(\d+)-\d+-\d+")
 _SILENCE = frozenset({"", "sp", "sil", "<unk>", "<eps>"})
-"""What alignments put where no known word is."""
+"""Labels of alignments for silence and unknown words."""
 
 
 class Word(NamedTuple):
-    """A word of an utterance, in lower case, and where it is, in seconds."""
+    """A word of an utterance, in lower case, with its time in seconds."""
 
     utterance: str
     start: float
@@ -60,16 +61,16 @@ def read(
         alignments: folder of the alignments, if they are elsewhere: either one list per subset, such as
             `word_labels/train-clean-100-selected-1000.txt` (a line has utterance, channel, start, duration and word,
             separated by spaces), or TextGrids as `train-clean-100/103/1240/103-1240-0000.TextGrid` with a tier `words`.
-            Where there are both, the lists are taken. 34,000 TextGrids take a minute or two, at every reading.
+            Lists take precedence. Reading 34,000 TextGrids takes a minute or two, each time.
         words: size of the vocabulary: the list `1000-mostfreq` beside the lists if there is one, else the most
             frequent words of the training part.
-        limit: words of each part at most, drawn at random, always the same ones.
-        subsets: which are read.
+        limit: largest number of words of each part; they are drawn at random, with a fixed seed.
+        subsets: subsets to read.
 
     Returns:
-        One row per word of the vocabulary: `text` is the word, in lower case, `start` and `duration` where it is in its
-        file, `speaker` the reader; further `part` (train, validation or test), `subset` and `utterance`. There are no
-        emotions.
+        One row per word of the vocabulary: `text` is the word, in lower case, `start` and `duration` its time in
+        the file, `speaker` the reader; further `part` (train, validation or test), `subset` and `utterance`. There are
+        no emotions.
 
     Raises:
         ValueError: no recording, no alignment, an unknown option or subset, or a list or TextGrid that cannot be read.
@@ -84,25 +85,25 @@ def survey(
     limit: int = 120_000,
     subsets: Sequence[str] = SUBSETS,
 ) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     if words < 1 or limit < 1:
         raise ValueError(f"librispeech: options words={words} and limit={limit} must be at least 1")
     if unknown := [subset for subset in subsets if subset not in PUBLISHED]:
         raise ValueError(f"librispeech: subset {', '.join(unknown)} is none of {', '.join(PUBLISHED)}")
-    found = _published.Survey()
+    survey = _published.Survey()
     recordings: dict[str, dict[str, str]] = {subset: {} for subset in PUBLISHED}
     for file in _published.files(folder, {".flac"}):
         path, name, subset = file.relative_to(folder).as_posix(), file.stem, _subset(file)
         if subset not in PUBLISHED or not _UTTERANCE.fullmatch(name):
-            found.unexpected.append((path, "it is no utterance in the folder of a subset, as dev-clean/84/121123"))
+            survey.unexpected.append((path, "it is no utterance in the folder of a subset, as dev-clean/84/121123"))
         elif name in recordings[subset]:
-            found.unexpected.append((path, f"{name} is there already: {recordings[subset][name]}"))
+            survey.unexpected.append((path, f"{name} is there already: {recordings[subset][name]}"))
         else:
             recordings[subset][name] = path
-    here = [{"subset": subset} for subset in subsets for _ in recordings[subset]]
-    found.compare(here, {"subset": {subset: PUBLISHED[subset] for subset in subsets}})
-    if not here:
-        return found
+    recorded = [{"subset": subset} for subset in subsets for _ in recordings[subset]]
+    survey.compare(recorded, {"subset": {subset: PUBLISHED[subset] for subset in subsets}})
+    if not recorded:
+        return survey
     place = Path(folder) if alignments is None else Path(alignments)
     files = _published.files(place, {".txt", ".ctm", ".textgrid"})
     rows: list[_published.Row] = []
@@ -110,9 +111,9 @@ def survey(
     for subset in subsets:
         lists = [file for file in files if re.fullmatch(rf"{subset}(-selected-\d+)?\.(txt|ctm)", file.name)]
         if lists:
-            chosen = min(lists, key=lambda file: (file.stem != f"{subset}-selected-{words}", file))
-            spoken = list(_read_list(chosen))
-            vocabulary = vocabulary or _vocabulary(chosen.with_name(f"{words}-mostfreq"))
+            list_file = min(lists, key=lambda file: (file.stem != f"{subset}-selected-{words}", file))
+            spoken = list(_read_list(list_file))
+            vocabulary = vocabulary or _vocabulary(list_file.with_name(f"{words}-mostfreq"))
             aligned = {word.utterance for word in spoken}
         else:
             grids = [file for file in files if file.suffix.lower() == ".textgrid" and _subset(file) == subset]
@@ -125,9 +126,9 @@ def survey(
             )
         if recordings[subset]:
             absent = sorted(aligned - recordings[subset].keys())
-            found.missing.extend((f"{subset}/{name}.flac", "is aligned and not there") for name in absent)
+            survey.missing.extend((f"{subset}/{name}.flac", "is aligned and not there") for name in absent)
             if count := len(recordings[subset].keys() - {word.utterance for word in spoken}):
-                found.unexpected.append(("", f"subset {subset}: {count} utterances have no aligned word"))
+                survey.unexpected.append(("", f"subset {subset}: {count} utterances have no aligned word"))
         for word in spoken:
             if word.utterance in recordings[subset]:
                 rows.append(
@@ -147,8 +148,8 @@ def survey(
         training = [row for row in rows if row["part"] == "train"] or rows
         frequency = Counter(row["text"] for row in training)
         vocabulary = set(sorted(frequency, key=lambda text: (-frequency[text], text))[:words])
-    found.rows.extend(_at_most(limit, [row for row in rows if row["text"] in vocabulary]))
-    return found
+    survey.rows.extend(_at_most(limit, [row for row in rows if row["text"] in vocabulary]))
+    return survey
 
 
 def _subset(file: Path) -> str:
@@ -176,7 +177,7 @@ def _read_list(file: Path) -> Iterator[Word]:
 
 
 def _read_grid(file: Path) -> Iterator[Word]:
-    from praatio import textgrid  # not above: only these alignments need it
+    from praatio import textgrid  # imported here: only these alignments need it
 
     try:
         entries = textgrid.openTextgrid(str(file), includeEmptyIntervals=False).getTier("words").entries
@@ -192,6 +193,6 @@ def _at_most(limit: int, rows: list[_published.Row]) -> Iterator[_published.Row]
     for part in _PARTS.values():
         of_part = [row for row in rows if row["part"] == part]
         if len(of_part) > limit:
-            kept = np.random.default_rng(1).choice(len(of_part), limit, replace=False)
-            of_part = [of_part[number] for number in np.sort(kept)]
+            numbers = np.random.default_rng(1).choice(len(of_part), limit, replace=False)
+            of_part = [of_part[number] for number in np.sort(numbers)]
         yield from of_part

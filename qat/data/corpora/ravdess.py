@@ -35,20 +35,20 @@ def read(folder: Path) -> Manifest:
     """Read the corpus.
 
     Args:
-        folder: with `Actor_01` to `Actor_24`, at any depth.
+        folder: folder that contains `Actor_01` to `Actor_24`, at any depth.
 
     Returns:
         One row per file: `speaker` is the actor ("01"), `text` the statement; further `sex`, `intensity` (normal or
         strong) and `repetition`.
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     return build_manifest(Path(folder), survey(Path(folder)).rows, "ravdess")
 
 
 def survey(folder: Path) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, lambda rows: sorted(_KNOWN))
 
 

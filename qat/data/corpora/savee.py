@@ -33,20 +33,20 @@ def read(folder: Path) -> Manifest:
     """Read the corpus, in either layout in which it is published.
 
     Args:
-        folder: with the speakers' folders (`AudioData/DC/a01.wav`) or all files in one (`ALL/DC_a01.wav`).
+        folder: folder with one folder per speaker (`AudioData/DC/a01.wav`) or all files in one (`ALL/DC_a01.wav`).
 
     Returns:
         One row per file: `speaker` is DC, JE, JK or KL, `text` the code of emotion and sentence ("a01"). Three
         sentences are the same in all emotions, and the neutral ones repeat others; the codes do not show that.
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     return build_manifest(Path(folder), survey(Path(folder)).rows, "savee")
 
 
 def survey(folder: Path) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, lambda rows: sorted(_KNOWN))
 
 

@@ -31,19 +31,19 @@ def read(folder: Path) -> Manifest:
     """Read the corpus.
 
     Args:
-        folder: with the wav files, e.g. `OAF_back_angry.wav`, at any depth.
+        folder: folder that contains the wav files, e.g. `OAF_back_angry.wav`, at any depth.
 
     Returns:
         One row per file: `speaker` is OAF (aged 64) or YAF (26), `text` the word behind "Say the word".
 
     Raises:
-        ValueError: nothing of it in the folder.
+        ValueError: the folder has none of its files.
     """
     return build_manifest(Path(folder), survey(Path(folder)).rows, "tess")
 
 
 def survey(folder: Path) -> _published.Survey:
-    """What is there, missing and unexpected."""
+    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, _names)
 
 

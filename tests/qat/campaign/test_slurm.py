@@ -24,7 +24,7 @@ from qat.campaign.sweep import Layout, SlurmConfig, train_all
 from qat.config import to_plain
 from qat.files import sha256_of, write_text
 from qat.training.checkpoint import load_checkpoint
-from qat.training.pipeline import train_classifier
+from qat.training.classifier import train_classifier
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where daemons are, unless one is root
 PROGRAMS = ("setpriv", "munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")

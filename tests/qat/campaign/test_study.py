@@ -121,7 +121,8 @@ def test_the_demo_learns_emotions_of_unseen_voices_over_three_seeds(tmp_path):
     study = Study(tmp_path, synthetic(tmp_path / "corpus"), seeds=(1, 2, 3))
     baselines = {path: e for path, e in study.trainings().items() if path.parts[1] == "baseline"}
     study.material.obtain()
-    from qat.training.pipeline import pretrain_rhemo, train_classifier
+    from qat.training.classifier import train_classifier
+    from qat.training.rhemo import pretrain_rhemo
 
     for stage in (1, 2):
         result = pretrain_rhemo(study.rhemo(stage), tmp_path / f"rhemo/stage{stage}", quiet=True)

@@ -18,11 +18,12 @@ import qat
 from qat import cli
 from qat.campaign import sweep
 from qat.campaign.sweep import Layout, Outcome, SlurmConfig, read_plan, train_all
+from qat.commands.parser import instance
 from qat.config import Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig, to_plain
 from qat.files import sha256_of, write_text
 from qat.report.report import collect, summary_table
 from qat.training.checkpoint import load_checkpoint
-from qat.training.pipeline import train_classifier
+from qat.training.classifier import train_classifier
 
 LOCAL = Layout(cluster="local")
 
@@ -89,9 +90,9 @@ def test_a_plan_is_every_combination_in_its_order(tmp_path):
 def test_a_plan_says_what_qat_train_would(tmp_path):
     settings = "split: {rule: speaker, seed: 3}\nanti_transfer: {layers: [2, 7], beta: [1e-1, 1]}\ntask: speaker\n"
     (tmp_path / "run.yaml").write_text(settings)
-    parser, _ = cli._parser()
+    parser, _ = cli.build_parser()
     options = parser.parse_args(["train", "--config", str(tmp_path / "run.yaml"), "--out", "x"])
-    trained = cli._chosen(Experiment, parser.instantiate(options).train)
+    trained = instance(Experiment, parser.instantiate(options).train)
     plan = write(tmp_path, "base:\n" + "".join(f"  {line}\n" for line in settings.splitlines()))
     assert read_plan(plan) == {Path("base"): trained}
 
@@ -106,6 +107,10 @@ def test_a_plan_says_what_qat_train_would(tmp_path):
         ("anti_transfer.twin: [a/voice, b/voice]", ["twin-1", "twin-2"]),
         ("anti_transfer.random_twin: [true, false]", ["random_twin-true", "random_twin-false"]),
         ("corpus.where: [{speaker: [a, b]}, {speaker: [c]}]", ["where-speaker-a+b", "where-speaker-c"]),
+        (
+            "anti_transfer.loss: [cka, {name: folded-rowwise, clamp: product}]",
+            ["loss-cka", "loss-folded-rowwise+product"],
+        ),
         ("split.train: [[one, two], []]", ["train-1", "train-2"]),
         ("training.lr: [1e-5, 0.5]", ["lr-1e-05", "lr-0.5"]),
         ("{split.seed: [1, 2], training.seed: [3]}", ["split-1/seed3", "split-2/seed3"]),

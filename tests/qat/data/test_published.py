@@ -1,6 +1,7 @@
 """The published corpora, each as a miniature tree in its own layout and naming."""
 
 import json
+import random
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,8 @@ from qat.data import corpora
 from qat.data.corpora import cremad, emodb, emovo, iemocap, ravdess, savee, tess
 from qat.data.store import prepare
 from qat.training.checkpoint import load_checkpoint
+from qat.training.classifier import train_classifier
 from qat.training.data import divide, load_data, read_corpus
-from qat.training.pipeline import train_classifier
-
-noise = np.random.default_rng()
 
 
 def sound(path: Path, samples: int = 400) -> Path:
@@ -29,7 +28,7 @@ def sound(path: Path, samples: int = 400) -> Path:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(16000)
-        file.writeframes(noise.integers(-9999, 9999, samples, dtype=np.int16).tobytes())
+        file.writeframes(random.randbytes(2 * samples))
     return path
 
 
@@ -537,7 +536,7 @@ def test_words_are_trained_on_without_being_cut_to_disk(tmp_path):
     before = sorted(root.rglob("*"))
     config = CorpusConfig("librispeech", root, where={"text": ["the", "cat", "dog"]})
     experiment = prepared(replace(WORDS, corpus=config, cache=tmp_path / "cache"))
-    data = load_data(experiment, "max", quiet=True)
+    data = load_data(experiment, quiet=True)
     assert sorted(root.rglob("*")) == before
     assert {part: set(data.index["subset"].iloc[rows]) for part, rows in data.parts.items()} == {
         "train": {"train-clean-100"},
@@ -552,7 +551,7 @@ def test_words_are_trained_on_without_being_cut_to_disk(tmp_path):
     assert set(store.index["frames"]) == {4000 // 128 + 2}
     result = train_classifier(experiment, tmp_path / "run", quiet=True)
     assert result["classes"] == ["cat", "dog", "the"]
-    again = load_data(experiment, "max", trained=load_checkpoint(tmp_path / "run", "classifier"), quiet=True)
+    again = load_data(experiment, trained=load_checkpoint(tmp_path / "run", "classifier"), quiet=True)
     assert again.parts == data.parts
     listed = json.loads((tmp_path / "run/split.json").read_text())
     assert listed["test"] == ["test-clean/61/70968/61-70968-0000.flac"]
@@ -563,7 +562,7 @@ def test_the_released_codes_words_are_the_training_part_three_times(tmp_path):
     config = CorpusConfig("librispeech", root, options={"words": 3})
     split = SplitConfig("part-train-only")
     experiment = prepared(replace(WORDS, corpus=config, split=split, cache=tmp_path / "cache"))
-    data = load_data(experiment, "max", quiet=True)
+    data = load_data(experiment, quiet=True)
     assert data.parts["train"] == data.parts["validation"] == data.parts["test"]
     assert set(data.index["part"].iloc[data.parts["test"]]) == {"train"}
     assert set(data.index["text"]) == {"the", "cat", "a"}  # the option has its effect
@@ -638,7 +637,6 @@ def test_the_released_codes_actors_go_by_the_corpus(tmp_path):
     corpus = CorpusConfig("tess", tmp_path / "tess")
     data = load_data(
         prepared(Experiment(corpus=corpus, split=SplitConfig("paper-actor"), cache=tmp_path / "cache")),
-        "max",
         quiet=True,
     )
     assert {part: len(numbers) for part, numbers in data.parts.items()} == {"train": 6, "validation": 3, "test": 3}

@@ -29,7 +29,7 @@ def quietly(manifest, config, folder, workers=0):
 
 
 def visible(folder):
-    return [path for path in folder.iterdir() if not path.match(".*.lock")]
+    return [path for path in folder.iterdir() if not path.match(".*.lock*")]
 
 
 @pytest.mark.parametrize("rule", ["audio", "reference", "word"])

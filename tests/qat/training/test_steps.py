@@ -26,12 +26,15 @@ from qat.training import loop
 from qat.training import profile as profile_module
 from qat.training import steps as steps_module
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from qat.training.classifier import train_classifier
 from qat.training.data import load_data
 from qat.training.examples import Batch, Examples, batches
+from qat.training.inference import evaluate_run
 from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
-from qat.training.pipeline import evaluate_run, pretrain_rhemo, train_classifier
 from qat.training.profile import COUNT, Profile
+from qat.training.rhemo import pretrain_rhemo
 from qat.training.steps import WARM, Graphs, Steps
+from qkernels.losses import FoldedRowwise, GramChannel
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cpu:0")  # two names of one device stand for two devices
 
@@ -300,14 +303,14 @@ def test_waits_are_noted_and_other_warnings_pass(monkeypatch):
     others = ["something else", "synchronizing CUDA operations are slow"]
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        with steps_module.waits() as found:
+        with steps_module.synchronisations() as found:
             mode.wait()
             torch._C._warn()  # a test message, through the machinery that the others come through
             for text in others:
                 warnings.warn(text, stacklevel=1)
         assert found == ["called a synchronizing CUDA operation"]
         assert mode.modes == ["warn", "default"]
-        with steps_module.waits() as found:
+        with steps_module.synchronisations() as found:
             pass
         assert found == []
     first, *rest = [str(warning.message) for warning in shown]
@@ -496,7 +499,7 @@ def test_embeddings_are_computed_once_for_all_trainings(experiment, cache, tmp_p
 
 def test_embeddings_are_those_of_the_encoder_the_spectrograms_and_the_device(experiment, tmp_path):
     """Whatever differs in the call has embeddings of its own, even where all lie in one folder."""
-    data = load_data(experiment, "log", quiet=True)
+    data = load_data(experiment, quiet=True)
     numbers = torch.tensor([3, 0])
 
     def embedded(encoder, spectrograms, device=CPU):
@@ -705,8 +708,8 @@ def test_a_step_asks_the_device_for_nothing_and_copies_nothing_to_it(kind, monke
     else:
         term = None
         if kind in ("twin", "targets", "folded"):
-            semantics = "folded-rowwise" if kind == "folded" else "paper"
-            at = AntiTransferConfig(random_twin=True, layers=[2, 13], semantics=semantics)
+            loss = FoldedRowwise() if kind == "folded" else GramChannel()
+            at = AntiTransferConfig(random_twin=True, layers=[2, 13], loss=loss)
             term = AntiTransfer(at, VGG16(network, 2)).to(META)
             if kind == "targets":
                 rows |= term.remember(lambda n: torch.empty(len(n), *shape, device=META), torch.arange(9), 4)

@@ -1,0 +1,133 @@
+"""``qat corpus``: make, fetch and check corpora; and ``qat prepare``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from qat.commands.parser import Commands
+from qat.config import CorpusConfig, Experiment, SpectrogramConfig
+
+
+def add_corpus(commands: Commands) -> None:
+    group = commands.group("corpus", "Make, fetch and check corpora.")
+    _add_list(group)
+    _add_make(group)
+    _add_fetch(group)
+    _add_check(group)
+
+
+def _add_list(commands: Commands) -> None:
+    commands.add("list", run_list, "List the supported corpora.")
+
+
+def run_list(options: Namespace) -> Any:
+    from qat.data import corpora
+
+    described = {
+        name: dataclasses.asdict(about) | {"options": ", ".join(corpora.options(name))}
+        for name, about in corpora.CORPORA.items()
+    }
+    if options.json:
+        return described
+    for about in described.values():
+        about["what"] = "\n    ".join([about["what"], *(f"{k}: {v}" for k, v in about.items() if v and k != "what")])
+    return {name: about["what"] for name, about in described.items()}
+
+
+def _add_make(commands: Commands) -> None:
+    _add_corpus_arguments(commands.add("make", run_make, "Synthesise a corpus."))
+
+
+def run_make(options: Namespace) -> Any:
+    return _counts(_maker(options, "make", "fetch")(options.folder))
+
+
+def _add_fetch(commands: Commands) -> None:
+    parser = commands.add("fetch", run_fetch, "Fetch recorded human speech from Debian's archive.")
+    _add_corpus_arguments(parser)
+    parser.add_argument("--from", type=Path | None, default=None, help="folder of packages that were downloaded before")
+
+
+def run_fetch(options: Namespace) -> Any:
+    return _counts(_maker(options, "fetch", "make")(options.folder, from_dir=options["from"]))
+
+
+def _add_corpus_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the corpus (for csv the manifest file)")
+
+
+def _maker(options: Namespace, verb: str, other: str) -> Callable[..., Any]:
+    from qat.data.corpora import CORPORA, module
+
+    corpus = module(options.name)
+    if not hasattr(corpus, verb):
+        source = CORPORA[options.name].source
+        advice = f"use `{source}`" if hasattr(corpus, other) else f"get it from {source}"
+        raise ValueError(f"{options.name}: not supported by `corpus {verb}`; {advice}")
+    function: Callable[..., Any] = getattr(corpus, verb)
+    return function
+
+
+def _add_check(commands: Commands) -> None:
+    parser = commands.add(
+        "check",
+        run_check,
+        "Compare a folder with the published corpus, and try to read every file. `problems` are files that are missing "
+        "or cannot be used; the exit code is then 1. `remarks` are files that are not part of the corpus, or are "
+        "duplicates.",
+    )
+    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
+    parser.add_argument(
+        "dir", type=Path | None, nargs="?", default=None, help="folder of the corpus (for csv the manifest file)"
+    )
+    parser.add_argument("--folder", type=Path | None, default=None, help="the same as DIR")
+    parser.add_argument("--options", type=dict[str, Any], default={}, help="options of the reader, e.g. '{words: 500}'")
+
+
+def run_check(options: Namespace) -> Any:
+    from qat.data import corpora
+
+    folder = options.dir or options.folder
+    if folder is None or (options.dir and options.folder):
+        raise ValueError(f"name the folder of {options.name} once: `qat corpus check {options.name} DIR`")
+    checked = corpora.check(options.name, folder, **options.options)
+    return _counts(checked.manifest) | {
+        "unusable": len(checked.problems),
+        "problems": checked.problems.to_dict("records"),
+        "remarks": checked.remarks.to_dict("records"),
+    }
+
+
+def _counts(manifest: Any) -> dict[str, Any]:
+    table = manifest.table
+    segments = {"segments": len(table)} if "start" in table else {}
+    return {
+        "corpus": manifest.name,
+        "folder": manifest.root,
+        "files": table["path"].nunique(),
+        **segments,
+        "hours": round(float(table["duration"].sum()) / 3600, 3),
+        "speakers": table["speaker"].nunique(),
+        "emotions": {k: int(n) for k, n in table["emotion"].value_counts().items() if k},
+    }
+
+
+def add_prepare(commands: Commands) -> None:
+    parser = commands.add("prepare", run_prepare, "Decode a corpus and store its spectrograms.")
+    parser.add_class_arguments(CorpusConfig, "corpus")
+    parser.add_class_arguments(SpectrogramConfig, "features")
+    parser.add_argument("--cache", type=Path, default=Experiment().cache, help="folder of prepared spectrograms")
+
+
+def run_prepare(options: Namespace) -> Any:
+    from qat.data.store import prepare
+    from qat.training.data import read_corpus
+
+    store = prepare(read_corpus(options.corpus), options.features, options.cache)
+    return {"store": store.folder, "cuts": len(store), "skipped": len(store.skipped)}

@@ -1,0 +1,69 @@
+"""A command's result on the terminal: tables, or JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+SUMMARY = {
+    "name": "setting",
+    "accuracy": "accu-\nracy",
+    "accuracy_low": "95 %\nlow",
+    "accuracy_high": "95 %\nhigh",
+    "difference": "AT\ngains",
+    "withheld_accuracy": "with-\nheld",
+    "shortcut_rate": "short-\ncut",
+    "voice_probe": "voice\nprobe",
+}
+"""Columns that a terminal has room for, with their headings; ``summary.csv`` and ``--json`` have every column."""
+
+
+def show(result: Any, as_json: bool) -> None:
+    """Print a result: text as it is, a list as a table, a dictionary by its keys."""
+    if as_json:
+        print(json.dumps(result, indent=2, default=_jsonable))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if isinstance(result, str):
+        print(result, end="")
+        return
+    if isinstance(result, list):
+        console.print(_table(result))
+        return
+    for name, value in result.items():
+        if name == "parts":
+            names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
+            console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
+        elif name in ("problems", "remarks", "runs", "stages", "table1"):
+            if value:
+                console.print(_table(value))
+        elif name == "summary":
+            shown = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
+            console.print(_table(shown.round(3).rename(columns=SUMMARY).to_dict("records")))
+        elif name != "experiment" and not (isinstance(value, (list, dict)) and not value):
+            console.print(f"{name}: {value}", highlight=False)
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=column == columns[0])
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.to_dict("records") if hasattr(value, "to_dict") else str(value)

@@ -1,0 +1,56 @@
+"""The parser of ``qat`` and the registry of its commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+Action = Callable[[Namespace], Any]
+"""Runs a command with its options; the result is printed."""
+
+
+class Parser(ArgumentParser):
+    """A parser that answers bad input with one line instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(ex or message).split())
+        print(f"{self.prog.replace(' [options]', '')}: {text}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Commands:
+    """Subcommands of a parser.
+
+    Args:
+        parser: parser that gets the subcommands.
+        actions: registry of actions by full name, for example ``corpus check``.
+        prefix: full name of ``parser``'s own command, with a space; empty for ``qat`` itself.
+    """
+
+    def __init__(self, parser: Parser, actions: dict[str, Action], prefix: str = "") -> None:
+        self.actions = actions
+        self._subcommands: Any = parser.add_subcommands(required=True)
+        self._prefix = prefix
+
+    def add(self, name: str, action: Action, text: str) -> Parser:
+        """The parser of a new command, explained by ``text``."""
+        parser = Parser(description=text)
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        self._subcommands.add_subcommand(name, parser, help=text)
+        self.actions[self._prefix + name] = action
+        return parser
+
+    def group(self, name: str, text: str) -> Commands:
+        """A command that has subcommands of its own."""
+        parser = Parser(description=text)
+        self._subcommands.add_subcommand(name, parser, help=text)
+        return Commands(parser, self.actions, f"{self._prefix}{name} ")
+
+
+def instance(kind: type[Any], options: Namespace) -> Any:
+    """An instance of the dataclass ``kind`` from the options of the same names."""
+    return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})

@@ -1,0 +1,184 @@
+"""One training and its folder: opened, trained, evaluated, and recorded in ``result.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import qat
+from qat.config import AnyExperiment, to_plain
+from qat.files import write_json, write_text
+from qat.results.record import origin
+from qat.training import distributed
+from qat.training.checkpoint import check_run, load_checkpoint
+from qat.training.data import Data
+from qat.training.examples import Examples
+from qat.training.loop import evaluate, fit, peak_memory
+from qat.training.metrics import Metrics, MetricsOf
+from qat.training.profile import Profile
+from qat.training.steps import Steps
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A training in progress.
+
+    Args:
+        experiment: all settings.
+        folder: run folder.
+        name: name in reports.
+        device: device to compute on.
+        resume: continue from ``last.safetensors`` if there is one.
+        quiet: no progress bars.
+        profile: profile some of the first steps.
+    """
+
+    experiment: AnyExperiment
+    folder: Path
+    name: str
+    device: torch.device
+    resume: bool
+    quiet: bool
+    profile: bool
+
+    def train(
+        self,
+        objective: nn.Module,
+        model: nn.Module,
+        data: Data,
+        examples: Examples,
+        metrics_of: MetricsOf,
+        about: dict[str, Any],
+    ) -> tuple[Metrics, dict[str, Tensor]]:
+        """Train until early stopping, load the state that was kept, and evaluate it on every part.
+
+        Args:
+            objective: loss to minimise; holds ``model``.
+            model: network that is saved.
+            data: samples and parts.
+            examples: source of the batches.
+            metrics_of: metrics of a part's outputs and targets.
+            about: what the checkpoint's record holds beside settings, normalisation and files; at least ``kind``.
+
+        Returns:
+            The result for ``result.json``, and the outputs of every part.
+        """
+        training, record = self.experiment.training, self._record(data, about)
+        steps = Steps(objective, examples, training, self.device, training=True)
+        parts = {part: torch.tensor(numbers) for part, numbers in data.parts.items()}
+        profiled = self.profile and distributed.rank() == 0
+        with Profile(steps, self.folder) if profiled else contextlib.nullcontext():
+            history = fit(
+                steps,
+                model,
+                parts["train"],
+                parts["validation"],
+                self.folder,
+                record,
+                metrics_of,
+                resume=self.resume,
+                title=self.name,
+                quiet=self.quiet,
+            )
+        checkpoint = load_checkpoint(self.folder / "model.safetensors", record["kind"])
+        checkpoint.load_into(model)
+        metrics, outputs = {}, {}
+        # Random numbers of an evaluation must not depend on whether the run was resumed.
+        torch.manual_seed(training.seed)
+        for part, numbers in parts.items():
+            metrics[part], outputs[part] = evaluate_part(steps, numbers, metrics_of)
+        seconds = sum(row["seconds"] for row in history)
+        result = {
+            **origin(),
+            "kind": record["kind"],
+            "name": self.name,
+            "seed": training.seed,
+            "experiment": record["experiment"],
+            "classes": record.get("classes", []),
+            "parts": metrics,
+            "epochs": len(history),
+            "kept_epoch": checkpoint.record["epoch"],
+            "seconds": seconds,
+            "seconds_per_epoch": seconds / len(history),
+            "peak_memory": peak_memory(self.device),
+            "device": distributed.device_name(self.device),
+            "processes": distributed.world_size(),
+            "versions": {"qat": qat.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        return result, outputs
+
+    def _record(self, data: Data, about: dict[str, Any]) -> dict[str, Any]:
+        """The record of the run's checkpoints; settings and parts are also written to files of their own."""
+        files = {part: data.index["path"].iloc[numbers].unique().tolist() for part, numbers in data.parts.items()}
+        settings = to_plain(self.experiment)
+        # A resumed run has written these already, and `fit` is yet to check that its recordings are the same.
+        if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
+            write_json(self.folder / "split.json", files)
+            write_text(self.folder / "experiment.yaml", yaml.safe_dump(settings, sort_keys=False))
+        normalisation = to_plain(data.spectrograms.normalisation)
+        return about | {"experiment": settings, "normalisation": normalisation, "files": files}
+
+
+@contextlib.contextmanager
+def open_run(
+    experiment: AnyExperiment, folder: Path, *, resume: bool, quiet: bool, name: str | None, profile: bool
+) -> Iterator[tuple[TrainingRun, Metrics | None]]:
+    """A training in its folder, ready to start, and its result if this very training is finished already.
+
+    Raises:
+        ValueError: the folder holds a run of other settings, or one that is not to be resumed.
+    """
+    check_run(folder, experiment)
+    finished = folder / "result.json"
+    result = None
+    if finished.is_file():
+        if not resume:
+            raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
+        result = json.loads(finished.read_text())
+    elif (folder / "last.safetensors").is_file() and not resume:
+        raise ValueError(f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one")
+    with (
+        _algorithms(experiment.training.deterministic),
+        distributed.process_group(experiment.training.device) as device,
+    ):
+        yield TrainingRun(experiment, folder, name or folder.name, device, resume, quiet, profile), result
+
+
+@contextlib.contextmanager
+def _algorithms(deterministic: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms, or the fastest that cuDNN finds."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    fill, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
+    if deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        options.fill_uninitialized_memory = fill
+
+
+def evaluate_part(steps: Steps, numbers: Tensor, metrics_of: MetricsOf) -> tuple[Metrics, Tensor]:
+    """Mean losses and metrics of the samples with these numbers, and their outputs."""
+    losses, outputs, targets = evaluate(steps, numbers)
+    return losses | metrics_of(outputs, targets), outputs
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,97 @@
+import errno
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import filelock
+import pytest
+
+import qat
+from qat.files import Busy, held, holder, make_once
+
+
+def hold(lock: Path) -> subprocess.Popen:
+    """Another process that holds ``lock`` until it is killed."""
+    code = f"""
+import pathlib, time
+from qat.files import held
+with held(pathlib.Path({str(lock)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_lock_says_who_holds_it_and_ends_with_that_process(tmp_path):
+    lock = tmp_path / "run/.lock"
+    other = hold(lock)
+    with pytest.raises(Busy, match=rf"^process {other.pid} on \S+ \(since \d{{4}}-\d\d-\d\dT\S+\)$"), held(lock):
+        pass
+    # Whoever was refused leaves the note of the holder as it was.
+    assert holder(lock).startswith(f"process {other.pid} on ")
+    other.kill()
+    other.wait()
+    with held(lock):
+        assert holder(lock).startswith(f"process {os.getpid()} on ")
+
+
+def test_threads_exclude_each_other_and_one_that_waits_says_so_and_goes_on(tmp_path, caplog):
+    lock, order = tmp_path / ".lock", []
+
+    def wait() -> None:
+        with held(lock, wait=True):
+            order.append("waited")
+
+    with held(lock):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        order.append("held")
+    thread.join(30)
+    assert order == ["held", "waited"]
+    assert f"{lock}: waiting for process {os.getpid()} on" in caplog.text
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), held(tmp_path / ".lock"):
+        raise ZeroDivisionError
+    with held(tmp_path / ".lock"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    message = f"{tmp_path}/.lock: cannot be locked ([Errno {number}] {os.strerror(number)}); use a folder on a file sys"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"), held(tmp_path / ".lock"):
+        pass
+    # What is only made once may as well be made twice.
+    make_once(tmp_path / "made", lambda folder: (folder / "a").write_text("a"))
+    assert (tmp_path / "made/a").is_file()
+    assert "other processes may repeat this work" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_without_flock_the_lock_is_a_file(tmp_path, monkeypatch):
+    """As on Lustre without its mount option."""
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    for _ in range(2):
+        with held(tmp_path / ".lock"):
+            refused = pytest.raises(Busy, match=f"process {os.getpid()}")
+            with refused, held(tmp_path / ".lock"):
+                pass
+
+
+def test_holders_that_left_no_note(tmp_path):
+    refused = pytest.raises(Busy, match="has not said which")
+    with filelock.FileLock(tmp_path / ".lock"), refused, held(tmp_path / ".lock"):
+        pass
