@@ -21,7 +21,7 @@ import torch
 from bench.case import Case, Provider
 from bench.processes import start
 from bench.timing import Nvml
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 SECONDS = 600  # after which a process is ended

@@ -10,7 +10,7 @@ import torch
 
 from bench.case import Case, Provider
 from bench.suites import HEADLINE
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

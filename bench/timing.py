@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from bench.case import DTYPES, MODES, Roof
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 ROUNDS, EAGER_ROUNDS = 30, 7
 EAGER_CALLS, CALLS_SECONDS = 10, 0.1  # of an eager sample: at most so many calls, and so long

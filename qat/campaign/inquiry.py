@@ -14,12 +14,14 @@ from typing import Literal
 
 from qat.campaign.study import Study
 from qat.config import AntiTransferConfig, Experiment
+from qkernels.losses import CKA, GramChannel, GramPosition, Loss
 
 LAYERS = (2, 7, 13)
 """Early, where the paper advises anti-transfer for quaternion networks, middle and last."""
 
 Gram = Literal["channel", "position", "batch"]
 _GRAMS: tuple[Gram, ...] = ("channel", "position", "batch")
+_LOSSES: dict[Gram, Loss] = {"channel": GramChannel(), "position": GramPosition(), "batch": CKA()}
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Inquiry(Study):
                     at = f"{twin.name if twin else 'random'}-{gram}-{layer}"
                     found[f"from-{start.name if start else 'random'}-at-{at}"] = (
                         start,
-                        AntiTransferConfig(twin, [layer], gram=gram, centred=gram == "batch", random_twin=twin is None),
+                        AntiTransferConfig(twin, [layer], loss=_LOSSES[gram], random_twin=twin is None),
                     )
 
         found: dict[str, tuple[Path | None, AntiTransferConfig]] = {}

@@ -39,6 +39,7 @@ from qat.config.plain import check, instantiate, parser_of, prefix_errors
 from qat.files import write_text
 from qat.processes import bar
 from qat.training.checkpoint import check_run
+from qkernels.losses import Loss
 
 C = TypeVar("C")
 Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
@@ -213,6 +214,9 @@ def _slug(value: Any) -> str:
     >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/voice")), _slug({"speaker": ["ann", "ben"]})
     ('2+13', '0.5', 'voice', 'speaker-ann+ben')
     """
+    if isinstance(value, Loss):
+        plain = value.plain()
+        value = list(plain.values()) if isinstance(plain, dict) else plain
     if isinstance(value, list):
         return "+".join(map(_slug, value))
     if isinstance(value, dict):

@@ -20,7 +20,7 @@ from qat.config import TrainingConfig
 from qat.training import distributed
 from qat.training.examples import Batch, Examples
 from qat.training.objectives import Losses
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 WARM = 3
 """Steps of each kind before it is captured, while kernels are compiled and libraries and Adam allocate memory."""

@@ -117,7 +117,7 @@ def test_flops_of_the_released_loss_are_those_of_a_count(rows: int, columns: int
         forward = count.flops
         count(gram_a, a)
     value = (inner / (square_a * square_b).sqrt()).abs().mean().square()
-    expected = anti_transfer_loss(a[None, :, None], b[None, :, None], semantics="folded-rowwise")
+    expected = anti_transfer_loss(a[None, :, None], b[None, :, None], loss="folded-rowwise")
     torch.testing.assert_close(value, expected)
     assert atl.folded_flops(rows, columns) == (forward, count.flops - forward)
 

@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 
 from bench import model
 from bench.launches import PARTS, StepCase, step_launches
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
+from qkernels.runtime.device import MULTIPROCESSORS
 
 CASES = [StepCase(at_layer=2, cached=False, batch=batch, precision="bf16") for batch in (20, 256)]
 
@@ -20,7 +20,7 @@ def test_plans_are_read_back_from_launches(case: Any) -> None:
     read = [model._planned(event.launch, 90) for event in step_launches(case) if "hamilton_conv" in event.name]
     assert len(read) == 46  # 2 of the twin, 15 forward, 14 data and 15 weight gradients
     for problem, plan in read:
-        assert plan == config.plan(problem, plan.form, plan.precision, 90, _launch.MULTIPROCESSORS[90])
+        assert plan == config.plan(problem, plan.form, plan.precision, 90, MULTIPROCESSORS[90])
 
 
 def test_no_launch_is_faster_than_it_can_be() -> None:

@@ -23,7 +23,7 @@ from bench.suites import SUITES
 from bench.targets import Target
 from bench.timing import CpuClock, Timing
 from qkernels import runtime
-from qkernels.ops import _launch
+from qkernels.runtime.precision import precision_of
 
 CPU = torch.device("cpu")
 TINY = layers.layer_case(layers.Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
@@ -215,7 +215,7 @@ def test_the_kernels_of_a_whole_step_are_planned(planned: Any, capsys: pytest.Ca
 
 def test_the_precision_switches_are_set_and_restored() -> None:
     def precisions() -> Any:
-        return [_launch.precision_of(torch.float32, kind) for kind in ("conv", "matmul")]
+        return [precision_of(torch.float32, kind) for kind in ("conv", "matmul")]
 
     seen, before = [], precisions()
 

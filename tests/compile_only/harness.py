@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from qkernels.ops._launch import Launch
+from qkernels.runtime.recording import Launch
 from tests.compile_only.machine_code import Code
 
 # Shared memory that a block may use, which Triton does not check; the tiles of sm_80 serve sm_86, sm_89 and sm_120 too.

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qkernels.ops import _launch
 from qkernels.ops.folded_rowwise import launch
+from qkernels.runtime.recording import record
 from tests.compile_only.harness import compile_launch
 
 LAYOUTS = {
@@ -39,7 +39,7 @@ def cases() -> Any:
 
 def recorded(arch: Any, dtype: Any, size: Any, layout: Any, which: Any) -> Any:
     maps = [LAYOUTS[layout](torch.empty(20, 512, *MAPS[size], dtype=dtype, device="meta")) for _ in range(2)]
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         loss, *rest = launch.forward(*maps, "each" if which else "product", 1.0)
         launch.gradient(loss, *(reversed(maps) if which else maps), *rest, which, 1.0)
     return recording.launches

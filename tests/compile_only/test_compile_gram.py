@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config, launch
+from qkernels.runtime.recording import record
 from tests.compile_only.harness import compile_launch
 
 # Channels and side of features whose matrices have so many rows on chip; the largest have more than any tile.
@@ -69,7 +69,7 @@ def recorded(arch: Any, shape: Any, dtype: Any, layout: Any, centred: Any, packe
         b = torch.empty(20, shape[0] * (shape[0] + 1) // 2, device="meta")
         known = torch.empty(2, 20, device="meta")
     how = (packed, "channel", centred, 0.5, True)
-    with _launch.record(arch) as recording, work or contextlib.nullcontext():
+    with record(arch) as recording, work or contextlib.nullcontext():
         cosine, loss, *rest = launch.forward(a, b, known, *how, False)
         launch.gradient(None, loss, incoming, cosine, a, b, *rest, 0, *how)
     return recording.launches

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bench.launches import StepCase, step_launches
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config, launch
 from qkernels.ops.hamilton_conv.config import Plan
 from qkernels.ops.hamilton_conv.launch import Epilogue
+from qkernels.runtime.recording import flat_arguments, record
 from tests.compile_only.harness import compile_launch
 
 WINDOW = (1, 1, 1, 1, 1, 1, 1)
@@ -118,7 +118,7 @@ def recorded(arch: Any, kernel: Any, form: Any, precision: Any, tile: Any, varia
     run, splits = VARIANTS[kernel][variant]
     form, how = ("signed" if form == "flat" else form), channels(kernel, form, tile)
     asked = f"{form}-{'ieee' if precision == 'tf32x3' else precision}"
-    with _launch.record(arch) as recording, config.force(Plan(form, precision, tile, splits)):
+    with record(arch) as recording, config.force(Plan(form, precision, tile, splits)):
         run(*how, DTYPES[precision], asked)
     (main,) = [entry for entry in recording.launches if entry.kernel.__name__ in MAIN[kernel]]
     return main
@@ -158,11 +158,11 @@ def test_unaligned_memory_is_copied() -> None:
         return stored[1:].as_strided(x.shape, x.stride())
 
     x, w, b = odd(maps(64, torch.bfloat16)), odd(weight(16, 16)), odd(bias(16))
-    with _launch.record(90) as recording:
+    with record(90) as recording:
         launch.forward(x, w, WINDOW, "signed-half", Epilogue(b, relu_output=odd(maps(64, torch.bfloat16))))
         launch.weight_gradient(x, x, (3, 3), WINDOW, True, "signed-half")
         launch.epilogue_gradient(x, x, None, None, (SIDE, SIDE), 1.0, torch.bfloat16)
-    tensors = [value for entry in recording.launches for _, value in _launch.flat(entry.arguments)]
+    tensors = [value for entry in recording.launches for _, value in flat_arguments(entry.arguments)]
     assert {t.storage_offset() * t.element_size() % 16 for t in tensors if isinstance(t, torch.Tensor)} == {0}
 
 
@@ -230,7 +230,7 @@ def test_all_weights_in_one_launch(arch: Any, tmp_path: Path) -> None:
         (("signed-half",) * 15, torch.bfloat16),
         (("signed-tf32", "q8-ieee", "signed-ieee"), torch.float32),
     ):
-        with _launch.record(arch) as recording:
+        with record(arch) as recording:
             launch.pack([weight(64, 16) for _ in hows], hows, dtype)
             dy, pooled = maps(64, dtype), maps(64, dtype, SIDE // 2)
             launch.epilogue_gradient(dy, dy, pooled, pooled.to(torch.uint8), (SIDE, SIDE), 2.0, dtype)

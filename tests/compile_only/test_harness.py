@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qkernels.ops._launch import Launch
+from qkernels.runtime.recording import Launch
 from tests.compile_only.harness import Usage, compile_launch
 from tests.compile_only.machine_code import Code
 

@@ -55,9 +55,10 @@ def test_names_say_what_is_compared(inquiry):
         began = f"{real}from-{start.name.removeprefix('real-') if start else 'random'}"
         if at.beta:
             twin = at.twin.name.removeprefix("real-") if at.twin else "random"
-            assert name == f"{began}-at-{twin}-{at.gram}-{at.layers[0]}"
+            gram, centred = at.loss.gram
+            assert name == f"{began}-at-{twin}-{gram}-{at.layers[0]}"
             assert at.random_twin == (twin == "random")
-            assert at.centred == (at.gram == "batch")
+            assert centred == (gram == "batch")
         else:
             assert name == began
 

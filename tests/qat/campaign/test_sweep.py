@@ -107,6 +107,10 @@ def test_a_plan_says_what_qat_train_would(tmp_path):
         ("anti_transfer.twin: [a/voice, b/voice]", ["twin-1", "twin-2"]),
         ("anti_transfer.random_twin: [true, false]", ["random_twin-true", "random_twin-false"]),
         ("corpus.where: [{speaker: [a, b]}, {speaker: [c]}]", ["where-speaker-a+b", "where-speaker-c"]),
+        (
+            "anti_transfer.loss: [cka, {name: folded-rowwise, clamp: product}]",
+            ["loss-cka", "loss-folded-rowwise+product"],
+        ),
         ("split.train: [[one, two], []]", ["train-1", "train-2"]),
         ("training.lr: [1e-5, 0.5]", ["lr-1e-05", "lr-0.5"]),
         ("{split.seed: [1, 2], training.seed: [3]}", ["split-1/seed3", "split-2/seed3"]),
