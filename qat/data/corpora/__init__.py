@@ -1,7 +1,7 @@
-"""The supported corpora, each a module with `read(folder)`.
+"""The supported corpora, each a module.
 
-Corpora that need no licence form have `make` or `fetch`; published ones have `survey`, which compares a folder with
-what is published.
+Published corpora have `survey(folder)`, which lists the files and compares them with the publication. The others have
+`read(folder)`, and `make` or `fetch`, as they need no licence form.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def module(name: str) -> ModuleType:
 
 def options(name: str) -> list[str]:
     """Names of the options of a corpus's reader."""
-    return list(inspect.signature(module(name).read).parameters)[1:]
+    corpus = module(name)
+    return list(inspect.signature(getattr(corpus, "survey", None) or corpus.read).parameters)[1:]
 
 
 def read(name: str, folder: Path, **reader_options: Any) -> Manifest:
@@ -121,7 +122,13 @@ def read(name: str, folder: Path, **reader_options: Any) -> Manifest:
         ValueError: no such corpus or option, or the folder has none of its files.
     """
     _check_arguments(name, folder, reader_options)
-    return read_manifest(Path(folder)) if name == "csv" else module(name).read(Path(folder), **reader_options)
+    if name == "csv":
+        return read_manifest(Path(folder))
+    corpus = module(name)
+    if not hasattr(corpus, "survey"):
+        manifest: Manifest = corpus.read(Path(folder), **reader_options)
+        return manifest
+    return build_manifest(Path(folder), corpus.survey(Path(folder), **reader_options).rows, name)
 
 
 @dataclass(frozen=True)
