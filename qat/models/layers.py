@@ -97,7 +97,7 @@ def _quaternion(init: str) -> Layers:
         arguments = (x, module.weight, module.bias, 1, 1)
         joined: dict[str, Any] = {"activation": activation, **link._asdict()}
         if pool and tap:
-            return hamilton_conv2d(*arguments, pool=2, tap=True, **joined)
+            return hamilton_conv2d(*arguments, pool=2, return_map=True, **joined)
         y = hamilton_conv2d(*arguments, pool=2 if pool else None, **joined)
         return (None, y) if pool else (y, None)
 
