@@ -65,7 +65,7 @@ def test_convolution_equals_the_reference(form, activation, pool, tap):
     case = list(CASES.values())[index % len(CASES)]
     tensors = operands(case, requires_grad=True)
     exact = exactly(tensors)
-    options = {"activation": activation, "pool": pool, "tap": tap}
+    options = {"activation": activation, "pool": pool, "return_map": tap}
     with qkernels.set_form(form):
         outputs = as_tuple(hamilton_conv2d(*tensors, *case[6:], **options))
     expected = as_tuple(reference(hamilton_conv2d, *exact, *case[6:], **options))
@@ -140,7 +140,7 @@ def test_ties_at_zero_are_torchs():
     x = torch.zeros(1, 4, 2, 8)
     x[0, 0] = torch.tensor([[3.0, 3, 0, 0, 1, 1, -2, -2], [3, 3, 0, 0, 1, 2, -1, -2]])
     one = torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1, 1, 1)
-    for options in ({}, {"pool": 2}, {"pool": 2, "tap": True}):
+    for options in ({}, {"pool": 2}, {"pool": 2, "return_map": True}):
         for activation in (None, "relu"):
             leaves = [t.clone().requires_grad_() for t in (x, one)]
             exact = [t.clone().requires_grad_() for t in (x, one)]
@@ -213,7 +213,7 @@ def test_frozen_operands_cost_nothing_and_change_nothing(needed, name):
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
-    options = {"activation": "relu" if relu else None, "pool": 2, "tap": True}
+    options = {"activation": "relu" if relu else None, "pool": 2, "return_map": True}
     tensors = operands(CASES["grouped"], requires_grad=True)
     exact = exactly(tensors)
     window = CASES["grouped"][6:]
@@ -232,7 +232,7 @@ def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "tap": True}], ids=str
+    "options", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "return_map": True}], ids=str
 )
 def test_expanded_and_strided_gradients(options):
     tensors = operands(CASE, requires_grad=True)
@@ -313,7 +313,7 @@ def test_empty_batch(memory, monkeypatch):
         run(kernel, grid, *rest)
 
     monkeypatch.setattr(memory, "_run", spy)
-    for options in ({}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "tap": True}):
+    for options in ({}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "return_map": True}):
         tensors = operands((0, *CASE[1:]), requires_grad=True)
         outputs = as_tuple(hamilton_conv2d(*tensors, *CASE[6:], **options))
         sum(y.sum() for y in outputs).backward()
