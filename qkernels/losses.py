@@ -1,7 +1,8 @@
 """The anti-transfer losses: one closed table, which configuration, functions, modules and tests read.
 
-A loss is a value: its class is its name, its fields are the options that it has. To add one, add its class here, its
-mathematics to `functional.anti_transfer_loss`, and a reference value to `tests/ops/test_losses.py`.
+A loss is a value: its class says what is compared, its fields are the options that it has. To add one, add its class
+here, its mathematics to `functional.anti_transfer_loss`, its literal version to `tests/ops/literal.py`, and a sentence
+to the help of `qat.config.AntiTransferConfig.loss`; the tests run over the table.
 
 >>> loss_of("cka"), loss_of({"name": "folded-rowwise", "clamp": "product"})
 (CKA(), FoldedRowwise(clamp='product'))
