@@ -2,10 +2,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= bench/results/gpu
+CONSTRAINTS ?= constraints.txt
+
+# The tests of `make check`: what takes less than 15 s of one core a file.
+QUICK := $(addprefix tests/, test_repository.py algebra nn compile_only/test_signatures.py \
+    $(addprefix bench/test_, $(addsuffix .py, cases compare grid session summary tables targets warm)) \
+    $(addprefix ops/test_, $(addsuffix .py, aggregation environment fallback folded_rowwise gram_cosine gram_settings \
+        hamilton_linear launch_settings)) \
+    $(addprefix qat/, config data models results test_anti_transfer.py test_doctor.py test_processes.py test_readme.py) \
+    $(addprefix qat/training/test_, $(addsuffix .py, checkpoint epoch_losses stopping_and_metrics)))
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/qat demo
 
+# While one works: 90 s of two cores.
+check: $(VENV)/.installed-dev lint
+	$(BIN)/pytest -n 2 -m "not slow" $(QUICK)
+
+# What CI runs.
 test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -n 2 -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not slow" tests/interpreter
@@ -17,7 +31,7 @@ slow: $(VENV)/.installed-dev
 # With other versions than those of constraints.txt, each in an environment of its own: the pair of the GPU image (a CUDA
 # build, 5 GB), and the newest that pip finds.
 compat: compat-image compat-newest
-compat-image: PINS = torch==2.11.0 torchaudio==2.11.0 triton==3.6.0 "numpy<2.4"
+compat-image: PINS = -c constraints-oldest.txt
 compat-image compat-newest: compat-%:
 	$(PYTHON) -m venv .venv-compat-$*
 	.venv-compat-$*/bin/pip install --upgrade --upgrade-strategy eager $(PINS) -e ".[dev]"
@@ -42,7 +56,7 @@ lint: $(VENV)/.installed-dev
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e ".[$*]"
+	$(BIN)/pip install -c $(CONSTRAINTS) -e ".[$*]"
 	touch $@
 
-.PHONY: demo test slow compat compat-image compat-newest bench gpu lint
+.PHONY: demo check test slow compat compat-image compat-newest bench gpu lint

@@ -7,13 +7,14 @@ released code; in the features' type or in float32.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.case import BACKWARD, FORWARD, STEP, Case, Provider, Results, Run, Suite, differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
+from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices
 from qkernels.runtime.tolerances import LOSS_TOLERANCES
 
@@ -22,12 +23,8 @@ from qkernels.runtime.tolerances import LOSS_TOLERANCES
 BASELINE_TOLERANCE = (2e-2, 0.5)
 FOLDED = "folded-rowwise"
 # The paper's loss; the released code's; two that the paper does not have.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    FOLDED: {"semantics": FOLDED},
-    "position": {"gram": "position"},
-    "linear CKA": {"gram": "batch", "centred": True},
-}
+VARIANTS = {"paper": "gram-channel", FOLDED: FOLDED, "position": "gram-position", "linear CKA": "cka"}
+"""The losses by the names that they have in results."""
 # First and last layer with features of one shape: channels, height, width.
 SHAPES = {
     (1, 2): (64, 64, 64),
@@ -115,7 +112,7 @@ class LossCase(Case):
     def gate(self, provider: Provider, operands: Features, results: Results) -> tuple[float, float]:
         """Relative errors of loss and gradient against float64."""
         leaf = operands.trained.detach().double().requires_grad_()
-        loss = anti_transfer_loss(leaf, operands.frozen.double(), **VARIANTS[self.variant])
+        loss = anti_transfer_loss(leaf, operands.frozen.double(), loss=VARIANTS[self.variant])
         exact = (loss.detach(), *torch.autograd.grad(loss, leaf))
         allowed = LOSS_TOLERANCES[self.precision] if provider.ours else BASELINE_TOLERANCE
         errors = [relative_error(x, y) for x, y in zip(results, exact, strict=self.work != FORWARD)]
@@ -142,26 +139,25 @@ def _provider(
 
 
 def _ours(case: LossCase, frozen: Tensor) -> Loss:
-    return lambda a: anti_transfer_loss(a, frozen, **VARIANTS[case.variant])
+    return lambda a: anti_transfer_loss(a, frozen, loss=VARIANTS[case.variant])
 
 
 def _cached(case: LossCase, frozen: Tensor) -> Loss:
-    options = VARIANTS[case.variant]
-    target = gram_target(frozen, **options)
-    return lambda a: anti_transfer_loss(a, target, **options)
+    target = gram_target(frozen, loss=VARIANTS[case.variant])
+    return lambda a: anti_transfer_loss(a, target, loss=target.loss)
 
 
 def _materialised(wide: bool) -> Callable[[LossCase, Tensor], Loss]:
     """Gram matrices in memory, in the features' type or in float32."""
 
     def make(case: LossCase, frozen: Tensor) -> Loss:
-        options = VARIANTS[case.variant]
+        gram = loss_of(VARIANTS[case.variant]).gram
 
         def loss(a: Tensor) -> Tensor:
             a, b = (a.float(), frozen.float()) if wide else (a, frozen)
-            if case.variant == FOLDED:
+            if gram is None:
                 return reference.folded_rowwise(a, b)
-            both = (matrices(x, options.get("gram", "channel"), options.get("centred", False)) for x in (a, b))
+            both = (matrices(x, *gram) for x in (a, b))
             a_gram, b_gram = (torch.bmm(f, f.mT).float().flatten(1) for f in both)
             return torch.nn.functional.cosine_similarity(a_gram, b_gram, eps=0.0).square().mean()
 

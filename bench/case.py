@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.case import Case, Provider
+from bench.processes import start
 from bench.timing import Nvml
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
-ROOT = Path(__file__).parents[1]
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 SECONDS = 600  # after which a process is ended
 REPORT = "fresh: "
@@ -97,14 +97,7 @@ def _cold(rows: dict[int, Fresh], deadline: float) -> Iterator[tuple[int, Fresh]
 @contextlib.contextmanager
 def _process(number: int, device: torch.device, environment: Any) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "bench", "fresh", "--device", device.type, "--only", str(number)]
-    path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    started = subprocess.Popen(
-        command,
-        env={**environment, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    started = start(command, environment, group=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         yield started
     finally:

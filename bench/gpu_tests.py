@@ -8,14 +8,14 @@ import contextlib
 import csv
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from bench.processes import ROOT, end, start
+
 # The configuration of the repository names plugins that a GPU machine need not have.
 OPTIONS = [
     "-c",
@@ -34,18 +34,14 @@ OPTIONS = [
 def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
     """What became of each file: "passed", "skipped" (all of it), "FAILED" or "out of time"."""
     deadline = time.monotonic() + seconds
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     verdicts: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         started = []
         for file in files:
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             command = [sys.executable, "-m", "pytest", *OPTIONS, str(file)]
-            # A group of its own, so that its compiling processes end with it.
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            stack.callback(_end, process)
+            process = start(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(end, process)
             started.append((file, process, log))
         whole = stack.enter_context((out / "tests.log").open("w"))
         for file, process, log in started:
@@ -53,7 +49,7 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
                 code = process.wait(max(0.0, deadline - time.monotonic()))
                 verdicts[file.stem] = "FAILED" if code else ""
             except subprocess.TimeoutExpired:
-                _end(process)
+                end(process)
                 verdicts[file.stem] = "out of time"
             log.seek(0)
             text = log.read()
@@ -63,12 +59,6 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
             whole.write(f"{file.name}: {verdicts[file.stem]}\n{text}\n")
             print(f"{file.name}: {verdicts[file.stem]}", *text.splitlines()[-12:], sep="\n", flush=True)
     return verdicts
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main(out: Path, seconds: float) -> int:

@@ -67,4 +67,4 @@ def epoch_seconds(times: Mapping[int, Seconds]) -> float:
     steps, passes, _ = (sum(math.ceil(size / BATCH) for size in sizes) for sizes in parts)
     none, *tapped = (steps * times[layer].step + passes * times[layer].forward for layer in (0, *MEASURED))
     layers = np.interp(range(1, LAYERS + 1), MEASURED, tapped)
-    return SPLITS * (none + KINDS * float(layers.sum()))
+    return float(SPLITS * (none + KINDS * layers.sum()))

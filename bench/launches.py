@@ -26,7 +26,7 @@ from qat.models.vgg import INPUT, VGG16
 from qat.training.examples import Batch, Examples
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
 from qat.training.steps import WARM, Steps, autocast
-from qkernels.ops import _launch
+from qkernels.runtime.recording import Launch, Recording, record
 
 PARTS = ("gather", "twin", "forward", "loss", "backward", "optimiser", "sums")
 ARCH = 90
@@ -44,7 +44,7 @@ class Event(NamedTuple):
 
     part: str
     name: str
-    launch: _launch.Launch | None
+    launch: Launch | None
     bytes: int
 
 
@@ -82,7 +82,7 @@ def cases() -> list[StepCase]:
 def step_launches(case: StepCase, arch: int = ARCH) -> list[Event]:
     """The kernels of a step in their order, as it is when the first ones are over."""
     samples = torch.arange(case.batch)  # numbers that are known
-    with FakeTensorMode(allow_non_fake_inputs=True), qkernels.set_backend("triton"), _launch.record(arch) as recording:
+    with FakeTensorMode(allow_non_fake_inputs=True), qkernels.set_backend("triton"), record(arch) as recording:
         steps, batch = _steps(case, samples)
         counter = _Counter(recording)
         with steps.running(True), counter:
@@ -146,8 +146,8 @@ def _steps(case: StepCase, samples: Tensor) -> tuple[Steps, Batch]:
 class _Counter(TorchDispatchMode):
     """Notes what would be launched; the program's own marks say in which part."""
 
-    def __init__(self, recording: _launch.Recording) -> None:
-        super().__init__()
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self._recording = recording
         self._marks: list[str] = []

@@ -32,7 +32,6 @@ from bench.case import (
     reference_run,
     relative_error,
 )
-from bench.cpu_forms import LAYERS, Layer
 from qkernels import algebra
 from qkernels.runtime.tolerances import tolerance
 
@@ -45,6 +44,36 @@ BASELINE_TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "float32": 1e-4}
 # Operands that runs rotate through take no more bytes than this.
 ROTATED_BYTES = 2**30
 X, WEIGHT, BIAS = range(3)
+
+
+class Layer(NamedTuple):
+    """Real channels, kernel size and side of the square map; kernel 0 is a linear map."""
+
+    name: str
+    channels_in: int
+    channels_out: int
+    kernel: int
+    side: int
+
+
+# The last four, of no network here, tell what the kernel's and the map's size do.
+LAYERS = [
+    Layer("conv 1", 4, 64, 3, 64),
+    Layer("conv 2", 64, 64, 3, 64),
+    Layer("conv 3", 64, 128, 3, 32),
+    Layer("conv 4", 128, 128, 3, 32),
+    Layer("conv 5", 128, 256, 3, 16),
+    Layer("conv 6-7", 256, 256, 3, 16),
+    Layer("conv 8", 256, 512, 3, 8),
+    Layer("conv 9-10", 512, 512, 3, 8),
+    Layer("conv 11-13", 512, 512, 3, 4),
+    Layer("linear 1", 2048, 4096, 0, 1),
+    Layer("linear 2", 4096, 4096, 0, 1),
+    Layer("1x1 on 16x16", 1024, 512, 1, 16),
+    Layer("1x1 on 8x8", 1024, 512, 1, 8),
+    Layer("5x5 on 32x32", 128, 128, 5, 32),
+    Layer("5x5 on 16x16", 128, 64, 5, 16),
+]
 
 
 class Shapes(NamedTuple):
@@ -128,7 +157,7 @@ class LayerCase(Case):
     def operands(self, device: torch.device) -> Operands:
         """In the memory format that ours reads, channels last on a GPU; a baseline's own is made from it."""
         generator = torch.Generator(device)
-        generator.seed()
+        generator.manual_seed(int(torch.randint(2**62, ())))
         drawn = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
         scale = (self.channels_in * math.prod(self._window)) ** -0.5
         x, weight, bias, dy, real = (tensor.to(self.dtype) for tensor in drawn)
@@ -279,8 +308,10 @@ def _speechbrain(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
 
     def layer(x: Tensor, r: Tensor, i: Tensor, j: Tensor, k: Tensor, bias: Tensor) -> Tensor:
         if case.linear:
-            return ops.quaternion_linear_op(x, r.mT, i.mT, j.mT, k.mT, bias).relu()
-        return ops.quaternion_conv_op(x, r, i, j, k, bias, 1, case.kernel // 2, 1, 1, False).relu()
+            y: Tensor = ops.quaternion_linear_op(x, r.mT, i.mT, j.mT, k.mT, bias)
+        else:
+            y = ops.quaternion_conv_op(x, r, i, j, k, bias, 1, case.kernel // 2, 1, 1, False)
+        return y.relu()
 
     made = []
     for x, weight, bias, dy, _ in sets:
@@ -354,7 +385,7 @@ BATCHES, PRECISIONS, WORKS = (20, 256), ("bf16", "float32", "fp16", "tf32"), (ST
 
 
 def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str, **more: Any) -> LayerCase:
-    """A layer of cpu_forms.py in one of the two networks; the real one's maps are 8 times as high and twice as wide."""
+    """A layer in one of the two networks; the real one's maps are 8 times as high and twice as wide."""
     tall, wide = (8, 2) if network == "real" else (1, 1)
     channels_in = layer.channels_in
     if network == "real" and layer.name == "conv 1":
@@ -420,3 +451,17 @@ CONV = Suite(
     PROVIDERS,
 )
 LINEAR = Suite(_grid(LINEARS, WORKS), PROVIDERS)
+
+
+def _form_cases() -> list[LayerCase]:
+    cases = []
+    for divisor, full in itertools.product((1, 8), LAYERS):
+        channels_in, channels_out = max(4, full.channels_in // divisor), full.channels_out // divisor
+        layer = full._replace(channels_in=channels_in, channels_out=channels_out)
+        case = layer_case(layer, "quaternion", 20, "float32", STEP)
+        cases.append(replace(case, suite="forms", variant=f"width 1/{divisor}", modes=("eager",)))
+    return cases
+
+
+# On which `cpu_form` of qkernels/ops/hamilton_conv/config.py rests: the real product or 8 thin ones, by shape.
+FORMS = Suite(_form_cases(), [ours(form, _quaternion) for form in ("dense", "q8", "auto")])

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from bench.launches import ARCH, PARTS, Event, StepCase, step_launches
 from bench.run import LAUNCH_US
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
 from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile
+from qkernels.runtime.device import MULTIPROCESSORS
+from qkernels.runtime.recording import Launch
 
 # Bytes a second of memory and of the L2 cache, and bytes of that (data sheets; of the cache rough): A100, H100, B200.
 MEMORY = {80: 2.0e12, 90: 3.35e12, 100: 8.0e12}
@@ -58,7 +59,7 @@ def _estimate(event: Event, arch: int) -> Estimate:
     cached = event.bytes <= CACHE_BYTES[arch] / 2  # what a kernel before it has just written
     traffic = 1e6 * event.bytes / (CACHE if cached else MEMORY)[arch]
     floor = max(LAUNCH_US, traffic)
-    clock, processors = CLOCK_MHZ[arch], _launch.MULTIPROCESSORS[arch]
+    clock, processors = CLOCK_MHZ[arch], MULTIPROCESSORS[arch]
     if event.launch is None:
         return _finished(event, "", "", None, None, traffic, "memory", floor)
     launch = event.launch
@@ -97,7 +98,7 @@ def _finished(
     return Estimate(event.part, event.name, grid, tile, registers, shared, total, floor, bound)
 
 
-def _planned(launch: _launch.Launch, arch: int) -> tuple[Problem, Plan]:
+def _planned(launch: Launch, arch: int) -> tuple[Problem, Plan]:
     """The product that a launch of the Hamilton kernels computes, and how."""
     given, how = launch.arguments, launch.arguments["HOW"]
     kernel, n, k = ("dw", given["P"], given["Q"]) if "dw_ptr" in given else ("gather", given["N"], given["K"])
@@ -120,7 +121,7 @@ def _planned(launch: _launch.Launch, arch: int) -> tuple[Problem, Plan]:
     return problem, Plan(form, precision, tile, given["splits"])
 
 
-def _steps(launch: _launch.Launch) -> int:
+def _steps(launch: Launch) -> int:
     """Of the longest loop of a program, where the arguments tell."""
     given = launch.arguments
     how = given.get("HOW")

@@ -14,8 +14,9 @@ import torch
 from bench.case import Case, Provider, Roof, Run, Suite, quantiles
 from bench.results import Row
 from bench.timing import Clock, Timing
-from qkernels.ops import _launch
-from qkernels.ops._launch import switched
+from qkernels.runtime.device import arch_of
+from qkernels.runtime.precision import switched
+from qkernels.runtime.recording import Launch, flat_arguments, record
 
 COMPILE_SECONDS = 120.0  # for one rank; what is left is compiled when it is first run
 LAUNCH_US = 3.0  # of device time that a kernel in a graph costs at least (design notes)
@@ -216,7 +217,7 @@ class Session(NamedTuple):
         start = time.monotonic()
         moved: dict[Case, dict[str, list[int]]] = {}
 
-        def launches() -> Iterator[_launch.Launch]:
+        def launches() -> Iterator[Launch]:
             for case, suite in planned:
                 moved[case] = {}
                 for provider in providers_of(suite, case, self.device):
@@ -231,13 +232,11 @@ class Session(NamedTuple):
         return moved
 
 
-def recorded_launches(
-    case: Case, provider: Provider, device: torch.device
-) -> tuple[list[_launch.Launch], list[_launch.Launch]]:
+def recorded_launches(case: Case, provider: Provider, device: torch.device) -> tuple[list[Launch], list[Launch]]:
     """The kernels of building a run, and of the run itself: none is launched, results are whatever lay in memory."""
-    arch, built = _launch.arch_of(torch.empty(0, device=device)), 0
+    arch, built = arch_of(torch.empty(0, device=device)), 0
     # In one thread: a backward pass would not be recorded in those of autograd.
-    with switched(case.precision), _launch.record(arch) as recording, torch.autograd.set_multithreading_enabled(False):
+    with switched(case.precision), record(arch) as recording, torch.autograd.set_multithreading_enabled(False):
         try:
             run = provider.build(case, [case.operands(device)])[0]
             built = len(recording.launches)
@@ -249,9 +248,9 @@ def recorded_launches(
     return recording.launches[:built], recording.launches[built:]
 
 
-def _bytes(launch: _launch.Launch) -> int:
+def _bytes(launch: Launch) -> int:
     """Of the tensors that a kernel reads or writes, each once."""
-    tensors = {id(value): value for _, value in _launch.flat(launch.arguments) if isinstance(value, torch.Tensor)}
+    tensors = {id(value): value for _, value in flat_arguments(launch.arguments) if isinstance(value, torch.Tensor)}
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 

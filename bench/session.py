@@ -8,7 +8,6 @@ is not right.
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from bench.processes import ROOT, end, start
+
 GRACE = 30.0  # seconds for the case at hand, once a part's share is over; the whole session has none
 QUIT = 5.0  # seconds from being asked to end until a part is ended
 # The operators that a suite asks for, one of which must be right.
@@ -150,18 +150,10 @@ def _right(suites: Sequence[str], kernels: dict[str, str], say: Callable[[str], 
 
 
 def _run(command: Sequence[str], seconds: float, say: Callable[[str], None], kept: IO[str] | None) -> str:
-    """How a program ended, which has a group of its own, so that whatever it has started ends with it."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    """How a program ended."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    process = start(command, environment, stdin=null, stdout=pipe, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     reader = threading.Thread(target=_copy, args=(process.stdout, say, kept), daemon=True)
     reader.start()
@@ -174,9 +166,7 @@ def _run(command: Sequence[str], seconds: float, say: Callable[[str], None], kep
             process.wait(QUIT)
         return "out of time"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
         reader.join(QUIT)
 
 

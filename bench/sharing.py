@@ -23,7 +23,7 @@ import torch
 
 from bench.network import EPOCH, EPOCHS, NetworkCase
 from bench.suites import SUITES
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 OURS = next(provider for provider in EPOCHS.providers if provider.name == "ours")
 PRECISIONS = ("bf16", "float32")

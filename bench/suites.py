@@ -8,8 +8,7 @@ import torch
 
 from bench.atl import ATL
 from bench.case import STEP, Case, Provider, Suite
-from bench.cpu_forms import LAYERS
-from bench.layers import COMPILED, CONV, LINEAR, layer_case
+from bench.layers import COMPILED, CONV, FORMS, LAYERS, LINEAR, layer_case
 from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, STEPS, TRAIN
 
 
@@ -64,23 +63,25 @@ SUITES: dict[str, Sequence[Suite]] = {
     "inference": [INFERENCE],
     "epoch": [EPOCHS],
     "cpu": _cpu(),
+    "forms": [FORMS],
 }
+ON_CPU = ("cpu", "forms")  # the other suites need a GPU
 
 
 def chosen(names: Sequence[str], device: torch.device, smoke: bool) -> list[Suite]:
-    """The suites with these names; without any, all that make sense on the device.
+    """The suites with these names; without any, all that make sense on the device but "forms", which takes long.
 
     Raises:
         ValueError: there is no such suite, or it needs a GPU that is not there.
     """
-    usable = [name for name in SUITES if smoke or (name == "cpu") == (device.type == "cpu")]
+    usable = [name for name in SUITES if smoke or (name in ON_CPU) == (device.type == "cpu")]
     for name in names:
         if name not in SUITES:
             raise ValueError(f"suite {name!r}: must be one of {', '.join(SUITES)}")
         if name not in usable:
-            need = "a CPU alone" if name == "cpu" else "a CUDA device, and there is none"
+            need = "a CPU alone" if name in ON_CPU else "a CUDA device, and there is none"
             raise ValueError(f"suite {name!r}: needs {need}; here there are {', '.join(usable)}, or --smoke")
-    return [suite for name in names or usable for suite in SUITES[name]]
+    return [suite for name in names or [n for n in usable if smoke or n != "forms"] for suite in SUITES[name]]
 
 
 def _headline(suite: Suite, providers: Sequence[str], **wanted: Any) -> list[tuple[Case, Provider]]:

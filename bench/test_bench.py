@@ -3,11 +3,14 @@
 On a CPU those of the suite "cpu". Wall clock of eager calls, up to the end of their work; results.csv has more.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
+from bench.case import Case, Provider
 from bench.suites import HEADLINE
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ("case", "provider"),
     [pytest.param(case, provider, id=f"{case}, {provider.name}") for case, provider in HEADLINE[DEVICE.type]],
 )
-def test_headline(case, provider, benchmark):
+def test_headline(case: Case, provider: Provider, benchmark: Any) -> None:
     with switched(case.precision):
         operands = case.operands(DEVICE)
         run = provider.build(case, [operands])[0]
@@ -24,7 +27,7 @@ def test_headline(case, provider, benchmark):
             excess, error = case.gate(provider, operands, provider.read(run()))
         assert excess <= 1, f"wrong: error {error:.1e}, {excess:.2f} times what is allowed"
 
-        def finished():
+        def finished() -> None:
             run()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()

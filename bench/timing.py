@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from bench.case import DTYPES, MODES, Roof
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 ROUNDS, EAGER_ROUNDS = 30, 7
 EAGER_CALLS, CALLS_SECONDS = 10, 0.1  # of an eager sample: at most so many calls, and so long
@@ -155,7 +155,7 @@ class GpuClock:
         run()
         end.record()
         end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        return 1e3 * float(start.elapsed_time(end))
 
     def _eager(self, turn: Turn, calls: int) -> float:
         torch.cuda.synchronize()
@@ -225,7 +225,7 @@ class Nvml:
     def joules(self) -> float | None:
         """Since the driver was loaded; None where nobody counts."""
         try:
-            return 1e-3 * self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+            return 1e-3 * float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except self.library.NVMLError:
             return None
 

@@ -1,7 +1,7 @@
 """Compiles kernels in parallel before they are tested or timed.
 
 Triton compiles a kernel at its first launch, for 1 to 9 s, and keeps it on disk where every process finds it. So
-recorded launches (`qkernels.ops._launch.record`) are compiled in as many processes as there are cores; the launches
+recorded launches (`qkernels.runtime.recording`) are compiled in as many processes as there are cores; the launches
 themselves then only load what is there.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qkernels.ops._launch import Launch
+from qkernels.runtime.recording import Launch
 
 COMPILE_CRASHED = "a compiling process died"
 

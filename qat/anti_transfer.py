@@ -16,8 +16,7 @@ from torch.profiler import record_function
 from qat.config import AntiTransferConfig
 from qat.data.rows import Rows, empty_rows
 from qat.models.vgg import VGG16, Tap, tap_name
-from qkernels import GramTarget, anti_transfer_tap, gram_target
-from qkernels.nn import AntiTransferLoss
+from qkernels import GramTarget, anti_transfer_loss, anti_transfer_tap, gram_target
 
 Frozen = Tensor | GramTarget
 
@@ -42,17 +41,8 @@ class AntiTransfer(nn.Module):
     def __init__(self, config: AntiTransferConfig, twin: VGG16) -> None:
         super().__init__()
         self.layers = {tap_name(layer, config.position): layer for layer in config.layers}
-        # The released code applies beta twice.
-        self.weights = [beta**2 if config.semantics == "folded-rowwise" else beta for beta in config.betas]
-        self.config = config
-        self.loss = AntiTransferLoss(
-            semantics=config.semantics,
-            clamp=config.clamp,
-            gram=config.gram,
-            centred=config.centred,
-            aggregation=config.aggregation,
-            distance=config.distance,
-        )
+        self.weights = [config.loss.weight(beta) for beta in config.betas]
+        self.config, self.loss = config, config.loss
         self.twin: VGG16 | None = twin.requires_grad_(False).eval()
         self._packed: dict[str, bool | None] = {}
 
@@ -136,24 +126,20 @@ class AntiTransfer(nn.Module):
 
     def _target(self, features: Tensor) -> Frozen:
         """What the loss needs of the twin's features, sample by sample."""
-        if self.config.mixing:
-            return features
-        return gram_target(features, gram=self.config.gram, centred=self.config.centred)
+        return gram_target(features, loss=self.loss) if self.loss.per_sample else features
 
     def _recalled(self, tap: str, remembered: Mapping[str, Tensor]) -> Frozen:
         values, packed = remembered[f"{tap}_values"], self._packed[tap]
         if packed is None:
             return values
-        return GramTarget(values, remembered[f"{tap}_stats"], packed, self.config.gram, self.config.centred)
+        return GramTarget(values, remembered[f"{tap}_stats"], packed, self.loss)
 
     def _tap(self, frozen: Frozen, weight: float) -> Tap:
-        config = self.config
-
         def tap(features: Tensor) -> tuple[Tensor, Tensor]:
             with record_function("loss"):
-                if weight and config.is_gram_cosine:
-                    return anti_transfer_tap(features, frozen, gram=config.gram, centred=config.centred)
-                return features, self.loss(features if weight else features.detach(), frozen)
+                if weight:
+                    return anti_transfer_tap(features, frozen, loss=self.loss)
+                return features, anti_transfer_loss(features.detach(), frozen, loss=self.loss)
 
         return tap
 

@@ -6,21 +6,25 @@
 torch.Size([1, 8, 16, 16])
 """
 
-from qkernels import init, nn, reference
-from qkernels.functional import (
-    GramTarget,
-    PackedWeight,
-    anti_transfer_loss,
-    anti_transfer_tap,
-    gram_cosine,
-    gram_target,
-    hamilton_conv2d,
-    hamilton_conv_transpose2d,
-    hamilton_linear,
-    linear_cka,
-    pack_weights,
-)
-from qkernels.runtime import backend_of, form_of, set_backend, set_form
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qkernels import init, losses, nn, reference
+    from qkernels.functional import (
+        GramTarget,
+        PackedWeight,
+        anti_transfer_loss,
+        anti_transfer_tap,
+        gram_cosine,
+        gram_target,
+        hamilton_conv2d,
+        hamilton_conv_transpose2d,
+        hamilton_linear,
+        linear_cka,
+        pack_weights,
+    )
+    from qkernels.runtime import backend_of, form_of, set_backend, set_form
 
 __all__ = [
     "GramTarget",
@@ -36,9 +40,21 @@ __all__ = [
     "hamilton_linear",
     "init",
     "linear_cka",
+    "losses",
     "nn",
     "pack_weights",
     "reference",
     "set_backend",
     "set_form",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, and PyTorch with it: `qkernels.losses` needs none."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("init", "losses", "nn", "reference"):
+        return importlib.import_module(f"{__name__}.{name}")
+    home = "runtime" if name.startswith(("set_", "backend_", "form_")) else "functional"
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return value

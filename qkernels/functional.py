@@ -9,8 +9,11 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from qkernels import runtime
+from qkernels import checks, runtime
+from qkernels.checks import Pair
+from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
 from qkernels.ops._library import autocast_dtype
+from qkernels.ops.aggregation import similarity
 from qkernels.ops.folded_rowwise import op as folded_op
 from qkernels.ops.folded_rowwise import reference as folded_reference
 from qkernels.ops.folded_rowwise.config import kernel_obstacle
@@ -23,12 +26,8 @@ from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
 
-Pair = tuple[int, int]
 ACTIVATIONS = (None, "relu")
 POOLS = (None, 2)
-REDUCTIONS = ("mean", "none", "sum")
-SEMANTICS = ("paper", "folded-rowwise")
-CLAMPS = ("each", "product")
 UNIT = (1, 1, 0, 0, 1, 1, 1)
 """Stride, padding and dilation of both axes, and the groups, of a linear map as a convolution."""
 
@@ -129,21 +128,21 @@ def hamilton_conv2d(
 
     (WASPAA 2023, section 2.1; Gaudet & Maida 2018.)
     """
-    stride, padding, dilation = _window(stride, padding, dilation)
-    _check_rank("x", x, ("B", "4 Q", "H", "W"))
-    _check_rank("weight", weight, ("4", "P", "Q/groups", "kh", "kw"))
-    _check_groups(groups, weight.shape[1])
-    _check_channels(x.shape[1], 4 * weight.shape[2] * groups, "4 * weight.shape[2] * groups")
-    _check_bias(bias, 4 * weight.shape[1])
-    _check_option("activation", activation, ACTIVATIONS)
-    _check_option("pool", pool, POOLS)
+    stride, padding, dilation = checks.window(stride, padding, dilation)
+    checks.rank("x", x, ("B", "4 Q", "H", "W"))
+    checks.rank("weight", weight, ("4", "P", "Q/groups", "kh", "kw"))
+    checks.groups(groups, weight.shape[1])
+    checks.channels(x.shape[1], 4 * weight.shape[2] * groups, "4 * weight.shape[2] * groups")
+    checks.bias(bias, 4 * weight.shape[1])
+    checks.option("activation", activation, ACTIVATIONS)
+    checks.option("pool", pool, POOLS)
     if tap and not pool:
         raise ValueError("tap=True needs pool=2: without a pool the map is what is returned")
     size = [
         conv_reference.conv_output_size(*sizes)
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
     ]
-    _check_output_size([length // pool for length in size] if pool else size, x)
+    checks.output_size([length // pool for length in size] if pool else size, x)
     x, weight, bias, backend, how = _operands_of_layer("hamilton_conv2d", x, weight, bias)
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(packed, x, weight, backend, how)
@@ -213,13 +212,13 @@ def hamilton_conv_transpose2d(
 
     (RH-Emo's decoder, Guizzo et al. 2022.)
     """
-    stride, padding, dilation = _window(stride, padding, dilation)
-    output_padding = _pair("output_padding", output_padding, 0)
-    _check_rank("x", x, ("B", "4 Q", "H", "W"))
-    _check_rank("weight", weight, ("4", "Q", "P/groups", "kh", "kw"))
-    _check_groups(groups, weight.shape[1])
-    _check_channels(x.shape[1], 4 * weight.shape[1], "4 * weight.shape[1]")
-    _check_bias(bias, 4 * weight.shape[2] * groups)
+    stride, padding, dilation = checks.window(stride, padding, dilation)
+    output_padding = checks.pair("output_padding", output_padding, 0)
+    checks.rank("x", x, ("B", "4 Q", "H", "W"))
+    checks.rank("weight", weight, ("4", "Q", "P/groups", "kh", "kw"))
+    checks.groups(groups, weight.shape[1])
+    checks.channels(x.shape[1], 4 * weight.shape[1], "4 * weight.shape[1]")
+    checks.bias(bias, 4 * weight.shape[2] * groups)
     for extra, s, d in zip(output_padding, stride, dilation, strict=True):
         if extra >= max(s, d):
             raise ValueError(
@@ -230,7 +229,7 @@ def hamilton_conv_transpose2d(
         conv_reference.transposed_output_size(*sizes)
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, output_padding, strict=True)
     ]
-    _check_output_size(size, x)
+    checks.output_size(size, x)
     x, weight, bias, backend, how = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
     if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
@@ -284,12 +283,12 @@ def hamilton_linear(
 
     (WASPAA 2023, section 2.1; Parcollet et al. 2019.)
     """
-    _check_rank("weight", weight, ("4", "N", "K"))
-    features = _features_of(x, flatten)
+    checks.rank("weight", weight, ("4", "N", "K"))
+    features = checks.features_of(x, flatten)
     leading = x.shape[:1] if flatten else x.shape[:-1]
-    _check_channels(features, 4 * weight.shape[2], "4 * weight.shape[2]")
-    _check_bias(bias, 4 * weight.shape[1])
-    _check_option("activation", activation, ACTIVATIONS)
+    checks.channels(features, 4 * weight.shape[2], "4 * weight.shape[2]")
+    checks.bias(bias, 4 * weight.shape[1])
+    checks.option("activation", activation, ACTIVATIONS)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
     if flatten:  # on the Triton backend a convolution whose kernel is the whole map
@@ -378,26 +377,25 @@ class GramTarget(NamedTuple):
             row by row, `[B, rows (rows + 1) / 2]`, each multiplied by the square of its scale.
         stats: `[2, B]`, the squared norm of the scaled Gram matrix, and the scale, a power of two.
         packed: whether `values` are Gram matrices.
-        gram, centred: whose.
+        loss: the loss that they are for.
     """
 
     values: Tensor
     stats: Tensor
     packed: bool
-    gram: str
-    centred: bool
+    loss: Loss
 
     def of(self, index: Tensor) -> GramTarget:
         """The targets of the samples with these numbers, `[b]`."""
         return self._replace(values=self.values.index_select(0, index), stats=self.stats.index_select(1, index))
 
 
-def gram_target(frozen: Tensor, *, gram: str = "channel", centred: bool = False) -> GramTarget:
+def gram_target(frozen: Tensor, *, loss: Loss | str = "gram-channel") -> GramTarget:
     """What `anti_transfer_loss` and `anti_transfer_tap` take in place of features that never change.
 
     Args:
         frozen: `[B, C, *spatial]`, features of the frozen network.
-        gram, centred: as in `gram_cosine`; not "batch", whose matrix is not the samples' own.
+        loss: "gram-channel" or "gram-position", or a value of these: of the others no sample has a part of its own.
 
     Returns:
         The features themselves, detached and in their type, or packed Gram matrices (float32, summed in float64),
@@ -405,18 +403,21 @@ def gram_target(frozen: Tensor, *, gram: str = "channel", centred: bool = False)
         they are kept, else within 1e-6.
 
     Raises:
-        ValueError: features or options that do not fit.
+        ValueError: features or a loss that do not fit.
 
     >>> target = gram_target(torch.rand(5, 4, 8, 8))
     >>> target.values.shape, target.of(torch.tensor([3, 1])).values.shape
     (torch.Size([5, 10]), torch.Size([2, 10]))
     """
-    _check_features(frozen, frozen, "frozen", "frozen")
-    _check_option("gram", gram, ("channel", "position"))
+    loss = loss_of(loss)
+    checks.features(frozen, frozen, "frozen", "frozen")
+    if loss.gram is None or not loss.per_sample:
+        raise ValueError(f"loss must be 'gram-channel' or 'gram-position' for a target; got {loss.name!r}")
+    gram, centred = loss.gram
     pack = _packs(frozen, gram)
     with torch.no_grad():
         values, stats = gram_op.target(frozen.detach(), gram, centred, pack, _fast_backend(frozen, frozen))
-    return GramTarget(values, stats, pack, gram, centred)
+    return GramTarget(values, stats, pack, loss)
 
 
 def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = False) -> Tensor:
@@ -447,8 +448,8 @@ def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = 
 
     (WASPAA 2023, equation 1; Guizzo et al. 2021. Linear CKA: Kornblith et al. 2019.)
     """
-    _check_features(a, b, "a", "b")
-    _check_option("gram", gram, GRAMS)
+    checks.features(a, b, "a", "b")
+    checks.option("gram", gram, GRAMS)
     if runtime.backend_of("gram_cosine", a, b) == "reference":
         cosine = _in_float32(gram_reference.gram_cosine, a, b, gram, centred)
     else:
@@ -495,75 +496,80 @@ def anti_transfer_loss(
     trained: Tensor,
     frozen: Tensor | GramTarget,
     *,
+    loss: Loss | str = "gram-channel",
     beta: float = 1.0,
     reduction: str = "mean",
-    semantics: str = "paper",
-    clamp: str = "each",
-    gram: str = "channel",
-    centred: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Anti-transfer loss, beta cos^2 of the Gram matrices: the similarity to the frozen network's features.
+    """Anti-transfer loss, by default beta cos^2 of the Gram matrices: the similarity to the frozen network's features.
 
     Args:
         trained: `[B, C, *spatial]`, features of the network in training.
         frozen: `[B, C, *spatial]`, features of the frozen network of the orthogonal task; or their `gram_target`.
-        beta: weight of the loss.
-        reduction: "mean", "none" or "sum" over the batch.
-        semantics: "paper" is one cosine per sample. "folded-rowwise" is what the released research code
-            computes: the batch is folded into the channels, the absolute cosines of the rows of one (B C) x
-            (B C) Gram matrix are averaged and then squared, beta is applied twice; one scalar per batch.
-        clamp: of "folded-rowwise" only: "each" clamps each row norm at 1e-8 (torch >= 1.12), "product" the
-            product of two (torch 1.7, with which the paper's code ran).
-        gram, centred: of "paper" only: as in `gram_cosine`. "batch" has one cosine for the batch.
+        loss: what is compared, and how: a value of the table in `qkernels.losses`, or the name of one.
+        beta: weight of the loss; "folded-rowwise" applies it twice, as the released research code does.
+        reduction: "mean", "none" or "sum" over the batch; "mean" and "sum" of a loss that is one value per batch are
+            that value.
+        generator: source of randomness of aggregation "stochastic_pairwise"; by default PyTorch's own, of the features'
+            device. `torch.compile(fullgraph=True)` takes no other.
 
     Returns:
         A scalar, or `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too.
 
     Raises:
-        ValueError: shapes, types or options that do not fit; reduction "none" where the batch has one cosine; clamp
-            with "paper"; another Gram matrix than the target's.
+        ValueError: shapes, types or options that do not fit; reduction "none" of a loss that is one value per batch;
+            the target of another loss; a generator that nothing is drawn from.
+
+    Notes:
+        A cosine with zeros is 0, and features of any size have one: the clamp of norms at 1e-8 is that of
+        "folded-rowwise" alone. "pairwise" is computed from the channels' sums, in the memory of the features.
 
     >>> f = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     >>> anti_transfer_loss(f, f, beta=0.5)
     tensor(0.5000)
+    >>> anti_transfer_loss(torch.rand(3, 2, 4), torch.rand(3, 2, 4), loss="cka").shape
+    torch.Size([])
 
-    (WASPAA 2023, equation 1.)
+    (WASPAA 2023, equation 1; Guizzo et al. 2021.)
     """
-    _check_loss_options(reduction, semantics, clamp, gram, centred)
-    _check_frozen(trained, frozen, "trained", semantics, gram, centred)
-    if semantics == "folded-rowwise":
-        assert not isinstance(frozen, GramTarget)
-        return _folded_rowwise(trained, frozen, beta**2, clamp)
-    if _is_reference(trained, frozen):
-        assert isinstance(frozen, Tensor)
-        cosine = _in_float32(gram_reference.gram_cosine, trained, frozen, gram, centred)
-        squares = beta * cosine.square()
+    loss = loss_of(loss)
+    checks.loss_options(loss, reduction, generator)
+    _check_frozen(trained, frozen, "trained", loss)
+    weight = loss.weight(beta)
+    if loss.gram is not None and not _is_reference(trained, frozen):
+        cosine, value, *_ = gram_op.gram_cosine(*_operands(trained, frozen, *loss.gram, weight, reduction == "mean"))
+        return weight * cosine.square() if reduction == "none" else value
+    assert isinstance(frozen, Tensor)
+    if loss.gram is not None:
+        cosine = _in_float32(gram_reference.gram_cosine, trained, frozen, *loss.gram)
+        squares = weight * cosine.square()
         return squares if reduction == "none" else squares.mean() if reduction == "mean" else squares.sum()
-    operands = _operands(trained, frozen, gram, centred, beta, reduction == "mean")
-    cosine, loss, *_ = gram_op.gram_cosine(*operands)
-    return beta * cosine.square() if reduction == "none" else loss
+    if isinstance(loss, FoldedRowwise):
+        return _folded_rowwise(trained, frozen, weight, loss.clamp)
+    assert isinstance(loss, CosSquared | MseSigmoid)
+    return weight * _in_float32(similarity, trained, frozen, loss.aggregation, loss.name, generator)
 
 
 def anti_transfer_tap(
     features: Tensor,
     frozen: Tensor | GramTarget,
     *,
+    loss: Loss | str = "gram-channel",
     beta: float = 1.0,
     reduction: str = "mean",
-    gram: str = "channel",
-    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The features, unchanged, and their anti-transfer loss: the gradients of both are added while they are computed.
 
-    Feed the returned features to the next layer. The backward then reads the incoming gradient and writes the sum in
-    one pass, instead of writing the loss's gradient and adding it in a second one.
+    Feed the returned features to the next layer. Where the loss is the cosine of Gram matrices, the backward then reads
+    the incoming gradient and writes the sum in one pass, instead of writing the loss's gradient and adding it in a
+    second one.
 
     Args:
         features: `[B, C, *spatial]`, features of the network in training.
         frozen: `[B, C, *spatial]`, features of the frozen network; or their `gram_target`.
+        loss: as in `anti_transfer_loss`.
         beta: weight of the loss.
         reduction: "mean" or "sum" over the batch.
-        gram, centred: as in `gram_cosine`.
 
     Returns:
         (features, loss): a view of the features, and a scalar. Gradients of the loss may be scaled, accumulated or
@@ -578,13 +584,12 @@ def anti_transfer_tap(
 
     (WASPAA 2023, equation 2.)
     """
-    _check_option("reduction", reduction, ("mean", "sum"))
-    _check_option("gram", gram, GRAMS)
-    _check_frozen(features, frozen, "features", "paper", gram, centred)
-    if _is_reference(features, frozen):
-        loss = anti_transfer_loss(features, frozen, beta=beta, reduction=reduction, gram=gram, centred=centred)
-        return features, loss
-    return _Tap.apply(*_operands(features, frozen, gram, centred, beta, reduction == "mean"))
+    loss = loss_of(loss)
+    checks.option("reduction", reduction, ("mean", "sum"))
+    _check_frozen(features, frozen, "features", loss)
+    if loss.gram is None or _is_reference(features, frozen):
+        return features, anti_transfer_loss(features, frozen, loss=loss, beta=beta, reduction=reduction)
+    return _Tap.apply(*_operands(features, frozen, *loss.gram, loss.weight(beta), reduction == "mean"))
 
 
 class _Tap(torch.autograd.Function):
@@ -600,6 +605,13 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor | None, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
         by_operand = gram_op.gradients(ctx, None, dloss, incoming)
         return *by_operand, *[None] * (len(ctx.needs_input_grad) - len(by_operand))
+
+
+def _check_frozen(trained: Tensor, frozen: Tensor | GramTarget, name: str, loss: Loss) -> None:
+    if isinstance(frozen, GramTarget):
+        checks.target(trained, frozen, name, loss)
+    else:
+        checks.features(trained, frozen, name, "frozen")
 
 
 def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) -> Tensor:
@@ -690,113 +702,6 @@ def _packed(
     return packed.tiles, packed.tickets
 
 
-def _features_of(x: Tensor, flatten: bool) -> int:
-    if flatten and (x.dim() != 4 or x.shape[1] % 4):
-        raise ValueError(f"x must have shape [B, 4 Q, H, W] with flatten=True; got {tuple(x.shape)}")
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, [..., 4 K]; got a scalar")
-    return x.shape[1:].numel() if flatten else x.shape[-1]
-
-
 def _casts(x: Tensor) -> bool:
     """Whether autocast casts it."""
     return x.is_floating_point() and x.dtype != torch.float64
-
-
-def _pair(name: str, value: int | Pair, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name} must be an integer >= {least} or a pair of them; got {value!r}")
-    return pair
-
-
-def _window(stride: int | Pair, padding: int | Pair, dilation: int | Pair) -> tuple[Pair, Pair, Pair]:
-    return _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-
-
-def _check_option(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _check_loss_options(reduction: str, semantics: str, clamp: str, gram: str, centred: bool) -> None:
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_option("semantics", semantics, SEMANTICS)
-    _check_option("clamp", clamp, CLAMPS)
-    _check_option("gram", gram, GRAMS)
-    if semantics == "folded-rowwise" and reduction == "none":
-        raise ValueError("reduction 'none' has no meaning for semantics 'folded-rowwise': it is one scalar per batch")
-    if gram == "batch" and reduction == "none":
-        raise ValueError("reduction 'none' has no meaning for gram 'batch': it is one cosine per batch")
-    if semantics == "paper" and clamp != "each":
-        raise ValueError(f"clamp {clamp!r} needs semantics 'folded-rowwise': 'paper' clamps nothing")
-    if semantics == "folded-rowwise" and (gram, centred) != ("channel", False):
-        raise ValueError(
-            f"semantics 'folded-rowwise' has gram 'channel', not centred; got gram {gram!r}, centred {centred}"
-        )
-
-
-def _check_frozen(
-    trained: Tensor, frozen: Tensor | GramTarget, name: str, semantics: str, gram: str, centred: bool
-) -> None:
-    if not isinstance(frozen, GramTarget):
-        _check_features(trained, frozen, name, "frozen")
-        return
-    _check_features(trained, trained, name, name)
-    if semantics != "paper" or (frozen.gram, frozen.centred) != (gram, centred):
-        raise ValueError(
-            f"frozen is a target of gram {frozen.gram!r}, centred {frozen.centred}, semantics 'paper'; got gram "
-            f"{gram!r}, centred {centred}, semantics {semantics!r}"
-        )
-    expected = trained.shape
-    if frozen.packed:
-        rows = trained.shape[1] if gram == "channel" else trained.shape[2:].numel()
-        expected = torch.Size((trained.shape[0], rows * (rows + 1) // 2))
-    if frozen.values.shape != expected:
-        raise ValueError(
-            f"frozen.values must have shape {tuple(expected)} for {name} of shape {tuple(trained.shape)}; got "
-            f"{tuple(frozen.values.shape)}"
-        )
-    if frozen.values.device != trained.device:
-        raise ValueError(f"frozen must be on the device of {name}; got {frozen.values.device} and {trained.device}")
-
-
-def _check_rank(name: str, value: Tensor, layout: tuple[str, ...]) -> None:
-    if value.dim() != len(layout) or (name == "weight" and (value.shape[0] != 4 or 0 in value.shape)):
-        raise ValueError(f"{name} must have shape [{', '.join(layout)}]; got {tuple(value.shape)}")
-
-
-def _check_groups(groups: int, channels: int) -> None:
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups must divide the {channels} quaternion channels of weight.shape[1]; got {groups}")
-
-
-def _check_channels(size: int, expected: int, formula: str) -> None:
-    if size % 4:
-        raise ValueError(f"x must have a number of channels divisible by 4 (r, i, j, k); got {size}")
-    if size != expected:
-        raise ValueError(f"x must have {expected} = {formula} channels; got {size}")
-
-
-def _check_bias(bias: Tensor | None, size: int) -> None:
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != size):
-        raise ValueError(f"bias must have shape ({size},); got {tuple(bias.shape)}")
-
-
-def _check_output_size(size: list[int], x: Tensor) -> None:
-    if size[0] < 1 or size[1] < 1:
-        raise ValueError(f"the output would be empty, {size[0]} x {size[1]} pixels, for x of shape {tuple(x.shape)}")
-
-
-def _check_features(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    if a.dim() < 2:
-        raise ValueError(f"{name_a} must have dimensions [B, C, *spatial]; got shape {tuple(a.shape)}")
-    if a.shape != b.shape:
-        raise ValueError(f"{name_b} must have the shape of {name_a}; got {tuple(b.shape)} and {tuple(a.shape)}")
-    if a.shape[1:].numel() == 0:
-        raise ValueError(f"{name_a} must have at least one channel and one position; got shape {tuple(a.shape)}")
-    for name, value in ((name_a, a), (name_b, b)):
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{name} must be of a floating-point type; got {value.dtype}")
-    if a.device != b.device:
-        raise ValueError(f"{name_b} must be on the device of {name_a}; got {b.device} and {a.device}")

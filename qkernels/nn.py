@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels import checks
 from qkernels import functional as F
 from qkernels.init import quaternion_glorot_, quaternion_he_
-from qkernels.ops.aggregation import AGGREGATIONS, DISTANCES, similarity
+from qkernels.losses import Loss, loss_of
 
 INITS = {"glorot": quaternion_glorot_, "he": quaternion_he_}
 
@@ -29,7 +30,7 @@ class _QuaternionLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        F._check_option("init", init, tuple(INITS))
+        checks.option("init", init, tuple(INITS))
         self.init = init
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.register_parameter(
@@ -92,15 +93,15 @@ class QuaternionConv2d(_QuaternionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         p, q = (
-            _quaternions("out_channels", out_channels, groups),
-            _quaternions("in_channels", in_channels, groups),
+            checks.quaternions("out_channels", out_channels, groups),
+            checks.quaternions("in_channels", in_channels, groups),
         )
-        F._check_option("activation", activation, F.ACTIVATIONS)
-        F._check_option("pool", pool, F.POOLS)
-        kernel = F._pair("kernel_size", kernel_size, 1)
+        checks.option("activation", activation, F.ACTIVATIONS)
+        checks.option("pool", pool, F.POOLS)
+        kernel = checks.pair("kernel_size", kernel_size, 1)
         super().__init__((4, p, q // groups, *kernel), out_channels, bias, init, generator, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
-        self.stride, self.padding, self.dilation = F._window(stride, padding, dilation)
+        self.stride, self.padding, self.dilation = checks.window(stride, padding, dilation)
         self.groups, self.activation, self.pool = groups, activation, pool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,14 +172,14 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         p, q = (
-            _quaternions("out_channels", out_channels, groups),
-            _quaternions("in_channels", in_channels, groups),
+            checks.quaternions("out_channels", out_channels, groups),
+            checks.quaternions("in_channels", in_channels, groups),
         )
-        kernel = F._pair("kernel_size", kernel_size, 1)
+        kernel = checks.pair("kernel_size", kernel_size, 1)
         super().__init__((4, q, p // groups, *kernel), out_channels, bias, init, generator, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
-        self.stride, self.padding, self.dilation = F._window(stride, padding, dilation)
-        self.output_padding, self.groups = F._pair("output_padding", output_padding, 0), groups
+        self.stride, self.padding, self.dilation = checks.window(stride, padding, dilation)
+        self.output_padding, self.groups = checks.pair("output_padding", output_padding, 0), groups
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hamilton_conv_transpose2d(
@@ -241,8 +242,8 @@ class QuaternionLinear(_QuaternionLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        n, k = _quaternions("out_features", out_features), _quaternions("in_features", in_features)
-        F._check_option("activation", activation, F.ACTIVATIONS)
+        n, k = checks.quaternions("out_features", out_features), checks.quaternions("in_features", in_features)
+        checks.option("activation", activation, F.ACTIVATIONS)
         super().__init__((4, n, k), out_features, bias, init, generator, device, dtype)
         self.in_features, self.out_features = in_features, out_features
         # None and not 0.0, which torch.compile would take for a number that may change.
@@ -293,7 +294,7 @@ class QuaternionBatchNorm2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        quaternions = _quaternions("num_features", num_features)
+        quaternions = checks.quaternions("num_features", num_features)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.weight = nn.Parameter(torch.ones(quaternions, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -323,41 +324,23 @@ class QuaternionBatchNorm2d(nn.Module):
 
 
 class AntiTransferLoss(nn.Module):
-    """`functional.anti_transfer_loss` with its options held, and the research code's other losses.
-
-    Those compare aggregated maps by a distance, one scalar per batch, beta times:
-
-    - "cos_squared" flattens the positions, and squares the mean of the absolute cosines along the last axis;
-    - "mse_sigmoid" is -sigmoid(mean squared difference), in [-1, -1/2].
+    """`functional.anti_transfer_loss` with its options held.
 
     Args:
+        loss: what is compared, and how: a value of the table in `qkernels.losses`, or the name of one.
         beta: weight of the loss.
         reduction: "mean", "none" or "sum" over the batch.
-        semantics: "paper" or "folded-rowwise".
-        clamp: "each" or "product", of "folded-rowwise" only.
-        gram: "channel", "position" or "batch"; centred: of centred columns; both of "paper" only.
-        aggregation: "gram"; with "mse_sigmoid" the research code's one matrix F F^T / (B C N) / 0.001 of the batch, F
-            `[B C, N]`. Or "none"; "mean", "sum" or "max" over the channels; "mul_comp", the product over the channels
-            of (x + 1e-10)^0.001, of features >= 0; "pairwise", every channel of one map beside every one of the other;
-            "stochastic_pairwise", that of a random run of C // B channels (one for B = 1 and for B > C).
-        distance: "cos_squared" or "mse_sigmoid".
-        generator: source of randomness of "stochastic_pairwise"; by default PyTorch's own, of the features' device.
-            `torch.compile(fullgraph=True)` takes no other.
-
-        reduction, semantics, clamp, gram and centred are of aggregation "gram" with distance "cos_squared" only.
+        generator: source of randomness of aggregation "stochastic_pairwise".
 
     Shapes:
-        trained, frozen `[B, C, *spatial]` (or frozen a `GramTarget`, of "gram" with "cos_squared"); loss scalar, or
-        `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too.
+        trained, frozen `[B, C, *spatial]` (or frozen a `GramTarget` of the same loss); loss scalar, or `[B]` for
+        reduction "none"; float32 (float64 for float64 features), under autocast too.
 
     Raises:
-        ValueError: unknown options, or options that exclude each other; features that do not fit.
+        ValueError: no such loss; reduction "none" of a loss that is one value per batch; features that do not fit.
 
-    Notes:
-        A cosine with zeros is 0, and features of any size have one: the research code's clamp of norms at 1e-8 is that
-        of "folded-rowwise" alone. "pairwise" is computed from the channels' sums, in the memory of the features.
-
-    >>> loss = AntiTransferLoss(aggregation="mean", beta=0.5)
+    >>> from qkernels.losses import CosSquared
+    >>> loss = AntiTransferLoss(CosSquared("mean"), beta=0.5)
     >>> loss(torch.ones(2, 4, 3, 3), torch.ones(2, 4, 3, 3))
     tensor(0.5000)
 
@@ -366,72 +349,23 @@ class AntiTransferLoss(nn.Module):
 
     def __init__(
         self,
+        loss: Loss | str = "gram-channel",
         *,
         beta: float = 1.0,
         reduction: str = "mean",
-        semantics: str = "paper",
-        clamp: str = "each",
-        gram: str = "channel",
-        centred: bool = False,
-        aggregation: str = "gram",
-        distance: str = "cos_squared",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        F._check_loss_options(reduction, semantics, clamp, gram, centred)
-        F._check_option("aggregation", aggregation, AGGREGATIONS)
-        F._check_option("distance", distance, DISTANCES)
-        self.beta, self.reduction, self.semantics, self.clamp = beta, reduction, semantics, clamp
-        self.gram, self.centred = gram, centred
-        self.aggregation, self.distance, self.generator = aggregation, distance, generator
-        pair = f"aggregation {aggregation!r}, distance {distance!r}"
-        if not self._is_gram_cosine:
-            defaults = {"reduction": "mean", "semantics": "paper", "clamp": "each", "gram": "channel", "centred": False}
-            for name, default in defaults.items():
-                if (value := getattr(self, name)) != default:
-                    raise ValueError(
-                        f"{name} {value!r} needs aggregation 'gram' with distance 'cos_squared'; got {pair}"
-                    )
-        if generator is not None and aggregation != "stochastic_pairwise":
-            raise ValueError(f"generator needs aggregation 'stochastic_pairwise'; got {pair}")
-
-    @property
-    def _is_gram_cosine(self) -> bool:
-        return (self.aggregation, self.distance) == ("gram", "cos_squared")
+        self.loss, self.beta, self.reduction, self.generator = loss_of(loss), beta, reduction, generator
+        checks.loss_options(self.loss, reduction, generator)
 
     def forward(self, trained: Tensor, frozen: Tensor | F.GramTarget) -> Tensor:
-        if self._is_gram_cosine:
-            return F.anti_transfer_loss(
-                trained,
-                frozen,
-                beta=self.beta,
-                reduction=self.reduction,
-                semantics=self.semantics,
-                clamp=self.clamp,
-                gram=self.gram,
-                centred=self.centred,
-            )
-        if isinstance(frozen, F.GramTarget):
-            raise ValueError(
-                "frozen must be features: a target needs aggregation 'gram' with distance 'cos_squared'; got "
-                f"aggregation {self.aggregation!r}, distance {self.distance!r}"
-            )
-        F._check_features(trained, frozen, "trained", "frozen")
-        how = self.aggregation, self.distance, self.generator
-        return self.beta * F._in_float32(similarity, trained, frozen, *how)
+        return F.anti_transfer_loss(
+            trained, frozen, loss=self.loss, beta=self.beta, reduction=self.reduction, generator=self.generator
+        )
 
     def extra_repr(self) -> str:
-        options = ("beta", "reduction", "semantics", "clamp", "gram", "centred", "aggregation", "distance")
-        return ", ".join(f"{key}={getattr(self, key)!r}" for key in options)
-
-
-def _quaternions(name: str, channels: int, groups: int = 1) -> int:
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1; got {groups}")
-    if channels < 4 or channels % (4 * groups):
-        rule = "4" if groups == 1 else f"4 * groups = {4 * groups}"
-        raise ValueError(f"{name} must be a positive multiple of {rule}; got {channels}")
-    return channels // 4
+        return f"{self.loss!r}, beta={self.beta}, reduction={self.reduction!r}"
 
 
 def _settings(module: nn.Module, prefix: str = "", **defaults: Any) -> str:

@@ -27,6 +27,7 @@ from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config, forms, launch
 from qkernels.ops.hamilton_conv.config import Plan, Problem
 from qkernels.ops.hamilton_conv.launch import Epilogue, Packed
+from qkernels.runtime.device import arch_of, multiprocessors_of
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 # Which forms a precision may take by itself, and how their products are computed.
@@ -181,7 +182,7 @@ def _fastest(
 ) -> dict[str, tuple[float, Plan]]:
     """The fastest plan of each form that is accurate enough, with its milliseconds."""
     probe = torch.empty(0, device=device)
-    arch, multiprocessors = _launch.arch_of(probe), _launch.multiprocessors_of(probe)
+    arch, multiprocessors = arch_of(probe), multiprocessors_of(probe)
     best: dict[str, tuple[float, Plan]] = {}
     for form, precision in OPTIONS[asked]:
         options = set(config.candidates(product.problem, form, precision, arch))
@@ -245,10 +246,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, "qkernels.tune times kernels on a CUDA GPU, and PyTorch sees none\n")
 
     def time_of(call: Callable[[], Any]) -> float:
-        return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+        return float(triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median"))
 
     table = search(LAYERS, options.batch, options.precision, "cuda", time_of, options.most)
-    path = write(table, options.out, _launch.arch_of(torch.empty(0, device="cuda")))
+    path = write(table, options.out, arch_of(torch.empty(0, device="cuda")))
     print(f"{path}: {len(table['plans'])} plans", file=sys.stderr)
 
 

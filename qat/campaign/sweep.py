@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from qat.campaign.plan import Campaign
 from qat.config import Experiment, flatten
 from qat.config.plain import check, instantiate, parser_of, prefix_errors
+from qkernels.losses import Loss
 
 SEED = "training.seed"
 
@@ -119,6 +120,9 @@ def _slug(value: Any) -> str:
     >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/voice")), _slug({"speaker": ["ann", "ben"]})
     ('2+13', '0.5', 'voice', 'speaker-ann+ben')
     """
+    if isinstance(value, Loss):
+        plain = value.plain()
+        value = list(plain.values()) if isinstance(plain, dict) else plain
     if isinstance(value, list):
         return "+".join(map(_slug, value))
     if isinstance(value, dict):

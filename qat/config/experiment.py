@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from qkernels.losses import GramChannel, Loss
+
 WINDOW = 256
 """Samples of the periodic Hamming window; 129 bins, which the networks' shape needs."""
 INPUT_FRAMES = 512
@@ -189,7 +191,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class AntiTransferConfig:
-    """Anti-transfer: the loss beta * cos^2 of Gram matrices against frozen networks (WASPAA 2023, equations 1-2).
+    """Anti-transfer: a loss that lowers the similarity to a frozen network's features (WASPAA 2023, equations 1-2).
 
     Args:
         twin: checkpoint of the network trained on the orthogonal task; absent means no anti-transfer.
@@ -199,16 +201,16 @@ class AntiTransferConfig:
         position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
             ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
             in the released code).
-        semantics: ``paper``: one cosine per sample; ``folded-rowwise``: the released code's loss, with beta squared.
-        clamp: of ``folded-rowwise``: the norms' lower bound, on ``each`` of two (newer PyTorch) or on their ``product``
-            (PyTorch 1.7, with which the code ran).
-        gram: whose Gram matrix is compared: of the ``channel`` (the paper's); the ``position``, which no rotation of
-            the channels changes, so that it also sees what two unrelated networks have in common; or the samples of the
-            ``batch``, one cosine for all of them.
-        centred: centre the features first; with ``batch`` the cosine is then linear CKA.
-        aggregation: what is made of the features before they are compared: their ``gram`` matrix, or the older code's
-            other choices, one value per batch, see :class:`qkernels.nn.AntiTransferLoss`.
-        distance: ``cos_squared``, or the older code's ``mse_sigmoid``, -sigmoid(mean squared difference).
+        loss: what is compared, and how: a name, or a mapping of it and the loss's options, such as ``{name:
+            folded-rowwise, clamp: product}``. The squared cosine of Gram matrices over the channels, ``gram-channel``
+            (the paper's), or over the positions, ``gram-position``, which no rotation of the channels changes, so that
+            it also sees what two unrelated networks have in common; both of features that are ``centred`` first, if
+            true. Of matrices over the samples of the batch, one value for all of them: ``gram-batch``, or with centred
+            features ``cka``, squared linear CKA. ``folded-rowwise``: the released code's, with beta squared; its
+            ``clamp`` is the norms' lower bound, on ``each`` of two (newer PyTorch) or on their ``product`` (PyTorch
+            1.7, with which the code ran). ``cos-squared`` and ``mse-sigmoid``: the older code's distances of maps by
+            ``aggregation`` (none, mean, sum, max, mul_comp, pairwise, stochastic_pairwise; of mse-sigmoid also gram),
+            one value per batch, see ``qkernels.losses``.
         cache: compute what the twin gives of every sample once, before training, instead of in every step. It takes
             effect where the network is given the same of a sample each time: in the ``real`` domain or with
             ``network.rhemo_mode`` ``frozen``, unless words move in their canvas.
@@ -220,12 +222,7 @@ class AntiTransferConfig:
     layers: list[int] = field(default_factory=lambda: [2])
     beta: float | list[float] = 1.0
     position: Literal["relu", "pre-relu", "slice", "pool5"] = "relu"
-    semantics: Literal["paper", "folded-rowwise"] = "paper"
-    clamp: Literal["each", "product"] = "each"
-    gram: Literal["channel", "position", "batch"] = "channel"
-    centred: bool = False
-    aggregation: Literal["gram", "none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise"] = "gram"
-    distance: Literal["cos_squared", "mse_sigmoid"] = "cos_squared"
+    loss: Loss = field(default_factory=GramChannel)
     cache: bool = True
     cache_mib: int = 256
     random_twin: bool = False
@@ -237,18 +234,9 @@ class AntiTransferConfig:
         number = not isinstance(self.beta, list) or len(self.beta) == len(layers)
         _require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
         _require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
-        if self.semantics == "paper":
-            _require(self.clamp == "each", "anti_transfer.clamp", self.clamp, "'each' with semantics 'paper'")
-        if (self.aggregation, self.distance) != ("gram", "cos_squared"):
-            rule = "'paper' with any aggregation but 'gram' and with distance 'mse_sigmoid'"
-            _require(self.semantics == "paper", "anti_transfer.semantics", self.semantics, rule)
-        if not self.is_gram_cosine:
-            rule = "only with semantics 'paper', aggregation 'gram' and distance 'cos_squared'"
-            _require(self.gram == "channel", "anti_transfer.gram", self.gram, f"'channel'; others are there {rule}")
-            _require(not self.centred, "anti_transfer.centred", self.centred, f"false; true is there {rule}")
-        if self.aggregation == "mul_comp":
-            rule = "behind a ReLU with aggregation 'mul_comp', which takes no negative features"
-            _require(self.position != "pre-relu", "anti_transfer.position", self.position, rule)
+        if self.position == "pre-relu" and not self.loss.takes_negative:
+            rule = f"behind a ReLU with loss {self.loss.plain()}, which takes no negative features"
+            _require(False, "anti_transfer.position", self.position, rule)
         _require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
         if self.position == "pool5":
             _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
@@ -259,19 +247,6 @@ class AntiTransferConfig:
     def betas(self) -> list[float]:
         """The weight of each layer."""
         return self.beta if isinstance(self.beta, list) else [self.beta] * len(self.layers)
-
-    @property
-    def is_gram_cosine(self) -> bool:
-        """Whether the loss is the squared cosine of Gram matrices, as in the paper."""
-        return (self.semantics, self.aggregation, self.distance) == ("paper", "gram", "cos_squared")
-
-    @property
-    def mixing(self) -> str | None:
-        """The setting that makes the loss one value of a batch, if any, instead of a mean over its samples."""
-        for name in ("semantics", "aggregation", "distance", "gram"):
-            if (value := getattr(self, name)) not in ("paper", "gram", "cos_squared", "channel", "position"):
-                return f"{name} {value}"
-        return None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentError
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import register_type
 
-from qat.config.experiment import EXECUTION, AnyExperiment, Experiment, RHEmoExperiment
+from qat.config.experiment import EXECUTION, AntiTransferConfig, AnyExperiment, Experiment, RHEmoExperiment
+from qkernels.losses import GramChannel, Loss, loss_of
 
 C = TypeVar("C")
 
@@ -21,6 +24,8 @@ _type_hints = cache(get_type_hints)  # a grid compares hundreds of trainings wit
 
 def to_plain(config: Any) -> Any:
     """A config as dicts, lists and strings, ready for YAML and JSON."""
+    if isinstance(config, Loss):
+        return config.plain()
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):
@@ -71,6 +76,7 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
 
 def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
     """Undo :func:`to_plain`: the config of class ``kind`` that a run or checkpoint was saved with."""
+    plain = with_loss(plain) if kind is AntiTransferConfig else plain
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(plain.keys() - known):
         raise ValueError(f"{kind.__name__}: unknown setting {', '.join(unknown)}; saved by another version?")
@@ -78,9 +84,43 @@ def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
     for name, hint in _type_hints(kind).items():  # type: ignore[arg-type]
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = from_plain(hint, values[name])  # type: ignore[arg-type]
+        elif hint is Loss and name in values:
+            values[name] = loss_of(values[name])
         elif Path in (hint, *get_args(hint)) and values.get(name) is not None:
             values[name] = Path(values[name])
     return kind(**values)
+
+
+_LOSS_FIELDS = {
+    "semantics": "paper",
+    "clamp": "each",
+    "gram": "channel",
+    "centred": False,
+    "aggregation": "gram",
+    "distance": "cos_squared",
+}
+
+
+def with_loss(settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain anti-transfer settings, which before there was ``loss`` were saved with six fields in its place.
+
+    >>> with_loss({"layers": [2], "gram": "batch", "centred": True})
+    {'layers': [2], 'loss': 'cka'}
+    """
+    if "loss" in settings or not settings.keys() & _LOSS_FIELDS:
+        return settings
+    rest = {name: value for name, value in settings.items() if name not in _LOSS_FIELDS}
+    old = {name: settings.get(name, default) for name, default in _LOSS_FIELDS.items()}
+    plain: dict[str, Any]
+    if (old["aggregation"], old["distance"]) != ("gram", "cos_squared"):
+        plain = {"name": old["distance"].replace("_", "-"), "aggregation": old["aggregation"]}
+    elif old["semantics"] == "folded-rowwise":
+        plain = {"name": "folded-rowwise", "clamp": old["clamp"]}
+    elif old["gram"] == "batch":
+        plain = {"name": "cka" if old["centred"] else "gram-batch"}
+    else:
+        plain = {"name": f"gram-{old['gram']}", "centred": old["centred"]}
+    return rest | {"loss": loss_of(plain).plain()}
 
 
 @contextmanager
@@ -126,7 +166,19 @@ def parser_of(kind: type[AnyExperiment]) -> ArgumentParser:
     """A parser of all settings of one kind of experiment."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
+    if kind is Experiment:
+        parser.set_defaults({"anti_transfer.loss": GramChannel.name})  # a dataclass would count as one of unknown type
     return parser
+
+
+def _parsed_loss(value: Any) -> Loss:
+    """The loss of a name or mapping, also of one as text."""
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    return loss_of(value)
+
+
+register_type(Loss, Loss.plain, _parsed_loss, type_check=isinstance)
 
 
 def instantiate(parser: ArgumentParser, kind: type[AnyExperiment], settings: Any) -> AnyExperiment:

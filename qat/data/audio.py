@@ -52,7 +52,8 @@ def decode(
     mono = samples.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise AudioError(f"{_named(path, start)}: has samples that are not finite")
-    return mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate)
+    resampled: NDArray[np.float32] = mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate)
+    return resampled
 
 
 def load_audio(

@@ -196,7 +196,7 @@ def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
         import soundfile  # not above: a complete manifest is read where it is not installed
 
         try:
-            return round(soundfile.info(file).duration, 6)
+            return round(float(soundfile.info(file).duration), 6)
         except soundfile.LibsndfileError:
             return 0.0
 

@@ -44,7 +44,8 @@ def magnitude(audio: NDArray[np.float32] | Tensor, config: SpectrogramConfig) ->
         raise ValueError(f"audio has {n} samples, fewer than one window of {config.window}")
     transform, scale = _transform(config.window, config.hop)
     # torchaudio drops an incomplete last hop; scipy, hence the method, fills it with zeros.
-    return transform(torch.nn.functional.pad(audio, (0, -n % config.hop))).transpose(-1, -2) * scale
+    spectrogram: Tensor = transform(torch.nn.functional.pad(audio, (0, -n % config.hop)))
+    return spectrogram.transpose(-1, -2) * scale
 
 
 def cut(audio: NDArray[np.float32] | Tensor, config: SpectrogramConfig) -> Tensor:

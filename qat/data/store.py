@@ -68,7 +68,8 @@ class SpectrogramStore:
     @cached_property
     def magnitudes(self) -> NDArray[np.float32]:
         """`[len(index), config.frames, config.bins]`, read-only, memory-mapped."""
-        return np.load(self.folder / "magnitudes.npy", mmap_mode="r")
+        magnitudes: NDArray[np.float32] = np.load(self.folder / "magnitudes.npy", mmap_mode="r")
+        return magnitudes
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Copy some spectrograms to memory: `[len(indices), config.frames, config.bins]`."""

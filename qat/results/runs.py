@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.config import EXECUTION, flatten
+from qat.config.plain import with_loss
 from qat.results.statistics import (
     Difference,
     cluster_interval,
@@ -20,6 +21,7 @@ from qat.results.statistics import (
     over_seeds,
     paired_difference,
 )
+from qkernels.losses import loss_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,11 +42,6 @@ POSITIONS = {
     "pool5": "last pool, whatever the layer",
 }
 """Which features a layer stands for, by ``anti_transfer.position``."""
-_GRAMS = {
-    "channel": "one cosine per sample",
-    "position": "one cosine per sample, over positions",
-    "batch": "one cosine per batch, over samples",
-}
 _SEED = re.compile(r"(?:^|[-_./])seed[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
 
 
@@ -135,20 +132,8 @@ class Run:
         position = self.setting("anti_transfer.position", "relu")
         twin = "random twin (control)" if self.random_twin else f"twin {_origin(self.setting('anti_transfer.twin'))}"
         place = f"{layers} ({POSITIONS.get(position, position)})"
-        return f"{place}, beta {self.beta}, {twin}, {self._compared}"
-
-    @property
-    def _compared(self) -> str:
-        aggregation, distance = (
-            self.setting(f"anti_transfer.{name}", default)
-            for name, default in (("aggregation", "gram"), ("distance", "cos_squared"))
-        )
-        if (aggregation, distance) != ("gram", "cos_squared"):
-            return f"{aggregation} by {distance}"
-        if self.setting("anti_transfer.semantics", "paper") == "folded-rowwise":
-            return "batch-folded, row-wise cosine"
-        gram = self.setting("anti_transfer.gram", "channel")
-        return _GRAMS.get(gram, gram) + (", centred" if self.setting("anti_transfer.centred", False) else "")
+        loss = loss_of(with_loss(self.setting("anti_transfer")).get("loss", "gram-channel"))
+        return f"{place}, beta {self.beta}, {twin}, {loss}"
 
     @property
     def device(self) -> str:

@@ -18,7 +18,7 @@ from qat.models import RHEmoEncoder
 from qat.processes import bar
 from qat.training import distributed
 from qat.training.data import Spectrograms
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 LAYOUT = 1
 """Raised whenever what is written here changes its meaning, so that old embeddings are not read."""

@@ -41,8 +41,8 @@ class Pretrained:
         network, at = experiment.network, experiment.anti_transfer
         if network.rhemo_mode == "batch-statistics":
             distributed.require_one_process("network.rhemo_mode batch-statistics, which mixes the samples of a batch,")
-        if at.mixing:
-            distributed.require_one_process(f"anti_transfer.{at.mixing}, which mixes the samples of a batch,")
+        if not at.loss.per_sample:
+            distributed.require_one_process(f"anti_transfer.loss {at.loss.name}, which mixes the samples of a batch,")
         if network.embeds and network.rhemo is None:
             raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is named")
         pretrained = cls(

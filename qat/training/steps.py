@@ -20,7 +20,7 @@ from qat.config import TrainingConfig
 from qat.training import distributed
 from qat.training.examples import Batch, Examples
 from qat.training.objectives import Losses
-from qkernels.ops._launch import switched
+from qkernels.runtime.precision import switched
 
 WARM = 3
 """Steps of a kind before it is captured, in which kernels are compiled, and libraries and Adam take their memory."""

@@ -7,9 +7,6 @@ speech processing", 2021.
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("none", "mean", "sum", "max", "mul_comp", "gram", "pairwise", "stochastic_pairwise")
-DISTANCES = ("cos_squared", "mse_sigmoid")
-
 
 def similarity(
     trained: Tensor,
@@ -27,8 +24,8 @@ def similarity(
             over the channels of (x + 1e-10)^0.001, `[B, 1, N]`, of features >= 0; "pairwise", every channel of
             `trained` beside every one of `frozen`, `[B, 1, C C N]`; "stochastic_pairwise", that of a random run of
             C // B consecutive channels, the same of both (one channel for B = 1 and for B > C); "gram", for
-            "mse_sigmoid" only, F F^T / (B C N) / 0.001 with F `[B C, N]`, the batch folded into the channels.
-        distance: "cos_squared", the square of the mean of the absolute cosines along the last axis; "mse_sigmoid",
+            "mse-sigmoid" only, F F^T / (B C N) / 0.001 with F `[B C, N]`, the batch folded into the channels.
+        distance: "cos-squared", the square of the mean of the absolute cosines along the last axis; "mse-sigmoid",
             -sigmoid(mean squared difference).
         generator: of "stochastic_pairwise"; else PyTorch's own of the features' device.
 
@@ -36,19 +33,19 @@ def similarity(
         One scalar for the batch. A cosine with zeros is 0, with gradient 0; NaN gives NaN.
     """
     t, p = (x.flatten(2) if x.dim() > 2 else x[..., None] for x in (trained, frozen))
-    compare = _mean_cosine if distance == "cos_squared" else _mean_square
+    compare = _mean_cosine if distance == "cos-squared" else _mean_square
     if aggregation == "stochastic_pairwise":
         channels = _run_of_channels(t, generator)
         t, p = (x.index_select(1, channels) for x in (t, p))
     if aggregation.endswith("pairwise"):
-        compare = _mean_cosine_of_pairs if distance == "cos_squared" else _mean_square_of_pairs
+        compare = _mean_cosine_of_pairs if distance == "cos-squared" else _mean_square_of_pairs
     elif aggregation == "gram":
-        assert distance == "mse_sigmoid"
+        assert distance == "mse-sigmoid"
         compare = _mean_square_of_grams
     elif aggregation != "none":
         t, p = (_over_channels(x, aggregation) for x in (t, p))
     value = compare(t, p)
-    return value.square() if distance == "cos_squared" else -value.sigmoid()
+    return value.square() if distance == "cos-squared" else -value.sigmoid()
 
 
 def _over_channels(x: Tensor, aggregation: str) -> Tensor:

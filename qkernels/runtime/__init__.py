@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops import _launch
 from qkernels.ops.gram_cosine.config import gram_form
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
 from qkernels.ops.hamilton_conv.config import cpu_form, how_of
+from qkernels.runtime.device import INTERPRETED, arch_of, arch_of_device
+from qkernels.runtime.precision import precision_of
+from qkernels.runtime.recording import recorded
 
 BACKENDS = ("auto", "reference", "triton")
 FORMS = ("auto", *KERNEL_FORMS)
@@ -164,9 +166,9 @@ def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
     if x.is_cuda and torch.version.hip:
         return "the kernels are made for NVIDIA GPUs"
     if x.is_cuda:
-        arch = _launch.arch_of_device(x.device)
+        arch = arch_of_device(x.device)
         return None if arch >= 80 else f"the kernels need compute capability 8.0, and {x.device} has {arch / 10}"
-    if _launch.recorded() or (x.device.type == "cpu" and _launch.INTERPRETED):
+    if recorded() or (x.device.type == "cpu" and INTERPRETED):
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
 
@@ -217,12 +219,12 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
 
 
 def _kernels_how(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
-    precision = _launch.precision_of(dtype, "matmul" if name == "hamilton_linear" else "conv")
+    precision = precision_of(dtype, "matmul" if name == "hamilton_linear" else "conv")
     _, p, q, *kernel = shape
-    return how_of(form, p, q, math.prod(kernel), precision, _launch.arch_of(device))
+    return how_of(form, p, q, math.prod(kernel), precision, arch_of(device))
 
 
-_kernels_how._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _launch.arch_of_device
+_kernels_how._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see arch_of_device
 
 
 def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:

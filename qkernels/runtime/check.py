@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels import algebra
-from qkernels.ops import _launch
 from qkernels.ops.folded_rowwise import launch as folded
 from qkernels.ops.folded_rowwise.reference import folded_rowwise
 from qkernels.ops.gram_cosine import launch as gram
@@ -38,6 +37,7 @@ from qkernels.ops.hamilton_conv import config, forms
 from qkernels.ops.hamilton_conv import launch as conv
 from qkernels.ops.hamilton_conv.config import Problem
 from qkernels.ops.hamilton_conv.launch import Epilogue
+from qkernels.runtime.device import INTERPRETED, arch_of, multiprocessors_of
 from qkernels.runtime.tolerances import LARGEST_ERROR, LOSS_TOLERANCES, tolerance
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
@@ -196,7 +196,7 @@ def _planned(layer: Layer, direction: str, how: str, device: torch.device) -> It
     n, k = (layer.q, layer.p) if direction == "dx" else (layer.p, layer.q)
     problem = Problem("dw" if direction == "dw" else "gather", pixels, n, k, positions, pool=direction == "pool")
     form, precision = HOWS[how][2].split("-")
-    plan = config.plan(problem, form, precision, _launch.arch_of(place), _launch.multiprocessors_of(place))
+    plan = config.plan(problem, form, precision, arch_of(place), multiprocessors_of(place))
     with config.force(replace(plan, splits=layer.splits)):
         yield
 
@@ -237,7 +237,7 @@ def _map(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scale: 
 def _allowed(result: str, how: str, widened: bool = False) -> float:
     precision, *_ = HOWS[how]
     half = precision in ("bf16", "fp16")
-    cut = CUT if _launch.INTERPRETED and precision == "bf16" and not widened else 1.0
+    cut = CUT if INTERPRETED and precision == "bf16" and not widened else 1.0
     return SLACK * cut * tolerance(result, precision, widened and half)
 
 
@@ -266,7 +266,7 @@ def _pack(first: Layer, second: Layer, how: str, device: torch.device) -> Check:
         return {"tiles": whole.double(), "tickets": torch.zeros(2 * config.MOST_TICKETS, device=device).double()}
 
     # What is only copied and rounded is so to the bit, but for the interpreter's way with bfloat16.
-    cut = _launch.INTERPRETED and precision == "bf16"
+    cut = INTERPRETED and precision == "bf16"
     return Check(run, exact, {"tiles": _allowed("y", how) if cut or form == "q8" else 0.0, "tickets": 0.0})
 
 
@@ -411,7 +411,7 @@ def _features(shape: Sequence[int], precision: str, device: torch.device) -> lis
 
 def _loss_allowed(precision: str) -> tuple[float, float]:
     value, gradient = LOSS_TOLERANCES[precision]
-    return value, SLACK * gradient * (CUT if _launch.INTERPRETED and precision == "bf16" else 1.0)
+    return value, SLACK * gradient * (CUT if INTERPRETED and precision == "bf16" else 1.0)
 
 
 def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, device: torch.device) -> Check:
@@ -526,7 +526,7 @@ def run(say: Callable[[str], None], only: Callable[[str], bool] = lambda name: T
         say: takes a line for each, as soon as it is found.
         only: says which of the names to check.
     """
-    tiny = _launch.INTERPRETED or not torch.cuda.is_available()
+    tiny = INTERPRETED or not torch.cuda.is_available()
     device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
     repeats = INTERPRETED_REPEATS if tiny else REPEATS
     every = checks(tiny)

@@ -1,12 +1,14 @@
 """The sign table against quaternion arithmetic written out, and everything that is derived from it."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from qkernels import algebra
 
 
-def product(p, q):
+def product(p: Any, q: Any) -> Any:
     """Hamilton's rules i^2 = j^2 = k^2 = ijk = -1, multiplied out by hand."""
     a, b, c, d = p
     e, f, g, h = q
@@ -20,18 +22,18 @@ def product(p, q):
     )
 
 
-def random(*shape, dtype=torch.float64):
+def random(*shape: Any, dtype: torch.dtype = torch.float64) -> Any:
     return torch.randn(*shape, dtype=dtype)
 
 
-def test_structure_tensor_is_the_hamilton_product():
+def test_structure_tensor_is_the_hamilton_product() -> None:
     w, x = random(4), random(4)
     y = torch.einsum("abc,b,c->a", algebra.structure_tensor(), w, x)
     torch.testing.assert_close(y, product(w, x))
 
 
-def test_product_is_associative_and_multiplies_norms():
-    def times(p, q):
+def test_product_is_associative_and_multiplies_norms() -> None:
+    def times(p: Any, q: Any) -> Any:
         return torch.einsum("abc,b,c->a", algebra.structure_tensor(), p, q)
 
     p, q, r = random(3, 4)
@@ -40,7 +42,7 @@ def test_product_is_associative_and_multiplies_norms():
     assert not torch.allclose(times(p, q), times(q, p))
 
 
-def test_eight_products_are_the_structure_tensor():
+def test_eight_products_are_the_structure_tensor() -> None:
     a, b, c = algebra.eight_products()
     assert torch.equal(torch.einsum("am,mb,mc->abc", c, a, b), algebra.structure_tensor())
 
@@ -54,7 +56,7 @@ def test_eight_products_are_the_structure_tensor():
         (algebra.output_from_products, lambda a, b, c: c),
     ],
 )
-def test_map_transforms_apply_their_matrix(transform, matrix):
+def test_map_transforms_apply_their_matrix(transform: Any, matrix: Any) -> None:
     m = matrix(*algebra.eight_products())
     x = random(3, m.shape[1], 5, 2)
     expected = torch.einsum("mc,bc...->bm...", m, x)
@@ -62,14 +64,14 @@ def test_map_transforms_apply_their_matrix(transform, matrix):
     torch.testing.assert_close(transform(x.transpose(0, 3).contiguous().transpose(0, 3)), expected)
 
 
-def test_weight_transforms_apply_their_matrix():
+def test_weight_transforms_apply_their_matrix() -> None:
     a, _, _ = algebra.eight_products()
     w, z = random(4, 3, 2), random(8, 3, 2)
     torch.testing.assert_close(algebra.weight_products(w), torch.einsum("mb,b...->m...", a, w))
     torch.testing.assert_close(algebra.weight_from_products(z.clone()), torch.einsum("mb,m...->b...", a, z))
 
 
-def test_transforms_do_not_write_to_their_operands():
+def test_transforms_do_not_write_to_their_operands() -> None:
     w, x = random(4, 3), random(2, 4, 3)
     before = w.clone(), x.clone()
     algebra.weight_products(w), algebra.input_products(x), algebra.output_products(x)
@@ -78,14 +80,14 @@ def test_transforms_do_not_write_to_their_operands():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_components_are_summed_in_float32(dtype):
+def test_half_components_are_summed_in_float32(dtype: torch.dtype) -> None:
     x = random(2, 4, 7, dtype=torch.float32).to(dtype)
     assert algebra.input_products(x).dtype == torch.float32
     assert torch.equal(algebra.input_products(x), algebra.input_products(x.float()))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_expanded_weight_multiplies_and_contracts(groups):
+def test_expanded_weight_multiplies_and_contracts(groups: int) -> None:
     p, q = 2, 5
     w, x = random(4, groups * p, q), random(4, groups, q)
     real = algebra.expand_weight(w, groups)

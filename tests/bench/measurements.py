@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from bench import summary
 from bench.fresh import Fresh
@@ -14,7 +15,7 @@ STEP = {"suite": "step", "layer": summary.NO_AT, "work": "step", "provider": "ou
 LOSS = {"suite": "atl", "layer": "layers 1-2", "variant": "paper", "provider": "ours"}
 
 
-def row(median=100.0, **fields) -> Row:
+def row(median: float = 100.0, **fields: Any) -> Row:
     """A right row, p20 and p80 on its median; another status has no time."""
     plain = {
         "suite": "conv", "network": "quaternion", "layer": "conv 2", "variant": "", "batch": 20, "precision": "bf16",
@@ -25,7 +26,7 @@ def row(median=100.0, **fields) -> Row:
     return Row(**{**dict.fromkeys(Row._fields), **plain, **times, **fields})
 
 
-def measured(*rows, fresh=(), shared=(), **provenance) -> summary.Measured:
+def measured(*rows: Any, fresh: Any = (), shared: Any = (), **provenance: Any) -> summary.Measured:
     """A run of these rows, first runs and trainings side by side, these of another commit."""
     lines = {tuple(getattr(line, field) for field in summary.FRESH_CASE): line for line in fresh}
     origin = {**GPU, **provenance}
@@ -33,12 +34,12 @@ def measured(*rows, fresh=(), shared=(), **provenance) -> summary.Measured:
     return summary.Measured(Path("results/gpu/results.csv"), Results(list(rows), origin), lines, beside)
 
 
-def fresh_of(row: Row, **values) -> Fresh:
+def fresh_of(row: Row, **values: Any) -> Fresh:
     """The first run of a row's case and provider."""
     return Fresh(**{field: getattr(row, field) for field in summary.FRESH_CASE} | {"status": "ok"} | values)
 
 
-def shared(processes: int, relative: float | None, **fields) -> Shared:
+def shared(processes: int, relative: float | None, **fields: Any) -> Shared:
     """A row of trainings side by side, of 1000 samples a second for one of them."""
     case = ("epoch", "quaternion", "AT at layer 2", "9 samples", 20, "bf16", "epoch", "processes", processes, 1, "ok")
     return Shared(*case, relative and 1000 * relative, relative)._replace(**fields)
@@ -57,7 +58,7 @@ def lines_of(text: str) -> list[dict[str, str]]:
     return found
 
 
-def line_of(text: str, **cells) -> dict[str, str]:
+def line_of(text: str, **cells: Any) -> dict[str, str]:
     """The one line with these cells."""
     (line,) = [line for line in lines_of(text) if all(line.get(name) == value for name, value in cells.items())]
     return line
@@ -81,7 +82,7 @@ def steps() -> list[Row]:
     return [*rows, row(21.0, **cached, peak_bytes=440_000), part]
 
 
-def everything(**provenance) -> summary.Measured:
+def everything(**provenance: Any) -> summary.Measured:
     """A run with rows for every section and chart."""
     rows = [row(50.0, layer=layer) for layer in ("conv 2", "conv 6-7")]
     rows.append(row(80.0, layer="conv 2", provider="concatenated, NHWC"))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import atl, layers
 from bench.case import BACKWARD, FORWARD, STEP, differentiated
-from bench.cpu_forms import Layer
 from bench.suites import HEADLINE, SUITES
 from qkernels import anti_transfer_loss
 
 CPU = torch.device("cpu")
-CONV = layers.layer_case(Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP)
-LINEAR = layers.layer_case(Layer("linear 1", 8, 12, 0, 1), "quaternion", 2, "float32", STEP)
+CONV = layers.layer_case(layers.Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP)
+LINEAR = layers.layer_case(layers.Layer("linear 1", 8, 12, 0, 1), "quaternion", 2, "float32", STEP)
 LOSS = next(case for case in atl.ATL.cases if case.variant == "paper").tiny()
 AUTO = layers.PROVIDERS[0]
 
 
-def test_flops_of_a_convolution_are_those_of_a_count():
+def test_flops_of_a_convolution_are_those_of_a_count() -> None:
     """16 multiplications and as many additions for each quaternion of the output, of the input under each tap."""
     counted = 0
     for _ in itertools.product(range(2), range(12 // 4), range(4), range(4), range(8 // 4), range(3), range(3)):
@@ -33,7 +33,7 @@ def test_flops_of_a_convolution_are_those_of_a_count():
 
 
 @pytest.mark.parametrize("case", [CONV, LINEAR, replace(CONV, work=layers.DX), replace(CONV, work=FORWARD)], ids=str)
-def test_flops_are_pytorchs_for_the_real_layer(case):
+def test_flops_are_pytorchs_for_the_real_layer(case: Any) -> None:
     real = next(provider for provider in layers.PROVIDERS if provider.real)
     run = real.build(case, [case.operands(CPU)])[0]
     with FlopCounterMode(display=False) as counter:
@@ -41,7 +41,7 @@ def test_flops_are_pytorchs_for_the_real_layer(case):
     assert counter.get_total_flops() == case.flops
 
 
-def test_bytes_are_those_of_the_tensors():
+def test_bytes_are_those_of_the_tensors() -> None:
     case = replace(CONV, work=STEP, precision="bf16")
     x, weight, bias, dy, real = case.operands(CPU)
     assert real.shape == (12, 8, 3, 3)
@@ -54,16 +54,16 @@ def test_bytes_are_those_of_the_tensors():
 class Counting:
     """Matrix products that count multiplications and additions; of a symmetric result one half."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.flops = 0
 
-    def __call__(self, a, b, symmetric=False):
+    def __call__(self, a: Any, b: Any, symmetric: bool = False) -> Any:
         rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
         self.flops += 2 * inner * (rows * (rows + 1) // 2 if symmetric else rows * columns)
         return a @ b
 
 
-def by_rows(product, a, b):
+def by_rows(product: Any, a: Any, b: Any) -> Any:
     gram_a, gram_b = product(a, a.T, symmetric=True), product(b, b.T, symmetric=True)
     inner, square_a, square_b = (gram_a * gram_b).sum(), gram_a.square().sum(), gram_b.square().sum()
     scale = 4 * inner / (square_a * square_b)
@@ -72,7 +72,7 @@ def by_rows(product, a, b):
     return inner**2 / (square_a * square_b), gradient, (forward, product.flops - forward)
 
 
-def by_columns(product, a, b):
+def by_columns(product: Any, a: Any, b: Any) -> Any:
     cross, gram_a, gram_b = product(b.T, a), product(a.T, a, symmetric=True), product(b.T, b, symmetric=True)
     inner, square_a, square_b = (m.square().sum() for m in (cross, gram_a, gram_b))
     scale = 4 * inner / (square_a * square_b)
@@ -82,7 +82,7 @@ def by_columns(product, a, b):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 7), (7, 3), (5, 5), (64, 4), (4, 64)])
-def test_flops_of_the_loss_are_those_of_a_count(rows, columns):
+def test_flops_of_the_loss_are_those_of_a_count(rows: int, columns: int) -> None:
     """Two algorithms compute loss and gradient, and count; the case has the fewer of the two."""
     a, b = torch.rand(2, rows, columns, dtype=torch.float64)
     leaf = a.clone().requires_grad_()
@@ -101,7 +101,7 @@ def test_flops_of_the_loss_are_those_of_a_count(rows, columns):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 3), (6, 50)])
-def test_flops_of_the_released_loss_are_those_of_a_count(rows, columns):
+def test_flops_of_the_released_loss_are_those_of_a_count(rows: int, columns: int) -> None:
     a, b = torch.rand(2, rows, columns, dtype=torch.float64)
     count = Counting()
     if columns < rows:
@@ -117,7 +117,7 @@ def test_flops_of_the_released_loss_are_those_of_a_count(rows, columns):
         forward = count.flops
         count(gram_a, a)
     value = (inner / (square_a * square_b).sqrt()).abs().mean().square()
-    expected = anti_transfer_loss(a[None, :, None], b[None, :, None], semantics="folded-rowwise")
+    expected = anti_transfer_loss(a[None, :, None], b[None, :, None], loss="folded-rowwise")
     torch.testing.assert_close(value, expected)
     assert atl.folded_flops(rows, columns) == (forward, count.flops - forward)
 
@@ -125,7 +125,7 @@ def test_flops_of_the_released_loss_are_those_of_a_count(rows, columns):
 @pytest.mark.parametrize("case", [CONV, LINEAR, *(replace(CONV, work=w) for w in layers.BARE), LOSS], ids=str)
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("factor", [1.001, math.nan])
-def test_the_gate_refuses_a_wrong_part(case, part, factor):
+def test_the_gate_refuses_a_wrong_part(case: Any, part: Any, factor: Any) -> None:
     provider = atl.PROVIDERS[0] if case is LOSS else AUTO
     operands = case.operands(CPU)
     results = list(provider.read(provider.build(case, [operands])[0]()))
@@ -136,7 +136,7 @@ def test_the_gate_refuses_a_wrong_part(case, part, factor):
     assert not case.gate(provider, operands, tuple(results))[0] <= 1
 
 
-def test_each_set_of_operands_has_a_run_of_its_own():
+def test_each_set_of_operands_has_a_run_of_its_own() -> None:
     sets = [CONV.operands(CPU) for _ in range(3)]
     for provider in layers.PROVIDERS:
         if provider.fits(CONV) and provider.cpu:
@@ -145,10 +145,10 @@ def test_each_set_of_operands_has_a_run_of_its_own():
 
 
 @pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP])
-def test_a_run_computes_its_work_every_time(work):
+def test_a_run_computes_its_work_every_time(work: Any) -> None:
     calls = []
 
-    def cube(x, y):
+    def cube(x: Any, y: Any) -> Any:
         calls.append(0)
         return x**3 * y
 
@@ -163,7 +163,7 @@ def test_a_run_computes_its_work_every_time(work):
     assert dy.tolist() == [8.0, 27.0]
 
 
-def test_suites_have_what_they_should():
+def test_suites_have_what_they_should() -> None:
     names = {
         name: {provider.name for suite in suites for provider in suite.providers} for name, suites in SUITES.items()
     }
@@ -189,6 +189,6 @@ def test_suites_have_what_they_should():
         assert all(any(p.fits(case) for p in suite.providers) for suite in suites for case in suite.cases)
 
 
-def test_ten_headline_cases():
+def test_ten_headline_cases() -> None:
     assert len({str(case) for case, _ in HEADLINE["cuda"]}) == 10
     assert all(provider.fits(case) for pairs in HEADLINE.values() for case, provider in pairs)

@@ -1,15 +1,16 @@
 """Charts against numbers worked out by hand."""
 
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
-from measurements import GPU, LOSS, STEP, everything, measured, row, steps
 
 from bench import charts, summary
 from bench.results import Results
+from tests.bench.measurements import GPU, LOSS, STEP, everything, measured, row, steps
 
 
-def charts_of(*results) -> dict[str, set[str]]:
+def charts_of(*results: Any) -> dict[str, set[str]]:
     """The texts of each chart, by its file; each must be SVG."""
     drawn = {}
     for (_, file), svg in charts.charts(results).items():
@@ -19,7 +20,7 @@ def charts_of(*results) -> dict[str, set[str]]:
     return drawn
 
 
-def test_charts_hold_their_labels():
+def test_charts_hold_their_labels() -> None:
     drawn = charts_of(everything())
     assert set(drawn) == {"layers-gpu.svg", "roofline-gpu.svg", "memory-gpu.svg", "step-gpu.svg"}
     for texts in drawn.values():
@@ -38,7 +39,7 @@ def test_charts_hold_their_labels():
     assert roof <= drawn["roofline-gpu.svg"]
 
 
-def drawn_by(function, m):
+def drawn_by(function: Any, m: Any) -> Any:
     """A chart before it is text."""
     from matplotlib import style
 
@@ -46,14 +47,14 @@ def drawn_by(function, m):
         return function(m)
 
 
-def test_bars_are_as_long_as_they_should_be():
+def test_bars_are_as_long_as_they_should_be() -> None:
     axis = drawn_by(charts.speeds, everything()).axes[0]
     heights = [[bar.get_height() + bar.get_y() for bar in group] for group in axis.containers]
     # ours, concatenated, and SpeechBrain, which was refused at conv 2
     assert heights == [pytest.approx([80 / 50, 90 / 50]), pytest.approx([1.0]), pytest.approx([1.0, 1.0])]
 
 
-def test_a_baseline_of_another_variant_is_drawn_as_the_table_says():
+def test_a_baseline_of_another_variant_is_drawn_as_the_table_says() -> None:
     compiled = {"variant": "against torch.compile"}
     rows = [row(50.0), row(100.0, provider="b"), row(60.0, **compiled), row(90.0, provider="torch.compile", **compiled)]
     axis = drawn_by(charts.speeds, measured(*rows)).axes[0]
@@ -61,7 +62,7 @@ def test_a_baseline_of_another_variant_is_drawn_as_the_table_says():
     assert [*ours, *other, *best] == pytest.approx([1.5, 0.75, 1.0])
 
 
-def test_points_of_the_roofline():
+def test_points_of_the_roofline() -> None:
     lines = {
         line.get_label(): line.get_xydata().tolist() for line in drawn_by(charts.roofline, everything()).axes[0].lines
     }
@@ -71,7 +72,7 @@ def test_points_of_the_roofline():
     assert lines["measured roof"] == [pytest.approx([100.0, 400.0]), pytest.approx([200.0, 800.0])]
 
 
-def test_stacks_add_up_to_the_step():
+def test_stacks_add_up_to_the_step() -> None:
     rows = [row(us, **{**STEP, "layer": "AT at layer 2", "work": work}) for work, us in
             zip(summary.WORKS, (5e3, 2e4, 6e4, 7e4), strict=True)]  # fmt: skip
     bars = [bar for group in drawn_by(charts.steps, measured(*rows)).axes[0].containers for bar in group]
@@ -80,7 +81,7 @@ def test_stacks_add_up_to_the_step():
     ]
 
 
-def test_a_chart_needs_its_rows():
+def test_a_chart_needs_its_rows() -> None:
     assert charts_of() == charts_of(measured()) == {}
     assert set(charts_of(measured(row(), row(provider="b")))) == {"layers-gpu.svg", "roofline-gpu.svg"}
     assert set(charts_of(measured(row()))) == {"roofline-gpu.svg"}
@@ -91,7 +92,7 @@ def test_a_chart_needs_its_rows():
     assert "measured roof" not in charts_of(unroofed)["roofline-gpu.svg"]
 
 
-def test_charts_are_the_same_bytes_again(monkeypatch):
+def test_charts_are_the_same_bytes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = charts.charts([everything()])
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
     import matplotlib

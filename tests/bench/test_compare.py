@@ -1,6 +1,8 @@
 """Results against results: what counts as a change, and where committed results are found."""
 
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from bench.results import Results, Row, write
 PROVENANCE = {"device": "A GPU", "threads": "8", "commit": "abc"}
 
 
-def row(**fields) -> Row:
+def row(**fields: Any) -> Row:
     plain = {
         "suite": "conv", "network": "quaternion", "layer": "conv 2", "variant": "", "batch": 20, "precision": "bf16",
         "work": "forward", "mode": "graph", "provider": "ours auto", "shape": "", "status": "ok", "median_us": 100.0,
@@ -19,11 +21,11 @@ def row(**fields) -> Row:
     return Row(**{**dict.fromkeys(Row._fields), **plain, **fields})
 
 
-def results(*rows, **provenance) -> Results:
+def results(*rows: Any, **provenance: Any) -> Results:
     return Results(list(rows), {**PROVENANCE, **provenance})
 
 
-def verdicts(before: dict, after: dict) -> list[str]:
+def verdicts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [change.verdict for change in compare(results(row(**before)), results(row(**after))).changes]
 
 
@@ -57,11 +59,11 @@ def verdicts(before: dict, after: dict) -> list[str]:
         ({"status": "failed"}, {"status": "REFUSED"}, []),
     ],
 )
-def test_verdicts(before, after, expected):
+def test_verdicts(before: Any, after: Any, expected: Any) -> None:
     assert sorted(verdicts(before, after)) == expected
 
 
-def test_what_regressed():
+def test_what_regressed() -> None:
     regressing = ({"median_us": 200.0}, {"peak_bytes": 10**9}, {"status": "REFUSED"})
     for after in regressing:
         assert compare(results(row()), results(row(**after))).regressions
@@ -69,7 +71,7 @@ def test_what_regressed():
         assert not compare(results(row(**before)), results(row())).regressions
 
 
-def test_rows_are_matched_by_all_of_their_key():
+def test_rows_are_matched_by_all_of_their_key() -> None:
     """A row that differs in anything that names it is another row."""
     names = {"suite": "linear", "network": "real", "layer": "conv 3", "variant": "x", "batch": 1, "precision": "fp16",
              "work": "dx", "mode": "eager", "provider": "ours"}  # fmt: skip
@@ -80,7 +82,7 @@ def test_rows_are_matched_by_all_of_their_key():
     assert compare(results(row(shape="1")), results(row(shape="2"))).matched == 1
 
 
-def test_rows_of_one_side_are_counted_by_suite():
+def test_rows_of_one_side_are_counted_by_suite() -> None:
     before = results(row(), row(suite="linear"), row(suite="linear", layer="x"), row(suite="atl"))
     found = compare(before, results(row(), row(suite="step")))
     assert (found.only_before, found.only_after) == ({"linear": 2, "atl": 1}, {"step": 1})
@@ -89,7 +91,7 @@ def test_rows_of_one_side_are_counted_by_suite():
     assert summary == "1 rows compared: nothing changed; only before: 1 of atl, 2 of linear; only after: 1 of step"
 
 
-def test_text_is_worst_first():
+def test_text_is_worst_first() -> None:
     names = ("faster", "a bit slower", "same", "wrong", "much slower", "large")
     before = results(*(row(layer=name) for name in names))
     after = results(
@@ -109,7 +111,7 @@ def test_text_is_worst_first():
     assert lines[-1] == "6 rows compared: 1 now REFUSED; 2 slower; 1 more memory; 1 faster"
 
 
-def test_a_long_table_is_cut_and_says_so():
+def test_a_long_table_is_cut_and_says_so() -> None:
     rows = [row(layer=f"conv {n}") for n in range(LINES + 3)]
     slow = [one._replace(median_us=200.0) for one in rows]
     lines = text(compare(results(*rows), results(*slow))).splitlines()
@@ -118,12 +120,12 @@ def test_a_long_table_is_cut_and_says_so():
 
 
 @pytest.mark.parametrize(("field", "other"), [("device", "B GPU"), ("threads", "2")])
-def test_other_machines_are_not_compared(field, other):
+def test_other_machines_are_not_compared(field: str, other: str) -> None:
     with pytest.raises(ValueError, match=f"{field}: {PROVENANCE[field]} before, {other} after"):
         compare(results(row()), results(row(), **{field: other}))
 
 
-def test_nothing_in_common_and_a_row_twice():
+def test_nothing_in_common_and_a_row_twice() -> None:
     with pytest.raises(ValueError, match="no row is in both"):
         compare(results(row()), results(row(layer="x")))
     with pytest.raises(ValueError, match="after: two rows of one name: conv, quaternion, conv 2"):
@@ -131,14 +133,14 @@ def test_nothing_in_common_and_a_row_twice():
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two commits: results of one GPU; then others there, and those of a CPU. HEAD's files are gone from the tree."""
 
-    def git(*arguments):
+    def git(*arguments: Any) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    def put(name, median):
+    def put(name: Any, median: Any) -> None:
         folder = tmp_path / "bench/results" / name
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "results.csv", [row(median_us=median)], PROVENANCE)
@@ -162,11 +164,11 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def median(name, **options):
+def median(name: Any, **options: Any) -> Any:
     return load(name, **options).rows[0].median_us
 
 
-def test_committed_results(repository):
+def test_committed_results(repository: Any) -> None:
     assert median("one") == 1.0
     assert median("two:gpu") == 2.0
     assert median("two:cpu/") == 3.0
@@ -174,13 +176,13 @@ def test_committed_results(repository):
     assert load("one").provenance == PROVENANCE
 
 
-def test_committed_results_from_a_folder_of_the_repository(repository, monkeypatch):
+def test_committed_results_from_a_folder_of_the_repository(repository: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (repository / "bench").mkdir(exist_ok=True)
     monkeypatch.chdir(repository / "bench")
     assert median("two:cpu", folder="results") == 3.0
 
 
-def test_files_go_first(repository):
+def test_files_go_first(repository: Any) -> None:
     (repository / "one").mkdir()
     write(repository / "one/results.csv", [row(median_us=7.0)], PROVENANCE)
     assert median("one") == median("one/results.csv") == 7.0
@@ -197,13 +199,13 @@ def test_files_go_first(repository):
         ("notes", "it lacks the columns"),
     ],
 )
-def test_names_that_are_no_results(repository, name, message):
+def test_names_that_are_no_results(repository: Any, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load(name)
     assert "\n" not in str(caught.value)
 
 
-def test_outside_a_repository(tmp_path, monkeypatch):
+def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(ValueError, match="nor a revision of this repository"):

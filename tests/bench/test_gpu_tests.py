@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ FILES = {
 HANGS = "import os, time\ndef test():\n    open({!r}, 'w').write(str(os.getpid()))\n    time.sleep(600)"
 
 
-def test_verdicts(tmp_path, capsys):
+def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / f"{name}.py" for name in FILES]
     for file, text in zip(files, FILES.values(), strict=True):
         file.write_text(text)
@@ -37,7 +38,7 @@ def test_verdicts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_what_hangs_ends_with_the_time_and_with_this_program(told, tmp_path):
+def test_what_hangs_ends_with_the_time_and_with_this_program(told: bool, tmp_path: Path) -> None:
     """Which a session asks to end by SIGTERM."""
     file, note = tmp_path / "test_hangs.py", tmp_path / "pid"
     file.write_text(HANGS.format(str(note)))
@@ -52,14 +53,14 @@ def test_what_hangs_ends_with_the_time_and_with_this_program(told, tmp_path):
     assert not note.exists() or not Path(f"/proc/{note.read_text()}").exists()
 
 
-def terminate(note):
+def terminate(note: Any) -> None:
     """Once the test runs."""
     while not note.exists() or not note.read_text():
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_exit_code_and_the_table(tmp_path, monkeypatch):
+def test_the_exit_code_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for verdicts, code in (({"a": "passed", "b": "skipped"}, 0), ({"a": "passed", "b": "out of time"}, 1)):
         monkeypatch.setattr(gpu_tests, "run", lambda files, seconds, out, verdicts=verdicts: verdicts)
         assert gpu_tests.main(tmp_path, 1) == code

@@ -1,24 +1,25 @@
 """The hours of the paper's grid, counted training by training."""
 
 import itertools
+from typing import Any
 
 import pytest
-from measurements import row
 
 from bench import grid
 from bench.case import FORWARD
 from bench.network import CACHED, STEPS, TRAIN
 from bench.summary import NO_AT
+from tests.bench.measurements import row
 
 SPLIT = {"IEMOCAP": (3143, 898), "RAVDESS": (1008, 288), "TESS": (1960, 560)}
 STEP = {0: 1.0, 2: 2.0, 7: 7.0, 13: 19.0}
 
 
-def times(forward):
+def times(forward: Any) -> Any:
     return {layer: grid.Seconds(step, forward * step) for layer, step in STEP.items()}
 
 
-def interpolated(layer):
+def interpolated(layer: Any) -> Any:
     if layer <= 2:
         return STEP[2]
     low, high = (2, 7) if layer <= 7 else (7, 13)
@@ -26,7 +27,7 @@ def interpolated(layer):
 
 
 @pytest.mark.parametrize("forward", [0.0, 0.25])
-def test_hours_are_counted_training_by_training(forward):
+def test_hours_are_counted_training_by_training(forward: float) -> None:
     trainings, seconds = 0, 0.0
     for corpus, _split, network in itertools.product(SPLIT, ("random", "actors"), ("quaternion", "real")):
         of_network = [STEP[0]]
@@ -41,7 +42,7 @@ def test_hours_are_counted_training_by_training(forward):
     assert grid.epoch_seconds(times(forward)) == pytest.approx(seconds)
 
 
-def rows_of(way, network="quaternion"):
+def rows_of(way: Any, network: str = "quaternion") -> Any:
     """Steps of as many seconds as in `STEP`, forward passes of a quarter."""
     rows = []
     for at, seconds in STEP.items():
@@ -53,7 +54,7 @@ def rows_of(way, network="quaternion"):
 
 
 @pytest.mark.parametrize("way", grid.WAYS)
-def test_times_are_of_the_way_that_is_asked_for(way):
+def test_times_are_of_the_way_that_is_asked_for(way: Any) -> None:
     found = rows_of(way)
     slower = [one._replace(median_us=9e9, **wrong) for one in found
               for wrong in ({"batch": 256}, {"precision": "float32"}, {"network": "real"}, {"variant": "other"},
@@ -66,7 +67,7 @@ def test_times_are_of_the_way_that_is_asked_for(way):
         assert grid.measured([*rest, one._replace(status="failed")], "quaternion", way) is None
 
 
-def test_what_it_needs_is_measured_by_the_suite():
+def test_what_it_needs_is_measured_by_the_suite() -> None:
     """But for the providers, which tests of the suite are about."""
     known = {(c.network, c.layer, c.variant, c.batch, c.precision, c.work) for c in STEPS.cases}
     for network, variant in itertools.product(grid.NETWORKS, ("", CACHED)):

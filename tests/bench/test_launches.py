@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -21,21 +22,21 @@ pytestmark = pytest.mark.skipif(
 LIMITS = {0: 69, 2: 75, 13: 86}
 
 
-def step(at_layer, cached=False, batch=20, precision="bf16", arch=90):
+def step(at_layer: Any, cached: bool = False, batch: int = 20, precision: str = "bf16", arch: int = 90) -> Any:
     return step_launches(StepCase(at_layer=at_layer, cached=cached, batch=batch, precision=precision), arch)
 
 
-def names(events, part=None):
+def names(events: Any, part: Any = None) -> Any:
     return [event.name for event in events if part in (None, event.part)]
 
 
 @pytest.mark.parametrize("at_layer", LIMITS)
-def test_a_step_launches_no_more_than(at_layer):
+def test_a_step_launches_no_more_than(at_layer: Any) -> None:
     events = step(at_layer)
     assert len(events) <= LIMITS[at_layer], by_part(events)
 
 
-def test_parts_of_a_step():
+def test_parts_of_a_step() -> None:
     events = step(2)
     parts = [event.part for event in events]
     assert sum(by_part(events).values()) == len(events)
@@ -54,14 +55,14 @@ def test_parts_of_a_step():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
-def test_weights_are_packed_in_one_launch_and_a_frozen_twins_never_again(precision):
+def test_weights_are_packed_in_one_launch_and_a_frozen_twins_never_again(precision: str) -> None:
     for at_layer in (0, 2, 13):
         events = step(at_layer, precision=precision)
         assert names(events).count("_hamilton_pack_kernel") == 1
         assert "_hamilton_pack_kernel" in names(events, "forward")
 
 
-def test_a_layer_is_two_kernels_backward_and_one_forward():
+def test_a_layer_is_two_kernels_backward_and_one_forward() -> None:
     """ReLU, dropout, pools and flattening among them; where a pool or a tap is, one puts the gradient together."""
     events = step(0)
     assert names(events, "forward").count("_hamilton_conv_kernel") == 13 + 2
@@ -72,7 +73,7 @@ def test_a_layer_is_two_kernels_backward_and_one_forward():
     assert not copies & set(names(events))
 
 
-def test_what_is_cached_is_picked_and_not_computed():
+def test_what_is_cached_is_picked_and_not_computed() -> None:
     cached, plain, without = step(13, cached=True), step(13), step(0)
     assert by_part(cached)["twin"] == 0 < by_part(plain)["twin"]
     assert names(cached, "gather") == ["index_select"] * 4
@@ -80,22 +81,22 @@ def test_what_is_cached_is_picked_and_not_computed():
     assert names(cached, "forward") == names(without, "forward")
 
 
-def test_nothing_is_cast_in_float32():
+def test_nothing_is_cast_in_float32() -> None:
     assert not any("cast" in name for name in names(step(2, precision="float32")))
     assert [name for name in names(step(2)) if "cast" in name] == ["cast of float32 to bfloat16"]  # of the input
 
 
 @pytest.mark.parametrize("arch", [80, 100])
-def test_other_architectures(arch):
+def test_other_architectures(arch: int) -> None:
     assert {event.part for event in step(2, arch=arch)} == set(PARTS)
 
 
 class Counting(TorchDispatchMode):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.counted = []
+        self.counted: list[Any] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         count, name = launches._kernels(func, args, result)
         self.counted += [name] * count
@@ -118,7 +119,7 @@ class Counting(TorchDispatchMode):
         (lambda x: torch._foreach_add_([x.sum() for _ in range(111)], 1), ["sum"] * 111 + ["_foreach_add_"] * 2),
     ],
 )
-def test_what_an_operator_launches(function, expected):
+def test_what_an_operator_launches(function: Any, expected: Any) -> None:
     with Counting() as counting:
         function(torch.empty(4, 6, device="meta"))
     assert counting.counted == expected
@@ -139,11 +140,11 @@ def test_what_an_operator_launches(function, expected):
         (1, [1] * 220, 2),
     ],
 )
-def test_kernels_for_many_tensors(depth, sizes, expected):
+def test_kernels_for_many_tensors(depth: int, sizes: Any, expected: int) -> None:
     assert launches._multi_tensor(depth, sizes) == expected
 
 
-def test_command(capsys, monkeypatch):
+def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [StepCase(at_layer=2, cached=True, batch=20, precision="bf16")]
     monkeypatch.setattr(launches, "cases", lambda: wanted)
     assert bench.main(["launches", "--json"]) == 0

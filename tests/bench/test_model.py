@@ -1,32 +1,34 @@
 """What `python -m bench model` says is what the planner says, of every launch, and is marked as computed."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton")
 
 from bench import model
 from bench.launches import PARTS, StepCase, step_launches
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
+from qkernels.runtime.device import MULTIPROCESSORS
 
 CASES = [StepCase(at_layer=2, cached=False, batch=batch, precision="bf16") for batch in (20, 256)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_plans_are_read_back_from_launches(case):
+def test_plans_are_read_back_from_launches(case: Any) -> None:
     """Tile, registers, splits: those with which the launch was planned."""
     read = [model._planned(event.launch, 90) for event in step_launches(case) if "hamilton_conv" in event.name]
     assert len(read) == 46  # 2 of the twin, 15 forward, 14 data and 15 weight gradients
     for problem, plan in read:
-        assert plan == config.plan(problem, plan.form, plan.precision, 90, _launch.MULTIPROCESSORS[90])
+        assert plan == config.plan(problem, plan.form, plan.precision, 90, MULTIPROCESSORS[90])
 
 
-def test_no_launch_is_faster_than_it_can_be():
+def test_no_launch_is_faster_than_it_can_be() -> None:
     for estimate in model.estimates(step_launches(CASES[0])):
         assert estimate.predicted_us >= estimate.floor_us >= model.LAUNCH_US, estimate
 
 
-def test_sums_are_of_all_launches_and_say_that_they_are_computed():
+def test_sums_are_of_all_launches_and_say_that_they_are_computed() -> None:
     (case, _), estimates = CASES, model.estimates(step_launches(CASES[0]))
     plain, lines = model.plain(case), list(model.report([case]))
     assert plain["launches"] == len(estimates)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ SUITES = {"step": STEPS, "inference": INFERENCE, "epoch": EPOCHS}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Any:
     """Two cost more than they give where maps are this small, above all beside other tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -28,12 +29,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def distinct(suite):
+def distinct(suite: Any) -> Any:
     """Tiny cases, one for each set of names that is left of them."""
     return list({(c.network, c.layer, c.variant, c.work): c.tiny() for c in suite.cases}.values())
 
 
-def tiny(name, at=0, work=TRAIN, variant=""):
+def tiny(name: Any, at: int = 0, work: Any = TRAIN, variant: str = "") -> Any:
     return next(
         case.tiny()
         for case in STEPS.cases
@@ -41,11 +42,11 @@ def tiny(name, at=0, work=TRAIN, variant=""):
     )
 
 
-def provider(name, suite=STEPS):
+def provider(name: Any, suite: Any = STEPS) -> Any:
     return next(provider for provider in suite.providers if provider.name == name)
 
 
-def checked(case, operands, chosen):
+def checked(case: Any, operands: Any, chosen: Any) -> Any:
     run = chosen.build(case, [operands])[0]
     with case.checking(operands):
         return run()
@@ -62,7 +63,7 @@ EAGER = [
 
 
 @pytest.mark.parametrize(("case", "chosen"), EAGER)
-def test_providers_are_right(case, chosen):
+def test_providers_are_right(case: Any, chosen: Any) -> None:
     operands = case.operands(CPU)
     results = checked(case, operands, chosen)
     count = 1 + len(list(operands.classifier.net.parameters())) if case.work in (TRAIN, STEP) else 1
@@ -73,12 +74,12 @@ def test_providers_are_right(case, chosen):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [tiny("quaternion"), tiny("quaternion", 2), distinct(INFERENCE)[0]], ids=str)
 @pytest.mark.timeout(1200)
-def test_the_compiled_program_is_right(case):
+def test_the_compiled_program_is_right(case: Any) -> None:
     operands, compiled = case.operands(CPU), provider("torch.compile")
     assert case.gate(compiled, operands, checked(case, operands, compiled))[0] <= 1
 
 
-def test_bfloat16_is_right_within_its_own_bounds():
+def test_bfloat16_is_right_within_its_own_bounds() -> None:
     case = replace(tiny("quaternion", 13), width=0.25, batch=4, precision="bf16")
     operands = case.operands(CPU)
     for chosen in STEPS.providers[:2]:
@@ -87,7 +88,7 @@ def test_bfloat16_is_right_within_its_own_bounds():
         assert case.gate(chosen, operands, results)[0] <= 1
 
 
-def _scaled(number, factor):
+def _scaled(number: Any, factor: Any) -> Any:
     return lambda results: tuple(factor * x if n == number else x for n, x in enumerate(results))
 
 
@@ -106,7 +107,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("width", [1 / 16, 0.25])
-def test_wrong_results_are_refused(wrong, width):
+def test_wrong_results_are_refused(wrong: Any, width: Any) -> None:
     case = replace(tiny("quaternion", 2), width=width)
     operands, ours = case.operands(CPU), provider("ours")
     results = tuple(x.clone() for x in checked(case, operands, ours))
@@ -114,7 +115,7 @@ def test_wrong_results_are_refused(wrong, width):
     assert case.gate(ours, operands, wrong(results))[0] > 1
 
 
-def test_a_gradient_too_few_is_an_error():
+def test_a_gradient_too_few_is_an_error() -> None:
     case = tiny("real-on-embedding")
     operands, ours = case.operands(CPU), provider("ours")
     with pytest.raises(AssertionError, match="gradients of every parameter"):
@@ -122,7 +123,7 @@ def test_a_gradient_too_few_is_an_error():
 
 
 @pytest.mark.parametrize("work", [FORWARD, TRAIN])
-def test_anti_transfer_with_another_weight_is_refused(work, monkeypatch):
+def test_anti_transfer_with_another_weight_is_refused(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = tiny("real-on-embedding", 2, work)
     operands, ours = case.operands(CPU), provider("ours")
     config = network.AntiTransferConfig
@@ -131,21 +132,21 @@ def test_anti_transfer_with_another_weight_is_refused(work, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [tiny("quaternion", 7, TWIN), distinct(INFERENCE)[0]], ids=str)
-def test_wrong_values_are_refused(case):
+def test_wrong_values_are_refused(case: Any) -> None:
     operands, ours = case.operands(CPU), provider("ours")
     (values,) = checked(case, operands, ours)
     for wrong in (1.001 * values, values.flip(0), torch.full_like(values, torch.nan)):
         assert case.gate(ours, operands, (wrong,))[0] > 1
 
 
-def test_an_epoch_of_other_data_or_a_part_of_it_is_refused():
+def test_an_epoch_of_other_data_or_a_part_of_it_is_refused() -> None:
     case = distinct(EPOCHS)[0]
     operands, ours = case.operands(CPU), provider("ours", EPOCHS)
     (loss,) = checked(case, operands, ours)
     assert case.gate(ours, operands, (0.8 * loss,))[0] > 1  # four batches of five
 
 
-def test_an_allowed_turn_and_the_same_length_are_right_and_no_more():
+def test_an_allowed_turn_and_the_same_length_are_right_and_no_more() -> None:
     exact = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])]
     turned = [torch.tensor([0.8, 0.6]), torch.tensor([0.0, 3.0])]  # by 0.2, all of it by 0.02
     excess, errors = zip(*network.turns(turned, exact, 0.04, 0.4), strict=True)
@@ -160,19 +161,21 @@ def test_an_allowed_turn_and_the_same_length_are_right_and_no_more():
     assert max(network.turns(nothing, nothing, 2, 0.4))[0] == 0
 
 
-def dropouts(operands):
+def dropouts(operands: Any) -> Any:
     return [m for made in operands.copies for m in made.modules() if isinstance(m, nn.Dropout)]
 
 
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("name", ["ours", "research style"])
-def test_dropout_is_there_when_timed_and_not_when_checked(suite, name, monkeypatch):
+def test_dropout_is_there_when_timed_and_not_when_checked(
+    suite: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = distinct(SUITES[suite])[0]
     operands = case.operands(CPU)
     run = provider(name, SUITES[suite]).build(case, [operands])[0]
     seen, dropout = [], torch.nn.functional.dropout
 
-    def seeing(x, p=0.5, training=True, inplace=False):
+    def seeing(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         seen.append(p if training else 0.0)
         return dropout(x, p, training, inplace)
 
@@ -185,7 +188,7 @@ def test_dropout_is_there_when_timed_and_not_when_checked(suite, name, monkeypat
     assert set(seen) - {0.0} == (set() if suite == "inference" else {0.5})
 
 
-def test_dropout_comes_back_after_an_error():
+def test_dropout_comes_back_after_an_error() -> None:
     case = tiny("real-on-embedding")
     operands = case.operands(CPU)
     provider("ours").build(case, [operands])
@@ -197,7 +200,7 @@ def test_dropout_comes_back_after_an_error():
 @pytest.mark.parametrize(
     "case", [tiny("quaternion", 2), tiny("quaternion", 2, variant=CACHED), distinct(EPOCHS)[1]], ids=str
 )
-def test_copies_are_trained_and_operands_are_not(case):
+def test_copies_are_trained_and_operands_are_not(case: Any) -> None:
     operands, suite = case.operands(CPU), SUITES[case.suite]
     before = {name: value.clone() for name, value in operands.classifier.state_dict().items()}
     twin = {name: value.clone() for name, value in operands.twin.state_dict().items()}
@@ -219,7 +222,7 @@ def test_copies_are_trained_and_operands_are_not(case):
 
 
 @pytest.mark.parametrize("case", [tiny("quaternion", 2, STEP), tiny("quaternion", 0, FORWARD)], ids=str)
-def test_parts_of_a_step_train_nothing(case):
+def test_parts_of_a_step_train_nothing(case: Any) -> None:
     operands = case.operands(CPU)
     for chosen in STEPS.providers[:2]:
         checked(case, operands, chosen)
@@ -229,7 +232,7 @@ def test_parts_of_a_step_train_nothing(case):
             assert all(torch.equal(before[name], value) for name, value in made.state_dict().items())
 
 
-def test_operands_are_the_same_each_time_and_draw_nothing_of_others():
+def test_operands_are_the_same_each_time_and_draw_nothing_of_others() -> None:
     case = tiny("quaternion", 2)
     torch.manual_seed(3)
     first, drawn = case.operands(CPU), torch.rand(1)
@@ -245,16 +248,16 @@ def test_operands_are_the_same_each_time_and_draw_nothing_of_others():
 class Operators(TorchDispatchMode):
     """Counts what is dispatched."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.names = []
+        self.names: list[Any] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(function._overloadpacket.__name__)
         return function(*args, **kwargs or {})
 
 
-def dispatched(case, name):
+def dispatched(case: Any, name: Any) -> Any:
     operands = case.operands(CPU)
     run = provider(name).build(case, [operands])[0]
     with Operators() as operators:
@@ -262,7 +265,7 @@ def dispatched(case, name):
     return operators.names
 
 
-def test_the_research_style_computes_what_it_is_said_to():
+def test_the_research_style_computes_what_it_is_said_to() -> None:
     expected = {("ours", ""): (20, 13), ("ours", CACHED): (13, 13), ("research style", ""): (27, 27)}
     for (name, variant), (forward, backward) in expected.items():
         names = dispatched(tiny("real-on-embedding", 7, STEP, variant), name)
@@ -271,7 +274,7 @@ def test_the_research_style_computes_what_it_is_said_to():
     assert dispatched(tiny("real-on-embedding", 0, STEP), "research style").count("convolution") == 13
 
 
-def test_the_compiled_program_is_careful():
+def test_the_compiled_program_is_careful() -> None:
     operands = tiny("real-on-embedding", 7).operands(CPU)
     with Operators() as operators:
         network.plain_loss(operands.classifier.net, operands.twin, operands.x, operands.targets, 7).backward()
@@ -279,7 +282,7 @@ def test_the_compiled_program_is_careful():
 
 
 @pytest.mark.parametrize("name", ["ours", "research style"])
-def test_gradients_of_the_trained_network_do_not_pile_up(name):
+def test_gradients_of_the_trained_network_do_not_pile_up(name: str) -> None:
     case = tiny("quaternion", 2, STEP)
     operands = case.operands(CPU)
     run = provider(name).build(case, [operands])[0]
@@ -289,14 +292,15 @@ def test_gradients_of_the_trained_network_do_not_pile_up(name):
             torch.testing.assert_close(first, second)
 
 
-def test_the_research_style_piles_up_gradients_of_the_twin():
+def test_the_research_style_piles_up_gradients_of_the_twin() -> None:
     case = tiny("quaternion", 7)
     operands = case.operands(CPU)
     ours, research = (provider(name).build(case, [operands])[0] for name in ("ours", "research style"))
     twins = [made for made in operands.copies if isinstance(made, network.VGG16)]
     with case.checking(operands):
         ours(), research()
-        once = twins[1].convs[6].weight.grad.clone()
+        weight: Any = twins[1].convs[6].weight
+        once = weight.grad.clone()
         research()
     assert once.norm() > 0
     assert relative_error(twins[1].convs[6].weight.grad, 2 * once) < 0.1  # weights have moved a little
@@ -304,14 +308,14 @@ def test_the_research_style_piles_up_gradients_of_the_twin():
     assert all(p.grad is None for p in twins[0].parameters())
 
 
-def test_weights_are_put_together_in_every_forward_pass():
+def test_weights_are_put_together_in_every_forward_pass() -> None:
     names = dispatched(tiny("quaternion", 2, FORWARD), "research style")
     assert names.count("cat") == 5 * (13 + 2 + 2 + 2)  # layers, those to the tap twice more, two of the classifier
 
 
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("name", ["ours", "research style"])
-def test_the_host_waits_for_nothing_in_a_step(name, at):
+def test_the_host_waits_for_nothing_in_a_step(name: str, at: int) -> None:
     """Neither reads a value nor takes one along; Adam on a CPU does, and is another on a GPU."""
     names = dispatched(tiny("quaternion", at, STEP), name)
     assert not {"_local_scalar_dense", "nonzero", "_pin_memory", "lift_fresh"} & set(names)
@@ -319,7 +323,7 @@ def test_the_host_waits_for_nothing_in_a_step(name, at):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("work", [FORWARD, STEP, TRAIN])
-def test_flops_are_those_of_the_layers(name, work):
+def test_flops_are_those_of_the_layers(name: Any, work: Any) -> None:
     case = tiny(name, 0, work)
     run = provider("research style").build(case, [case.operands(CPU)])[0]
     with FlopCounterMode(display=False) as counter:
@@ -328,7 +332,7 @@ def test_flops_are_those_of_the_layers(name, work):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_flops_of_anti_transfer_are_the_twins_and_the_losss(name):
+def test_flops_of_anti_transfer_are_the_twins_and_the_losss(name: Any) -> None:
     operands = tiny(name, 7).operands(CPU)
     run = provider("ours").build(tiny(name, 7, TWIN), [operands])[0] if name != "quaternion" else None
     research = provider("research style").build(tiny(name, 7, TWIN), [operands])[0]
@@ -343,12 +347,12 @@ def test_flops_of_anti_transfer_are_the_twins_and_the_losss(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_bytes_are_those_of_the_layers(name):
+def test_bytes_are_those_of_the_layers(name: Any) -> None:
     case = tiny(name, 2)
     net = case.operands(CPU).classifier.net
     moved = {"x": [], "y": []}
 
-    def note(module, args, output):
+    def note(module: Any, args: Any, output: Any) -> None:
         moved["x"].append(args[0].numel())
         moved["y"].append(output.numel())
 
@@ -370,7 +374,7 @@ def test_bytes_are_those_of_the_layers(name):
     assert tiny(name, 2, STEP, CACHED).bytes == tiny(name, 0, STEP).bytes + 4 * 5 * features
 
 
-def test_an_epoch_is_its_steps():
+def test_an_epoch_is_its_steps() -> None:
     case = replace(tiny("quaternion"), batch=20)
     epoch = replace(EPOCHS.cases[0].tiny(), samples=1000, batch=20)
     assert epoch.flops == 50 * case.flops
@@ -378,7 +382,7 @@ def test_an_epoch_is_its_steps():
     assert replace(epoch, samples=981).bytes > 49 * case.bytes
 
 
-def test_flops_of_the_paper():
+def test_flops_of_the_paper() -> None:
     full = next(case for case in STEPS.cases if (case.network, case.at, case.work) == ("quaternion", 0, FORWARD))
     assert full.flops == pytest.approx(20 * 2 * (1.255e9 + 2048 * 4096 + 4096**2), rel=1e-3)
     assert sum(sizes.weights for sizes in network.layer_sizes("quaternion", 1.0)) == 9_998_020
@@ -386,7 +390,7 @@ def test_flops_of_the_paper():
     assert sum(sizes.weights for sizes in network.layer_sizes("real-on-embedding", 1.0)) == 39_905_668
 
 
-def test_suites_are_in_the_order_of_their_value():
+def test_suites_are_in_the_order_of_their_value() -> None:
     for suite in SUITES.values():
         assert len({(str(case), case.modes) for case in suite.cases}) == len(suite.cases)
         assert [case.rank for case in suite.cases] == sorted(case.rank for case in suite.cases)
@@ -405,10 +409,10 @@ def test_suites_are_in_the_order_of_their_value():
     assert all(case.modes == ("eager",) for case in EPOCHS.cases)
 
 
-def test_embeddings_of_the_demo_repeat():
+def test_embeddings_of_the_demo_repeat() -> None:
     x, labels = network.demo_embeddings(200)
     assert x.shape == (200, 4, 64, 64)
-    assert (x.min(), x.max()) == (0, 1)
+    assert (x.min().item(), x.max().item()) == (0, 1)
     assert torch.equal(x[:72], x[128:])
     assert torch.equal(labels[:72], labels[128:])
     assert labels.dtype == torch.int64
@@ -420,7 +424,7 @@ def test_embeddings_of_the_demo_repeat():
 ABSENT = ("soundfile", "soxr", "jsonargparse", "submitit", "tensorboard", "speechbrain", "espeakng_loader")
 
 
-def test_nothing_is_needed_that_a_gpu_machine_may_lack():
+def test_nothing_is_needed_that_a_gpu_machine_may_lack() -> None:
     script = f"""
 import sys
 for name in {ABSENT}:

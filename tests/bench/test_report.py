@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from measurements import committed, everything, fresh_of, line_of, measured, row, shared
 
 from bench import report, tables
 from bench.__main__ import main
+from tests.bench.measurements import committed, everything, fresh_of, line_of, measured, row, shared
 
 
 def marked(*names: str) -> str:
@@ -25,7 +26,7 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_the_readme_is_filled_and_nothing_else_touched(tmp_path, monkeypatch):
+def test_the_readme_is_filled_and_nothing_else_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     committed(tmp_path, "gpu", everything())
     readme = tmp_path / "README.md"
     readme.write_text(marked(*tables.SECTIONS), encoding="utf-8")
@@ -53,7 +54,7 @@ def test_the_readme_is_filled_and_nothing_else_touched(tmp_path, monkeypatch):
     assert len(state(tmp_path)) == 6
 
 
-def test_a_second_run_changes_nothing_wherever_it_starts(tmp_path, monkeypatch):
+def test_a_second_run_changes_nothing_wherever_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     committed(tmp_path, "gpu", everything())
     (tmp_path / "README.md").write_text(marked(*tables.SECTIONS), encoding="utf-8")
     report.write_report(tmp_path / "bench/results", tmp_path / "docs", tmp_path / "README.md")
@@ -63,7 +64,7 @@ def test_a_second_run_changes_nothing_wherever_it_starts(tmp_path, monkeypatch):
     assert state(tmp_path) == once
 
 
-def test_line_ends_and_bytes_outside_stay():
+def test_line_ends_and_bytes_outside_stay() -> None:
     text = "\ufeffa \r\n\tü <!-- bench: x --> old <!-- /bench --> tail  \r\n"
     assert (
         report.filled(text, {"x": "1\n2"}, "f")
@@ -72,7 +73,7 @@ def test_line_ends_and_bytes_outside_stay():
     assert report.filled("no marker\n", {"x": "1"}, "f") == "no marker\n"
 
 
-def test_windows_line_ends_stay_in_the_file(tmp_path):
+def test_windows_line_ends_stay_in_the_file(tmp_path: Path) -> None:
     committed(tmp_path, "gpu", measured(row()))
     readme = tmp_path / "README.md"
     readme.write_bytes(marked("paper").replace("\n", "\r\n").encode())
@@ -94,7 +95,7 @@ def test_windows_line_ends_stay_in_the_file(tmp_path):
         ("<!-- bench: step -->\n<!-- /bench -->\n<!-- /bench -->\n", r":3: <!-- /bench --> closes no"),
     ],
 )
-def test_wrong_markers_change_no_file(tmp_path, text, message):
+def test_wrong_markers_change_no_file(tmp_path: Path, text: str, message: str) -> None:
     committed(tmp_path, "gpu", everything())
     readme = tmp_path / "README.md"
     readme.write_text(text)
@@ -105,13 +106,13 @@ def test_wrong_markers_change_no_file(tmp_path, text, message):
     assert state(tmp_path) == before
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     committed(tmp_path, "gpu", everything())
     readme = tmp_path / "README.md"
     readme.write_text(marked("layers"))
     before = state(tmp_path)
 
-    def full(self, data):
+    def full(self: Any, data: Any) -> None:
         self.touch()
         raise OSError("disk full")
 
@@ -125,7 +126,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 # A page of one's own
 
 
-def test_a_page_has_all_sections_and_its_charts_beside_it(tmp_path):
+def test_a_page_has_all_sections_and_its_charts_beside_it(tmp_path: Path) -> None:
     m = everything()
     first = fresh_of(row(), first_call_s=2.5)
     folder = committed(tmp_path, "mine", measured(*m.results.rows, fresh=[first], shared=[shared(1, 1.0)]))
@@ -146,7 +147,7 @@ def test_a_page_has_all_sections_and_its_charts_beside_it(tmp_path):
     assert line_of(sections[3], **{"first call": "2.5 s"})["provider"] == "ours auto"
 
 
-def test_a_page_is_the_same_again_wherever_it_is_made(tmp_path, monkeypatch):
+def test_a_page_is_the_same_again_wherever_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = committed(tmp_path, "mine", everything())
     report.page(folder)
     once = state(tmp_path)
@@ -160,12 +161,12 @@ def test_a_page_is_the_same_again_wherever_it_is_made(tmp_path, monkeypatch):
     assert {name: data for name, (data, _) in now.items()} == {name: data for name, (data, _) in once.items()}
 
 
-def test_a_page_appears_after_its_charts_or_not_at_all(tmp_path, monkeypatch):
+def test_a_page_appears_after_its_charts_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = committed(tmp_path, "mine", everything())
     before = state(tmp_path)
     whole = Path.write_bytes
 
-    def full(self, data):
+    def full(self: Any, data: Any) -> Any:
         if "step" in self.name:
             whole(self, data[:10])
             raise OSError("disk full")
@@ -178,7 +179,7 @@ def test_a_page_appears_after_its_charts_or_not_at_all(tmp_path, monkeypatch):
     assert new == {"layers.svg", "roofline.svg", "memory.svg"}
 
 
-def test_the_command_prints_the_page_without_its_images(tmp_path, capsys):
+def test_the_command_prints_the_page_without_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = committed(tmp_path, "mine", everything())
     assert main(["report", str(folder)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
@@ -189,7 +190,7 @@ def test_the_command_prints_the_page_without_its_images(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "results.csv"])
-def test_a_folder_without_results_is_bad_input(tmp_path, capsys, name):
+def test_a_folder_without_results_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / "results.csv").mkdir()
     folder = tmp_path / name if name else tmp_path
     before = state(tmp_path)
@@ -199,7 +200,7 @@ def test_a_folder_without_results_is_bad_input(tmp_path, capsys, name):
     assert state(tmp_path) == before
 
 
-def test_the_command_without_a_folder_fills_the_readme(tmp_path, monkeypatch):
+def test_the_command_without_a_folder_fills_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     committed(tmp_path, "gpu", everything())
     readme = tmp_path / "README.md"
     readme.write_text(marked("layers"))
@@ -209,12 +210,12 @@ def test_the_command_without_a_folder_fills_the_readme(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("report.md"))
 
 
-def test_matplotlib_is_imported_by_what_draws():
+def test_matplotlib_is_imported_by_what_draws() -> None:
     code = "import sys, bench.report; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[1])
 
 
-def test_the_readme_says_what_the_committed_results_say(tmp_path):
+def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
     root = Path(report.__file__).parents[1]
     shutil.copytree(root / "bench/results", tmp_path / "bench/results")
     shutil.copy(root / "README.md", tmp_path)

@@ -8,6 +8,8 @@ import math
 import threading
 import time
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +18,15 @@ import qkernels
 from bench import __main__ as cli
 from bench import fresh, layers, results, run
 from bench.case import BACKWARD, FORWARD, STEP, Roof, Suite
-from bench.cpu_forms import Layer
 from bench.network import STEPS
 from bench.suites import SUITES
 from bench.targets import Target
 from bench.timing import CpuClock, Timing
 from qkernels import runtime
-from qkernels.ops import _launch
+from qkernels.runtime.precision import precision_of
 
 CPU = torch.device("cpu")
-TINY = layers.layer_case(Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
+TINY = layers.layer_case(layers.Layer("conv 2", 8, 12, 3, 4), "quaternion", 2, "float32", STEP, modes=("eager",))
 RIGHT = layers.PROVIDERS[0]
 PROVENANCE = {"device", "threads", "commit", "torch", "triton", "cuda", "cudnn", "date"}
 
@@ -35,32 +36,32 @@ class Watch:
 
     modes = ("graph", "eager")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.timed, self.held = [], 0
 
-    def time(self, runs, mode, energy=False):
+    def time(self, runs: Any, mode: Any, energy: bool = False) -> Any:
         self.timed += [(mode, name, len(several)) for name, several in runs.items()]
         return {name: Timing([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 7.0, 0.5 if energy else None) for name in runs}
 
-    def memory(self):
+    def memory(self) -> Any:
         return 100
 
-    def peak(self):
+    def peak(self) -> Any:
         return 1000
 
 
-def wrong(results):
+def wrong(results: Any) -> Any:
     return (1.001 * results[0], *results[1:])
 
 
-def build_with(change):
-    def build(case, sets):
+def build_with(change: Any) -> Any:
+    def build(case: Any, sets: Any) -> Any:
         return [lambda one=one: change(one()) for one in RIGHT.build(case, sets)]
 
     return build
 
 
-def test_a_wrong_result_is_given_no_time():
+def test_a_wrong_result_is_given_no_time() -> None:
     watch = Watch()
     providers = [RIGHT, RIGHT._replace(name="ours, wrong", build=build_with(wrong))]
     right, refused = run.measure(TINY, providers, CPU, watch)
@@ -72,26 +73,26 @@ def test_a_wrong_result_is_given_no_time():
     assert (right.host_us, right.energy_mj, right.peak_bytes) == (7.0, None, 900)
 
 
-def test_nan_is_refused():
+def test_nan_is_refused() -> None:
     nan = RIGHT._replace(build=build_with(lambda results: (results[0] * math.nan, *results[1:])))
     (row,) = run.measure(TINY, [nan], CPU)
     assert row.status == "REFUSED"
     assert row.error_over_tolerance == math.inf
 
 
-def test_only_the_judged_run_is_checked():
+def test_only_the_judged_run_is_checked() -> None:
     """What a case switches off for its gate, such as dropout, is on when it is timed."""
 
     class Checked(layers.LayerCase):
         @contextlib.contextmanager
-        def checking(self, operands):
+        def checking(self, operands: Any) -> Any:
             checking.append(True)
             yield
             checking.clear()
 
     checking, seen = [], []
 
-    def build(case, sets):
+    def build(case: Any, sets: Any) -> Any:
         return [lambda one=one: (seen.append(bool(checking)), one())[1] for one in RIGHT.build(case, sets)]
 
     case = Checked(**{field.name: getattr(TINY, field.name) for field in fields(TINY)})
@@ -103,8 +104,10 @@ def test_only_the_judged_run_is_checked():
 @pytest.mark.parametrize(
     ("error", "status"), [(torch.OutOfMemoryError("no"), "out of memory"), (ZeroDivisionError("no"), "failed")]
 )
-def test_what_raises_is_a_row_and_the_others_are_measured(error, status, capsys):
-    def build(case, sets):
+def test_what_raises_is_a_row_and_the_others_are_measured(
+    error: Any, status: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(case: Any, sets: Any) -> None:
         raise error
 
     broken, right = run.measure(TINY, [RIGHT._replace(name="broken", build=build), RIGHT], CPU, Watch())
@@ -113,9 +116,9 @@ def test_what_raises_is_a_row_and_the_others_are_measured(error, status, capsys)
     assert ("ZeroDivisionError: no" in capsys.readouterr().err) == (status == "failed")
 
 
-def test_a_case_that_raises_costs_its_own_rows(capsys):
+def test_a_case_that_raises_costs_its_own_rows(capsys: pytest.CaptureFixture[str]) -> None:
     class Lost(layers.LayerCase):
-        def operands(self, device):
+        def operands(self, device: Any) -> None:
             raise RuntimeError("the device is lost")
 
     case = Lost(**{field.name: getattr(TINY, field.name) for field in fields(TINY)})
@@ -126,8 +129,8 @@ def test_a_case_that_raises_costs_its_own_rows(capsys):
     assert "the device is lost" in capsys.readouterr().err
 
 
-def test_what_cannot_be_judged_is_not_wrong(monkeypatch):
-    def gate(self, provider, operands, results):
+def test_what_cannot_be_judged_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gate(self: Any, provider: Any, operands: Any, results: Any) -> None:
         raise torch.OutOfMemoryError("float64")
 
     monkeypatch.setattr(layers.LayerCase, "gate", gate)
@@ -135,16 +138,16 @@ def test_what_cannot_be_judged_is_not_wrong(monkeypatch):
     assert (row.status, row.median_us) == ("not judged", None)
 
 
-def test_what_cannot_be_captured_has_failed():
+def test_what_cannot_be_captured_has_failed() -> None:
     class NoGraphs(Watch):
-        def time(self, runs, mode, energy=False):
+        def time(self, runs: Any, mode: Any, energy: bool = False) -> Any:
             return {} if mode == "graph" else super().time(runs, mode, energy)
 
     rows = run.measure(replace(TINY, modes=("graph", "eager")), [RIGHT], CPU, NoGraphs())
     assert [(row.mode, row.status) for row in rows] == [("graph", "failed"), ("eager", "ok")]
 
 
-def test_rows_know_the_roof_and_the_floor():
+def test_rows_know_the_roof_and_the_floor() -> None:
     roof = Roof(bandwidth=1e9, flops={"float32": 1e9})
     (row,) = run.measure(TINY, [RIGHT], CPU, Watch(), roof, {"ours auto": [100, 9000]})
     assert row.percent_of_roof == pytest.approx(100 * max(TINY.bytes, TINY.flops) / 1e9 / 3.5e-6)
@@ -155,7 +158,7 @@ def test_rows_know_the_roof_and_the_floor():
     assert row.floor_us is None
 
 
-def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(capsys):
+def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [replace(TINY, layer=f"conv {n}", rank=rank) for n, rank in enumerate((2, 0, 1))]
     whole = run.Session([Suite(cases, [RIGHT])], CPU)
     assert [(case.layer, providers) for case, providers, _ in whole.planned(set())] == [
@@ -166,13 +169,13 @@ def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(caps
     assert capsys.readouterr().out == "dropped, out of budget: 3 cases of the suite conv\n"
 
 
-def test_a_provider_that_a_cpu_has_not_is_left_out():
+def test_a_provider_that_a_cpu_has_not_is_left_out() -> None:
     signed = next(provider for provider in layers.PROVIDERS if provider.name == "ours signed")
     assert run.providers_of(Suite([], [RIGHT, signed._replace(fits=lambda case: True)]), TINY, CPU) == [RIGHT]
 
 
 @pytest.fixture
-def planned(monkeypatch):
+def planned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CPU tensors are planned for as if they lay on a GPU."""
     pytest.importorskip("triton")
     monkeypatch.setattr(runtime, "_obstacle", lambda *tensors: None)
@@ -180,8 +183,8 @@ def planned(monkeypatch):
         yield
 
 
-def test_kernels_are_planned_and_not_launched(planned):
-    def names(work):
+def test_kernels_are_planned_and_not_launched(planned: Any) -> None:
+    def names(work: Any) -> Any:
         before, timed = run.recorded_launches(replace(TINY, work=work), RIGHT, CPU)
         return [[launch.kernel.__name__ for launch in part] for part in (before, timed)]
 
@@ -195,8 +198,8 @@ def test_kernels_are_planned_and_not_launched(planned):
     assert run._bytes(timed[-1]) >= x.nbytes + weight.nbytes + bias.nbytes + y.nbytes
 
 
-def test_the_kernels_of_a_whole_step_are_planned(planned, capsys):
-    def names(**wanted):
+def test_the_kernels_of_a_whole_step_are_planned(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def names(**wanted: Any) -> Any:
         case = next(c for c in STEPS.cases if all(getattr(c, name) == value for name, value in wanted.items()))
         before, timed = run.recorded_launches(case.tiny(), STEPS.providers[0], CPU)
         return [{launch.kernel.__name__ for launch in part} for part in (before, timed)]
@@ -210,13 +213,13 @@ def test_the_kernels_of_a_whole_step_are_planned(planned, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_precision_switches_are_set_and_restored():
-    def precisions():
-        return [_launch.precision_of(torch.float32, kind) for kind in ("conv", "matmul")]
+def test_the_precision_switches_are_set_and_restored() -> None:
+    def precisions() -> Any:
+        return [precision_of(torch.float32, kind) for kind in ("conv", "matmul")]
 
     seen, before = [], precisions()
 
-    def build(case, sets):
+    def build(case: Any, sets: Any) -> Any:
         seen.append(precisions())
         return RIGHT.build(case, sets)
 
@@ -226,7 +229,7 @@ def test_the_precision_switches_are_set_and_restored():
     assert precisions() == before
 
 
-def test_smoke_judges_every_suite_and_claims_no_time(tmp_path):
+def test_smoke_judges_every_suite_and_claims_no_time(tmp_path: Path) -> None:
     assert cli.main(["run", "--smoke", "--out", str(tmp_path)]) == 0
     with (tmp_path / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -251,7 +254,7 @@ def test_smoke_judges_every_suite_and_claims_no_time(tmp_path):
     assert set(read.provenance) == PROVENANCE
 
 
-def test_the_gate_turns_the_exit_code(tmp_path, monkeypatch):
+def test_the_gate_turns_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = Suite([TINY], [RIGHT._replace(build=build_with(wrong))])
     monkeypatch.setattr(cli, "chosen", lambda *_: [suite])
     assert cli.main(["run", "--smoke", "--out", str(tmp_path)]) == 1
@@ -259,7 +262,7 @@ def test_the_gate_turns_the_exit_code(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`bench run` measures two tiny cases."""
     cases = [TINY, replace(TINY, layer="conv 3", rank=1)]
     monkeypatch.setattr(cli, "chosen", lambda *_: [Suite(cases, [RIGHT])])
@@ -268,7 +271,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_run_is_written_and_resumed(small, tmp_path, capsys):
+def test_a_run_is_written_and_resumed(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--commit", "abc", "--out", str(tmp_path)]) == 0
     whole = results.read(tmp_path)
     assert [(row.layer, row.status) for row in whole.rows] == [("conv 2", "ok"), ("conv 3", "ok")]
@@ -287,24 +290,24 @@ def test_a_run_is_written_and_resumed(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_a_lost_or_hanging_device_costs_one_case(hangs, tmp_path, monkeypatch):
+def test_a_lost_or_hanging_device_costs_one_case(hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program starts itself anew, with what is left of the time, and finds the case noted as failed."""
     started = threading.Event()
     commands = []
 
-    def execv(file, command):
+    def execv(file: Any, command: Any) -> None:
         commands.append(command)
         started.set()
         if threading.current_thread() is threading.main_thread():
             raise SystemExit(0)
 
-    def measure(*arguments):
+    def measure(*arguments: Any) -> Any:
         if hangs:
             assert started.wait(20)
             raise SystemExit(0)
         return [row._replace(status="ok") for row in run.unmeasured(arguments[0], arguments[1], "failed")]
 
-    def synchronize():
+    def synchronize() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(cli.os, "execv", execv)
@@ -324,7 +327,7 @@ def test_a_lost_or_hanging_device_costs_one_case(hangs, tmp_path, monkeypatch):
     assert (row.layer, row.status) == ("conv 2", "failed")
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in ((["run", "nope"], "suite 'nope': must be one of step"), (["compare", "a", "b"], "a")):
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
@@ -337,7 +340,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         results.read(tmp_path)
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (row,) = run.measure(TINY, [RIGHT], CPU)
     results.write(tmp_path / "results.csv", [row, row], {"device": "d"})
     assert results.read(tmp_path) == results.Results([row, row], {"device": "d"})
@@ -351,7 +354,7 @@ def test_a_damaged_file_is_named(tmp_path):
             results.read(tmp_path)
 
 
-def test_the_cpu_clock_measures_milliseconds():
+def test_the_cpu_clock_measures_milliseconds() -> None:
     clock = CpuClock()
     times = clock.time({"slow": [lambda: time.sleep(0.02)], "fast": [lambda: None]}, "eager")
     assert 2e4 <= min(times["slow"].samples) < 2e5
@@ -362,13 +365,13 @@ def test_the_cpu_clock_measures_milliseconds():
     assert turns[:6] == ["a0", "b", "a1", "b", "a0", "b"]
 
 
-def test_roof_of_a_cpu_is_a_rate():
+def test_roof_of_a_cpu_is_a_rate() -> None:
     roof = CpuClock().roof(["float32"])
     assert 1e8 < roof.bandwidth < 1e13
     assert 1e8 < roof.flops["float32"] < 1e14
 
 
-def test_a_fresh_process_tells_its_memory(monkeypatch):
+def test_a_fresh_process_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, so that what this one holds does not count."""
     number = next(n for n, (case, _) in enumerate(cli.HEADLINE["cpu"]) if case.layer == "conv 6-7")
     start = fresh._process
@@ -381,18 +384,18 @@ def test_a_fresh_process_tells_its_memory(monkeypatch):
     assert row.gpu_bytes is row.peak_bytes is row.cold_call_s is None
 
 
-def test_a_process_that_fails_says_why(capfd):
+def test_a_process_that_fails_says_why(capfd: Any) -> None:
     with fresh._process(10**6, CPU, {}) as process:
         assert fresh._report_of(process, math.inf) == ("failed", {})
     assert "IndexError" in capfd.readouterr().err
 
 
-def test_out_of_time_is_said(capsys):
+def test_out_of_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(fresh.measured(cli.HEADLINE["cpu"], CPU, time.monotonic())) == []
     assert capsys.readouterr().out == f"dropped, out of budget: {len(cli.HEADLINE['cpu'])} processes\n"
 
 
-def test_reports_are_json(capsys):
+def test_reports_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     fresh.report(TINY, RIGHT, CPU)
     found = json.loads(capsys.readouterr().out.removeprefix(fresh.REPORT))
     assert set(found) == {"first_call_s", "peak_bytes", "host_bytes", "used"}

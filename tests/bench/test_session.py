@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,27 +15,27 @@ import torch
 from bench import __main__ as cli
 from bench import session
 from bench.session import Part
-from bench.suites import SUITES
+from bench.suites import ON_CPU, SUITES
 
 CHECK = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
 
 
-def python(code, *words):
+def python(code: Any, *words: Any) -> Any:
     return [sys.executable, "-c", code, *map(str, words)]
 
 
-def told(name, suites=()):
+def told(name: Any, suites: Any = ()) -> Any:
     """A part that prints what it is asked."""
     words = ("{budget}", "{suites}", "{resume}")
     return Part(name, 1, python("import sys; print('asked', sys.argv[1:])", *words), suites)
 
 
-def asked(out):
+def asked(out: Any) -> Any:
     """What such parts have printed."""
     return [line.removeprefix("asked ") for line in (out / "log.txt").read_text().splitlines() if "asked [" in line]
 
 
-def gone(pid):
+def gone(pid: Any) -> Any:
     """It runs no more, soon: what is killed takes a moment to end, and its parent another to notice."""
     until = time.monotonic() + 10
     with contextlib.suppress(OSError):
@@ -54,7 +55,7 @@ child.wait()
 """
 
 
-def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capfd):
+def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(session, "GRACE", 0.2)
     monkeypatch.setattr(session, "QUIT", 0.2)
     out = tmp_path / "new" / "out"
@@ -86,14 +87,14 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capfd)
         assert gone(pid)
 
 
-def test_what_is_left_running_ends_with_its_part(tmp_path, monkeypatch):
+def test_what_is_left_running_ends_with_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "QUIT", 5.0)
     leaves = "import subprocess; print('pids', subprocess.Popen(['sleep', '600']).pid)"
     assert session.run([Part("leaves", 1, python(leaves))], 60, tmp_path) == {"leaves": "ok"}
     assert gone((tmp_path / "log.txt").read_text().split("pids ")[1].split()[0])
 
 
-def test_shares_are_of_the_time_that_is_left_and_the_end_is_hard(tmp_path):
+def test_shares_are_of_the_time_that_is_left_and_the_end_is_hard(tmp_path: Path) -> None:
     """Half of 100 s; of what is left by then, nearly all."""
     verdicts = session.run([told("first"), told("second")], 100, tmp_path)
     first, second = (int(line.split("'")[1]) for line in asked(tmp_path))
@@ -106,7 +107,7 @@ def test_shares_are_of_the_time_that_is_left_and_the_end_is_hard(tmp_path):
     assert time.monotonic() - start < 10
 
 
-def test_results_of_this_session_are_gone_on_with_and_no_others(tmp_path):
+def test_results_of_this_session_are_gone_on_with_and_no_others(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     results.write_text("old")
     os.utime(results, (0, 0))
@@ -130,7 +131,7 @@ def test_results_of_this_session_are_gone_on_with_and_no_others(tmp_path):
         ({"pack": "wrong"}, []),
     ],
 )
-def test_nothing_is_measured_that_needs_a_kernel_that_is_not_right(kernels, measured, tmp_path):
+def test_nothing_is_measured_that_needs_a_kernel_that_is_not_right(kernels: Any, measured: Any, tmp_path: Path) -> None:
     suites = ["step", "atl", "conv", "linear"]
     check = Part("check", 1, python(CHECK, tmp_path / "check.json", json.dumps({"kernels": kernels})))
     one = [told(suite, [suite]) for suite in suites]
@@ -149,7 +150,7 @@ def test_nothing_is_measured_that_needs_a_kernel_that_is_not_right(kernels, meas
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"kernels": 1}', '{"kernels": null}'])
-def test_a_check_that_says_nothing_of_kernels_is_no_verdict_on_them(text, tmp_path):
+def test_a_check_that_says_nothing_of_kernels_is_no_verdict_on_them(text: str | None, tmp_path: Path) -> None:
     """Nor is that of an earlier session; what is measured then is judged by the benchmark itself."""
     check = tmp_path / "check.json"
     check.write_text(json.dumps({"kernels": {"conv": "wrong"}}))
@@ -159,11 +160,11 @@ def test_a_check_that_says_nothing_of_kernels_is_no_verdict_on_them(text, tmp_pa
     assert verdicts == {"check": "exit code 1" if text is None else "ok", "step": "ok"}
 
 
-def test_the_parts_are_commands_and_all_suites_are_among_them(tmp_path):
+def test_the_parts_are_commands_and_all_suites_are_among_them(tmp_path: Path) -> None:
     parts = session.parts(tmp_path, "abc")
     assert [part.name for part in parts[:5]] == ["environment", "check", "step", "atl", "conv"]
     assert sum(part.share for part in parts) == 525
-    assert {*session.NEEDS, "cpu"} == set(SUITES)
+    assert {*session.NEEDS, *ON_CPU} == set(SUITES)
     measured = [part.suites for part in parts if "{suites}" in part.command]
     assert measured == [["step"], ["atl"], ["conv"], list(session.NEEDS)]
     parser, commands = cli._parser()
@@ -178,11 +179,11 @@ def test_the_parts_are_commands_and_all_suites_are_among_them(tmp_path):
             assert options.command == "tests" or options.commit == "abc"
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given = []
     some = [Part("prints", 1, python("print('here')")), Part("fails", 1, python("raise SystemExit(3)"))]
 
-    def parts(out, commit):
+    def parts(out: Any, commit: Any) -> Any:
         given.append((out, commit))
         return some[: len(given)]
 
@@ -200,7 +201,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "there").exists()
 
 
-def test_make_gpu_is_this_command():
+def test_make_gpu_is_this_command() -> None:
     made = subprocess.run(
         ["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=some/where", "COMMIT=abc"],
         cwd=session.ROOT, capture_output=True, text=True, check=True,

@@ -12,17 +12,18 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from measurements import GPU as GPU_NAMED
-from measurements import row, shared
 
 from bench import __main__ as cli
 from bench import sharing
 from bench.network import EPOCHS, NetworkCase
 from bench.results import write
 from bench.sharing import MPS, PROCESSES, Found, Report, Setting, Shared, Worker
+from tests.bench.measurements import GPU as GPU_NAMED
+from tests.bench.measurements import row, shared
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CASE = sharing.cases(CPU)[0]
@@ -31,7 +32,7 @@ TWO_CORES = sharing.plan(CPU, 2)
 HEARD = sharing._heard
 
 
-def test_the_cases_are_of_the_promised_network():
+def test_the_cases_are_of_the_promised_network() -> None:
     assert [(case.width, case.at, case.network, case.precision) for case in sharing.cases(CPU)] == [
         (1 / 8, 2, "quaternion", "float32")
     ]
@@ -43,7 +44,7 @@ def test_the_cases_are_of_the_promised_network():
     assert precisions == sorted(set(precisions), key=("bf16", "float32").index)
 
 
-def test_processes_share_the_cores():
+def test_processes_share_the_cores() -> None:
     assert sharing.plan(CPU, 4) == {PROCESSES: [(PROCESSES, 1, 4), (PROCESSES, 1, 1), (PROCESSES, 4, 1)]}
     assert sharing.plan(CPU, 1) == {PROCESSES: [(PROCESSES, 1, 1)]}
     assert sharing.plan(GPU, 6) == {
@@ -52,11 +53,11 @@ def test_processes_share_the_cores():
     }
 
 
-def test_runs_that_begin_within_the_window_count(monkeypatch):
+def test_runs_that_begin_within_the_window_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     calls = []
 
-    def run():
+    def run() -> None:
         calls.append(now[0])
         now[0] += 1.0 if len(calls) < 4 else 50.0
 
@@ -65,7 +66,7 @@ def test_runs_that_begin_within_the_window_count(monkeypatch):
     assert calls == [0.0, 1.0, 2.0, 3.0]  # the last keeps the device busy
 
 
-def test_rows_are_medians_over_one_that_is_alone():
+def test_rows_are_medians_over_one_that_is_alone() -> None:
     alone, two, broken = (Setting(PROCESSES, n, 1) for n in (1, 2, 4))
     other = replace(CASE, precision="bf16")
     found = {
@@ -96,21 +97,21 @@ class Process:
     exitcode = None
     pid = 2**30  # of nobody
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.killed = False
 
-    def kill(self):
+    def kill(self) -> None:
         self.killed = True
 
-    def join(self):
+    def join(self) -> None:
         pass
 
 
 @pytest.fixture
-def workers():
+def workers() -> Any:
     """Workers that answer with a report each; one named "dies" or "hangs" does not."""
 
-    def start(*names):
+    def start(*names: Any) -> Any:
         made = []
         for name in names:
             here, there = multiprocessing.Pipe()
@@ -118,12 +119,12 @@ def workers():
             made.append(Worker(Process(), here))
         return made
 
-    told = []
+    told: list[Any] = []
     start.told = told
     return start
 
 
-def answer(name, pipe, told):
+def answer(name: Any, pipe: Any, told: Any) -> None:
     with contextlib.suppress(EOFError):
         while True:
             told.append((name, *pipe.recv()))
@@ -134,7 +135,7 @@ def answer(name, pipe, told):
                 pipe.send(Report(float(name), 10 * int(name)))
 
 
-def test_a_window_is_the_sum_of_its_processes(workers):
+def test_a_window_is_the_sum_of_its_processes(workers: Any) -> None:
     three = workers("1", "2", "4")
     before = time.time()
     assert sharing._window(three, Setting(PROCESSES, 2, 8), 4.5) == Found([3.0], [10, 20])
@@ -146,7 +147,7 @@ def test_a_window_is_the_sum_of_its_processes(workers):
 
 
 @pytest.mark.parametrize(("what", "status"), [("dies", "failed"), ("hangs", "out of time")])
-def test_a_process_costs_its_window_only(workers, monkeypatch, what, status):
+def test_a_process_costs_its_window_only(workers: Any, monkeypatch: pytest.MonkeyPatch, what: str, status: str) -> None:
     monkeypatch.setattr(sharing, "WINDOW_SECONDS", 0.4)
     three = workers("1", what, "4")
     ended = three[1]
@@ -160,18 +161,18 @@ def test_a_process_costs_its_window_only(workers, monkeypatch, what, status):
 
 
 @pytest.fixture
-def scripted(monkeypatch):
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pools whose windows are scripted; which pools were opened, and with what environment."""
 
-    def script(results):
+    def script(results: Any) -> Any:
         pending = {setting: list(found) for setting, found in results.items()}
 
         @contextlib.contextmanager
-        def pool(case, device, count, environment, deadline):
+        def pool(case: Any, device: Any, count: Any, environment: Any, deadline: Any) -> Any:
             opened.append((count, environment))
             yield ["a worker"]
 
-        def window(workers, setting, seconds):
+        def window(workers: Any, setting: Any, seconds: Any) -> Any:
             assert seconds in sharing.SECONDS.values()
             return pending[setting].pop(0)
 
@@ -179,11 +180,11 @@ def scripted(monkeypatch):
         monkeypatch.setattr(sharing, "_window", window)
         return opened
 
-    opened = []
+    opened: list[Any] = []
     return script
 
 
-def test_settings_take_turns_and_a_right_window_is_enough(scripted):
+def test_settings_take_turns_and_a_right_window_is_enough(scripted: Any) -> None:
     whole, one, both = sharing.plan(CPU, 2)[PROCESSES]
     right = Found([10.0], [])
     failed = Found([], [], "failed")
@@ -201,7 +202,9 @@ def test_settings_take_turns_and_a_right_window_is_enough(scripted):
     ]  # fmt: skip
 
 
-def test_what_is_out_of_time_is_said(scripted, monkeypatch, capsys):
+def test_what_is_out_of_time_is_said(
+    scripted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     opened = scripted({setting: [Found([1.0], [])] for setting in sharing.plan(CPU, 2)[PROCESSES]})
     assert list(sharing.measured([CASE], CPU, 2, time.monotonic())) == []
     assert not opened
@@ -213,7 +216,7 @@ def test_what_is_out_of_time_is_said(scripted, monkeypatch, capsys):
     assert "out of budget: 2 rows" in capsys.readouterr().out
 
 
-def test_without_mps_the_other_rows_are_measured(scripted, monkeypatch):
+def test_without_mps_the_other_rows_are_measured(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     opened = scripted({setting: [Found([1.0], [5])] for setting in sharing.plan(GPU, 16)[PROCESSES]})
     *_, rows = sharing.measured([CASE], GPU, 16, math.inf)
@@ -226,8 +229,10 @@ def test_without_mps_the_other_rows_are_measured(scripted, monkeypatch):
     }
 
 
-def test_what_keeps_all_processes_from_starting_is_said(monkeypatch, tmp_path, capsys):
-    def pool(*arguments):
+def test_what_keeps_all_processes_from_starting_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pool(*arguments: Any) -> None:
         raise OSError("no more processes")
 
     monkeypatch.setattr(sharing, "_pool", pool)
@@ -253,7 +258,7 @@ exit 0
 
 
 @pytest.fixture
-def service(tmp_path, monkeypatch):
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A program in place of NVIDIA's, which does not care to quit; its notes."""
     program = tmp_path / sharing.MPS_CONTROL
     program.write_text(SERVICE)
@@ -281,10 +286,10 @@ def gone(pids: str) -> bool:
     return not running(pids)
 
 
-def test_the_service_ends_with_its_context(service):
+def test_the_service_ends_with_its_context(service: Any) -> None:
     used = []
 
-    def use():
+    def use() -> None:
         with sharing.mps() as environment:
             used.append(environment)
             assert running((service / "pids").read_text())
@@ -300,13 +305,13 @@ def test_the_service_ends_with_its_context(service):
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
 
 
-def test_a_service_that_does_not_start_says_why(service, monkeypatch):
+def test_a_service_that_does_not_start_says_why(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROKEN", "1")
     with pytest.raises(OSError, match=r"^nvidia-cuda-mps-control does not start: no permission$"), sharing.mps():
         pass
 
 
-def test_rows_through_the_service_need_its_server(scripted, service, monkeypatch):
+def test_rows_through_the_service_need_its_server(scripted: Any, service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = {setting: [Found([1.0], [5])] for settings in sharing.plan(GPU, 4).values() for setting in settings}
     opened = scripted(windows)
     *_, rows = sharing.measured([CASE], GPU, 4, math.inf)
@@ -325,13 +330,13 @@ def test_rows_through_the_service_need_its_server(scripted, service, monkeypatch
 # Processes
 
 
-def test_a_process_is_warm_before_it_is_ready_and_takes_its_share_of_the_cores(monkeypatch):
-    def receive():
+def test_a_process_is_warm_before_it_is_ready_and_takes_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive() -> Any:
         if not windows:
             raise EOFError
         return windows.pop(0)
 
-    def run():
+    def run() -> None:
         epochs.append((len(said), torch.get_num_threads()))
 
     epochs, said, windows, before = [], [], [(0.0, 0.0, 2), (0.0, 0.0, 1)], torch.get_num_threads()
@@ -349,13 +354,13 @@ def test_a_process_is_warm_before_it_is_ready_and_takes_its_share_of_the_cores(m
     assert all(isinstance(report, Report) and report.peak_bytes is None for report in said[1:])
 
 
-def with_child(pipe):
+def with_child(pipe: Any) -> None:
     os.setsid()
     pipe.send(subprocess.Popen(["sleep", "600"]).pid)
     time.sleep(600)
 
 
-def test_a_process_ends_with_all_that_it_started():
+def test_a_process_ends_with_all_that_it_started() -> None:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     process = context.Process(target=with_child, args=(there,), daemon=True)
@@ -368,11 +373,11 @@ def test_a_process_ends_with_all_that_it_started():
     assert gone(str(child))
 
 
-def test_sigterm_ends_what_was_started():
+def test_sigterm_ends_what_was_started() -> None:
     before = signal.getsignal(signal.SIGTERM)
     ended = []
 
-    def wait():
+    def wait() -> None:
         with sharing.terminating():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -386,15 +391,15 @@ def test_sigterm_ends_what_was_started():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_who_does_not_start_costs_half_of_the_time(monkeypatch):
+def test_who_does_not_start_costs_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     started, ended, limits = [], [], []
 
     class Started:
-        def __init__(self, target, args, daemon):
+        def __init__(self, target: Any, args: Any, daemon: Any) -> None:
             self.pipe, self.name = args[0], len(started)
             started.append(self)
 
-        def start(self):
+        def start(self) -> None:
             if self.name != 1:
                 self.pipe.send("ready")
 
@@ -410,7 +415,9 @@ def test_who_does_not_start_costs_half_of_the_time(monkeypatch):
     assert limits == [pytest.approx(now + 1.0, abs=0.3)] * 3
 
 
-def test_on_a_gpu_the_promised_figure_is_judged_beside_those_of_the_run(tmp_path, monkeypatch, capsys):
+def test_on_a_gpu_the_promised_figure_is_judged_beside_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cli, "provenance", lambda commit: GPU_NAMED)
     lines = [shared(1, 1.0), shared(8, 4.5, mode=MPS)]
@@ -431,13 +438,13 @@ class Once(NetworkCase):
 
     folder: str = ""
 
-    def operands(self, device):
+    def operands(self, device: Any) -> Any:
         os.mkdir(self.folder)
         return super().operands(device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_real_run_in_which_one_process_fails(tmp_path, monkeypatch, capfd):
+def test_a_real_run_in_which_one_process_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     case = Once(**{**vars(TINY), "folder": str(tmp_path / "taken")})
     monkeypatch.setattr(sharing, "cases", lambda device: [case])
     monkeypatch.setattr(sharing, "plan", lambda device, cores: TWO_CORES)

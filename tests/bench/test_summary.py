@@ -1,15 +1,17 @@
 """Runs as they are read, and what is worked out from their rows."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
-from measurements import CPU, GPU, STEP, committed, fresh_of, measured, row, shared
 
 from bench import summary, tables
 from bench.results import Results
+from tests.bench.measurements import CPU, GPU, STEP, committed, fresh_of, measured, row, shared
 
 
-def test_folders_are_loaded_gpus_first(tmp_path):
+def test_folders_are_loaded_gpus_first(tmp_path: Path) -> None:
     first = fresh_of(row(), first_call_s=2.5, host_bytes=12)
     for name, provenance, fresh in (("b", GPU, ()), ("a", CPU, ()), ("c", GPU, [first])):
         committed(tmp_path, name, measured(row(), fresh=fresh, **provenance))
@@ -22,7 +24,7 @@ def test_folders_are_loaded_gpus_first(tmp_path):
     assert loaded[0].fresh == {}
 
 
-def test_trainings_side_by_side_have_an_origin_of_their_own(tmp_path):
+def test_trainings_side_by_side_have_an_origin_of_their_own(tmp_path: Path) -> None:
     lines = [shared(1, 1.0), shared(2, None, status="failed"), shared(4, 3.0, mode="MPS", peak_bytes=7)]
     loaded = summary.load_run(committed(tmp_path, "gpu", measured(row(), shared=lines)))
     assert loaded.shared.rows == lines
@@ -31,7 +33,7 @@ def test_trainings_side_by_side_have_an_origin_of_their_own(tmp_path):
     assert summary.load_run(committed(tmp_path, "b", measured(row()))).shared.rows == []
 
 
-def test_the_order_of_columns_is_of_no_account(tmp_path):
+def test_the_order_of_columns_is_of_no_account(tmp_path: Path) -> None:
     first = fresh_of(row(), first_call_s=2.5, cold_call_s=40.0, peak_bytes=1, gpu_bytes=2, host_bytes=3)
     folder = committed(tmp_path, "gpu", measured(row(), fresh=[first]))
     head, line = (text.split(",") for text in edited(folder / "fresh.csv").splitlines())
@@ -39,7 +41,7 @@ def test_the_order_of_columns_is_of_no_account(tmp_path):
     assert list(summary.load_run(folder).fresh.values()) == [first]
 
 
-def edited(path, old="", new="") -> str:
+def edited(path: Path, old: str = "", new: str = "") -> str:
     """The text of a file, after something in it is replaced."""
     text = path.read_text()
     assert old in text
@@ -56,7 +58,7 @@ def edited(path, old="", new="") -> str:
         (",256,", ",,", "3: batch is ''; it is a whole number"),
     ],
 )
-def test_a_wrong_fresh_csv_is_named_with_its_line(tmp_path, old, new, message):
+def test_a_wrong_fresh_csv_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     lines = [fresh_of(row()), fresh_of(row(batch=256), first_call_s=2.5, gpu_bytes=1000)]
     folder = committed(tmp_path, "gpu", measured(row(), fresh=lines))
     edited(folder / "fresh.csv", old, new)
@@ -64,7 +66,7 @@ def test_a_wrong_fresh_csv_is_named_with_its_line(tmp_path, old, new, message):
         summary.load(folder.parent)
 
 
-def test_a_wrong_sharing_csv_is_named_with_its_line(tmp_path):
+def test_a_wrong_sharing_csv_is_named_with_its_line(tmp_path: Path) -> None:
     folder = committed(tmp_path, "gpu", measured(row(), shared=[shared(1, 1.0), shared(2, 1.5)]))
     edited(folder / "sharing.csv", ",1.5,", ",fast,")
     with pytest.raises(ValueError, match=r"sharing\.csv:3: trainings_relative is 'fast'; it is a number or empty$"):
@@ -74,7 +76,7 @@ def test_a_wrong_sharing_csv_is_named_with_its_line(tmp_path):
         summary.load(folder.parent)
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder of results"):
         summary.load(tmp_path / "nothing")
     for folder in (tmp_path, tmp_path / "nothing"):
@@ -87,7 +89,7 @@ def test_what_cannot_be_loaded(tmp_path):
             load()
 
 
-def test_rows_of_a_cpu_belong_where_their_layer_says():
+def test_rows_of_a_cpu_belong_where_their_layer_says() -> None:
     rows = {
         "layers": row(suite="cpu"),
         "anti-transfer": row(suite="cpu", layer="layers 8-10", variant="paper", provider="ours"),
@@ -102,8 +104,8 @@ def test_rows_of_a_cpu_belong_where_their_layer_says():
     assert summary.kind_of(row(suite="epoch", layer=summary.NO_AT, work="epoch")) == "epoch"
 
 
-def test_parts_of_a_step():
-    def of(times, layer="AT at layer 2", **fields):
+def test_parts_of_a_step() -> None:
+    def of(times: Any, layer: str = "AT at layer 2", **fields: Any) -> Any:
         names = {**STEP, "layer": layer, **fields}
         return summary.parts(row(us, **{**names, "work": work}) for work, us in times)
 

@@ -2,16 +2,17 @@
 
 import math
 import re
+from typing import Any
 
 import pytest
-from measurements import CPU, LOSS, fresh_of, line_of, lines_of, measured, row, shared, steps
 
 from bench import grid, summary, tables
+from tests.bench.measurements import CPU, LOSS, fresh_of, line_of, lines_of, measured, row, shared, steps
 
 # Layers
 
 
-def test_a_speed_up_is_of_the_fastest_baseline_that_computes_the_same():
+def test_a_speed_up_is_of_the_fastest_baseline_that_computes_the_same() -> None:
     rows = (
         row(50.0, percent_of_roof=61.4),
         row(10.0, provider="ours signed"),  # a form that nobody gets who does not ask for it
@@ -28,20 +29,20 @@ def test_a_speed_up_is_of_the_fastest_baseline_that_computes_the_same():
     }  # fmt: skip
 
 
-def test_a_loss_stands_in_the_same_column():
+def test_a_loss_stands_in_the_same_column() -> None:
     text = tables.layers([measured(row(200.0), row(100.0, provider="SpeechBrain"))])
     assert line_of(text, layer="conv 2")["speed-up"] == "0.50"
     assert "1 of 1 tables" in text
 
 
 @pytest.mark.parametrize("status", ["REFUSED", "out of memory", "failed"])
-def test_ours_without_a_result_is_shown(status):
+def test_ours_without_a_result_is_shown(status: str) -> None:
     rows = (row(status=status), row(100.0, provider="SpeechBrain"))
     line = line_of(tables.layers([measured(*rows)]), layer="conv 2")
     assert (line["ours"], line["no time"], line.get("speed-up", "")) == (status, f"ours auto: {status}", "")
 
 
-def test_a_variant_with_another_baseline_counts_where_it_is_the_stronger():
+def test_a_variant_with_another_baseline_counts_where_it_is_the_stronger() -> None:
     compiled = {"variant": "against torch.compile"}
     rows = [row(50.0), row(100.0, provider="SpeechBrain"), row(30.0, provider="real, NHWC")]
     rows += [row(60.0, **compiled), row(90.0, provider="torch.compile", **compiled)]
@@ -53,13 +54,13 @@ def test_a_variant_with_another_baseline_counts_where_it_is_the_stronger():
     assert (line["by"], line["speed-up"]) == ("SpeechBrain", "2.00")
 
 
-def test_a_wide_spread_is_shown():
+def test_a_wide_spread_is_shown() -> None:
     text = tables.layers([measured(row(100.0, p20_us=97.5, p80_us=102.6), row(2.0, provider="b", p80_us=2.08))])
     line = line_of(text, layer="conv 2")
     assert (line["ours"], line["best baseline"]) == ("100 µs (97.5 µs to 103 µs)", "2 µs")
 
 
-def test_tables_come_by_value_and_the_rest_in_short():
+def test_tables_come_by_value_and_the_rest_in_short() -> None:
     combinations = [("real", 20, "bf16", "graph"), ("quaternion", 256, "bf16", "graph"),
                     ("quaternion", 20, "bf16", "eager"), ("quaternion", 20, "float32", "graph"),
                     ("quaternion", 20, "bf16", "graph")]  # fmt: skip
@@ -89,25 +90,25 @@ def test_tables_come_by_value_and_the_rest_in_short():
     assert shorts[-1]["forward+backward, eager"] == ""
 
 
-def test_one_step_from_the_headline_counts_more_than_two():
+def test_one_step_from_the_headline_counts_more_than_two() -> None:
     rows = [row(network="quaternion", precision="fp16", mode="eager"), row(network="real")]
     titles = re.findall(r"^\*(.*)\*$", tables.layers([measured(*rows)]), re.MULTILINE)
     assert [title.split(",")[0] for title in titles] == ["real network", "quaternion network"]
 
 
-def test_layers_come_in_the_networks_order():
+def test_layers_come_in_the_networks_order() -> None:
     names = ["linear 1", "conv 11-13", "conv 2", "conv 8", "conv 6-7"]
     text = tables.layers([measured(*(row(layer=name) for name in names))])
     assert [line["layer"] for line in lines_of(text)] == ["conv 2", "conv 6-7", "conv 8", "conv 11-13", "linear 1"]
 
 
-def test_a_table_that_would_be_too_long_says_what_it_lacks():
+def test_a_table_that_would_be_too_long_says_what_it_lacks() -> None:
     text = tables.layers([measured(*(row(layer=f"conv {n}") for n in range(tables.LINES + 4)))])
     assert len(lines_of(text)) == tables.LINES
     assert "4 more lines are not shown." in text
 
 
-def test_a_bar_in_a_name_does_not_end_its_cell():
+def test_a_bar_in_a_name_does_not_end_its_cell() -> None:
     text = tables.layers([measured(row(), row(provider="a|b"))])
     assert line_of(text, layer="conv 2")["by"] == r"a\|b"
 
@@ -115,7 +116,7 @@ def test_a_bar_in_a_name_does_not_end_its_cell():
 # The anti-transfer loss
 
 
-def test_the_loss_with_its_memory_on_a_gpu():
+def test_the_loss_with_its_memory_on_a_gpu() -> None:
     rows = (
         row(10.0, **LOSS, peak_bytes=3_000_000),
         row(5.0, **{**LOSS, "provider": summary.CACHED}, peak_bytes=2_000_000),
@@ -136,7 +137,7 @@ def test_the_loss_with_its_memory_on_a_gpu():
     assert (folded["least of the baselines"], folded["no time"]) == ("", "materialised: out of memory")
 
 
-def test_the_memory_of_a_cpu_is_what_a_fresh_process_grew_by():
+def test_the_memory_of_a_cpu_is_what_a_fresh_process_grew_by() -> None:
     loss = {**LOSS, "suite": "cpu", "mode": "eager", "precision": "float32"}
     ours, other = row(**loss, peak_bytes=1), row(**{**loss, "provider": "materialised"}, peak_bytes=1)
     fresh = [fresh_of(ours, host_bytes=4_096_000), fresh_of(other, host_bytes=8_192_000, status="failed")]
@@ -150,7 +151,7 @@ def test_the_memory_of_a_cpu_is_what_a_fresh_process_grew_by():
 # Training steps and the paper
 
 
-def test_steps_by_provider():
+def test_steps_by_provider() -> None:
     rows = [one._replace(status="failed") if one.provider == "torch.compile" and "13" in one.layer else one
             for one in steps()]  # fmt: skip
     text = tables.step([measured(*rows)])
@@ -166,7 +167,7 @@ def test_steps_by_provider():
     assert networks == ["quaternion"] * 4 + ["real"] * 3 + ["real-on-embedding"] * 3
 
 
-def test_epochs_inference_and_first_calls_stand_beside_the_steps():
+def test_epochs_inference_and_first_calls_stand_beside_the_steps() -> None:
     epoch = row(5e6, suite="epoch", layer=summary.NO_AT, work="epoch", provider="ours", variant="9 samples")
     inference = row(3e3, suite="inference", layer="whole network", work="forward", provider="ours")
     fresh = [fresh_of(epoch, gpu_bytes=2_000_000, status="out of time")]
@@ -183,7 +184,7 @@ def test_epochs_inference_and_first_calls_stand_beside_the_steps():
     assert "[results/gpu/fresh.csv](results/gpu/fresh.csv)" in text
 
 
-def test_the_papers_figures_beside_ours():
+def test_the_papers_figures_beside_ours() -> None:
     text = tables.paper([measured(*steps())])
     time = line_of(text, **{"training step": "time", "layer": summary.NO_AT})
     best, control = "best providers", "control: real on the embedding"
@@ -200,10 +201,10 @@ def test_the_papers_figures_beside_ours():
     assert {line["layer"] for line in lines_of(text) if "layer" in line} == {summary.NO_AT, "AT at layer 2"}
 
 
-def test_each_precision_stands_beside_the_paper_once():
+def test_each_precision_stands_beside_the_paper_once() -> None:
     conditions = [("bf16", "eager"), ("float32", "eager"), ("tf32", "graph"), ("float32", "graph"), ("bf16", "graph")]
 
-    def shown(chosen, **provenance):
+    def shown(chosen: Any, **provenance: Any) -> Any:
         rows = [one._replace(precision=precision, mode=mode) for precision, mode in chosen for one in steps()]
         lines = lines_of(tables.paper([measured(*rows, **provenance)]))
         by_table = [[line["conditions"] for line in lines if name in line] for name in ("training step", "network")]
@@ -216,14 +217,14 @@ def test_each_precision_stands_beside_the_paper_once():
 
 
 @pytest.mark.parametrize("status", ["REFUSED", "failed", "smoke"])
-def test_no_figure_is_of_a_result_that_is_not_right(status):
+def test_no_figure_is_of_a_result_that_is_not_right(status: str) -> None:
     """Whatever numbers such a row has."""
     wrong = {"provider": "wrong", "status": status, "median_us": 0.1, "peak_bytes": 1}
     right = measured(*steps())
     fast = [one._replace(**wrong) for one in steps() if one.provider == "ours"]
     also = measured(*steps(), *fast)
 
-    def figures(m):
+    def figures(m: Any) -> Any:
         lines = lines_of(tables.paper([m]))
         return [line for line in lines if line.get("provider") not in ("wrong", "wrong, cached targets")]
 
@@ -236,11 +237,11 @@ def test_no_figure_is_of_a_result_that_is_not_right(status):
     assert line["no time"] == f"wrong: {status}"
 
 
-def test_what_anti_transfer_costs():
+def test_what_anti_transfer_costs() -> None:
     head = ("time (AT paper: 2.8x)", "memory (AT paper: up to +100 %)")
     text = tables.paper([measured(*steps())])
 
-    def costs(network, provider):
+    def costs(network: Any, provider: Any) -> Any:
         line = line_of(text, network=network, provider=provider)
         assert line["conditions"] == "Some GPU, batch 20, bf16, CUDA graph"
         return tuple(line[name] for name in head)
@@ -251,7 +252,7 @@ def test_what_anti_transfer_costs():
     assert not [line for line in lines_of(text) if line.get("network") == "real-on-embedding"]
 
 
-def test_what_failed_is_named_beside_the_paper():
+def test_what_failed_is_named_beside_the_paper() -> None:
     rows = [one._replace(status="out of memory") if one.network == "real" else one for one in steps()]
     text = tables.paper([measured(*rows)])
     time = line_of(text, **{"training step": "time", "layer": summary.NO_AT})
@@ -260,7 +261,7 @@ def test_what_failed_is_named_beside_the_paper():
     assert line["time (AT paper: 2.8x)"] == "not measured, layer 2 out of memory, layer 13 out of memory"
 
 
-def test_trainings_side_by_side():
+def test_trainings_side_by_side() -> None:
     lines = [shared(1, 1.0), shared(4, 2.504, peak_bytes=3_000_000), shared(4, None, mode="MPS", status="no MPS: why")]
     lines += [shared(2, 1.5), shared(1, 1.0, precision="float32")]
     text = tables.sharing([measured(row(), shared=lines), measured(row()), measured(shared=lines[:1], **CPU)])
@@ -281,7 +282,7 @@ def test_trainings_side_by_side():
     assert tables.sharing([measured(row())]) == "Not measured yet."
 
 
-def test_hours_of_the_grid(monkeypatch):
+def test_hours_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step takes an hour, and a forward pass no time."""
     seconds = dict.fromkeys((0, *grid.MEASURED), grid.Seconds(3600.0, 0.0))
     known = {("quaternion", grid.WAYS[0]), ("quaternion", grid.SHARED), ("real", grid.SHARED)}
@@ -294,13 +295,13 @@ def test_hours_of_the_grid(monkeypatch):
     both, hundred, beside = (f"{n * (158 + 51 + 98) * 2 * 53:.3g} h" for n in (2, 200, 25))
     assert cached == ["Some GPU", "ours, cached targets, CUDA graph", epoch, epoch, both, hundred, beside]
     assert research == ["Some GPU", "research style, eager", *["not measured"] * 5]
-    (cached,) = [line for line in lines_of(tables.grid([measured(row())])) if "cached" in line["steps"]]
-    assert list(cached.values())[-2:] == [hundred, "not measured"]
+    (of_cached,) = [line for line in lines_of(tables.grid([measured(row())])) if "cached" in line["steps"]]
+    assert list(of_cached.values())[-2:] == [hundred, "not measured"]
     for words in ("636 of the paper's 642", "IEMOCAP 4490, RAVDESS 1440, TESS 2800", "70 % of a corpus", "2, 7, 13"):
         assert words in text
 
 
-def test_what_is_missing_is_not_measured():
+def test_what_is_missing_is_not_measured() -> None:
     no_real = tables.paper([measured(*(one for one in steps() if one.network == "quaternion"))])
     line = line_of(no_real, **{"training step": "time", "layer": summary.NO_AT})
     assert (

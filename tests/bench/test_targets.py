@@ -1,9 +1,9 @@
 """The promised figures, from rows made by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from measurements import shared
 
 from bench.atl import ATL, FOLDED
 from bench.case import STEP
@@ -12,9 +12,10 @@ from bench.network import CACHED, CONTROL, EPOCHS, STEPS, TRAIN
 from bench.results import Row
 from bench.suites import SUITES
 from bench.targets import targets
+from tests.bench.measurements import shared
 
 
-def row(case, provider, us, mode="graph", **more):
+def row(case: Any, provider: Any, us: Any, mode: str = "graph", **more: Any) -> Any:
     fields = dict.fromkeys(Row._fields) | {
         name: getattr(case, name)
         for name in ("suite", "network", "layer", "variant", "batch", "precision", "work", "shape", "flops", "bytes")
@@ -22,16 +23,23 @@ def row(case, provider, us, mode="graph", **more):
     return Row(**fields | {"mode": mode, "provider": provider, "status": "ok", "median_us": us} | more)
 
 
-def cases(suite, work=STEP, batch=20, variant="", network="quaternion", precision="bf16"):
+def cases(
+    suite: Any,
+    work: Any = STEP,
+    batch: int = 20,
+    variant: str = "",
+    network: str = "quaternion",
+    precision: str = "bf16",
+) -> Any:
     wanted = (work, batch, variant, network, precision)
     return [c for c in suite.cases if (c.work, c.batch, c.variant, c.network, c.precision) == wanted]
 
 
-def judged(rows):
+def judged(rows: Any) -> Any:
     return {target.target: target for target in targets(rows)}
 
 
-def test_layers_are_weighed_by_their_number():
+def test_layers_are_weighed_by_their_number() -> None:
     """A speed-up of 2 everywhere but for one shape, which three layers have, where it is 1.4."""
     rows = []
     for case in cases(CONV):
@@ -51,7 +59,7 @@ def test_layers_are_weighed_by_their_number():
     assert judged(rows)[target.target][3:] == ("conv 2: 1.11", "MISSED")
 
 
-def test_the_share_of_the_roof_is_of_layers_5_to_13():
+def test_the_share_of_the_roof_is_of_layers_5_to_13() -> None:
     rows = [
         row(case, "ours auto", 1.0, percent_of_roof=10.0 if case.layer == "conv 4" else 64.0)
         for case in cases(CONV, PRODUCT, 256)
@@ -60,14 +68,14 @@ def test_the_share_of_the_roof_is_of_layers_5_to_13():
     assert (target.measured, target.verdict) == ("0.64", "met")
 
 
-def test_the_floor_of_linear_maps():
+def test_the_floor_of_linear_maps() -> None:
     rows = [row(case, "ours auto", 30.0, floor_us=10.0) for case in cases(LINEAR)]
     target = judged(rows)["linear step: kernels' floor over time, 1 / 1.5"]
     assert (target.measured, target.verdict) == ("0.33", "MISSED")
 
 
 @pytest.mark.parametrize(("variant", "bound"), [("paper", 8.0), (FOLDED, 150.0)])
-def test_the_loss_is_compared_with_the_better_baseline(variant, bound):
+def test_the_loss_is_compared_with_the_better_baseline(variant: Any, bound: float) -> None:
     (case,) = (case for case in cases(ATL, variant=variant) if case.layer == "layers 8-10")
     rows = [
         row(case, "ours", 10.0),
@@ -81,7 +89,7 @@ def test_the_loss_is_compared_with_the_better_baseline(variant, bound):
     assert judged(rows)[name].verdict == "MISSED"
 
 
-def test_memory_of_the_loss_is_beside_the_gradient():
+def test_memory_of_the_loss_is_beside_the_gradient() -> None:
     rows = [row(case, "ours", 1.0, peak_bytes=2 * case.elements + 2_500_000) for case in cases(ATL, variant="paper")]
     name = "loss, quaternion: MB beside features and gradient"
     assert judged(rows)[name][2::2] == ("2.50", "met")
@@ -95,14 +103,22 @@ def test_memory_of_the_loss_is_beside_the_gradient():
 TWO, SEVEN, THIRTEEN = (f"AT at layer {n}" for n in (2, 7, 13))
 
 
-def step(us, layer=TWO, provider="ours", variant="", mode="graph", network="quaternion", **more):
+def step(
+    us: Any,
+    layer: Any = TWO,
+    provider: str = "ours",
+    variant: str = "",
+    mode: str = "graph",
+    network: str = "quaternion",
+    **more: Any,
+) -> Any:
     """A row of a case that the suite has."""
     (case,) = (c for c in cases(STEPS, TRAIN, variant=variant, network=network) if c.layer == layer)
     assert mode in case.modes
     return row(case, provider, us, mode, **more)
 
 
-def others():
+def others() -> Any:
     """Rows that no figure of training may come from."""
     strange = [c for c in STEPS.cases if c.precision != "bf16" or c.work != TRAIN or c.network == CONTROL]
     return [
@@ -113,7 +129,7 @@ def others():
     ]
 
 
-def verdict(name, *rows):
+def verdict(name: Any, *rows: Any) -> Any:
     """Measured, worst and verdict; without one of the rows, or with one that is not right, there is none."""
     found = judged([*others(), *rows])[name]
     for one in rows:
@@ -124,7 +140,7 @@ def verdict(name, *rows):
 
 
 @pytest.mark.parametrize(("layer", "factor"), [(TWO, 5.0), (THIRTEEN, 10.0)])
-def test_a_step_in_a_graph_against_research_style_from_python(layer, factor):
+def test_a_step_in_a_graph_against_research_style_from_python(layer: Any, factor: float) -> None:
     name = f"step, {layer}, against research style in eager mode"
     ours, graph = step(100.0, layer), step(1.0, layer, "research style")
     other = step(99.0 * factor, layer, "research style", mode="eager")
@@ -134,7 +150,7 @@ def test_a_step_in_a_graph_against_research_style_from_python(layer, factor):
     assert judged([ours, other, graph, eager])[name].measured == f"{0.99 * factor:.2f}"
 
 
-def test_a_step_against_torch_compile_at_its_best():
+def test_a_step_against_torch_compile_at_its_best() -> None:
     name = "step, AT at layer 2, against torch.compile at its best"
     ours = step(100.0, variant=COMPILED)
     graph, eager = (step(us, provider="torch.compile", variant=COMPILED, mode=mode)
@@ -143,7 +159,7 @@ def test_a_step_against_torch_compile_at_its_best():
     assert judged([ours, graph, eager, step(1.0)])[name][2::2] == ("1.55", "MISSED")
 
 
-def test_milliseconds_of_a_step():
+def test_milliseconds_of_a_step() -> None:
     name = "step, AT at layer 2, milliseconds"
     assert verdict(name, step(899.0)) == ("<= 0.9", "0.90", TWO, "met")
     assert verdict(name, step(910.0))[3] == "MISSED"
@@ -153,14 +169,14 @@ def test_milliseconds_of_a_step():
 
 
 @pytest.mark.parametrize(("layer", "bound"), [(TWO, 1.12), (THIRTEEN, 1.30)])
-def test_what_anti_transfer_costs(layer, bound):
+def test_what_anti_transfer_costs(layer: Any, bound: float) -> None:
     name = f"step, {layer} over none"
     none = step(100.0, "no AT")
     assert verdict(name, none, step(100 * bound - 1, layer)) == (f"<= {bound:g}", f"{bound - 0.01:.2f}", layer, "met")
     assert verdict(name, none, step(100 * bound + 1, layer))[3] == "MISSED"
 
 
-def test_what_it_costs_with_cached_targets():
+def test_what_it_costs_with_cached_targets() -> None:
     name = "step, AT with cached targets over none"
     rows = [step(100.0, "no AT"), *(step(us, layer, variant=CACHED)
                                     for us, layer in ((105.0, TWO), (104.0, SEVEN), (103.0, THIRTEEN)))]  # fmt: skip
@@ -169,7 +185,7 @@ def test_what_it_costs_with_cached_targets():
     assert verdict(name, *rows) == ("<= 1.06", "1.07", SEVEN, "MISSED")
 
 
-def test_the_quaternion_network_against_the_real_one():
+def test_the_quaternion_network_against_the_real_one() -> None:
     """Each by its best provider, in a graph."""
     name = "step, quaternion against real network, each at its best: {}, %"
     time, memory = name.format("time"), name.format("memory")
@@ -185,7 +201,7 @@ def test_the_quaternion_network_against_the_real_one():
     assert found[memory][2:] == ("-89.89", TWO, "MISSED")
 
 
-def test_an_epoch_costs_its_steps(monkeypatch):
+def test_an_epoch_costs_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """With anti-transfer those with cached targets: an epoch's are computed before the first."""
     name = "epoch over its steps"
     quaternion = [case for case in EPOCHS.cases if case.network == "quaternion" and case.precision == "float32"]
@@ -202,7 +218,7 @@ def test_an_epoch_costs_its_steps(monkeypatch):
     assert judged(rows)[name][2:] == ("1.06", TWO, "MISSED")
 
 
-def test_trainings_side_by_side():
+def test_trainings_side_by_side() -> None:
     name = "trainings an hour, side by side against one after another"
     rows = [shared(1, 1.0), shared(8, 4.1, mode="MPS"), shared(16, 3.9), shared(16, 9.0, precision="float32"),
             shared(4, 9.0, status="failed")]  # fmt: skip
@@ -213,5 +229,5 @@ def test_trainings_side_by_side():
     assert judged([])[name].verdict == "not measured"
 
 
-def test_nothing_is_claimed_of_nothing():
+def test_nothing_is_claimed_of_nothing() -> None:
     assert {target.verdict for target in targets([])} == {"not measured"}

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import Code
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from qkernels.ops._launch import Launch
+from qkernels.runtime.recording import Launch
+from tests.compile_only.machine_code import Code
 
 # Shared memory that a block may use, which Triton does not check; the tiles of sm_80 serve sm_86, sm_89 and sm_120 too.
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -131,7 +131,7 @@ class _Address:
         self._at = x.element_size() * (x.storage_offset() if aligned else 1)
 
     def data_ptr(self) -> int:
-        return self._at
+        return int(self._at)
 
 
 def _addressed(value: Any, aligned: bool) -> Any:

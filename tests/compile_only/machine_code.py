@@ -83,7 +83,7 @@ class Code:
             for n in ways:
                 if above[n] >> head & 1:
                     known = bodies.setdefault(head, {head})
-                    known |= _reached(n, lambda m, head=head: [] if m == head else before[m])
+                    known |= _reached(n, lambda m, head=head: [] if m == head else before[m])  # type: ignore[misc]
         found = []
         for body in bodies.values():
             at = [i for n in sorted(body) for i in range(starts[n], stops[n])]

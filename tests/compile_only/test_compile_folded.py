@@ -1,13 +1,15 @@
 """The kernels of the released code's loss compile into machine code that may ship, in every layout of the features."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from harness import compile_launch
 
-from qkernels.ops import _launch
 from qkernels.ops.folded_rowwise import launch
+from qkernels.runtime.recording import record
+from tests.compile_only.harness import compile_launch
 
 LAYOUTS = {
     "NHWC": lambda x: x.to(memory_format=torch.channels_last),
@@ -25,7 +27,7 @@ KERNELS = {
 }
 
 
-def cases():
+def cases() -> Any:
     """One layout of each (architecture, type, size) now, by turns; all else when slow."""
     turn = itertools.count()
     for arch, dtype, size in itertools.product((80, 90, 100), (torch.float32, torch.bfloat16, torch.float16), MAPS):
@@ -35,16 +37,16 @@ def cases():
             yield pytest.param(arch, dtype, size, layout, id=f"sm_{arch}-{dtype}-{size}-{layout}", marks=marks)
 
 
-def recorded(arch, dtype, size, layout, which):
+def recorded(arch: Any, dtype: Any, size: Any, layout: Any, which: Any) -> Any:
     maps = [LAYOUTS[layout](torch.empty(20, 512, *MAPS[size], dtype=dtype, device="meta")) for _ in range(2)]
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         loss, *rest = launch.forward(*maps, "each" if which else "product", 1.0)
         launch.gradient(loss, *(reversed(maps) if which else maps), *rest, which, 1.0)
     return recording.launches
 
 
 @pytest.mark.parametrize(("arch", "dtype", "size", "layout"), list(cases()))
-def test_kernels(arch, dtype, size, layout, tmp_path):
+def test_kernels(arch: Any, dtype: Any, size: Any, layout: Any, tmp_path: Path) -> None:
     which = list(LAYOUTS).index(layout) % 2
     launches = recorded(arch, dtype, size, layout, which)
     names = [entry.kernel.__name__ for entry in launches]

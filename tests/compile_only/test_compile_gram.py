@@ -2,14 +2,16 @@
 
 import contextlib
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from harness import compile_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config, launch
+from qkernels.runtime.recording import record
+from tests.compile_only.harness import compile_launch
 
 # Channels and side of features whose matrices have so many rows on chip; the largest have more than any tile.
 SHAPES = {
@@ -28,7 +30,7 @@ LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 MAIN = ("_gram_kernel", "_gram_squares_kernel", "_gram_backward_kernel")
 
 
-def cases():
+def cases() -> Any:
     """Of each (architecture, mode, type) one size and layout now, by turns; everything else when slow."""
     turn = itertools.count()
     for arch, mode, dtype in itertools.product(config.BACKWARD, SHAPES, (torch.bfloat16, torch.float32)):
@@ -48,18 +50,18 @@ class Work(TorchDispatchMode):
 
     FREE = ("empty", "new_empty", "empty_like", "select", "view", "promote_types")
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.operators = []
+        self.operators: list[Any] = []
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.overloadpacket.__name__ not in self.FREE:
             self.operators.append(operator)
         return operator(*args, **(kwargs or {}))
 
 
-def recorded(arch, shape, dtype, layout, centred, packed, work=None):
-    def empty():
+def recorded(arch: Any, shape: Any, dtype: Any, layout: Any, centred: Any, packed: Any, work: Any = None) -> Any:
+    def empty() -> Any:
         return torch.empty(20, *shape, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
 
     a, b, incoming, known = empty(), empty(), empty(), None
@@ -67,14 +69,16 @@ def recorded(arch, shape, dtype, layout, centred, packed, work=None):
         b = torch.empty(20, shape[0] * (shape[0] + 1) // 2, device="meta")
         known = torch.empty(2, 20, device="meta")
     how = (packed, "channel", centred, 0.5, True)
-    with _launch.record(arch) as recording, work or contextlib.nullcontext():
+    with record(arch) as recording, work or contextlib.nullcontext():
         cosine, loss, *rest = launch.forward(a, b, known, *how, False)
         launch.gradient(None, loss, incoming, cosine, a, b, *rest, 0, *how)
     return recording.launches
 
 
 @pytest.mark.parametrize(("arch", "mode", "size", "dtype", "layout", "centred", "packed"), [*cases()])
-def test_kernels(arch, mode, size, dtype, layout, centred, packed, tmp_path):
+def test_kernels(
+    arch: Any, mode: Any, size: Any, dtype: Any, layout: Any, centred: Any, packed: Any, tmp_path: Path
+) -> None:
     launches = recorded(arch, SHAPES[mode][size], dtype, layout, centred, packed)
     assert mode == launches[-1].arguments["HOW"].MODE
     problems = {
@@ -85,7 +89,7 @@ def test_kernels(arch, mode, size, dtype, layout, centred, packed, tmp_path):
     assert problems == {}
 
 
-def test_every_tile_is_among_the_cases():
+def test_every_tile_is_among_the_cases() -> None:
     taken = set()
     for arch, mode, size, dtype, *_ in (case.values for case in cases()):
         entry = recorded(arch, SHAPES[mode][size], dtype, "NHWC", False, False)[-1].arguments["HOW"]
@@ -98,7 +102,7 @@ def test_every_tile_is_among_the_cases():
 
 
 @pytest.mark.parametrize(("mode", "packed"), [*itertools.product(SHAPES, (False, True))])
-def test_a_tap_is_three_launches_and_nothing_else(mode, packed):
+def test_a_tap_is_three_launches_and_nothing_else(mode: Any, packed: Any) -> None:
     """Two forward and one backward; what is packed is never dual."""
     for shape in SHAPES[mode].values():
         work = Work()

@@ -2,16 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from harness import compile_launch
-from machine_code import Code
 
-from qkernels.ops._launch import Launch
+from qkernels.runtime.recording import Launch
+from tests.compile_only.harness import Usage, compile_launch
+from tests.compile_only.machine_code import Code
 
 # All of them compute y [M, N] from a [M, K] and b [K, N] in tiles of M x N.
 M, N, K, BLOCK_K = 128, 128, 4096, 64
@@ -84,25 +85,33 @@ def _named_kernel(operands, y, sizes, HOW: tl.constexpr):
     tl.store(y + at, total)
 
 
-def operands(gated="", dtype=torch.bfloat16):
+def operands(gated: str = "", dtype: torch.dtype = torch.bfloat16) -> Any:
     a, b = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty(K, N, dtype=dtype, device="meta")
     return Operands(a, b, (a if gated == "a" else None, b if gated == "b" else None))
 
 
-def usage(folder, arch=90, stages=3, gated="", aligned=True, dtype=torch.bfloat16, **how):
-    how = How(k=128 // dtype.itemsize, **how) if arch in (90, 100) else How(64, 64, 32, **how)
+def usage(
+    folder: Path,
+    arch: int = 90,
+    stages: int = 3,
+    gated: str = "",
+    aligned: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    **settings: Any,
+) -> Usage:
+    how = How(k=128 // dtype.itemsize, **settings) if arch in (90, 100) else How(64, 64, 32, **settings)
     y = torch.empty(M, N, device="meta")
     arguments = {"operands": operands(gated, dtype), "y": y, "steps": K // how.k, "HOW": how}
     options = {"num_warps": 8 if arch in (90, 100) else 4, "num_stages": stages}
     return compile_launch(Launch(_product_kernel, (1,), arguments, options), arch, folder, aligned)
 
 
-def text(found):
+def text(found: list[str]) -> str:
     return "; ".join(found)
 
 
 @pytest.mark.parametrize(("arch", "stages"), [(90, 3), (80, 2), (80, 3), (80, 4), (100, 3), (120, 3)])
-def test_a_pipelined_product_passes(arch, stages, tmp_path):
+def test_a_pipelined_product_passes(arch: int, stages: int, tmp_path: Path) -> None:
     found = usage(tmp_path, arch, stages)
     (loop,) = found.loops
     assert found.problems(arch, tensor_cores=True, stages=stages) == []
@@ -114,7 +123,7 @@ def test_a_pipelined_product_passes(arch, stages, tmp_path):
     assert 20 < found.step_instructions < found.instructions
 
 
-def test_a_product_in_tf32_needs_both_operands_along_k(tmp_path):
+def test_a_product_in_tf32_needs_both_operands_along_k(tmp_path: Path) -> None:
     """The tensor core reads 4-byte types in no other way: else they are copied by the element."""
     found = usage(tmp_path, dtype=torch.float32, transposed=True)
     assert found.problems(90, tensor_cores=True, stages=3) == []
@@ -122,14 +131,14 @@ def test_a_product_in_tf32_needs_both_operands_along_k(tmp_path):
     assert "4 bytes" in text(found.problems(90, tensor_cores=True, stages=3))
 
 
-def test_a_sum_that_is_used_in_its_iteration_is_waited_for(tmp_path):
+def test_a_sum_that_is_used_in_its_iteration_is_waited_for(tmp_path: Path) -> None:
     found = usage(tmp_path, scaled=True)
     assert found.loops[0].waits == (0,)
     assert found.problems(90, tensor_cores=True) == []
     assert "waits for the tensor core" in text(found.problems(90, tensor_cores=True, stages=3))
 
 
-def test_a_gated_first_operand_is_multiplied_from_registers(tmp_path):
+def test_a_gated_first_operand_is_multiplied_from_registers(tmp_path: Path) -> None:
     """In pieces, of which others run while one is waited for: in two by Triton 3.7, in four by 3.6."""
     found = usage(tmp_path, gated="a")
     assert found.loops[0].stores == 0
@@ -140,7 +149,7 @@ def test_a_gated_first_operand_is_multiplied_from_registers(tmp_path):
     assert "waits" in text(found.problems(90, tensor_cores=True, stages=3, gated=True))
 
 
-def test_a_gated_second_operand_goes_through_registers(tmp_path):
+def test_a_gated_second_operand_goes_through_registers(tmp_path: Path) -> None:
     """The tensor core of sm_90 reads it from shared memory, into which each iteration has to store it again."""
     found = usage(tmp_path, gated="b")
     assert found.loops[0].stores > 0
@@ -148,14 +157,14 @@ def test_a_gated_second_operand_goes_through_registers(tmp_path):
     assert "stores to shared memory" in text(found.problems(90, tensor_cores=True, stages=3))
 
 
-def test_unaligned_operands_are_loaded_by_the_element(tmp_path):
+def test_unaligned_operands_are_loaded_by_the_element(tmp_path: Path) -> None:
     found = usage(tmp_path, aligned=False)
     assert found.loops[0].copies == ()
     assert found.loops[0].loads == M * BLOCK_K * 2 // 256
     assert "plain loads" in text(found.problems(90, tensor_cores=True, stages=3))
 
 
-def test_narrow_copies_are_refused_unless_asked_for(tmp_path):
+def test_narrow_copies_are_refused_unless_asked_for(tmp_path: Path) -> None:
     """Rows of an odd number of 8 bytes, which nothing but the shape says."""
     found = usage(tmp_path, row=4100)
     assert set(found.loops[0].copies) == {8, 16}
@@ -163,7 +172,7 @@ def test_narrow_copies_are_refused_unless_asked_for(tmp_path):
     assert found.problems(90, tensor_cores=True, stages=3, copy_bytes=8) == []
 
 
-def test_arguments_may_be_named(tmp_path):
+def test_arguments_may_be_named(tmp_path: Path) -> None:
     """And nested, missing and constant; machine code is that of the same arguments one by one."""
     x = torch.empty(1024, device="meta")
     options = {"num_warps": 4, "num_stages": 1}
@@ -228,7 +237,7 @@ SASS = """
 """
 
 
-def test_a_loop_is_what_leads_back_wherever_it_lies():
+def test_a_loop_is_what_leads_back_wherever_it_lies() -> None:
     """A loop has parts in front of its beginning, and behind the end of the kernel."""
     (lines,) = Code.of_ptx(PTX).loops(re.compile(r"mma\.sync"))
     assert [line.split()[0] for line in lines] == [

@@ -1,6 +1,7 @@
 """Kernels take named operands: a call that can be read, and checked against what is called."""
 
 import inspect
+from typing import Any
 
 import pytest
 from triton.runtime.jit import JITFunction
@@ -12,7 +13,7 @@ MOST_OF_A_KERNEL, MOST_OF_A_FUNCTION = 40, 12
 
 
 @pytest.mark.parametrize("module", [gram, folded], ids=["gram", "folded"])
-def test_few_arguments(module):
+def test_few_arguments(module: Any) -> None:
     sizes = {
         name: len(function.arg_names)
         for name, function in inspect.getmembers(module, lambda value: isinstance(value, JITFunction))

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkernels.ops import _launch
+from qkernels.runtime.device import INTERPRETED, arch_of
 
 
 def pytest_collection_modifyitems(items):
-    if _launch.INTERPRETED:
+    if INTERPRETED:
         reason = "TRITON_INTERPRET=1 is set: kernels would run in the interpreter"
     elif not torch.cuda.is_available():
         reason = "no CUDA device"
@@ -30,4 +30,4 @@ def device():
 @pytest.fixture(scope="session")
 def arch(device):
     """What launch settings are looked up by, 90 for compute capability 9.0."""
-    return _launch.arch_of(torch.empty(0, device=device))
+    return arch_of(torch.empty(0, device=device))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cpu_forms import LAYERS
+from bench.layers import LAYERS
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.reference import conv_output_size, transposed_output_size
 from qkernels.ops.hamilton_linear import forms as linear_forms

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from qat.config import NetworkConfig
 from qat.models import VGG16
 from qkernels import runtime
-from qkernels.ops import _launch
+from qkernels.runtime.precision import switched
 
 BATCH, CLASSES, STEPS = 20, 4, 50
 
@@ -31,7 +31,7 @@ def losses(device, dtype):
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
 def test_kernels_train_as_pytorch_does(dtype, allowed, device, monkeypatch):
-    with _launch.switched("float32"):
+    with switched("float32"):
         kernels = torch.tensor(list(losses(device, dtype)))
         # The einsum definition would take minutes; PyTorch's own convolution with the expanded weight is tested
         # against it.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from problems import HOWS, PRECISIONS, VGG16, Problem, poisoned
 
 from bench.warm import compile_all
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import launch, op
 from qkernels.ops.hamilton_conv.launch import Epilogue
+from qkernels.runtime.recording import record
 from qkernels.runtime.tolerances import tolerance
 
 # Layers in front of a pool, and one of odd sizes whose last row and column are in no window.
@@ -54,7 +54,7 @@ def results(problem, operands, how, epilogue):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(arch):
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         for (problem, precision, how), epilogue in itertools.product(CASES, EPILOGUES):
             results(problem, problem.meta(PRECISIONS[precision]), how, epilogue)
     compile_all(recording.launches)

@@ -8,8 +8,8 @@ import torch
 import qkernels
 from bench.warm import compile_all
 from qkernels import anti_transfer_loss, anti_transfer_tap, gram_cosine, gram_target
-from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import launch
+from qkernels.runtime.recording import record
 
 # Channels and sides of the distinct layers of both networks (method, table 1.2).
 QUATERNION = [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)]
@@ -38,7 +38,7 @@ def maps(shape, dtype, nhwc, device, batch=3):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(arch):
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         for shape, dtype, gram, centred, nhwc in CASES:
             layout = torch.channels_last if nhwc else torch.contiguous_format
             a, b = (
@@ -133,10 +133,10 @@ def test_folded_rowwise(shape, dtype, device):
     """By its kernels, or above 64 positions by PyTorch's products; two runs give the same bits."""
     a, b = maps(shape, dtype, True, device)
     exact = [x.detach().double().requires_grad_() for x in (a, b)]
-    correct = anti_transfer_loss(*exact, semantics="folded-rowwise")
+    correct = anti_transfer_loss(*exact, loss="folded-rowwise")
     runs = []
     for _ in range(2):
-        loss = anti_transfer_loss(a, b, semantics="folded-rowwise")
+        loss = anti_transfer_loss(a, b, loss="folded-rowwise")
         runs.append((loss, *torch.autograd.grad(1e3 * loss, (a, b))))
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
     assert abs(runs[0][0].item() - correct.item()) <= COSINE * correct.item()

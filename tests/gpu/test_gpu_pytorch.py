@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import qkernels
 from qkernels import hamilton_conv2d
 from qkernels.nn import QuaternionConv2d, QuaternionConvTranspose2d, QuaternionLinear
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import launch
+from qkernels.runtime.precision import switched
 from qkernels.runtime.tolerances import tolerance
 
 
@@ -200,7 +200,7 @@ def test_activation_checkpointing(net, device):
 def test_nan_reaches_the_outputs_that_read_it(precision, how, device):
     x, weight, bias = conv_operands(device, PRECISIONS[precision])
     x[1, 5, 4, 4] = float("nan")
-    with qkernels.set_form(how.partition("-")[0]), _launch.switched(precision):
+    with qkernels.set_form(how.partition("-")[0]), switched(precision):
         y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, tap=True)
     expected = F.max_pool2d(x[:, 5:6].isnan().float(), 3, stride=1, padding=1)
     assert torch.equal(y.isnan(), expected.bool().expand_as(y))

@@ -11,7 +11,7 @@ import pytest
 import sanitized
 
 from bench.warm import compile_all
-from qkernels.ops import _launch
+from qkernels.runtime.recording import record
 
 TOOL = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 NOTHING = "import torch; torch.zeros(1, device='cuda').add_(1).cpu(); print('ran')"
@@ -24,7 +24,7 @@ def compiled(arch):
     """All of it beforehand: the tool slows a compiler down too."""
     if TOOL is None:
         pytest.skip("compute-sanitizer is not installed")
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         for problem, how, precision in sanitized.RUNS:
             sanitized.run(problem, problem.meta(problems.PRECISIONS[precision]), how)
     compile_all(recording.launches)

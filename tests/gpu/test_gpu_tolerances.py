@@ -8,7 +8,7 @@ import torch
 from problems import HOWS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned
 
 from bench.warm import compile_all
-from qkernels.ops import _launch
+from qkernels.runtime.recording import record
 from qkernels.runtime.tolerances import tolerance
 
 # Most combinations of shape, precision, form and type of the result are kernels of their own to compile, for 2 s each.
@@ -51,7 +51,7 @@ def results_of(problem, operands, how, widened):
 
 
 def launches(combinations, arch):
-    with _launch.record(arch) as recording:
+    with record(arch) as recording:
         for problem, precision, _, modes in combinations:
             for how, widened in modes:
                 results_of(problem, problem.meta(PRECISIONS[precision]), how, widened)

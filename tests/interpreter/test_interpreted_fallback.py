@@ -89,7 +89,7 @@ def test_folded_rowwise(shape, missing, scale, dtype, fail):
     a, b = ((scale * (torch.randn(shape).relu() + 0.01)).to(dtype).requires_grad_() for _ in range(2))
     with qkernels.set_backend("reference"):
         a64, b64 = (x.detach().double().requires_grad_() for x in (a, b))
-        truth = anti_transfer_loss(a64, b64, beta=32.0, semantics="folded-rowwise")
+        truth = anti_transfer_loss(a64, b64, beta=32.0, loss="folded-rowwise")
         exact = torch.autograd.grad(truth, (a64, b64))
     loss, *_ = folded_rowwise(a, b, "each", 32.0**2, "auto")
     torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)

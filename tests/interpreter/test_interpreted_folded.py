@@ -6,6 +6,7 @@ from interpreted import DTYPES, assert_accurate
 
 import qkernels
 from qkernels import anti_transfer_loss
+from qkernels.losses import FoldedRowwise
 from qkernels.ops.folded_rowwise import config, launch
 
 # One, two and four tiles of 16 positions, with tails in rows and positions; several programs and splits.
@@ -31,7 +32,7 @@ def features(shape, dtype=torch.float32):
 def run(inputs, clamp="each", beta=BETA):
     """The loss and its gradients by both operands."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    loss = anti_transfer_loss(*inputs, beta=beta, semantics="folded-rowwise", clamp=clamp)
+    loss = anti_transfer_loss(*inputs, beta=beta, loss=FoldedRowwise(clamp))
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
@@ -134,7 +135,7 @@ def test_frozen_features_cost_no_launch(memory):
     expected = run((trained, frozen))
     trained.requires_grad_()
     memory.launches = 0
-    anti_transfer_loss(trained, frozen, beta=BETA, semantics="folded-rowwise").backward()
+    anti_transfer_loss(trained, frozen, beta=BETA, loss="folded-rowwise").backward()
     assert memory.launches == 4 + 3
     assert torch.equal(trained.grad, expected[1])
     assert torch.equal(run((trained, frozen))[1], expected[1])
@@ -168,6 +169,6 @@ def test_opcheck(clamp):
 def test_what_the_kernels_do_not_compute(shape, types, message):
     trained, frozen = (torch.ones(shape, dtype=dtype) for dtype in types)
     with pytest.raises(ValueError, match=message):
-        anti_transfer_loss(trained, frozen, semantics="folded-rowwise")
+        anti_transfer_loss(trained, frozen, loss="folded-rowwise")
     with qkernels.set_backend("auto"):
-        anti_transfer_loss(trained, frozen, semantics="folded-rowwise")
+        anti_transfer_loss(trained, frozen, loss="folded-rowwise")

@@ -8,8 +8,8 @@ from interpreted import assert_accurate
 
 import qkernels
 from qkernels import anti_transfer_loss, anti_transfer_tap, gram_cosine, gram_target
-from qkernels.ops import _launch
-from qkernels.ops.gram_cosine import config
+from qkernels.losses import GramChannel, GramPosition
+from qkernels.ops.gram_cosine import config, launch
 from qkernels.ops.gram_cosine.config import Tile
 from qkernels.ops.gram_cosine.op import gram_cosine as operator
 
@@ -44,7 +44,7 @@ def kernels(monkeypatch):
     """Small tiles, and fewer rows in memory; a program's rows of a matrix are on chip as a whole."""
     monkeypatch.setattr(config, "BLOCK", dict.fromkeys(config.BLOCK, 16))
     # Parts that do not share steps and chunks evenly.
-    monkeypatch.setattr(_launch, "multiprocessors_of", lambda x: 4)
+    monkeypatch.setattr(launch, "multiprocessors_of", lambda x: 4)
     monkeypatch.setattr(config, "STORED_ROWS", 32)
     monkeypatch.setattr(config, "_forward_tile", lambda block, *_: Tile(block, block, 16, 0, 4, 1))
     monkeypatch.setattr(config, "_backward_tile", lambda n, *_: Tile(16, n, 32, 16, 4, 1))
@@ -195,9 +195,8 @@ def test_targets(shape, gram, centred):
 
 
 def check_target(a, b, gram="channel", centred=False):
-    target = gram_target(b, gram=gram, centred=centred)
-    how = {"gram": gram, "centred": centred, "beta": 0.5}
-    losses = [anti_transfer_loss(a, frozen, **how) for frozen in (b, target)]
+    target = gram_target(b, loss=GramChannel(centred) if gram == "channel" else GramPosition(centred))
+    losses = [anti_transfer_loss(a, frozen, loss=target.loss, beta=0.5) for frozen in (b, target)]
     gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
     if target.packed:
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)

@@ -408,9 +408,7 @@ def geometries(draw):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@hypothesis.settings(
-    max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     geometries(),
     st.sampled_from(KINDS),

@@ -17,6 +17,7 @@ from qkernels.ops.hamilton_conv import launch
 from qkernels.runtime import check
 from qkernels.runtime.__main__ import ALL_RIGHT, CANNOT_RUN, NOT_ALL_RIGHT
 from qkernels.runtime.__main__ import check as self_check
+from qkernels.runtime.recording import record
 
 # One of each operator, in different types.
 SOME = (
@@ -179,7 +180,7 @@ def test_sums_are_shared_and_not(arch):
     splits = defaultdict(set)
     for name, draw in check.checks(tiny=False).items():
         if name.startswith("conv ") and name.split(",")[1] in (" deep", " shared"):
-            with _launch.record(arch) as recording:
+            with record(arch) as recording:
                 draw(torch.device("cpu")).run()
             products = [one for one in recording.launches if hasattr(one.arguments.get("HOW"), "SPLIT")]
             splits[name.split()[1], name.split(", ")[2]].add(products[-1].arguments["HOW"].SPLIT)

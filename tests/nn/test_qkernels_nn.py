@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 import qkernels
 from qkernels import functional as F
 from qkernels.init import quaternion_glorot_, quaternion_he_
+from qkernels.losses import FoldedRowwise, GramPosition
 from qkernels.nn import (
     AntiTransferLoss,
     QuaternionBatchNorm2d,
@@ -44,15 +45,12 @@ def test_modules_call_their_function():
     undropped = F.hamilton_linear(x[..., 0, 0], linear.weight, linear.bias, activation="relu")
     assert not torch.equal(dropped, undropped)
     assert torch.equal(linear.eval()(x[..., 0, 0]), undropped)
-    loss = AntiTransferLoss(beta=0.5, reduction="sum", semantics="folded-rowwise", clamp="product")
-    assert torch.equal(
-        loss(x, x + 1),
-        F.anti_transfer_loss(x, x + 1, beta=0.5, reduction="sum", semantics="folded-rowwise", clamp="product"),
-    )
-    how = {"beta": 0.5, "reduction": "none", "gram": "position", "centred": True}
-    assert torch.equal(AntiTransferLoss(**how)(x, x + 1), F.anti_transfer_loss(x, x + 1, **how))
-    target = F.gram_target(x.abs(), gram="position", centred=True)
-    assert torch.equal(AntiTransferLoss(**how)(x, target), F.anti_transfer_loss(x, target, **how))
+    options = {"loss": FoldedRowwise("product"), "beta": 0.5, "reduction": "sum"}
+    assert torch.equal(AntiTransferLoss(**options)(x, x + 1), F.anti_transfer_loss(x, x + 1, **options))
+    options = {"loss": GramPosition(centred=True), "beta": 0.5, "reduction": "none"}
+    assert torch.equal(AntiTransferLoss(**options)(x, x + 1), F.anti_transfer_loss(x, x + 1, **options))
+    target = F.gram_target(x.abs(), loss=options["loss"])
+    assert torch.equal(AntiTransferLoss(**options)(x, target), F.anti_transfer_loss(x, target, **options))
 
 
 @pytest.mark.parametrize(
@@ -96,8 +94,7 @@ def test_representations_show_what_is_not_default():
     assert repr(QuaternionLinear(4, 8)) == "QuaternionLinear(4, 8)"
     assert repr(QuaternionLinear(4, 8, dropout=0.1)) == "QuaternionLinear(4, 8, dropout=0.1)"
     assert repr(QuaternionBatchNorm2d(8)) == "QuaternionBatchNorm2d(8, eps=1e-05, momentum=0.1)"
-    assert "semantics='paper'" in repr(AntiTransferLoss())
-    assert repr(AntiTransferLoss(aggregation="max")).endswith("aggregation='max', distance='cos_squared')")
+    assert repr(AntiTransferLoss()) == "AntiTransferLoss(GramChannel(centred=False), beta=1.0, reduction='mean')"
 
 
 @pytest.mark.parametrize(

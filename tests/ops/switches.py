@@ -1,4 +1,4 @@
-"""PyTorch's TF32 switches before, in and after `_launch.switched`, however a user has set them; prints what differs.
+"""PyTorch's TF32 switches before, in and after `switched`, however a user has set them; prints what differs.
 
 Each setting is tried in a process of its own, forked from this one: what nobody has set cannot be made so again.
 """
@@ -10,7 +10,7 @@ import traceback
 
 import torch
 
-from qkernels.ops import _launch
+from qkernels.runtime.precision import precision_of, switched
 
 BACKENDS = torch.backends
 LEVELS = [
@@ -50,7 +50,7 @@ def behaviour():
 
 
 def precisions():
-    return {_launch.precision_of(torch.float32, kind) for kind in ("conv", "matmul")}
+    return {precision_of(torch.float32, kind) for kind in ("conv", "matmul")}
 
 
 def after(settings, precision):
@@ -58,9 +58,9 @@ def after(settings, precision):
         setattr(place, name, value)
     if precision:
         before = precisions()
-        with _launch.switched(precision):
+        with switched(precision):
             assert precisions() == {"tf32" if precision == "tf32" else "ieee"}
-            with _launch.switched("tf32"):
+            with switched("tf32"):
                 assert precisions() == {"tf32"}
             assert precisions() == {"tf32" if precision == "tf32" else "ieee"}
         assert precisions() == before

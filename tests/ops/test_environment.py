@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from qkernels.ops import _launch
 from qkernels.runtime import __main__ as environment
+from qkernels.runtime.device import INTERPRETED
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_cache_that_cannot_be_executed(tmp_path, monkeypatch):
     assert environment.triton_cache().startswith(f"unusable: nothing can be executed in {tmp_path}")
 
 
-@pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
 def test_no_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert environment.main(["--check", "--json", str(tmp_path / "check.json")]) == environment.CANNOT_RUN

@@ -8,6 +8,7 @@ import torch
 
 import qkernels
 from qkernels import anti_transfer_loss, anti_transfer_tap, gram_cosine, gram_target, runtime
+from qkernels.losses import FoldedRowwise, GramPosition
 from qkernels.ops import _launch, _library
 from qkernels.ops.folded_rowwise.op import folded_rowwise, folded_rowwise_da
 from qkernels.ops.gram_cosine.op import gram_cosine as gram_operator
@@ -155,10 +156,10 @@ def features(*shape):
 LOSSES = {
     "stored": ((3, 8, 4, 4), lambda a, b: gram_cosine(a, b).square().sum()),
     "direct": ((2, 130, 12, 12), anti_transfer_loss),
-    "dual": ((2, 40, 4, 4), lambda a, b: anti_transfer_loss(a, b, gram="position", centred=True)),
+    "dual": ((2, 40, 4, 4), lambda a, b: anti_transfer_loss(a, b, loss=GramPosition(centred=True))),
     "packed": ((2, 6, 8, 8), lambda a, b: anti_transfer_loss(a, gram_target(b))),
     "tap": ((2, 8, 4, 4), lambda a, b: sum(part.sum() for part in anti_transfer_tap(a, b))),
-    "folded": ((4, 16, 3, 3), lambda a, b: anti_transfer_loss(a, b, semantics="folded-rowwise", clamp="product")),
+    "folded": ((4, 16, 3, 3), lambda a, b: anti_transfer_loss(a, b, loss=FoldedRowwise("product"))),
 }
 all_losses = pytest.mark.parametrize(("shape", "loss"), LOSSES.values(), ids=LOSSES)
 

@@ -631,7 +631,7 @@ def test_automatic_form_depends_on_the_shape_alone(p):
 
 
 def test_vgg_layers_take_the_measured_form():
-    """The committed table of bench/cpu_forms.py: no layer of the full network is slower for the choice."""
+    """The committed bench/results/cpu_forms.csv: no layer of the full network is slower for the choice."""
     layers = [(4, 64, 64), (64, 64, 64), (64, 128, 32), (128, 128, 32), (128, 256, 16), (256, 256, 16)]
     layers += [(256, 512, 8), (512, 512, 8), (512, 512, 4)]
     forms = [cpu_form(p // 4, q // 4, 9, side * side) for q, p, side in layers]

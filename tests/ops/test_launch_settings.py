@@ -12,9 +12,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config
 from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile, cost, how_of, plan, triton_form, whole_splits
+from qkernels.runtime.precision import precision_of, switched
+from qkernels.runtime.recording import record
 
 PRECISIONS = ("half", "tf32", "ieee")
 # What the kernels have; `qkernels.tune` asks for tf32x3, too.
@@ -330,7 +331,7 @@ def test_what_is_tuned_is_what_is_launched(n, monkeypatch):
     monkeypatch.setattr(config, "plan", first)
     layer = tune.LAYERS[n]
     layer = layer._replace(channels_in=min(layer.channels_in, 64), channels_out=min(layer.channels_out, 64))
-    with _launch.record(90):
+    with record(90):
         for product in tune.products(layer, 3, torch.bfloat16, "cpu"):
             asked.clear()
             assert product.run("signed-half", None).shape == product.exact.shape
@@ -350,8 +351,8 @@ def test_forced_plan_is_the_plan():
 
 def test_half_types_follow_no_switch():
     for precision in ("tf32", "float32"):
-        with _launch.switched(precision):
-            assert {_launch.precision_of(dtype, "conv") for dtype in (torch.float16, torch.bfloat16)} == {"half"}
+        with switched(precision):
+            assert {precision_of(dtype, "conv") for dtype in (torch.float16, torch.bfloat16)} == {"half"}
 
 
 def test_precision_follows_pytorchs_switches_and_leaves_them_as_they_were():

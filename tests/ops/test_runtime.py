@@ -14,7 +14,11 @@ import torch
 
 import qkernels
 from qkernels import runtime
-from qkernels.ops import _launch, _library
+from qkernels.ops import _library
+from qkernels.runtime import device
+from qkernels.runtime.device import INTERPRETED, arch_of_device
+from qkernels.runtime.precision import switched
+from qkernels.runtime.recording import record
 
 CONV = torch.zeros(1, 4, 3, 3), torch.zeros(4, 1, 1, 3, 3)
 LINEAR = torch.zeros(1, 2048), torch.zeros(4, 512, 512)
@@ -50,7 +54,7 @@ def test_backend_and_form_of_each_operator(op, args):
 
 
 all_products = pytest.mark.parametrize(("op", "args"), CALLS[:3], ids=[op.__name__ for op, _ in CALLS[:3]])
-not_interpreted = pytest.mark.skipif(_launch.INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
 
 
 def refused(op, args, reason):
@@ -125,19 +129,19 @@ def test_forms_of_the_kernels(op, args):
         with qkernels.set_form(form), pytest.raises(ValueError, match=f"form '{form}'.*{reason}"):
             how(dtype)
 
-    with _launch.record(90), qkernels.set_backend("triton"):
+    with record(90), qkernels.set_backend("triton"):
         for dtype, precision in ((torch.float16, "half"), (torch.bfloat16, "half"), (torch.float32, "ieee")):
-            with _launch.switched("ieee"):
+            with switched("ieee"):
                 assert qkernels.form_of(op, *(t.to(dtype) for t in args)) in ("signed", "q8")
                 with qkernels.set_form("signed"):
                     assert how(dtype) == ("triton", f"signed-{precision}")
                     assert qkernels.form_of(op, *(t.to(dtype) for t in args)) == "signed"
                 refuse("dense", dtype, "plain PyTorch's")
-        with _launch.switched("ieee"), qkernels.set_form("q8"):
+        with switched("ieee"), qkernels.set_form("q8"):
             assert how(torch.float32) == ("triton", "q8-ieee")
-        with _launch.switched("tf32"), qkernels.set_form("signed"):
+        with switched("tf32"), qkernels.set_form("signed"):
             assert how(torch.float32) == ("triton", "signed-tf32")
-        with _launch.switched("tf32"):
+        with switched("tf32"):
             refuse("q8", torch.float32, "without TF32")
         refuse("q8", torch.bfloat16, "float32 operands")
 
@@ -214,6 +218,7 @@ before = set(sys.modules)
 torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0
 sys.modules["triton"] = None
 import qkernels
+qkernels.nn, qkernels.anti_transfer_loss, qkernels.set_backend
 heavy = {"triton", "scipy", "pandas", "sklearn", "torchaudio", "matplotlib", "torch._dynamo", "qat"}
 print(sorted(heavy & (set(sys.modules) - before) - {"triton"}), torch.cuda.is_initialized())
 """
@@ -237,6 +242,7 @@ def test_environment_report():
         "qkernels.algebra",
         "qkernels.functional",
         "qkernels.init",
+        "qkernels.losses",
         "qkernels.nn",
         "qkernels.ops.gram_cosine.config",
         "qkernels.ops.hamilton_conv.config",
@@ -254,8 +260,8 @@ def test_a_device_is_a_constant_to_the_compiler(monkeypatch):
     torch._dynamo.reset()
     properties = types.SimpleNamespace(major=7, minor=5, multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(_launch, "_properties", _launch._properties.__wrapped__)
-    compiled = torch.compile(lambda x: x + _launch.arch_of_device(x.device), fullgraph=True, backend="eager")
+    monkeypatch.setattr(device, "_properties", device._properties.__wrapped__)
+    compiled = torch.compile(lambda x: x + arch_of_device(x.device), fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 75
 
 

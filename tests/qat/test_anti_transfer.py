@@ -1,17 +1,24 @@
+import inspect
+import itertools
+import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from qat import anti_transfer
 from qat.anti_transfer import AntiTransfer
-from qat.config import AntiTransferConfig, NetworkConfig, from_plain
+from qat.config import AntiTransferConfig, Experiment, NetworkConfig, from_plain, to_plain
+from qat.config.plain import instantiate, parser_of, prefix_errors
 from qat.models import VGG16, tap_name
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
-from qkernels import anti_transfer_loss, gram_cosine
-from qkernels.nn import AntiTransferLoss
+from qkernels import anti_transfer_loss
+from qkernels.losses import CKA, LOSSES, CosSquared, FoldedRowwise, GramChannel, GramPosition, Loss, MseSigmoid
 
 TINY = NetworkConfig(width=0.05, init="he", dropout=0.0)
+EVERY = [kind(*values) for kind in LOSSES.values() for values in itertools.product(*kind.options().values())]
 POSITIONS = ["relu", "pre-relu", "slice", "pool5"]
 
 
@@ -103,13 +110,23 @@ def test_beta_0_only_monitors(nets):
     assert logged["similarity_13"].item() > 0
 
 
-def test_folded_rowwise_is_weighted_by_beta_squared(nets):
+@pytest.mark.parametrize("loss", EVERY, ids=repr)
+def test_every_loss_and_its_gradient_reach_the_network(nets, loss):
     net, twin, x = nets
-    values = [
-        computed(AntiTransferConfig(layers=[7], beta=beta, semantics="folded-rowwise"), net, twin, x)[0].item()
-        for beta in (1.0, 3.0)
-    ]
-    assert values[1] == pytest.approx(9 * values[0], rel=1e-5)
+    x = 0.1 * x  # at larger distances the sigmoid is flat
+    a, b = (network.features_at(x, ["relu5"])["relu5"] for network in (net, twin))
+    torch.manual_seed(1)
+    expected = anti_transfer_loss(a, b, loss=loss).item()
+    for beta in (0.0, 0.5):
+        torch.manual_seed(1)
+        total, logged = computed(AntiTransferConfig(layers=[5], beta=beta, loss=loss), net, twin, x)
+        assert logged["similarity_5"].item() == pytest.approx(expected, rel=1e-5)
+        # The released code applies beta twice.
+        weight = beta**2 if loss.name == "folded-rowwise" else beta
+        assert total.item() == pytest.approx(weight * expected, rel=1e-5)
+        assert total.requires_grad == bool(beta)
+    total.backward()
+    assert net.convs[4].weight.grad.any()
 
 
 def test_clamp_of_folded_rowwise_reaches_the_loss(nets):
@@ -118,44 +135,16 @@ def test_clamp_of_folded_rowwise_reaches_the_loss(nets):
     tiny = 1e-3 * net.features_at(x, ["relu7"])["relu7"]
     values = []
     for clamp in ("each", "product"):
-        config = AntiTransferConfig(layers=[7], semantics="folded-rowwise", clamp=clamp)
+        config = AntiTransferConfig(layers=[7], loss=FoldedRowwise(clamp))
         values.append(AntiTransfer(config, twin)(x)["relu7"](tiny)[1].item())
         frozen = twin.features_at(x, ["relu7"])["relu7"]
-        expected = anti_transfer_loss(tiny, frozen, semantics="folded-rowwise", clamp=clamp)
-        assert values[-1] == pytest.approx(expected.item(), rel=1e-6)
+        assert values[-1] == pytest.approx(anti_transfer_loss(tiny, frozen, loss=config.loss).item(), rel=1e-6)
     assert values[0] != pytest.approx(values[1], rel=0.01)
-
-
-@pytest.mark.parametrize("beta", [0.0, 2.0])
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("gram", ["channel", "position", "batch"])
-def test_gram_and_centring_reach_the_loss(nets, gram, centred, beta):
-    net, twin, x = nets
-    config = AntiTransferConfig(layers=[9], beta=beta, gram=gram, centred=centred)
-    loss, logged = computed(config, net, twin, x)
-    a, b = (network.features_at(x, ["relu9"])["relu9"] for network in (net, twin))
-    expected = gram_cosine(a, b, gram=gram, centred=centred).square().mean().item()
-    assert logged["similarity_9"].item() == pytest.approx(expected, rel=1e-5)
-    assert loss.item() == pytest.approx(beta * expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("distance", ["cos_squared", "mse_sigmoid"])
-@pytest.mark.parametrize("aggregation", ["gram", "none", "mean", "sum", "max", "mul_comp", "pairwise"])
-def test_aggregation_and_distance_reach_the_loss_and_its_gradient(nets, aggregation, distance):
-    net, twin, x = nets
-    x = 0.1 * x  # at larger distances the sigmoid is flat
-    config = AntiTransferConfig(layers=[5], beta=0.5, aggregation=aggregation, distance=distance)
-    loss, _ = computed(config, net, twin, x)
-    a, b = (network.features_at(x, ["relu5"])["relu5"] for network in (net, twin))
-    expected = AntiTransferLoss(aggregation=aggregation, distance=distance)(a, b)
-    assert loss.item() == pytest.approx(0.5 * expected.item(), rel=1e-5)
-    loss.backward()
-    assert net.convs[4].weight.grad.any()
 
 
 def test_stochastic_pairwise_is_drawn_anew_each_time(nets):
     net, twin, x = nets
-    config = AntiTransferConfig(layers=[5], aggregation="stochastic_pairwise")
+    config = AntiTransferConfig(layers=[5], loss=CosSquared("stochastic_pairwise"))
     torch.manual_seed(0)
     drawn = [computed(config, net, twin, x)[0].item() for _ in range(6)]
     torch.manual_seed(0)
@@ -217,13 +206,13 @@ WIDE = replace(TINY, width=0.0625)  # 32 channels of 16 positions at layer 13: G
     ("settings", "packed"),
     [
         ({"layers": [2, 9], "beta": [1.0, 0.5]}, True),
-        ({"layers": [2], "centred": True}, True),
-        ({"layers": [13], "gram": "position"}, True),
+        ({"layers": [2], "loss": GramChannel(centred=True)}, True),
+        ({"layers": [13], "loss": GramPosition()}, True),
         ({"layers": [13]}, False),
-        ({"layers": [2], "gram": "position"}, False),
-        ({"layers": [7], "gram": "batch", "centred": True}, None),
-        ({"layers": [7], "semantics": "folded-rowwise"}, None),
-        ({"layers": [7], "aggregation": "max", "distance": "mse_sigmoid"}, None),
+        ({"layers": [2], "loss": GramPosition()}, False),
+        ({"layers": [7], "loss": CKA()}, None),
+        ({"layers": [7], "loss": FoldedRowwise()}, None),
+        ({"layers": [7], "loss": MseSigmoid("max")}, None),
     ],
 )
 def test_what_is_remembered_is_what_the_twin_gives(settings, packed):
@@ -284,35 +273,79 @@ def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch):
     assert asked == 2 * [((10,), None)] + 4 * [((10,), torch.device("cpu"))]
 
 
-def test_settings_saved_before_there_were_these_options_still_load():
-    old = {"twin": "runs/voice", "layers": [2], "beta": 1.0, "position": "relu", "semantics": "paper", "clamp": "each"}
-    config = from_plain(AntiTransferConfig, old | {"random_twin": False})
-    assert config == AntiTransferConfig(twin=config.twin)
-    assert (config.gram, config.centred, config.aggregation, config.distance) == (
-        "channel",
-        False,
-        "gram",
-        "cos_squared",
-    )
+OLD = {
+    "semantics": "paper",
+    "clamp": "each",
+    "gram": "channel",
+    "centred": False,
+    "aggregation": "gram",
+    "distance": "cos_squared",
+}
+"""The fields that there were in place of ``loss``, with their defaults."""
+
+
+def as_saved_before(loss: Loss) -> dict[str, object]:
+    """What version 0.1 called a loss."""
+    if isinstance(loss, FoldedRowwise):
+        return {"semantics": "folded-rowwise", "clamp": loss.clamp}
+    if isinstance(loss, CosSquared | MseSigmoid):
+        return {"aggregation": loss.aggregation, "distance": loss.name.replace("-", "_")}
+    return dict(zip(("gram", "centred"), loss.gram, strict=True))
+
+
+@pytest.mark.parametrize("loss", EVERY, ids=repr)
+def test_settings_are_read_back_as_they_are_and_were_saved(loss):
+    config = AntiTransferConfig(layers=[2, 5], beta=[1.0, 0.5], loss=loss, random_twin=True)
+    plain = json.loads(json.dumps(to_plain(config)))
+    assert from_plain(AntiTransferConfig, plain) == config
+    named = {name: value for name, value in plain.items() if name != "loss"}
+    assert from_plain(AntiTransferConfig, named | OLD | as_saved_before(loss)) == config
+    # Before there were Gram matrices of other rows than channels, and other aggregations, those fields were missing.
+    changed = {name: value for name, value in as_saved_before(loss).items() if value != OLD[name]}
+    assert from_plain(AntiTransferConfig, named | {"semantics": "paper", "clamp": "each"} | changed) == config
+
+
+def test_settings_of_no_loss_are_refused_by_name():
+    for settings, message in (
+        ({"loss": "median"}, "loss must be one of 'gram-channel', .*; got 'median'"),
+        ({"loss": {"name": "cka", "clamp": "each"}}, "clamp: 'each' must be an option of loss 'cka'"),
+        ({"loss": "cka", "semantics": "paper"}, "unknown setting semantics"),
+        ({"gram": "row"}, "loss must be one of .*; got .*'gram-row'"),
+        ({"distance": "cosine"}, "loss must be one of .*; got .*'cosine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_plain(AntiTransferConfig, settings)
+
+
+def test_the_help_names_every_loss_and_its_options():
+    text = inspect.getdoc(AntiTransferConfig)
+    for kind in LOSSES.values():
+        for word in (kind.name, *(str(v) for values in kind.options().values() for v in values if v is not False)):
+            assert re.search(rf"\b{word}\b", text.replace("true", "True")), word
+
+
+def test_every_loss_is_parsed_from_files_and_the_command_line():
+    parser = parser_of(Experiment)
+    for loss in EVERY:
+        text = loss.plain() if isinstance(loss.plain(), str) else yaml.safe_dump(loss.plain(), default_flow_style=True)
+        for parsed in (
+            parser.parse_object({"anti_transfer": {"layers": [2], "loss": loss.plain()}}),
+            parser.parse_args([f"--anti_transfer.loss={text}"]),
+        ):
+            assert instantiate(parser, Experiment, parsed).anti_transfer == AntiTransferConfig(loss=loss)
 
 
 @pytest.mark.parametrize(
-    ("settings", "mixing"),
+    ("text", "message"),
     [
-        ({}, None),
-        ({"gram": "position", "centred": True}, None),
-        ({"gram": "batch"}, "gram batch"),
-        ({"semantics": "folded-rowwise"}, "semantics folded-rowwise"),
-        ({"aggregation": "stochastic_pairwise"}, "aggregation stochastic_pairwise"),
-        ({"distance": "mse_sigmoid"}, "distance mse_sigmoid"),
+        ("cca", "loss must be one of .*; got 'cca'"),
+        ("null", "loss must be one of .*; got None"),
+        ("[cka", r"loss must be one of .*; got '\[cka'"),
+        ("{name: cka, clamp: each}", "clamp: 'each' must be an option of loss 'cka', which has none"),
+        ("{name: folded-rowwise, clamp: both}", "clamp of loss .* must be one of 'each', 'product'; got 'both'"),
     ],
 )
-def test_losses_that_mix_the_samples_of_a_batch_are_known(nets, settings, mixing):
-    """They alone are something else than the mean of the losses of single samples."""
-    net, twin, x = nets
-    config = AntiTransferConfig(layers=[9], **settings)
-    assert config.mixing == mixing
-    torch.manual_seed(0)
-    whole = computed(config, net, twin, x)[0]
-    singles = torch.stack([computed(config, net, twin, x[n : n + 1])[0] for n in range(len(x))]).mean()
-    assert (abs(whole.item() - singles.item()) < 1e-5 * abs(whole.item())) == (mixing is None)
+def test_bad_losses_are_refused_in_one_line(text, message):
+    with pytest.raises(ValueError, match=f'"anti_transfer.loss": .*{message}') as error, prefix_errors("plan.yaml"):
+        parser_of(Experiment).parse_args([f"--anti_transfer.loss={text}"])
+    assert "\n" not in str(error.value)

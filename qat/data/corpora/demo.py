@@ -222,7 +222,7 @@ def _espeak() -> tuple[Path, Path]:
     return Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
 
 
-@_CALLBACK
+@_CALLBACK  # type: ignore[untyped-decorator]
 def _collect(wave: ctypes._Pointer[ctypes.c_short], count: int, events: object) -> int:
     if wave and count > 0:
         _spoken.append(np.ctypeslib.as_array(wave, (count,)).copy())

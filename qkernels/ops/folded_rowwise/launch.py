@@ -8,6 +8,7 @@ from torch import Tensor
 from qkernels.ops import _launch
 from qkernels.ops.folded_rowwise import config, kernels
 from qkernels.ops.folded_rowwise.kernels import Features
+from qkernels.runtime.device import arch_of, device_of
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
@@ -22,7 +23,7 @@ def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple
     # The features of half types are exact in tf32.
     precision = PRECISION if trained.dtype == torch.float32 else "tf32"
     arguments = _operands(t=trained, p=frozen)
-    with _launch.device_of(trained):
+    with device_of(trained):
         products = _products(trained, frozen, factors, stats, None, precision)
         _launch.run(
             kernels._folded_rows_kernel,
@@ -64,7 +65,7 @@ def gradient(
     """Gradient by `a`, which is operand number `which` of the forward: three launches."""
     da = torch.empty_like(a)
     operands = _operands(a=a, b=b, da=da)
-    with _launch.device_of(a):
+    with device_of(a):
         weighted = _products(a, b, factors, stats, which, PRECISION)
         _launch.run(
             kernels._folded_gradient_kernel,
@@ -112,7 +113,7 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
             "BLOCK_C": columns,
         },
         config.PRODUCTS_WARPS,
-        config.products_stages(precision, _launch.arch_of(a)),
+        config.products_stages(precision, arch_of(a)),
         config.REGISTERS,
     )
     _launch.run(

@@ -9,6 +9,7 @@ from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config, kernels
 from qkernels.ops.gram_cosine.config import Plan
 from qkernels.ops.gram_cosine.kernels import Axes, How, Matrix
+from qkernels.runtime.device import INTERPRETED, arch_of, device_of, multiprocessors_of
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
@@ -32,7 +33,7 @@ def forward(
     """As `op.gram_cosine`."""
     a, b = _same_type(a, b, packed)
     items, rows, columns = _sizes(a, gram)
-    shape = config.workspace_size(rows, columns, items, packed, both, _launch.arch_of(a))
+    shape = config.workspace_size(rows, columns, items, packed, both, arch_of(a))
     cosine, loss, workspace, stats_a, stats_b = (
         _floats(a, *size) for size in ((items,), (), shape, (2, items), (2, items))
     )
@@ -62,7 +63,7 @@ def forward(
         "pairs": pairs,
     }
     registers = REGISTERS if centred else 0
-    with _launch.device_of(a):
+    with device_of(a):
         if plan.mode == "stored":
             count = 1 if packed else 2
             parts = {
@@ -159,7 +160,7 @@ def gradient(
         matrices[: 1 if packed else 2] = [_centred(x, gram) for x in matrices[: 1 if packed else 2]]
     other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if packed else matrices[1]
     tile, out = plan.backward, matrices[-1]
-    with _launch.device_of(a):
+    with device_of(a):
         _launch.run(
             kernels._gram_backward_kernel,
             (items, -(-axes.M // tile.m), plan.parts),
@@ -209,7 +210,7 @@ def _how(
         CENTRED=centred,
         CHECKED=like.dtype != torch.float16,
         EXACT=like.dtype == torch.float32 or (centred and plan.mode == "dual"),
-        UPCAST=_launch.INTERPRETED and like.dtype == torch.bfloat16,
+        UPCAST=INTERPRETED and like.dtype == torch.bfloat16,
         PRECISION=PRECISION,
         WIDE_M=axes.m_width < axes.M,
         WIDE_K=axes.k_width < axes.K,
@@ -231,7 +232,7 @@ def _sizes(a: Tensor, gram: str) -> tuple[int, int, int]:
 
 def _plan(a: Tensor, gram: str, packed: bool, centred: bool) -> Plan:
     half = a.element_size() == 2 and not centred
-    return config.plan(*_sizes(a, gram), half, _launch.arch_of(a), _launch.multiprocessors_of(a), packed)
+    return config.plan(*_sizes(a, gram), half, arch_of(a), multiprocessors_of(a), packed)
 
 
 def _same_type(a: Tensor, b: Tensor, packed: bool) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._launch import arch_of
 from qkernels.ops._library import define, first_order_only, or_plain
 from qkernels.ops.gram_cosine.config import block_of, is_direct, mode_of, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
+from qkernels.runtime.device import arch_of
 
 
 def _forward_fake(

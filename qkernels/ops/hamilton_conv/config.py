@@ -59,7 +59,7 @@ def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> st
     >>> triton_form(128, 128, 9, "half", 90), triton_form(128, 128, 9, "ieee", 90), triton_form(16, 1, 9, "ieee", 90)
     ('signed', 'q8', 'signed')
     """
-    measured = _table(arch)["forms"].get((precision, p, q, positions))
+    measured: str | None = _table(arch)["forms"].get((precision, p, q, positions))
     if measured:
         return measured
     return "q8" if precision == "ieee" and min(p, q) >= 16 else "signed"

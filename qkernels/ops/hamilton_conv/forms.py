@@ -132,8 +132,10 @@ def _products(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _group_first(x: Tensor, groups: int) -> Tensor:
     """Channels (component, group, channel) to the (group, component, channel) of a real grouped convolution."""
-    return x.unflatten(1, (4, groups, -1)).transpose(1, 2).flatten(1, 3).contiguous()
+    parts: Tensor = x.unflatten(1, (4, groups, -1))
+    return parts.transpose(1, 2).flatten(1, 3).contiguous()
 
 
 def _component_first(x: Tensor, groups: int) -> Tensor:
-    return x.unflatten(1, (groups, 4, -1)).transpose(1, 2).flatten(1, 3).contiguous()
+    parts: Tensor = x.unflatten(1, (groups, 4, -1))
+    return parts.transpose(1, 2).flatten(1, 3).contiguous()

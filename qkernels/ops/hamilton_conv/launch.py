@@ -19,6 +19,7 @@ from qkernels.ops import _launch
 from qkernels.ops.hamilton_conv import config, kernels
 from qkernels.ops.hamilton_conv.config import Plan, Problem
 from qkernels.ops.hamilton_conv.reference import conv_output_size
+from qkernels.runtime.device import INTERPRETED, arch_of, device_of, multiprocessors_of
 
 Ints = Sequence[int]
 # Signs of the definition, and of its adjoint, as bits (kernels.py).
@@ -100,7 +101,7 @@ def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> 
     counters = weights[0].new_empty(tickets, dtype=torch.int32)
     dense = [_aligned(weight.contiguous()) for weight in weights]
     programs = sum(_cdiv(weight.numel() // 4, ELEMENTWISE_BLOCK) for weight in dense)
-    with _launch.device_of(tiles):
+    with device_of(tiles):
         _launch.run(
             kernels._hamilton_pack_kernel,
             (max(programs, _cdiv(tickets, ELEMENTWISE_BLOCK)),),
@@ -200,7 +201,7 @@ def weight_gradient(
     tiles_p, columns = _cdiv(p, tile.n), problem.blocks(plan.form, tile)
     grid = (tiles_p * (columns + with_bias), groups, plan.splits)
     flat = q if problem.flat(plan.form, tile) else 0
-    with _launch.device_of(x):
+    with device_of(x):
         _launch.run(
             kernels._hamilton_conv_dw_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_dw_kernel,
             grid,
@@ -293,7 +294,7 @@ def _elementwise(
 ) -> Tensor:
     maps = [None if x is None else _dense(x) for x in (dy, relu_output, dpooled)]
     block = ELEMENTWISE_BLOCK
-    with _launch.device_of(out):
+    with device_of(out):
         _launch.run(
             kernels._hamilton_gradient_kernel,
             (_cdiv(out.numel(), block),),
@@ -365,7 +366,7 @@ def _gather(
         -t * d // s if adjoint else d for t, d, s in zip(step, window.dilation, stride, strict=True)
     ]  # whole: see kernels.py
     bias, relu, seed, scale, relu_output = epilogue
-    with _launch.device_of(x):
+    with device_of(x):
         _launch.run(
             kernels._hamilton_conv_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_kernel,
             programs,
@@ -441,12 +442,12 @@ def _shared(plan: Plan, grid: tuple[int, ...], size: int, like: Tensor, tickets:
 
 def _plan(problem: Problem, how: str, x: Tensor) -> Plan:
     form, precision = how.split("-")
-    return config.plan(problem, form, precision, _launch.arch_of(x), _launch.multiprocessors_of(x))
+    return config.plan(problem, form, precision, arch_of(x), multiprocessors_of(x))
 
 
 def _products(plan: Plan, x: Tensor) -> dict[str, Any]:
     precision = "ieee" if plan.precision == "half" else plan.precision
-    return {"PRECISION": precision, "UPCAST": _launch.INTERPRETED and x.dtype == torch.bfloat16}
+    return {"PRECISION": precision, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16}
 
 
 def _check_pixels(count: int) -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from running import LOCAL, campaign_of, children, is_locked, longer, trainer, wait_for
 
 from qat.campaign import jobs
 from qat.campaign.jobs import Layout, SlurmConfig, train
 from qat.campaign.plan import Campaign
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
 from qat.files import held, write_text
+from tests.qat.campaign.running import LOCAL, campaign_of, children, is_locked, longer, trainer, wait_for
 
 
 @pytest.mark.parametrize(

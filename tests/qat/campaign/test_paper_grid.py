@@ -58,7 +58,7 @@ def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path
     assert table[name.format("dual_SW")] == table[name.format("dual_WS")]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     corpora=some(["iemocap", "ravdess", "tess"]),
     networks=some(NETWORKS),

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import campaign_of, trainer, wait_for
 
 import qat
 from qat.campaign import jobs
@@ -28,6 +27,7 @@ from qat.config import AntiTransferConfig, Experiment, to_plain
 from qat.files import sha256_of, write_text
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
+from tests.qat.campaign.running import campaign_of, trainer, wait_for
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where daemons are, unless one is root
 PROGRAMS = ("setpriv", "munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")

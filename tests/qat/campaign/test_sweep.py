@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from running import is_locked, longer, parent, trainer, wait_for
 
 import qat
 from qat import cli
@@ -23,6 +22,7 @@ from qat.files import sha256_of
 from qat.report.report import collect, summary_table
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
+from tests.qat.campaign.running import is_locked, longer, parent, trainer, wait_for
 
 
 def write(folder: Path, text: str) -> Path:
@@ -75,6 +75,10 @@ def test_a_plan_says_what_qat_train_would(tmp_path):
         ("anti_transfer.twin: [a/voice, b/voice]", ["twin-1", "twin-2"]),
         ("anti_transfer.random_twin: [true, false]", ["random_twin-true", "random_twin-false"]),
         ("corpus.where: [{speaker: [a, b]}, {speaker: [c]}]", ["where-speaker-a+b", "where-speaker-c"]),
+        (
+            "anti_transfer.loss: [cka, {name: folded-rowwise, clamp: product}]",
+            ["loss-cka", "loss-folded-rowwise+product"],
+        ),
         ("split.train: [[one, two], []]", ["train-1", "train-2"]),
         ("training.lr: [1e-5, 0.5]", ["lr-1e-05", "lr-0.5"]),
         ("{split.seed: [1, 2], training.seed: [3]}", ["split-1", "split-2"]),

@@ -21,12 +21,10 @@ def emotion(preset: str, network: str, at: str = "single_S", corpus: str = "iemo
 
 # What paper and released code say, item by item: setting, preset paper, preset released-code.
 ITEMS = [
-    ("anti_transfer.semantics", "paper", "folded-rowwise"),
+    ("anti_transfer.loss", "gram-channel", {"name": "folded-rowwise", "clamp": "product"}),
     ("anti_transfer.beta", 1.0, 1.0),
-    ("anti_transfer.clamp", "each", "product"),
     ("anti_transfer.position", "relu", "pool5"),
     ("anti_transfer.random_twin", False, True),
-    ("anti_transfer.gram", "channel", "channel"),
     ("features.time_order", "natural", "reversed"),
     ("features.cut", "audio", "reference"),
     ("training.batch", 20, 40),

@@ -9,11 +9,6 @@ from qat.data.manifest import Manifest, build_manifest
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
-@pytest.fixture
 def make_corpus(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Manifest]:
     """Write noise wavs of the given lengths in seconds and give their manifest."""
 

@@ -1,6 +1,7 @@
 """The published corpora, each as a miniature tree in its own layout and naming."""
 
 import json
+import random
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,6 @@ from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.data import divide, load_data, read_corpus
 
-noise = np.random.default_rng()
-
 
 def sound(path: Path, samples: int = 400) -> Path:
     """A wav of noise, whatever its name ends in, so that no two are the same."""
@@ -29,7 +28,7 @@ def sound(path: Path, samples: int = 400) -> Path:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(16000)
-        file.writeframes(noise.integers(-9999, 9999, samples, dtype=np.int16).tobytes())
+        file.writeframes(random.randbytes(2 * samples))
     return path
 
 

@@ -125,12 +125,12 @@ def test_bad_settings_are_named(change, message):
         SpectrogramConfig(**change)
 
 
-def spectrograms(count: int) -> np.ndarray:
-    return np.random.default_rng().gamma(1.0, 1.0, (count, 501, 129)).astype(np.float32)
+def spectrograms(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.gamma(1.0, 1.0, (count, 501, 129)).astype(np.float32)
 
 
-def test_statistics_come_from_the_training_rows_only_and_from_all_bins():
-    data = spectrograms(70)
+def test_statistics_come_from_the_training_rows_only_and_from_all_bins(rng):
+    data = spectrograms(rng, 70)
     train = [3, 1, 69, 40]
     data[2] *= 1000  # not a training row
     data[3, 0, 128] = 50.0  # the bin that the input drops
@@ -143,8 +143,8 @@ def test_statistics_come_from_the_training_rows_only_and_from_all_bins():
     assert many.mean == pytest.approx(data.mean(dtype=np.float64), rel=1e-9)
 
 
-def test_kinds_of_normalisation():
-    data = spectrograms(4)
+def test_kinds_of_normalisation(rng):
+    data = spectrograms(rng, 4)
     values = torch.from_numpy(data)
     fit = {kind: Normalisation.fit(kind, data, range(4)) for kind in ("max", "standard", "log")}
     torch.testing.assert_close(fit["max"](data), values / values.max())
@@ -157,9 +157,9 @@ def test_kinds_of_normalisation():
     assert fit["log"](torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_normalisation_refuses_what_has_no_scale():
+def test_normalisation_refuses_what_has_no_scale(rng):
     with pytest.raises(ValueError, match="rows is empty"):
-        Normalisation.fit("max", spectrograms(1), [])
+        Normalisation.fit("max", spectrograms(rng, 1), [])
     with pytest.raises(ValueError, match="training data is constant"):
         Normalisation.fit("max", np.zeros((2, 501, 129), np.float32), [0, 1])
     with pytest.raises(ValueError, match="kind='minmax' must be one of"):
@@ -189,8 +189,8 @@ def test_words_land_at_their_offsets():
         assert torch.equal(canvas, expected)
 
 
-def test_word_offsets():
-    generator = torch.Generator().manual_seed(int(np.random.default_rng().integers(1 << 30)))
+def test_word_offsets(rng):
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
     each = word_offsets(20000, "sample", generator)
     assert (int(each.min()), int(each.max())) == (0, 340)
     assert each.double().mean() == pytest.approx(170, abs=5)

@@ -9,6 +9,7 @@ from qat.config import NetworkConfig
 from qat.models.vgg import VGG16
 from qkernels import anti_transfer_tap, runtime
 from qkernels.ops import _launch, _library
+from qkernels.runtime.precision import switched
 
 pytest.importorskip("triton")
 
@@ -33,7 +34,7 @@ def test_plain_pytorch_in_place_of_kernels(monkeypatch):
     monkeypatch.setattr(_library, "_warned", set())
     monkeypatch.setattr(runtime, "backend_of", lambda *args, **kwargs: "triton")
     # In TF32 it is the rounding of the operands that fails first, and no product is ever tried.
-    with _launch.switched("ieee"), warnings.catch_warnings(record=True) as caught:
+    with switched("ieee"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         actual, approximate = gradients(net, x, frozen)
         gradients(net, x, frozen)

@@ -28,6 +28,7 @@ from qat.report import figures
 from qat.report.report import collect, summary_table, write_report
 from qat.results.runs import Run, made_with, seed_differences
 from qat.results.statistics import cluster_interval
+from qkernels.losses import CKA, FoldedRowwise, GramPosition, MseSigmoid
 
 EMOTIONS = ["angry", "happy", "neutral", "sad"]
 SEEDS = (1, 2, 3)
@@ -291,10 +292,10 @@ def test_the_page_shows_what_summary_csv_holds(demo):
     [
         ({"layers": [2, 7], "beta": [1.0, 0.5]}, "layers 2+7 (after ReLU, before pooling), beta 1+0.5, "),
         ({"layers": [2, 7], "beta": [0.0, 0.0]}, "none (layers 2+7 watched, beta 0)"),
-        ({"gram": "position", "centred": True}, "one cosine per sample, over positions, centred"),
-        ({"gram": "batch"}, "one cosine per batch, over samples"),
-        ({"semantics": "folded-rowwise"}, "batch-folded, row-wise cosine"),
-        ({"aggregation": "max", "distance": "mse_sigmoid"}, "max by mse_sigmoid"),
+        ({"loss": GramPosition(centred=True)}, "one cosine per sample, over positions, centred"),
+        ({"loss": CKA()}, "one cosine per batch, over samples, centred"),
+        ({"loss": FoldedRowwise("product")}, "batch-folded, row-wise cosine, product"),
+        ({"loss": MseSigmoid("max")}, "squared difference of maps, max"),
     ],
 )
 def test_what_was_compared_is_said(settings, shown, tmp_path):

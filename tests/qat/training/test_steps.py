@@ -34,6 +34,7 @@ from qat.training.objectives import ClassificationObjective, Losses, RHEmoObject
 from qat.training.profile import COUNT, Profile
 from qat.training.rhemo import pretrain_rhemo
 from qat.training.steps import WARM, Graphs, Steps
+from qkernels.losses import FoldedRowwise, GramChannel
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cpu:0")  # two names of one device stand for two devices
 
@@ -707,8 +708,8 @@ def test_a_step_asks_the_device_for_nothing_and_copies_nothing_to_it(kind, monke
     else:
         term = None
         if kind in ("twin", "targets", "folded"):
-            semantics = "folded-rowwise" if kind == "folded" else "paper"
-            at = AntiTransferConfig(random_twin=True, layers=[2, 13], semantics=semantics)
+            loss = FoldedRowwise() if kind == "folded" else GramChannel()
+            at = AntiTransferConfig(random_twin=True, layers=[2, 13], loss=loss)
             term = AntiTransfer(at, VGG16(network, 2)).to(META)
             if kind == "targets":
                 rows |= term.remember(lambda n: torch.empty(len(n), *shape, device=META), torch.arange(9), 4)

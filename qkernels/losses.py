@@ -1,0 +1,212 @@
+"""The anti-transfer losses: one closed table, which configuration, functions, modules and tests read.
+
+A loss is a value: its class is its name, its fields are the options that it has. To add one, add its class here, its
+mathematics to `functional.anti_transfer_loss`, and a reference value to `tests/ops/test_losses.py`.
+
+>>> loss_of("cka"), loss_of({"name": "folded-rowwise", "clamp": "product"})
+(CKA(), FoldedRowwise(clamp='product'))
+>>> FoldedRowwise("product").plain()
+{'name': 'folded-rowwise', 'clamp': 'product'}
+
+No PyTorch is needed here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+
+class Loss:
+    """What all losses have.
+
+    Attributes:
+        name: its name in files and on the command line.
+        summary: a few words for reports.
+        per_sample: the loss is a mean over samples, so that it has a value for each, processes can share a batch, and
+            the frozen features can be kept as a `GramTarget`; else it is one value of the whole batch.
+        gram: the Gram matrix whose cosine is squared and whether it is of centred columns, the options of
+            `gram_cosine`; None for any other loss.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    per_sample: ClassVar[bool] = False
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every class of the table is a dataclass
+
+    def __post_init__(self) -> None:
+        for option, allowed in self.options().items():
+            if (value := getattr(self, option)) not in allowed:
+                raise ValueError(f"{option} of loss {self.name!r} must be {_one_of(allowed)}; got {value!r}")
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[Any, ...]]:
+        """The allowed values of each option."""
+        kinds = {field.name: field.type for field in cls.__dataclass_fields__.values()}
+        return {option: (False, True) if kind is bool else get_args(kind) for option, kind in kinds.items()}
+
+    @property
+    def gram(self) -> tuple[str, bool] | None:
+        return None
+
+    @property
+    def takes_negative(self) -> bool:
+        """Whether features below 0 have a loss."""
+        return True
+
+    def weight(self, beta: float) -> float:
+        """What the loss is multiplied by."""
+        return beta
+
+    def plain(self) -> str | dict[str, Any]:
+        """The name, or a mapping of the name and the options that are not default: what `loss_of` takes."""
+        changed = {field: value for field, value in vars(self).items() if value != getattr(type(self), field)}
+        return {"name": self.name, **changed} if changed else self.name
+
+    def __str__(self) -> str:
+        plain = self.plain()
+        changed = {} if isinstance(plain, str) else {key: value for key, value in plain.items() if key != "name"}
+        return ", ".join([self.summary, *(key if value is True else str(value) for key, value in changed.items())])
+
+
+@dataclass(frozen=True)
+class GramChannel(Loss):
+    """The paper's: the squared cosine of the samples' channel x channel Gram matrices (WASPAA 2023, equation 1)."""
+
+    name = "gram-channel"
+    summary = "one cosine per sample"
+    per_sample = True
+    centred: bool = False
+
+    @property
+    def gram(self) -> tuple[str, bool]:
+        return "channel", self.centred
+
+
+@dataclass(frozen=True)
+class GramPosition(Loss):
+    """The same of position x position matrices, which no rotation of the channels changes."""
+
+    name = "gram-position"
+    summary = "one cosine per sample, over positions"
+    per_sample = True
+    centred: bool = False
+
+    @property
+    def gram(self) -> tuple[str, bool]:
+        return "position", self.centred
+
+
+@dataclass(frozen=True)
+class GramBatch(Loss):
+    """The squared cosine of the batch's sample x sample Gram matrices."""
+
+    name = "gram-batch"
+    summary = "one cosine per batch, over samples"
+
+    @property
+    def gram(self) -> tuple[str, bool]:
+        return "batch", False
+
+
+@dataclass(frozen=True)
+class CKA(Loss):
+    """Linear centred kernel alignment of the batch, squared (Kornblith et al. 2019)."""
+
+    name = "cka"
+    summary = "one cosine per batch, over samples, centred"
+
+    @property
+    def gram(self) -> tuple[str, bool]:
+        return "batch", True
+
+
+@dataclass(frozen=True)
+class FoldedRowwise(Loss):
+    """The released code's: the batch folded into the channels, the squared mean of the rows' absolute cosines.
+
+    Args:
+        clamp: the lower bound 1e-8 of norms, on "each" of two (PyTorch >= 1.12) or on their "product" (PyTorch 1.7,
+            with which the paper's code ran).
+    """
+
+    name = "folded-rowwise"
+    summary = "batch-folded, row-wise cosine"
+    clamp: Literal["each", "product"] = "each"
+
+    def weight(self, beta: float) -> float:
+        """The released code applies beta twice."""
+        return beta**2
+
+
+@dataclass(frozen=True)
+class CosSquared(Loss):
+    """The research code's: the squared mean of the absolute cosines of aggregated maps, along their last axis.
+
+    Args:
+        aggregation: "none"; "mean", "sum" or "max" over the channels; "mul_comp", the product over the channels of
+            (x + 1e-10)^0.001, of features >= 0; "pairwise", every channel of one map beside every one of the other;
+            "stochastic_pairwise", that of a random run of C // B channels (one for B = 1 and for B > C).
+    """
+
+    name = "cos-squared"
+    summary = "cosine of maps"
+    aggregation: Literal["none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise"] = "none"
+
+    @property
+    def takes_negative(self) -> bool:
+        return self.aggregation != "mul_comp"
+
+
+@dataclass(frozen=True)
+class MseSigmoid(Loss):
+    """The research code's: -sigmoid(mean squared difference of aggregated maps), in [-1, -1/2].
+
+    Args:
+        aggregation: as in `CosSquared`; or "gram", one matrix F F^T / (B C N) / 0.001 of the batch, F `[B C, N]`.
+    """
+
+    name = "mse-sigmoid"
+    summary = "squared difference of maps"
+    aggregation: Literal["none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise", "gram"] = "none"
+
+    @property
+    def takes_negative(self) -> bool:
+        return self.aggregation != "mul_comp"
+
+
+_CLASSES: tuple[type[Loss], ...] = (
+    GramChannel,
+    GramPosition,
+    GramBatch,
+    CKA,
+    FoldedRowwise,
+    CosSquared,
+    MseSigmoid,
+)
+LOSSES: Mapping[str, type[Loss]] = {kind.name: kind for kind in _CLASSES}
+"""The table: the class of every loss, by name."""
+_DEFAULTS = {name: kind() for name, kind in LOSSES.items()}
+
+
+def loss_of(value: object) -> Loss:
+    """The loss that a value of the table, a name, or a mapping of `name` and options stands for.
+
+    Raises:
+        ValueError: no such loss or option.
+    """
+    if isinstance(value, Loss):
+        return value
+    if isinstance(value, str) and value in _DEFAULTS:
+        return _DEFAULTS[value]
+    name = value.get("name") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(name, str) or name not in LOSSES:
+        raise ValueError(f"loss must be {_one_of(LOSSES)}, or a mapping of such a name and options; got {value!r}")
+    options = {option: setting for option, setting in value.items() if option != "name"}
+    for option in options.keys() - LOSSES[name].options().keys():
+        allowed = ", ".join(LOSSES[name].options()) or "none"
+        raise ValueError(f"{option}: {options[option]!r} must be an option of loss {name!r}, which has {allowed}")
+    return LOSSES[name](**options)
+
+
+def _one_of(allowed: Any) -> str:
+    return f"one of {', '.join(map(repr, allowed))}"
