@@ -19,10 +19,10 @@ def add_report(commands: Commands) -> None:
 
 
 def run_report(options: Namespace) -> Any:
-    from qat.report.report import collect, summary_table, write_report
+    from qat.report.report import collect, is_grid, summary_table, write_report
 
     report = write_report(options.folder, options.out)
-    if (options.folder / "plan.csv").is_file():
+    if is_grid(options.folder):
         from qat.report.grid_report import read_table1, short_table
 
         table = read_table1(report)

@@ -115,7 +115,7 @@ class _GridPage(Page):
         self.of_kind = {kind: corpora for kind, corpora in self.of_kind.items() if corpora}
         self.methods = [at for at in METHODS if (self.table["at"] == at).any()]
         self.chosen = {(*one.chosen.cell, one.chosen.at): one.chosen for one in paper.choices(grid)}
-        asked = grid.folder / "grid.yaml"
+        asked = grid.folder / "campaign.yaml"
         self.asked = asked.read_text(encoding="utf-8") if asked.is_file() else ""
 
     def html(self) -> str:
@@ -720,7 +720,7 @@ class _GridPage(Page):
         if runs:
             content += self.tabulate(["What", "Which"], made_with(runs), "What the runs were made with.", words=2)
         if self.asked:
-            content += folded("What was asked (grid.yaml)", f"<pre>{escaped(self.asked)}</pre>")
+            content += folded("What was asked (campaign.yaml)", f"<pre>{escaped(self.asked)}</pre>")
         stages: dict[str, list[Run]] = {}
         for setting in self.grid.settings:
             stages.setdefault(f"{setting.stage} {setting.network}".strip(), []).extend(setting.group.runs)

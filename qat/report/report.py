@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from qat.config import flatten
 from qat.files import replacing
@@ -57,7 +60,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     The file needs nothing else: no script, no network, figures inside. The same runs give the same bytes.
 
     Args:
-        folder: holds the runs, and perhaps ``demo.json`` with the corpus and the stages.
+        folder: holds the runs, and perhaps ``campaign.yaml`` with what was asked for.
         out: the HTML file; default ``report.html`` in ``folder``.
 
     Returns:
@@ -68,10 +71,14 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """
     folder = Path(folder)
     out = folder / "report.html" if out is None else Path(out)
-    if (folder / "plan.csv").is_file():
+    if is_grid(folder):
         return write_grid_report(folder, out)
     runs = collect(folder)
     demo = read_json(folder / "demo.json") if (folder / "demo.json").is_file() else {}
+    if (folder / "campaign.yaml").is_file():
+        demo = yaml.safe_load((folder / "campaign.yaml").read_text(encoding="utf-8"))
+        demo |= {"corpus": demo.get("about"), "recipe": demo.get("preset")}
+        demo["synthetic"] = {run.setting("corpus.name") for run in runs} == {"demo"}
     table = summary_table(runs)
     page = _Page(folder, runs, table, demo)
     text = page.html()
@@ -80,6 +87,14 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
             listed.to_csv(draft, index=False)
     page.write(out, text)
     return out
+
+
+def is_grid(folder: Path) -> bool:
+    """Whether a folder has a plan with cells of the paper's table 1."""
+    if not (folder / "plan.csv").is_file():
+        return False
+    rows = list(csv.DictReader((folder / "plan.csv").read_text(encoding="utf-8").splitlines()))
+    return not rows or any(row.get("at") != "" for row in rows)
 
 
 class _Page(Page):
