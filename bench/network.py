@@ -257,7 +257,7 @@ def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
 
     Clips: of the training part of `qat demo`, synthesised speech, seed 1. Embeddings: by the RH-Emo that it trained,
     divided by their maximum, in steps of 1/255. After `make demo` they were written by
-    `prepare(Path("runs/demo-synthetic/emotion/baseline/seed1"), DATA)`.
+    `prepare(Path("runs/demo-synthetic/runs/ADDRESS"), DATA)`, ADDRESS of "baseline" in `plan.csv`.
     """
     with np.load(DATA) as file:
         embeddings, labels = (torch.from_numpy(file[name]) for name in ("embeddings", "labels"))

@@ -27,14 +27,14 @@ class AntiTransfer(nn.Module):
     .. math:: L_{AT} = \sum_{s} \beta_s \frac1B \sum_b \cos^2(G_p^{(s,b)}, G_t^{(s,b)})
 
     The twin (the frozen network of the orthogonal task) is always in eval mode, never has gradients and runs only up
-    to the deepest layer asked for; after :meth:`remember` it does not run at all. The trained network's features come
-    from the forward pass that makes its logits, in which they go through taps::
+    to the deepest of the layers; after :meth:`remember` it does not run at all. The trained network's features come
+    from the forward pass that computes its logits, in which they go through taps::
 
-        logits, made = net(x, anti_transfer(x))
-        loss, similarities = anti_transfer.total(made)
+        logits, tapped = net(x, anti_transfer(x))
+        loss, similarities = anti_transfer.total(tapped)
 
     Args:
-        config: layers, weights, position, and what is compared.
+        config: layers, weights, position and loss.
         twin: network of the same shape, already holding the orthogonal task's weights.
     """
 
@@ -53,23 +53,22 @@ class AntiTransfer(nn.Module):
         return self
 
     def remember(self, inputs: Callable[[Tensor], Tensor], samples: Tensor, batch: int) -> dict[str, Rows]:
-        """Compute what the twin gives of samples that are the same each time; from then on it is looked up by number.
+        """Cache the twin's targets of samples whose inputs never change; from then on they are looked up by number.
 
-        The twin is given up: there are no weights left that what is remembered could differ from, the settings are
-        fixed, and the inputs are those of this call, so that nothing stale can be read. It is kept in memory.
+        After caching, the twin is dropped, so the cache cannot go stale. It is kept in memory, not on disk.
 
-        All samples are computed here, in the order given, and not when each is first met: what a convolution makes of a
-        sample depends on the size of the batch by a rounding error, and would then depend on the epoch in which a run
-        was resumed, or on the number of processes.
+        All samples are computed here, in the order of ``samples``, and not when each is first needed: the output of a
+        convolution depends on the size of the batch by a rounding error, and would then depend on the epoch in which a
+        run was resumed, or on the number of processes.
 
         Args:
-            inputs: ``samples [b] -> [b, ...]``, what the networks are given, on the device.
-            samples: `[n]`, numbers of all samples that :meth:`forward` will be asked for.
+            inputs: inputs of the networks by sample number, ``samples [b] -> [b, ...]``, on the device.
+            samples: numbers `[n]` of all samples that :meth:`forward` will need.
             batch: samples at a time.
 
         Returns:
-            By name, what :meth:`forward` has to be given of a batch's samples; more than ``config.cache_mib`` stays in
-            the host's memory. Other samples than those given have NaN.
+            Tables by name; :meth:`forward` takes the batch's rows of each. If they exceed ``config.cache_mib``, they
+            stay in the host's memory. Rows of other samples are NaN.
         """
         count = max(samples.tolist()) + 1
         tables: dict[str, Tensor] = {}
@@ -93,23 +92,23 @@ class AntiTransfer(nn.Module):
         return {name: Rows(table, device, axis=int(name.endswith("_stats"))) for name, table in tables.items()}
 
     def forward(self, inputs: Tensor, remembered: Mapping[str, Tensor] | None = None) -> dict[str, Tap]:
-        """What the trained network's features go through, by tap name; each tap makes the layer's unweighted loss.
+        """The taps that the trained network's features go through, by name; each computes its layer's unweighted loss.
 
         Args:
-            inputs: what the trained network is given, `[B, ...]`; the twin sees the same.
-            remembered: after :meth:`remember`, the rows `[B, ...]` of these samples.
+            inputs: input of the trained network and of the twin, `[B, ...]`.
+            remembered: rows `[B, ...]` of these samples, after :meth:`remember`.
         """
         frozen: Mapping[str, Frozen]
         if self.twin is not None:
             frozen = self._features(inputs)
         else:
-            assert remembered, "the twin is given up: what it gives of a sample has to be looked up"
+            assert remembered, "the twin is dropped: its targets of these samples have to be looked up"
             frozen = {tap: self._recalled(tap, remembered) for tap in self.layers}
         return {tap: self._tap(frozen[tap], weight) for tap, weight in zip(self.layers, self.weights, strict=True)}
 
-    def total(self, made: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of what the taps made, and ``{"similarity_<layer>": scalar}``, unweighted, for the log."""
-        losses = [made[tap] for tap in self.layers]
+    def total(self, tapped: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the taps' losses, and ``{"similarity_<layer>": scalar}``, unweighted, for the log."""
+        losses = [tapped[tap] for tap in self.layers]
         # A weight of 0 only monitors: not even a similarity of NaN reaches the total.
         weighted = [
             loss if weight == 1 else weight * loss if weight else torch.zeros_like(loss)
@@ -125,7 +124,7 @@ class AntiTransfer(nn.Module):
             return self.twin.features_at(inputs, self.layers)
 
     def _target(self, features: Tensor) -> Frozen:
-        """What the loss needs of the twin's features, sample by sample."""
+        """What the loss reads of the twin's features, sample by sample."""
         return gram_target(features, loss=self.loss) if self.loss.per_sample else features
 
     def _recalled(self, tap: str, remembered: Mapping[str, Tensor]) -> Frozen:

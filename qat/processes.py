@@ -13,7 +13,7 @@ from typing import Any
 from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 Map = Callable[..., Iterator[Any]]
 
@@ -63,7 +63,7 @@ def _start(initializer: Callable[..., object], *arguments: Any) -> None:
     initializer(*arguments)
 
 
-def bar(shown: bool) -> Progress:
-    """A progress bar with counts and the remaining time, on stderr, as stdout is for results."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+def bar(shown: bool, *columns: ProgressColumn) -> Progress:
+    """A progress bar with counts, the remaining time and further columns, on stderr, as stdout is for results."""
+    standard = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*standard, *columns, console=Console(stderr=True), disable=not shown)

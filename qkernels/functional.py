@@ -44,7 +44,7 @@ def hamilton_conv2d(
     *,
     activation: str | None = ...,
     pool: int | None = ...,
-    tap: Literal[False] = ...,
+    return_map: Literal[False] = ...,
     x_is_relu: bool = ...,
     mask_gradient: bool = ...,
     packed: PackedWeight | None = ...,
@@ -63,7 +63,7 @@ def hamilton_conv2d(
     *,
     activation: str | None = ...,
     pool: int | None = ...,
-    tap: Literal[True],
+    return_map: Literal[True],
     x_is_relu: bool = ...,
     mask_gradient: bool = ...,
     packed: PackedWeight | None = ...,
@@ -81,7 +81,7 @@ def hamilton_conv2d(
     *,
     activation: str | None = None,
     pool: int | None = None,
-    tap: bool = False,
+    return_map: bool = False,
     x_is_relu: bool = False,
     mask_gradient: bool = True,
     packed: PackedWeight | None = None,
@@ -96,15 +96,15 @@ def hamilton_conv2d(
         groups: groups of the quaternion channels, each component alike.
         activation: None or "relu".
         pool: None, or 2 for the maxima of 2x2 windows, as `torch.nn.functional.max_pool2d(y, 2)`.
-        tap: with a pool, return the map in front of it too.
+        return_map: with a pool, return the map in front of it too.
         x_is_relu: x is a ReLU's output, and the gradient by x goes through its mask, [x > 0], where it is written.
-        mask_gradient: False leaves the mask of this call's ReLU out of its backward. Then whatever reads y must say
-            `x_is_relu`, or gradients are wrong; so a chain of layers applies each mask once, at no cost.
-        packed: the weight as `pack_weights` returned it, for calls on the Triton backend with the same weight.
+        mask_gradient: False leaves the mask of this call's ReLU out of its backward. Every reader of y must then set
+            `x_is_relu`, or gradients are wrong. A chain of layers so applies each mask once, at no cost.
+        packed: result of `pack_weights` for this weight, used on the Triton backend.
 
     Returns:
-        `[B, 4 P, Ho, Wo]`, or the pooled `[B, 4 P, Ho // 2, Wo // 2]`; with `tap` both, (map, pooled). On the Triton
-        backend dense NHWC (`torch.channels_last`), else contiguous.
+        `[B, 4 P, Ho, Wo]`, or the pooled `[B, 4 P, Ho // 2, Wo // 2]`; with `return_map` both, (map, pooled). On the
+        Triton backend dense NHWC (`torch.channels_last`), else contiguous.
 
     Raises:
         ValueError: shapes, types or options that do not fit.
@@ -136,8 +136,8 @@ def hamilton_conv2d(
     checks.bias(bias, 4 * weight.shape[1])
     checks.option("activation", activation, ACTIVATIONS)
     checks.option("pool", pool, POOLS)
-    if tap and not pool:
-        raise ValueError("tap=True needs pool=2: without a pool the map is what is returned")
+    if return_map and not pool:
+        raise ValueError("return_map=True needs pool=2: without a pool the map is what is returned")
     size = [
         conv_reference.conv_output_size(*sizes)
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
@@ -149,9 +149,9 @@ def hamilton_conv2d(
     if pool and backend == "triton":
         computed = (runtime.operator_backend(backend), how)
         pooled, _, y = conv_op.hamilton_conv2d_pool(
-            x, weight, bias, tiles, tickets, window, relu, tap, x_is_relu, *computed
+            x, weight, bias, tiles, tickets, window, relu, return_map, x_is_relu, *computed
         )
-        return (y, pooled) if tap else pooled
+        return (y, pooled) if return_map else pooled
     if backend == "reference":
         # A second ReLU changes no value, and masks the gradient.
         y = conv_reference.hamilton_conv2d(
@@ -178,7 +178,7 @@ def hamilton_conv2d(
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
-    return (y, pooled) if tap else pooled
+    return (y, pooled) if return_map else pooled
 
 
 def hamilton_conv_transpose2d(
@@ -265,7 +265,7 @@ def hamilton_linear(
         x_is_relu: x is a ReLU's output (behind any dropout), and the gradient by x goes through its mask, [x > 0],
             where it is written.
         mask_gradient: False leaves the mask of this call's ReLU out of its backward, as in `hamilton_conv2d`.
-        packed: the weight as `pack_weights` returned it, for calls on the Triton backend with the same weight.
+        packed: result of `pack_weights` for this weight, used on the Triton backend.
         dtype: type of y, by default that of x (or autocast's).
 
     Returns:
@@ -325,8 +325,8 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         tiles: `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type.
-        tickets: zeros with which the kernels of the layer count; whoever is given them leaves them so.
-        how: form and precision that the tiles are for.
+        tickets: counters of the layer's kernels, zero before and after each launch.
+        how: form and precision of the products that the tiles are for.
     """
 
     tiles: Tensor
@@ -337,12 +337,12 @@ class PackedWeight(NamedTuple):
 def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[PackedWeight | None]:
     """Weights of several layers as the Triton kernels read them, in one launch for all of them.
 
-    A layer that is given no packed weight packs its own. What is packed holds as long as the weight does not change.
+    A layer without a packed weight packs its own. A packed weight is valid as long as the weight does not change.
 
     Args:
-        weights: of each layer the public function that it is for, by name, and the weight, `[4, P, Q, kh, kw]` or
-            `[4, N, K]`; of a linear map with `flatten` as `[4, N, Q, H, W]`.
-        x: the first layer's input; of the others only the type and the device count, which are the same.
+        weights: for each layer the name of the public function that computes it, and its weight, `[4, P, Q, kh, kw]` or
+            `[4, N, K]`; for a linear map with `flatten`, `[4, N, Q, H, W]`.
+        x: the first layer's input; the inputs of the others have the same type and device.
 
     Returns:
         One for each weight; None where its layer is not computed by the Triton backend.
@@ -391,11 +391,11 @@ class GramTarget(NamedTuple):
 
 
 def gram_target(frozen: Tensor, *, loss: Loss | str = "gram-channel") -> GramTarget:
-    """What `anti_transfer_loss` and `anti_transfer_tap` take in place of features that never change.
+    """A target that `anti_transfer_loss` and `anti_transfer_tap` take in place of features that never change.
 
     Args:
         frozen: `[B, C, *spatial]`, features of the frozen network.
-        loss: "gram-channel" or "gram-position", or a value of these: of the others no sample has a part of its own.
+        loss: "gram-channel" or "gram-position", or a value of these; the others mix the samples of a batch.
 
     Returns:
         The features themselves, detached and in their type, or packed Gram matrices (float32, summed in float64),
@@ -626,15 +626,15 @@ def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) 
 def _operands(
     a: Tensor, b: Tensor | GramTarget, gram: str, centred: bool, beta: float = 1.0, mean: bool = True
 ) -> tuple[Any, ...]:
-    """Arguments of the operator."""
-    how, backend = (gram, centred, beta, mean), _fast_backend(a, b)
+    """Arguments of the operator `gram_cosine`."""
+    options, backend = (gram, centred, beta, mean), _fast_backend(a, b)
     if isinstance(b, GramTarget):
-        return a, b.values, b.stats, b.packed, *how, False, backend
-    return a, b, None, False, *how, torch.is_grad_enabled() and b.requires_grad, backend
+        return a, b.values, b.stats, b.packed, *options, False, backend
+    return a, b, None, False, *options, torch.is_grad_enabled() and b.requires_grad, backend
 
 
 def _is_reference(a: Tensor, b: Tensor | GramTarget) -> bool:
-    """Whether the definition computes it; it takes features, not their target."""
+    """Whether the einsum definition computes it, which takes features, not their target."""
     return isinstance(b, Tensor) and runtime.backend_of("gram_cosine", a, b) == "reference"
 
 
@@ -663,10 +663,10 @@ def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
 def _operands_of_layer(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, str, str]:
-    """The operands as a layer reads them, its backend and how it computes.
+    """The operands as a layer reads them, its backend, and the form and precision of its products.
 
-    Casts as autocast does for torch's own convolutions, all but float64; then all must be of one type and device. The
-    Triton kernels read parameters in their own type: there only x is cast, and laid out as they read it, in one pass.
+    Casts all but float64, as autocast does for torch's own convolutions; then all must be of one type and device. The
+    Triton kernels read parameters in their own type: there only x is cast, and made channels-last in the same pass.
     """
     wanted = autocast_dtype(x.device.type)
     dtype = wanted if wanted and _casts(x) else x.dtype
@@ -703,5 +703,5 @@ def _packed(
 
 
 def _casts(x: Tensor) -> bool:
-    """Whether autocast casts it."""
+    """Whether autocast casts a tensor of this type."""
     return x.is_floating_point() and x.dtype != torch.float64

@@ -1,7 +1,8 @@
 """The anti-transfer losses: one closed table, which configuration, functions, modules and tests read.
 
-A loss is a value: its class is its name, its fields are the options that it has. To add one, add its class here, its
-mathematics to `functional.anti_transfer_loss`, and a reference value to `tests/ops/test_losses.py`.
+A loss is a value: its class says what is compared, its fields are the options that it has. To add one, add its class
+here, its mathematics to `functional.anti_transfer_loss`, its literal version to `tests/ops/literal.py`, and a sentence
+to the help of `qat.config.AntiTransferConfig.loss`; the tests run over the table.
 
 >>> loss_of("cka"), loss_of({"name": "folded-rowwise", "clamp": "product"})
 (CKA(), FoldedRowwise(clamp='product'))
@@ -24,13 +25,13 @@ class Loss:
         summary: a few words for reports.
         per_sample: the loss is a mean over samples, so that it has a value for each, processes can share a batch, and
             the frozen features can be kept as a `GramTarget`; else it is one value of the whole batch.
-        gram: the Gram matrix whose cosine is squared and whether it is of centred columns, the options of
-            `gram_cosine`; None for any other loss.
+        rows: what the Gram matrix has rows for whose cosine is squared; None for any other loss.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     per_sample: ClassVar[bool] = False
+    rows: ClassVar[str | None] = None
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every class of the table is a dataclass
 
     def __post_init__(self) -> None:
@@ -46,12 +47,13 @@ class Loss:
 
     @property
     def gram(self) -> tuple[str, bool] | None:
-        return None
+        """The options of `gram_cosine`, where the loss is its square."""
+        return (self.rows, getattr(self, "centred", False)) if self.rows else None
 
     @property
     def takes_negative(self) -> bool:
         """Whether features below 0 have a loss."""
-        return True
+        return getattr(self, "aggregation", None) != "mul_comp"
 
     def weight(self, beta: float) -> float:
         """What the loss is multiplied by."""
@@ -74,12 +76,9 @@ class GramChannel(Loss):
 
     name = "gram-channel"
     summary = "one cosine per sample"
+    rows = "channel"
     per_sample = True
     centred: bool = False
-
-    @property
-    def gram(self) -> tuple[str, bool]:
-        return "channel", self.centred
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,9 @@ class GramPosition(Loss):
 
     name = "gram-position"
     summary = "one cosine per sample, over positions"
+    rows = "position"
     per_sample = True
     centred: bool = False
-
-    @property
-    def gram(self) -> tuple[str, bool]:
-        return "position", self.centred
 
 
 @dataclass(frozen=True)
@@ -102,10 +98,8 @@ class GramBatch(Loss):
 
     name = "gram-batch"
     summary = "one cosine per batch, over samples"
-
-    @property
-    def gram(self) -> tuple[str, bool]:
-        return "batch", False
+    rows = "batch"
+    centred = False
 
 
 @dataclass(frozen=True)
@@ -114,10 +108,8 @@ class CKA(Loss):
 
     name = "cka"
     summary = "one cosine per batch, over samples, centred"
-
-    @property
-    def gram(self) -> tuple[str, bool]:
-        return "batch", True
+    rows = "batch"
+    centred = True
 
 
 @dataclass(frozen=True)
@@ -152,10 +144,6 @@ class CosSquared(Loss):
     summary = "cosine of maps"
     aggregation: Literal["none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise"] = "none"
 
-    @property
-    def takes_negative(self) -> bool:
-        return self.aggregation != "mul_comp"
-
 
 @dataclass(frozen=True)
 class MseSigmoid(Loss):
@@ -168,10 +156,6 @@ class MseSigmoid(Loss):
     name = "mse-sigmoid"
     summary = "squared difference of maps"
     aggregation: Literal["none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise", "gram"] = "none"
-
-    @property
-    def takes_negative(self) -> bool:
-        return self.aggregation != "mul_comp"
 
 
 _CLASSES: tuple[type[Loss], ...] = (

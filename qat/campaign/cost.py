@@ -13,24 +13,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from qat.campaign.stages import RUNS, Plan
+from qat.campaign.plan import RUNS, Campaign
 from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
+from qat.data.corpora import CORPORA
 from qat.data.splits import counts
 from qat.models.rhemo import DIMENSIONS
 from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, scaled
 from qat.results.record import Result, read_result
-
-ITEMS = {
-    "iemocap": 10_039,
-    "ravdess": 1440,
-    "tess": 2800,
-    "emodb": 535,
-    "emovo": 588,
-    "savee": 480,
-    "cremad": 7442,
-    "demo": 1152,
-}
-"""Utterances of the published corpora, and sentences of the demo corpus."""
 
 _FOUR_EMOTIONS = 4490  # of IEMOCAP's utterances
 _WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
@@ -56,29 +45,27 @@ class Assumed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be above 0")
 
 
-def estimate(plan: Plan, table: pd.DataFrame, assumed: Assumed) -> pd.DataFrame:
+def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:
     """What is left to train, by stage and network.
 
     Args:
-        plan: the trainings.
-        table: with ``run``, ``stage``, ``network`` and ``split``, see :attr:`qat.campaign.grid.Grid.table`.
-        assumed: where no training of the same stage and network is finished. Where some are, their mean number of
-            epochs and the arithmetic that they did in a second are taken.
+        campaign: the trainings.
+        assumed: epochs and rate where no training of the same stage and network is finished. Where some are, their mean
+            number of epochs and the arithmetic that they did in a second are taken.
 
     Returns:
         One row per stage and network: ``stage``, ``network``, ``trainings``, ``finished``, ``epochs`` (mean of those
         that are left), ``tflops``, ``hours`` (of those that are left, one after another on one device) and ``basis``:
         where epochs and rate come from.
     """
-    done = plan.finished()
+    done = campaign.finished()
     rows = []
-    for (stage, network), group in table.fillna("").groupby(["stage", "network"], sort=False):
-        splits = dict(zip(group["run"], group["split"], strict=True))
-        runs = {RUNS / run: plan.trainings[RUNS / run] for run in splits}
-        work = {path: flop_of_epoch(one, splits[path.name]) for path, one in runs.items()}
+    for (stage, network), group in campaign.table.fillna("").groupby(["stage", "network"], sort=False):
+        runs = {RUNS / run: campaign.trainings[RUNS / run] for run in group["run"]}
+        work = {path: flop_of_epoch(one) for path, one in runs.items()}
         finished = [path for path in runs if path in done]
         left = [path for path in runs if path not in done]
-        known = [read_result(plan.folder / path / "result.json") for path in finished]
+        known = [read_result(campaign.folder / path / "result.json") for path in finished]
         measured = _measured(known, [work[path] for path in finished])
         epochs, rate, basis = measured or (assumed.epochs, assumed.tflops, "assumed")
         lengths = [_length(runs[path].training, epochs) for path in left]
@@ -98,14 +85,9 @@ def estimate(plan: Plan, table: pd.DataFrame, assumed: Assumed) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def flop_of_epoch(experiment: AnyExperiment, split: str = "random") -> float:
-    """Operations of one epoch of a training, two for each multiplication with its addition.
-
-    Args:
-        experiment: the training.
-        split: ``random`` or ``actor``, which decides how many samples it has.
-    """
-    train, validation = _samples(experiment, split)
+def flop_of_epoch(experiment: AnyExperiment) -> float:
+    """Operations of one epoch of a training, two for each multiplication with its addition."""
+    train, validation = _samples(experiment)
     forward = _forward(experiment)
     twin = 0.0
     if isinstance(experiment, Experiment) and (experiment.anti_transfer.twin or experiment.anti_transfer.random_twin):
@@ -142,17 +124,17 @@ def _convolutions(network: NetworkConfig) -> list[float]:
     return found
 
 
-def _samples(experiment: AnyExperiment, split: str) -> tuple[float, float]:
+def _samples(experiment: AnyExperiment) -> tuple[float, float]:
     """Training and validation samples, one cut a file."""
     name, where = experiment.corpus.name, experiment.corpus.where
     if isinstance(experiment, Experiment) and experiment.task == "word":
         return _WORDS.get(name, _WORDS["librispeech"])
-    items = ITEMS.get(name, ITEMS["iemocap"])
+    items = (CORPORA[name].utterances if name in CORPORA else 0) or CORPORA["iemocap"].utterances
     if name == "iemocap" and "emotion" in where:
         items = _FOUR_EMOTIONS
     if name == "demo" and "speaker" in where:
         items = items * len(where["speaker"]) // 18
-    if split == "actor" and name in _ACTOR:
+    if experiment.split.rule != "random" and name in _ACTOR:
         train, validation = (share * items for share in _ACTOR[name])
         return train, validation
     return counts(items)[:2]

@@ -7,29 +7,19 @@ at each of 13 layers, and as many that go on from those with AT against the othe
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import yaml
-
-from qat.campaign.stages import RUNS, Plan
-from qat.config import AntiTransferConfig, AnyExperiment, Experiment, to_plain
-from qat.config.preset import ATTRIBUTES, VALUES, experiment, merge, read_layers
-from qat.data.corpora import iemocap
-from qat.files import write_text
-
-CORPORA = ("iemocap", "ravdess", "tess", "emodb", "emovo", "savee", "cremad", "demo")
-"""Emotion corpora that a grid can have; the paper's are the first three."""
-
-NETWORKS, SPLITS, METHODS = VALUES["network"], VALUES["split"], VALUES["at"]
+from qat.campaign.plan import Campaign
+from qat.campaign.stages import Stages
+from qat.config import AntiTransferConfig
+from qat.config.preset import VALUES, read_layers
+from qat.data.corpora import EMOTION
 
 _TASKS = {"S": "speaker", "W": "word"}
-_LISTED = ("iemocap", "ravdess", "tess", "emodb")  # corpora of which the released code lists the actors of each part
 
 
 @dataclass(frozen=True)
@@ -37,179 +27,80 @@ class Selection:
     """Which of the grid's emotion trainings; what they build on comes along.
 
     Args:
-        corpora: of :data:`CORPORA`.
+        corpora: emotion corpora, of those that ``qat corpus list`` shows.
         networks: ``quaternion``, ``real``.
-        splits: ``random``, ``actor``.
-        at: kinds of anti-transfer, ``none`` among them: of :data:`METHODS`.
-        layers: where it is applied, 1 to 13.
-        seeds: of the emotion trainings; what they build on has one.
+        splits: ``random``, ``actor``; ``confounded`` for the demo corpus.
+        at: kinds of anti-transfer: ``none``, ``single_S``, ``single_W``, ``dual_SW``, ``dual_WS``.
+        layers: layers that it is applied to, 1 to 13.
     """
 
-    corpora: list[str] = field(default_factory=lambda: list(CORPORA[:3]))
-    networks: list[str] = field(default_factory=lambda: list(NETWORKS))
-    splits: list[str] = field(default_factory=lambda: list(SPLITS))
-    at: list[str] = field(default_factory=lambda: list(METHODS))
+    corpora: list[str] = field(default_factory=lambda: ["iemocap", "ravdess", "tess"])
+    networks: list[str] = field(default_factory=lambda: ["quaternion", "real"])
+    splits: list[str] = field(default_factory=lambda: ["random", "actor"])
+    at: list[str] = field(default_factory=lambda: list(VALUES["at"]))
     layers: list[int] = field(default_factory=lambda: list(range(1, 14)))
-    seeds: list[int] = field(default_factory=lambda: [1])
 
     def __post_init__(self) -> None:
-        known: dict[str, Sequence[Any]] = {
-            "corpora": CORPORA,
-            "networks": NETWORKS,
-            "splits": SPLITS,
-            "at": METHODS,
+        allowed: dict[str, Sequence[Any]] = {
+            "corpora": EMOTION,
+            "networks": VALUES["network"],
+            "splits": VALUES["split"],
+            "at": VALUES["at"],
             "layers": range(1, 14),
         }
         for one in fields(self):
             values = getattr(self, one.name)
             for value in values:
-                if one.name in known and value not in known[one.name]:
-                    raise ValueError(f"{one.name}: {value!r} must be one of {', '.join(map(str, known[one.name]))}")
+                if value not in allowed[one.name]:
+                    raise ValueError(f"{one.name}: {value!r} must be one of {', '.join(map(str, allowed[one.name]))}")
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{one.name}: {values!r} must be one or more, each once")
 
 
-class Grid:
-    """The trainings of a selection as a plan, with what each is in the paper's terms.
+def plan_grid(
+    folder: Path,
+    preset: str = "paper",
+    selection: Selection | None = None,
+    seeds: Sequence[int] = (1,),
+    folders: Mapping[str, Path] | None = None,
+    settings: Path | None = None,
+) -> Campaign:
+    """The trainings of a selection.
 
     Args:
-        folder: for everything: ``plan.csv``, ``grid.yaml``, ``runs/<address>``, ``cache``.
-        preset: of :data:`qat.config.preset.NAMES`.
+        folder: folder of the campaign.
+        preset: preset, of :data:`qat.config.preset.NAMES`, or a file of the same form.
         selection: which trainings.
-        folders: of the corpora, by name; ``corpora/NAME`` for others.
-        settings: a file of layers, see :mod:`qat.config.preset`, that lie over the preset's.
+        seeds: seeds of the emotion trainings; what they build on has one.
+        folders: folders of the corpora, by name; ``corpora/NAME`` for others.
+        settings: file of layers, see :mod:`qat.config.preset`, that lie over the preset's.
 
     Raises:
         ValueError: wrong settings.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        preset: str = "paper",
-        selection: Selection | None = None,
-        folders: Mapping[str, Path] | None = None,
-        settings: Path | None = None,
-    ) -> None:
-        self.folder, self.preset, self.selection = folder, preset, selection or Selection()
-        self.folders = dict(folders or {})
-        self.own = read_layers(settings) if settings else []
-        self.layers = read_layers(preset) + self.own
-        self.plan = Plan(folder)
-        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        chosen = self.selection
-        for seed in chosen.seeds:
-            for network in chosen.networks:
-                for corpus in chosen.corpora:
-                    for split in chosen.splits:
-                        for at in chosen.at:
-                            for layer in [0] if at == "none" else chosen.layers:
-                                self._emotion(network, corpus, split, at, layer, seed)
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """One row per training, what is built on first: ``run`` (its address; two that are the same training share it),
-        ``stage``, ``network``, ``corpus``, ``split``, ``at``, ``layer``, ``seed``, ``name``."""
-        return pd.DataFrame(list(self._rows.values()), dtype=object)
-
-    def missing(self) -> list[str]:
-        """One line for each corpus whose folder does not exist."""
-        lines = {}
-        for one in self.plan.trainings.values():
-            name, folder = one.corpus.name, one.corpus.folder
-            if not folder.exists():
-                lines[name, folder] = f"{name}: no folder {folder}; name it with --folders '{{{name}: DIR}}'"
-        return list(lines.values())
-
-    def write(self) -> None:
-        """Write ``plan.csv``, which a report reads, and ``grid.yaml``; they replace those of an earlier plan here."""
-        buffer = io.StringIO()
-        self.table.to_csv(buffer, index=False)
-        write_text(self.folder / "plan.csv", buffer.getvalue())
-        asked = {
-            "preset": self.preset,
-            **to_plain(self.selection),
-            "folders": {name: str(path) for name, path in self.folders.items()},
-            "settings": [{"when": dict(layer.when), "settings": layer.settings} for layer in self.own],
-        }
-        write_text(self.folder / "grid.yaml", yaml.safe_dump(asked, sort_keys=False))
-
-    def _emotion(self, network: str, corpus: str, split: str, at: str, layer: int, seed: int) -> Path:
-        place = {"network": network, "corpus": corpus, "split": split, "at": at, "layer": layer, "seed": seed}
-        if (known := self._known("emotion", place)) is not None:
-            return known
-        made = self._experiment("emotion", place)
-        assert isinstance(made, Experiment)
-        kind, _, tasks = at.partition("_")
-        initial, transfer = made.training.initial, made.anti_transfer
-        if kind == "dual":
-            initial = self._emotion(network, corpus, split, f"single_{tasks[0]}", layer, seed)
-        if tasks:
-            twin = None if transfer.random_twin else self._orthogonal(_TASKS[tasks[-1]], network)
-            transfer = replace(transfer, layers=[layer], twin=twin)
-        else:
-            transfer = AntiTransferConfig()  # also where settings of all emotion trainings have a twin
-        training = replace(made.training, initial=initial, seed=seed)
-        return self._add("emotion", place, replace(made, anti_transfer=transfer, training=training))
-
-    def _orthogonal(self, task: str, network: str) -> Path:
-        place = {"network": network}
-        return self._known(task, place) or self._add(task, place, self._experiment(task, place))
-
-    @cached_property
-    def _rhemo(self) -> Path:
-        first = self._add("rhemo-1", {}, self._experiment("rhemo-1", {}))
-        second = self._experiment("rhemo-2", {})
-        return self._add("rhemo-2", {}, replace(second, training=replace(second.training, initial=first)))
-
-    def _experiment(self, stage: str, place: Mapping[str, Any]) -> AnyExperiment:
-        settings = merge({"stage": stage, **place}, self.layers, base(stage, place))
-        corpus = settings["corpus"]
-        corpus.setdefault("folder", str(self.folders.get(corpus["name"], Path("corpora") / corpus["name"])))
-        settings["cache"] = str(self.folder / "cache")
-        made = experiment(settings, stage)
-        if isinstance(made, Experiment) and made.network.embeds and made.network.rhemo is None:
-            made = replace(made, network=replace(made.network, rhemo=self._rhemo))
-        return made
-
-    def _known(self, stage: str, place: Mapping[str, Any]) -> Path | None:
-        row = self._rows.get(_key(stage, place))
-        return None if row is None else self.plan.folder / RUNS / row["run"]
-
-    def _add(self, stage: str, place: Mapping[str, Any], made: AnyExperiment) -> Path:
-        run = self.plan.add(made)
-        layer = f"layer {place['layer']}" if place.get("layer") else None
-        words = (stage, *(place.get(name) for name in ("network", "corpus", "split", "at")), layer)
-        name = " ".join(str(word) for word in words if word is not None)
-        values = {name: place.get(name) for name in ATTRIBUTES[1:]}
-        self._rows[_key(stage, place)] = {"run": run.name, "stage": stage, **values, "name": name}
-        return run
+    chosen, campaign = selection or Selection(), Campaign(folder)
+    stages = Stages(campaign, read_layers(preset) + (read_layers(settings) if settings else []), folders or {})
+    for place in product(seeds, chosen.networks, chosen.corpora, chosen.splits, chosen.at):
+        attributes = dict(zip(("seed", "network", "corpus", "split", "at"), place, strict=True))
+        for layer in [0] if attributes["at"] == "none" else chosen.layers:
+            _add(stages, attributes | {"layer": layer})
+    return campaign
 
 
-def _key(stage: str, place: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (stage, *(place.get(name) for name in ATTRIBUTES[1:]))
-
-
-def base(stage: str, place: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training is before any preset: corpus, task, network and split.
-
-    Args:
-        stage: ``rhemo-1``, ``rhemo-2``, ``word``, ``speaker`` or ``emotion``.
-        place: its ``network``; of emotion trainings also ``corpus`` and ``split``, where they are known.
-
-    >>> base("speaker", {"network": "real"})
-    {'corpus': {'name': 'iemocap', 'options': {'speaker': 'session'}}, 'task': 'speaker', 'network': {'domain': 'real'}}
-    """
-    network = {"network": {"domain": place["network"]}} if "network" in place else {}
-    if stage.startswith("rhemo"):
-        return {"corpus": {"name": "iemocap"}}
-    if stage == "speaker":
-        return {"corpus": {"name": "iemocap", "options": {"speaker": "session"}}, "task": "speaker", **network}
-    if stage == "word":
-        words = {"features": {"cut": "word"}, "split": {"rule": "part"}}
-        return {"corpus": {"name": "librispeech"}, "task": "word", **words, **network}
-    name = place.get("corpus", "iemocap")
-    corpus = {"name": name, "where": {"emotion": list(iemocap.CLASSES)}} if name == "iemocap" else {"name": name}
-    actor = "paper-actor" if name in _LISTED else "speaker"
-    rule = actor if place.get("split") == "actor" else "random"
-    return {"corpus": corpus, "split": {"rule": rule}, **network}
+def _add(stages: Stages, attributes: Mapping[str, Any]) -> Path:
+    """Add an emotion training; the second half of dual anti-transfer goes on from the single one."""
+    kind, _, tasks = attributes["at"].partition("_")
+    made = stages.emotion(attributes)
+    initial, transfer = made.training.initial, made.anti_transfer
+    if kind == "dual":
+        initial = _add(stages, {**attributes, "at": f"single_{tasks[0]}"})
+    if tasks:
+        twin = None if transfer.random_twin else stages.orthogonal(_TASKS[tasks[-1]], attributes["network"])
+        transfer = replace(transfer, layers=[attributes["layer"]], twin=twin)
+    else:
+        transfer = AntiTransferConfig()  # also where settings of all emotion trainings have a twin
+    made = replace(made, anti_transfer=transfer, training=replace(made.training, initial=initial))
+    words = ["emotion", *(attributes[name] for name in ("network", "corpus", "split", "at"))]
+    if tasks:
+        words.append(f"layer {attributes['layer']}")
+    return stages.campaign.add(made, " ".join(words), stage="emotion", **attributes)

@@ -1,366 +1,275 @@
-"""One study: every stage of the method, from recordings to a report that compares anti-transfer with doing without.
+"""Studies: emotion trainings that are compared with each other, as a design file says.
 
-``qat demo`` runs it on synthesised speech, where every training voice says one emotion almost always, so that a network
-may take the voice for the emotion: the shortcut that anti-transfer is meant to remove. The same study runs on recorded
-human speech. Networks start from random weights, or from the very network that anti-transfer pushes away from.
+A design is a YAML file; ``qat/campaign/designs`` has that of ``qat demo`` and ``qat study``, to be copied and changed.
+Networks start from random weights, or from the very network that anti-transfer pushes away from. The speech that they
+learn from is described by a file of its own, so that one design can be tried on several corpora.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-import torch
-from rich.console import Console
+from jsonargparse import ArgumentParser
 
-from qat.config import (
-    AntiTransferConfig,
-    AnyExperiment,
-    CorpusConfig,
-    Experiment,
-    NetworkConfig,
-    RHEmoConfig,
-    RHEmoExperiment,
-    SpectrogramConfig,
-    SplitConfig,
-    Task,
-    TrainingConfig,
-)
-from qat.data.corpora import demo, fillets, hedgewars
-from qat.data.store import prepare
-from qat.files import write_json
-from qat.processes import bar
-from qat.report.report import write_report
-from qat.results.probes import analyse
-from qat.training.classifier import train_classifier
-from qat.training.data import read_corpus
-from qat.training.loop import peak_memory
-from qat.training.rhemo import pretrain_rhemo
+from qat.campaign.plan import Campaign
+from qat.campaign.stages import Stages
+from qat.config.plain import prefix_errors
+from qat.config.preset import VALUES, parse_layers, read_layers, read_yaml
+from qat.data.corpora import module
 
-LAYER = 13
-"""Where anti-transfer is applied: the layer with the largest effect in the feasibility study."""
+T = TypeVar("T")
+
+DESIGNS, SPEECHES = ("demo", "study"), ("synthetic", "recorded")
+_AT = {"speaker": "single_S", "word": "single_W"}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The settings of every stage.
+class Speech:
+    """What a study's networks learn from.
 
     Args:
-        network: width, initialisation, dropout and embedding scale of every VGG16.
-        twin_dropout: dropout of the orthogonal tasks' networks instead.
-        normalisation: of the spectrograms.
-        rhemo: the heads' width.
-        stage1, stage2: RH-Emo's two trainings.
-        voice, word: trainings of the orthogonal tasks' networks.
-        emotion: training of the emotion networks.
+        about: description for the report.
+        corpus: emotion corpus.
+        split: how it is divided: ``random``, ``actor`` or ``confounded``.
+        preset: preset that learns something from it, where the command line names no other.
+        settings: layers over the preset, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
+            networks of speakers and words learn from, none with a voice that the emotion networks are judged on.
+        redraw: whether each seed draws a split of its own, in every design.
     """
 
-    network: NetworkConfig
-    twin_dropout: float
-    normalisation: Literal["max", "log"]
-    rhemo: RHEmoConfig
-    stage1: TrainingConfig
-    stage2: TrainingConfig
-    voice: TrainingConfig
-    word: TrainingConfig
-    emotion: TrainingConfig
-
-
-# Found by trial: with the paper's rate and initialisation nothing is learnt in minutes. The last emotion state is kept,
-# because the lowest loss on unseen voices comes before a network has learnt any shortcut.
-_SMALL = Recipe(
-    network=NetworkConfig(width=1 / 8, init="he", embedding_scale="max"),
-    twin_dropout=0.2,
-    normalisation="log",
-    rhemo=RHEmoConfig(width=1 / 8),
-    stage1=TrainingConfig(lr=1e-2, batch=12, epochs=6, patience=6),
-    stage2=TrainingConfig(lr=1e-3, batch=20, epochs=1, patience=1),
-    voice=TrainingConfig(lr=5e-4, epochs=25, patience=25),
-    word=TrainingConfig(lr=5e-4, epochs=20, patience=20),
-    emotion=TrainingConfig(lr=1e-3, epochs=20, patience=20, keep="last"),
-)
-_PAPER = Recipe(
-    network=NetworkConfig(),
-    twin_dropout=0.5,
-    normalisation="max",
-    rhemo=RHEmoConfig(),
-    stage1=TrainingConfig(lr=1e-3, batch=50, epochs=200_000, patience=100),
-    stage2=TrainingConfig(lr=1e-6, batch=20, epochs=200_000, patience=30, weight_decay=1e-5),
-    voice=TrainingConfig(lr=5e-5, batch=300, epochs=1000, patience=20),
-    word=TrainingConfig(lr=5e-5, batch=300, epochs=500, patience=20),
-    emotion=TrainingConfig(),
-)
+    about: str
+    corpus: str
+    split: str = "actor"
+    preset: str = "small"
+    settings: list[Any] = field(default_factory=list)
+    redraw: bool = False
 
 
 @dataclass(frozen=True)
-class Material:
-    """The recordings of a study and what is learnt from which.
+class Entry:
+    """Emotion trainings of a design: one for each combination of the values that are lists, and for each seed.
 
     Args:
-        description: for the report.
-        synthetic: not a human voice.
-        obtain: makes or fetches the corpora.
-        rhemo, voice, word, emotion: what each network is trained on. None of the first three may hold a voice that the
-            emotion networks are validated or tested on.
-        word_task: ``word`` for isolated words, ``word-presence`` for lines.
-        split: of the emotion corpus, by seed.
-        recipes: ``small`` and ``paper``.
+        name: name in reports; ``{start}``, ``{against}``, ``{loss}`` and ``{layer}`` stand for the values.
+        start: initial weights: ``random``, the network of an orthogonal task (``speaker``, ``word``), or the name of an
+            earlier emotion training (then this one is its second half).
+        against: what anti-transfer pushes away from: ``speaker``, ``word``, or a ``random`` twin as the control.
+        loss: names in the design's ``losses``; the preset's own loss if empty.
+        layer: ``each`` of the design's layers, the ``last`` of them, or numbers.
+        watch: without anti-transfer: the similarity at all layers of the design is only monitored (beta 0).
+        network: ``quaternion`` or ``real``.
+        brief: whether it is part of the brief study.
     """
 
-    description: str
-    synthetic: bool
-    obtain: Callable[[], object]
-    rhemo: CorpusConfig
-    voice: CorpusConfig
-    word: CorpusConfig
-    emotion: CorpusConfig
-    word_task: Task
-    split: Callable[[int], SplitConfig]
-    recipes: Mapping[str, Recipe]
+    name: str
+    start: str | list[str] = "random"
+    against: str | list[str] = "speaker"
+    loss: str | list[str] = ""
+    layer: str | int | list[int] = "last"
+    watch: bool = False
+    network: str = "quaternion"
+    brief: bool = True
 
 
-def synthetic(folder: Path, workers: int | None = None) -> Material:
-    """The demo corpus, made in ``folder``; 9 training voices, 3 for validation, 6 for the test."""
-    voices = {part: list(names) for part, names in demo.VOICES.items()}
-
-    def spoken(kind: str, **where: list[str]) -> CorpusConfig:
-        return CorpusConfig("demo", folder, {"kind": [kind], **where})
-
-    return Material(
-        description="synthesised speech (eSpeak NG)",
-        synthetic=True,
-        obtain=lambda: demo.make(folder, workers=workers),
-        rhemo=spoken("sentence", speaker=voices["train"]),
-        voice=spoken("sentence", speaker=voices["train"]),
-        word=spoken("word", speaker=voices["train"]),
-        emotion=spoken("sentence"),
-        word_task="word",
-        split=lambda seed: SplitConfig(
-            "confounded", train=voices["train"], validation=voices["validation"], test=voices["test"]
-        ),
-        recipes={"small": _SMALL, "paper": _PAPER},
-    )
-
-
-def recorded(folder: Path, packages: Path | None = None) -> Material:
-    """Human speech: acted dialogue (fillets) for voices and words, game phrases (hedgewars) for emotions.
-
-    In the emotion corpus the phrase gives the emotion away, so words are the shortcut here; every seed draws new voices
-    for the test.
+@dataclass(frozen=True)
+class Remark:
+    """A sentence about what a study leaves out.
 
     Args:
-        folder: below it the corpora ``fillets`` and ``hedgewars`` are fetched, unless they are there.
-        packages: Debian packages downloaded already.
+        text: sentence; ``{layers}`` stands for the design's layers.
+        brief: only where this is what was asked for; absent: always.
+        real: the same of the real network.
     """
 
-    def obtain() -> None:
-        for corpus in (fillets, hedgewars):
-            name = corpus.__name__.rpartition(".")[2]
-            if not (folder / name).is_dir():
-                corpus.fetch(folder / name, from_dir=packages)
-
-    dialogue = CorpusConfig("fillets", folder / "fillets", {"speaker": ["cs-small", "cs-big", "nl-small", "nl-big"]})
-    emotions = ["angry", "fear", "happy", "neutral", "sad"]
-    small = replace(
-        _SMALL,
-        stage1=replace(_SMALL.stage1, epochs=3),
-        voice=replace(_SMALL.voice, epochs=6),
-        word=replace(_SMALL.word, epochs=12),
-    )
-    return Material(
-        description="recorded human speech (Fish Fillets dialogue, Hedgewars phrases)",
-        synthetic=False,
-        obtain=obtain,
-        rhemo=dialogue,
-        voice=dialogue,
-        word=dialogue,
-        emotion=CorpusConfig("hedgewars", folder / "hedgewars", {"emotion": emotions}),
-        word_task="word-presence",
-        split=lambda seed: SplitConfig("speaker", seed),
-        recipes={"small": small, "paper": _PAPER},
-    )
+    text: str
+    brief: bool | None = None
+    real: bool | None = None
 
 
-@dataclass
-class Study:
-    """One study in one folder; whatever is finished there already is kept.
+@dataclass(frozen=True)
+class Design:
+    """A study's emotion trainings.
 
     Args:
-        folder: for everything that is made.
-        material: what is listened to.
-        recipe: ``small`` (learns in minutes) or ``paper`` (its settings; days without a GPU).
-        seeds: of the emotion trainings.
-        workers: trainings at once, one thread each.
+        emotion: entries.
+        seeds: number of seeds, from 1.
+        layers: layers of anti-transfer.
+        losses: settings of ``anti_transfer`` by name.
+        redraw: whether each seed draws a split of its own.
+        real: whether the real network takes part.
+        short: whether it is the brief study.
+        not_run: what it leaves out, for the report.
     """
 
-    folder: Path
-    material: Material
-    recipe: str = "small"
-    seeds: tuple[int, ...] = (1,)
-    workers: int = 2
+    emotion: list[Entry]
+    seeds: int = 1
+    layers: list[int] = field(default_factory=lambda: [13])
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    redraw: bool = False
+    real: bool = True
+    short: bool = False
+    not_run: list[Remark] = field(default_factory=list)
 
-    def run(self) -> Path:
-        """Do everything; returns the report's path."""
-        torch.set_num_threads(1)  # two threads on two cores with anything else to do took three times as long as one
-        stages: dict[str, Callable[[], int]] = {
-            "get the recordings": self._obtain,
-            "prepare spectrograms": self._prepare,
-            "pretrain RH-Emo to reconstruct": lambda: self._pretrain_rhemo(1),
-            "pretrain RH-Emo with emotions": lambda: self._pretrain_rhemo(2),
-            "pretrain the networks of voices and words": lambda: self._train(_train, self.twins()),
-            "train and probe the emotion networks": lambda: self._train(_train_and_probe, self.trainings()),
-        }
-        path = self.folder / "demo.json"
-        spent = {stage["name"]: stage["seconds"] for stage in _read(path).get("stages", [])}
-        about = {"corpus": self.material.description, "synthetic": self.material.synthetic, "recipe": self.recipe}
-        done: list[dict[str, Any]] = []
-        for number, (name, action) in enumerate(stages.items(), 1):
-            Console(stderr=True).print(f"[bold]{number}/{len(stages)} {name}[/bold]")
-            started = time.perf_counter()
-            peak = action()
-            seconds = spent.get(name, 0.0) + time.perf_counter() - started
-            done.append({"name": name, "seconds": seconds, "peak_memory": peak})
-        write_json(path, about | {"stages": done, "not_run": self.not_run()})
-        return write_report(self.folder)
-
-    def not_run(self) -> list[str]:
-        """What this study leaves out, in sentences for the report."""
-        return []
-
-    def rhemo(self, stage: int) -> RHEmoExperiment:
-        """RH-Emo's first or second training."""
-        first = RHEmoExperiment(
-            corpus=self.material.rhemo,
-            normalisation=self._recipe.normalisation,
-            rhemo=self._recipe.rhemo,
-            training=self._recipe.stage1,
-            cache=self.folder / "cache",
-        )
-        if stage == 1:
-            return first
-        return replace(
-            first,
-            rhemo=replace(first.rhemo, beta=0.01),
-            training=replace(self._recipe.stage2, initial=self.folder / "rhemo/stage1"),
-        )
-
-    def twin(self, task: str) -> Experiment:
-        """The network of an orthogonal task, ``voice`` or ``word``."""
-        plain = self._experiment()
-        plain = replace(plain, network=replace(plain.network, dropout=self._recipe.twin_dropout))
-        if task == "voice":
-            return replace(plain, corpus=self.material.voice, task="speaker", training=self._recipe.voice)
-        return replace(
-            plain,
-            corpus=self.material.word,
-            task=self.material.word_task,
-            features=SpectrogramConfig(cut="word" if self.material.word_task == "word" else "audio"),
-            training=self._recipe.word,
-        )
-
-    def twins(self) -> dict[Path, Experiment]:
-        """The networks of the orthogonal tasks by their folders."""
-        return {Path("twins", task): self.twin(task) for task in ("word", "voice")}
-
-    def trainings(self) -> dict[Path, Experiment]:
-        """Every emotion training by its folder: from random weights and from twins, with anti-transfer or not."""
-        voice, word = self.folder / "twins/voice", self.folder / "twins/word"
-        variants: dict[str, tuple[Path | None, AntiTransferConfig]] = {
-            "baseline": (None, _against(voice, beta=0)),
-            "at-voice": (None, _against(voice)),
-            "at-word": (None, _against(word)),
-            "from-voice": (voice, _against(voice, beta=0)),
-            "from-voice-at-voice": (voice, _against(voice)),
-            "from-voice-at-random": (voice, AntiTransferConfig(layers=[LAYER], random_twin=True)),
-        }
-        return {
-            Path("emotion", name, f"seed{seed}"): replace(
-                self._experiment(),
-                corpus=self.material.emotion,
-                split=self.material.split(seed),
-                anti_transfer=anti_transfer,
-                training=replace(self._recipe.emotion, initial=initial, seed=seed),
+    def __post_init__(self) -> None:
+        for layer in self.layers or [0]:
+            if layer not in range(1, 14):
+                raise ValueError(f"layers: {self.layers} must be one or more of 1 to 13")
+        for entry in self.emotion:
+            rules: tuple[tuple[str, Any, Sequence[Any]], ...] = (
+                ("against", entry.against, ("speaker", "word", "random")),
+                ("loss", entry.loss, ("", *self.losses)),
+                ("layer", entry.layer, ("each", "last", *range(1, 14))),
+                ("network", entry.network, VALUES["network"]),
             )
-            for seed in self.seeds
-            for name, (initial, anti_transfer) in variants.items()
-        }
+            for name, value, allowed in rules:
+                for one in _listed(value):
+                    if one not in allowed:
+                        text = ", ".join(map(str, filter(None, allowed)))
+                        raise ValueError(f"{entry.name}: {name}: {one!r} must be one of {text}")
 
-    @property
-    def _recipe(self) -> Recipe:
-        return self.material.recipes[self.recipe]
-
-    def _experiment(self) -> Experiment:
-        return Experiment(
-            normalisation=self._recipe.normalisation,
-            network=replace(self._recipe.network, rhemo=self.folder / "rhemo/stage2"),
-            cache=self.folder / "cache",
-        )
-
-    def _obtain(self) -> int:
-        self.material.obtain()
-        return _own_memory()
-
-    def _prepare(self) -> int:
-        one_of_each: list[AnyExperiment] = [self.rhemo(1), *self.twins().values()]
-        one_of_each += list(self.trainings().values())[:1]
-        for experiment in one_of_each:
-            prepare(read_corpus(experiment.corpus), experiment.features, experiment.cache, workers=self.workers)
-        return _own_memory()
-
-    def _pretrain_rhemo(self, stage: int) -> int:
-        folder = self.folder / f"rhemo/stage{stage}"
-        peak: int = pretrain_rhemo(self.rhemo(stage), folder, resume=True)["peak_memory"]
-        return peak
-
-    def _train(self, train: Callable[[Experiment, Path], int], trainings: Mapping[Path, Experiment]) -> int:
-        """Run trainings side by side, one thread each: faster than one after another with all threads.
-
-        Returns:
-            The most memory that one of them held, in bytes.
-        """
-        folders = [self.folder / path for path in trainings]
-        peaks = [0]
-        context, once = multiprocessing.get_context("forkserver"), {"max_tasks_per_child": 1}
-        with (
-            ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,), **once) as pool,
-            bar(True) as progress,
-        ):
-            task = progress.add_task("trainings", total=len(folders))
-            try:
-                for peak in pool.map(train, list(trainings.values()), folders):
-                    peaks.append(peak)
-                    progress.advance(task)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return max(peaks)
+    def remarks(self) -> list[str]:
+        """What is left out, in sentences."""
+        layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
+        return [
+            remark.text.format(layers=layers)
+            for remark in self.not_run
+            if remark.brief in (None, self.short) and remark.real in (None, self.real)
+        ]
 
 
-def _against(twin: Path, beta: float = 1.0) -> AntiTransferConfig:
-    return AntiTransferConfig(twin, [LAYER], beta)
+def read_design(source: str | Path) -> Design:
+    """The design of a name (``demo``, ``study``) or file.
+
+    Raises:
+        ValueError: no such design, or a file that is not of this form.
+    """
+    return _read(Design, source, DESIGNS)
 
 
-def _train(experiment: Experiment, folder: Path) -> int:
-    name = folder.parent.name if folder.name.startswith("seed") else folder.name
-    peak: int = train_classifier(experiment, folder, resume=True, quiet=True, name=name)["peak_memory"]
-    return peak
+def read_speech(source: str | Path) -> Speech:
+    """The speech of a name (``synthetic``, ``recorded``) or file.
+
+    Raises:
+        ValueError: no such speech, or a file that is not of this form.
+    """
+    speech = _read(Speech, source, SPEECHES)
+    if speech.split not in VALUES["split"]:
+        raise ValueError(f"{source}: split: {speech.split!r} must be one of {', '.join(VALUES['split'])}")
+    return speech
 
 
-def _train_and_probe(experiment: Experiment, folder: Path) -> int:
-    peak = _train(experiment, folder)
-    analyse(folder)
-    return peak
+def plan_study(
+    folder: Path,
+    design: Design,
+    speech: Speech,
+    preset: str | None = None,
+    seeds: Sequence[int] | None = None,
+    folders: Mapping[str, Path] | None = None,
+    settings: Path | None = None,
+) -> Campaign:
+    """The trainings of a design.
+
+    Args:
+        folder: folder of the campaign.
+        design: which emotion trainings.
+        speech: what is listened to.
+        preset: preset instead of the speech's.
+        seeds: seeds of the emotion trainings instead of the design's.
+        folders: folders of corpora, by name; ``corpora/NAME`` below the campaign's folder for others.
+        settings: file of layers over the preset and the speech.
+
+    Raises:
+        ValueError: wrong settings.
+    """
+    campaign = Campaign(folder)
+    layers = read_layers(preset or speech.preset) + parse_layers(speech.settings, "settings")
+    layers += read_layers(settings) if settings else []
+    stages = Stages(campaign, layers, folders or {}, folder / "corpora")
+    for seed in seeds or range(1, design.seeds + 1):
+        runs: dict[tuple[str, str], Path] = {}
+        for entry in design.emotion:
+            if (entry.network == "real" and not design.real) or (design.short and not entry.brief):
+                continue
+            for name, run in _add(entry, design, speech, stages, seed, runs):
+                runs[entry.network, name] = run
+    return campaign
 
 
-def _own_memory() -> int:
-    return peak_memory(torch.device("cpu"))
+def obtain(campaign: Campaign, packages: Path | None = None) -> None:
+    """Make or fetch the corpora of a campaign that are not there.
+
+    Args:
+        campaign: campaign.
+        packages: folder of Debian packages that are downloaded already.
+
+    Raises:
+        ValueError: a corpus cannot be made nor fetched.
+    """
+    for name, folder in campaign.missing_corpora().items():
+        corpus: Any = module(name) if name != "csv" else None
+        if hasattr(corpus, "make"):
+            corpus.make(folder)
+        elif hasattr(corpus, "fetch"):
+            corpus.fetch(folder, from_dir=packages)
+        else:
+            raise ValueError(f"{name}: no folder {folder}; name it with --folders '{{{name}: DIR}}'")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _add(
+    entry: Entry, design: Design, speech: Speech, stages: Stages, seed: int, runs: Mapping[tuple[str, str], Path]
+) -> list[tuple[str, Path]]:
+    """Add an entry's trainings of one seed; returns their names and folders."""
+    layers = {"each": design.layers, "last": design.layers[-1:]}.get(str(entry.layer), entry.layer)
+    added = []
+    for start, against, loss, layer in itertools.product(
+        _listed(entry.start), _listed(entry.against), _listed(entry.loss), [0] if entry.watch else _listed(layers)
+    ):
+        attributes = {"network": entry.network, "corpus": speech.corpus, "split": speech.split, "seed": seed}
+        at = "none" if entry.watch else _AT.get(against)
+        attributes |= {"layer": layer} | ({"at": at} if at else {})
+        made = stages.emotion(attributes, {"anti_transfer": design.losses[loss]} if loss else None)
+        if design.redraw or speech.redraw:
+            made = replace(made, split=replace(made.split, seed=seed))
+        transfer = made.anti_transfer
+        random = against == "random" or transfer.random_twin
+        twin = None if random else stages.orthogonal(against, entry.network)
+        transfer = replace(transfer, twin=twin, random_twin=random, layers=design.layers if entry.watch else [layer])
+        if entry.watch:
+            transfer = replace(transfer, beta=0.0)
+        initial = made.training.initial
+        if start in _AT:
+            initial = stages.orthogonal(start, entry.network)
+        elif start != "random":
+            if (entry.network, start) not in runs:
+                raise ValueError(f"{entry.name}: start: {start!r} must be random, speaker, word or an earlier entry")
+            initial = runs[entry.network, start]
+        made = replace(made, anti_transfer=transfer, training=replace(made.training, initial=initial))
+        name = entry.name.format(start=start, against=against, loss=loss, layer=layer)
+        attributes.pop("at", None)  # which is what the cells of the paper's table 1 are told by
+        added.append((name, stages.campaign.add(made, name, probe=True, stage="emotion", **attributes)))
+    return added
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _read(kind: type[T], source: str | Path, names: Sequence[str]) -> T:
+    if source in names:
+        plain = read_yaml(files("qat.campaign") / "designs" / f"{source}.yaml", source)
+    elif Path(source).is_file():
+        plain = read_yaml(Path(source), source)
+    else:
+        raise ValueError(f"{source}: must be a file, or one of {', '.join(names)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    with prefix_errors(source):
+        if not isinstance(plain, dict):
+            raise ValueError(f"must have settings such as {', '.join(one.name for one in fields(kind))}")  # type: ignore[arg-type]
+        chosen = parser.instantiate(parser.parse_object(plain))
+        return kind(**{one.name: chosen[one.name] for one in fields(kind)})  # type: ignore[arg-type]

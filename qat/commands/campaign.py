@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from qat.campaign.cost import Assumed
-from qat.campaign.grid import CORPORA, Selection
-from qat.campaign.sweep import SlurmConfig
+from qat.campaign.grid import Selection
+from qat.campaign.jobs import SlurmConfig
 from qat.commands.parser import Commands, instance
 from qat.config import to_plain
-from qat.config.preset import VALUES
+from qat.config.preset import NAMES, VALUES
+from qat.data.corpora import EMOTION
+
+if TYPE_CHECKING:
+    from qat.campaign.plan import Campaign
+
+PRESETS = f"{', '.join(NAMES)}, or a file of the same form"
+
+HOURS = (
+    "estimated, not measured: what is left to train, one after another on one device, by counting multiplications; "
+    "epochs and tflops (1e12 operations a second) are assumed or taken from finished trainings, as `basis` says"
+)
 
 
 def add_demo(commands: Commands) -> None:
     """``qat demo``."""
     parser = commands.add("demo", run_demo, "The whole method on a small corpus, from recordings to a report.")
-    _add_study_arguments(parser, "demo", seeds=1)
-    parser.add_argument(
-        "--recipe", choices=["small", "paper"], default="small", help="what learns here, or the paper's"
-    )
+    _add_study_arguments(parser)
 
 
 def run_demo(options: Namespace) -> Any:
-    from qat.campaign.study import Study
+    from qat.campaign.study import read_design
 
-    return _studied(Study(*_material(options, "demo"), options.recipe, _seeds(options), options.workers))
+    return _run_study(options, "demo", read_design("demo"))
 
 
 def add_study(commands: Commands) -> None:
@@ -38,55 +48,60 @@ def add_study(commands: Commands) -> None:
         "Does anti-transfer help, where and why: many settings and seeds on a small corpus, in hours on two cores. The "
         "same command goes on where it was stopped.",
     )
-    _add_study_arguments(parser, "study", seeds=5)
-    parser.add_argument("--layers", type=list[int], default=[2, 7, 13], help="of the quaternion network")
-    parser.add_argument("--real", type=bool, default=True, help="also the real network")
-    parser.add_argument("--brief", action="store_true", help="about half of the settings")
+    parser.add_argument(
+        "--design", type=str, default="study", help="study, demo, or a YAML file like those in qat/campaign/designs"
+    )
+    _add_study_arguments(parser)
+    parser.add_argument("--layers", type=list[int] | None, default=None, help="layers instead of the design's")
+    parser.add_argument("--real", type=bool | None, default=None, help="whether the real network takes part")
+    parser.add_argument("--brief", action="store_true", help="only what the design calls brief, about half")
 
 
 def run_study(options: Namespace) -> Any:
-    from qat.campaign.inquiry import Inquiry
+    from qat.campaign.study import read_design
 
-    folder, material = _material(options, "study")
-    chosen = {"layers": tuple(options.layers), "real": options.real, "brief": options.brief}
-    return _studied(Inquiry(folder, material, seeds=_seeds(options), workers=options.workers, **chosen))
+    chosen = {name: options[name] for name in ("layers", "real") if options[name] is not None}
+    design = replace(read_design(options.design), **chosen)
+    return _run_study(options, options.design, replace(design, short=options.brief or design.short))
 
 
-def _add_study_arguments(parser: ArgumentParser, name: str, seeds: int) -> None:
+def _add_study_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--speech",
-        choices=["synthetic", "recorded"],
+        type=str,
         default="synthetic",
-        help="synthesised on the spot, or human speech (290 MB) from Debian's archive",
+        help="synthetic (made on the spot), recorded (290 MB from Debian's archive), or a YAML file like theirs",
     )
     parser.add_argument("--from", type=Path | None, default=None, help="folder of Debian packages downloaded already")
     parser.add_argument(
-        "--out", type=Path | None, default=None, help=f"folder for everything (default: runs/{name}-SPEECH)"
+        "--out", type=Path | None, default=None, help="folder for everything (default: runs/DESIGN-SPEECH)"
     )
-    parser.add_argument("--seeds", type=int, default=seeds, help="repeat every emotion training with so many seeds")
-    parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
+    parser.add_argument("--preset", type=str | None, default=None, help=f"instead of the speech's: {PRESETS}")
+    _add_settings_arguments(parser, "DIR/corpora/NAME")
+    _add_engine_arguments(parser, at_once=2, cluster="local")
 
 
-def _material(options: Namespace, name: str) -> tuple[Path, Any]:
-    from qat.campaign.study import recorded, synthetic
+def _run_study(options: Namespace, name: str, design: Any) -> Any:
+    from qat.campaign.study import obtain, plan_study, read_speech
 
-    if options.seeds < 1 or options.workers < 1:
-        raise ValueError(f"--seeds {options.seeds} and --workers {options.workers} must be at least 1")
-    folder = options.out or Path("runs") / f"{name}-{options.speech}"
-    if options.speech == "synthetic":
-        return folder, synthetic(folder / "corpus", options.workers)
-    return folder, recorded(folder / "corpora", options["from"])
+    speech, seeds = read_speech(options.speech), _seeds(options)
+    folder = options.out or Path("runs") / f"{Path(name).stem}-{Path(options.speech).stem}"
+    campaign = plan_study(folder, design, speech, options.preset, seeds, options.folders, options.settings)
+    asked = {
+        "design": name,
+        "preset": options.preset or speech.preset,
+        "selection": {"layers": design.layers, "real": design.real, "brief": design.short},
+        "speech": options.speech,
+        "about": speech.about,
+        "not_run": design.remarks(),
+    }
+    result = _carry_out(options, campaign, asked, lambda: obtain(campaign, options["from"]))
+    if options.dry_run or not campaign.finished():
+        return result
+    from qat.report.report import collect, summary_table, write_report
 
-
-def _seeds(options: Namespace) -> tuple[int, ...]:
-    return tuple(range(1, options.seeds + 1))
-
-
-def _studied(study: Any) -> Any:
-    from qat.report.report import collect, summary_table
-
-    report = study.run()
-    return {"summary": summary_table(collect(study.folder)), "report": report}
+    problems = {"problems": result["problems"]}
+    return {"summary": summary_table(collect(folder)), "report": write_report(folder), **problems}
 
 
 def add_sweep(commands: Commands) -> None:
@@ -100,55 +115,14 @@ def add_sweep(commands: Commands) -> None:
     )
     parser.add_argument("plan", type=Path, help="YAML file of settings and of what varies")
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs; the same again goes on with them")
-    _add_layout_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="only tell what would be trained")
+    _add_engine_arguments(parser)
 
 
 def run_sweep(options: Namespace) -> Any:
-    from qat.campaign.sweep import read_plan, train_all
+    from qat.campaign.sweep import plan_sweep
 
-    trainings = read_plan(options.plan)
-    layout = _layout(options)
-    if options.dry_run:
-        runs = [{"run": path.as_posix(), "folder": str(options.out / path)} for path in trainings]
-        return {"trainings": len(runs), "runs": runs, "problems": []}
-    outcomes = train_all(trainings, options.out, layout)
-    return {
-        "runs": [
-            {
-                "run": one.path.as_posix(),
-                "status": one.status,
-                "epochs": one.result and one.result["epochs"],
-                "accuracy": one.result and one.result["parts"]["test"].get("accuracy"),
-                "folder": str(options.out / one.path),
-            }
-            for one in outcomes
-        ],
-        "problems": [{"run": one.path.as_posix(), "problem": one.error} for one in outcomes if one.error],
-    }
-
-
-def _add_layout_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--at-once", type=int, default=1, help="trainings side by side in each job, on its one GPU")
-    parser.add_argument(
-        "--jobs",
-        type=int | None,
-        default=None,
-        help="jobs that share the runs (default: one for each visible GPU, or one)",
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=["auto", "local", "slurm"],
-        default="auto",
-        help="this machine, or a job array of Slurm; auto is slurm where there is an sbatch",
-    )
-    parser.add_class_arguments(SlurmConfig, "slurm")
-
-
-def _layout(options: Namespace) -> Any:
-    from qat.campaign.sweep import Layout
-
-    return Layout(options.at_once, options.jobs, options.cluster, options.slurm)
+    campaign = plan_sweep(options.out, options.plan, _seeds(options))
+    return _carry_out(options, campaign, {"design": str(options.plan)})
 
 
 def add_grid(commands: Commands) -> None:
@@ -161,46 +135,123 @@ def add_grid(commands: Commands) -> None:
         "trained again.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; the same again goes on with it")
-    parser.add_argument("--preset", type=str, default="paper", help="paper, released-code or demo")
-    parser.add_argument("--settings", type=Path | None, default=None, help="file of layers that lie over the preset's")
-    parser.add_argument("--folders", type=dict[str, Path], default={}, help="of corpora (default: corpora/NAME)")
+    parser.add_argument("--preset", type=str, default="paper", help=PRESETS)
     parser.add_class_arguments(Selection)
-    _add_layout_arguments(parser)
+    _add_settings_arguments(parser, "corpora/NAME")
+    _add_engine_arguments(parser)
+
+
+def run_grid(options: Namespace) -> Any:
+    from qat.campaign.grid import plan_grid
+
+    selection = instance(Selection, options)
+    seeds = _seeds(options) or [1]
+    campaign = plan_grid(options.out, options.preset, selection, seeds, options.folders, options.settings)
+
+    def refuse() -> None:
+        if missing := campaign.missing_corpora():
+            text = "{0}: no folder {1}; name it with --folders '{{{0}: DIR}}'"
+            raise ValueError("; ".join(text.format(*item) for item in missing.items()))
+
+    asked = {"design": "grid", "preset": options.preset, "selection": to_plain(selection)}
+    return _carry_out(options, campaign, asked, refuse)
+
+
+def _add_settings_arguments(parser: ArgumentParser, default: str) -> None:
+    parser.add_argument("--settings", type=Path | None, default=None, help="file of layers that lie over the preset's")
+    parser.add_argument("--folders", type=dict[str, Path], default={}, help=f"folders of corpora (default: {default})")
+
+
+def _add_engine_arguments(parser: ArgumentParser, at_once: int = 1, cluster: str = "auto") -> None:
+    """What all commands of many trainings have in common."""
+    parser.add_argument(
+        "--seeds",
+        type=int | list[int] | None,
+        default=None,
+        help="seeds of the emotion trainings: how many, or a list (default: the design's, or 1)",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=at_once,
+        help="trainings side by side in each job; one CPU thread each if many",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="jobs that share the runs (default: one for each visible GPU, or one)",
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=["auto", "local", "slurm"],
+        default=cluster,
+        help="this machine, or a job array of Slurm; auto is slurm where there is an sbatch",
+    )
+    parser.add_class_arguments(SlurmConfig, "slurm")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be trained, and what it may cost")
     parser.add_class_arguments(Assumed, "assumed")
 
 
-def run_grid(options: Namespace) -> Any:
-    from qat.campaign.cost import estimate
-    from qat.campaign.grid import Grid
+def _seeds(options: Namespace) -> list[int] | None:
+    seeds = options.seeds
+    if isinstance(seeds, int):
+        if seeds < 1:
+            raise ValueError(f"--seeds {seeds} must be at least 1, or a list")
+        return list(range(1, seeds + 1))
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+        raise ValueError(f"--seeds {seeds} must be one or more, each once")
+    chosen: list[int] | None = seeds
+    return chosen
 
-    layout, selection = _layout(options), instance(Selection, options)
-    grid = Grid(options.out, options.preset, selection, options.folders, options.settings)
-    total = {"trainings": len(grid.plan.trainings), "finished": len(grid.plan.finished())}
+
+def _carry_out(options: Namespace, campaign: Campaign, asked: Mapping[str, Any], prepare: Any = None) -> dict[str, Any]:
+    """Train a campaign, or tell what would be trained.
+
+    Args:
+        options: options of :func:`_add_engine_arguments`.
+        campaign: campaign.
+        asked: what ``campaign.yaml`` says before the settings that all designs share.
+        prepare: called before anything is trained.
+    """
+    from qat.campaign.cost import estimate
+    from qat.campaign.jobs import Layout, train
+
+    layout = Layout(options.at_once, options.jobs, options.cluster, options.slurm)
+    total = {"trainings": len(campaign.trainings), "finished": len(campaign.finished())}
     if options.dry_run:
-        stages = estimate(grid.plan, grid.table, options.assumed)
-        runs = {"runs": grid.table.to_dict("records")} if options.json else {}
-        note = (
-            "estimated, not measured: what is left to train, one after another on one device, by counting "
-            "multiplications; epochs and tflops (1e12 operations a second) are assumed or taken from finished "
-            "trainings, as `basis` says"
-        )
-        hours = {"gpu_hours": round(float(stages["hours"].sum()), 1), "note": note}
-        return total | {"stages": stages.to_dict("records")} | hours | runs | {"problems": []}
-    if missing := grid.missing():
-        raise ValueError("; ".join(missing))
-    grid.write()
-    outcomes = grid.plan.run(layout)
-    names = dict(zip(grid.table["run"], grid.table["name"], strict=True))
-    return {
-        **total,
+        stages = estimate(campaign, options.assumed)
+        hours = {"hours": round(float(stages["hours"].sum()), 2), "note": HOURS}
+        runs = campaign.table if options.json else campaign.table[["name", "seed", "run"]]
+        shown = {"runs": runs.to_dict("records")} if options.json or len(runs) <= 50 else {}
+        return total | shown | {"stages": stages.to_dict("records")} | hours | {"problems": []}
+    if prepare is not None:
+        prepare()
+    common = {name: options[name] for name in ("seeds", "folders") if name in options}
+    settings = options.get("settings")
+    common["settings"] = settings.read_text(encoding="utf-8") if settings else None
+    campaign.write(dict(asked) | common)
+    outcomes = train(campaign, layout)
+    seeds = dict(zip(campaign.table["run"], campaign.table["seed"], strict=True))
+
+    def named(outcome: Any) -> dict[str, Any]:
+        seed = seeds[outcome.path.name]
+        name = campaign.names[outcome.path]
+        return {"training": name if seed is None else f"{name}, seed {seed}", "run": outcome.path.as_posix()}
+
+    return total | {
         "finished": sum(one.status == "finished" for one in outcomes),
-        "folder": options.out,
-        "problems": [
-            {"training": names[one.path.name], "run": one.path.as_posix(), "problem": one.error}
+        "folder": options.out or campaign.folder,
+        "runs": [
+            {
+                **named(one),
+                "status": one.status,
+                "epochs": one.result and one.result["epochs"],
+                "accuracy": one.result and one.result["parts"]["test"].get("accuracy"),
+            }
             for one in outcomes
-            if one.error
         ],
+        "problems": [named(one) | {"problem": one.error} for one in outcomes if one.error],
     }
 
 
@@ -210,34 +261,30 @@ def add_preset(commands: Commands) -> None:
         "preset",
         run_preset,
         "Print a preset's settings of one training, for `qat train --config FILE` (or `qat pretrain ...`): the paper's "
-        "reading of what paper and released code disagree on, or the code's.",
+        "reading of what paper and released code disagree on, the code's, or what learns in minutes.",
     )
-    parser.add_argument("name", type=str, help="paper, released-code or demo")
+    parser.add_argument("name", type=str, help=PRESETS)
     parser.add_argument("--stage", choices=[*VALUES["stage"]], default="emotion")
     parser.add_argument("--network", choices=[*VALUES["network"]], default="quaternion", help="not in RH-Emo's stages")
-    parser.add_argument(
-        "--corpus", choices=[*CORPORA], default="iemocap", help="this and what follows: of stage emotion"
-    )
+    parser.add_argument("--corpus", choices=[*EMOTION], default="iemocap", help="this and what follows: of emotion")
     parser.add_argument("--split", choices=[*VALUES["split"]], default="random")
     parser.add_argument(
         "--at", choices=[*VALUES["at"]], default="none", help="anti-transfer against (S)peakers, (W)ords"
     )
-    parser.add_argument("--layer", choices=[*VALUES["layer"]][1:], type=int, default=2, help="of anti-transfer")
+    parser.add_argument("--layer", choices=[*VALUES["layer"]][1:], type=int, default=2, help="layer of anti-transfer")
 
 
 def run_preset(options: Namespace) -> Any:
     import yaml
 
-    from qat.campaign.grid import base
-    from qat.config.preset import experiment, merge, read_layers
+    from qat.config.preset import experiment, read_layers, settings_of
 
     place = {} if options.stage.startswith("rhemo") else {"network": options.network}
     if options.stage == "emotion":
         place |= {name: options[name] for name in ("corpus", "split", "at")}
         place["layer"] = 0 if options.at == "none" else options.layer
-    settings = merge({"stage": options.stage, **place}, read_layers(options.name), base(options.stage, place))
     # Whole, because other commands have other defaults; but for the folder, which is the user's to say.
-    whole = to_plain(experiment(settings, options.stage))
+    whole = to_plain(experiment(settings_of(options.stage, place, read_layers(options.name)), options.stage))
     del whole["corpus"]["folder"]
     if place.get("layer"):
         whole["anti_transfer"]["layers"] = [place["layer"]]

@@ -36,9 +36,9 @@ class Commands:
         self._subcommands: Any = parser.add_subcommands(required=True)
         self._prefix = prefix
 
-    def add(self, name: str, action: Action, text: str) -> Parser:
-        """The parser of a new command, explained by ``text``."""
-        parser = Parser(description=text)
+    def add(self, name: str, action: Action, text: str, parser: Parser | None = None) -> Parser:
+        """The parser of a new command, explained by ``text``; ``parser`` if it needs one of a kind of its own."""
+        parser = parser or Parser(description=text)
         parser.add_argument("--json", action="store_true", help="print the result as JSON")
         self._subcommands.add_subcommand(name, parser, help=text)
         self.actions[self._prefix + name] = action

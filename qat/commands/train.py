@@ -2,32 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from qat.commands.parser import Commands, Parser, instance
-from qat.config import Experiment, RHEmoExperiment, SpectrogramConfig, TrainingConfig, to_plain
+from qat.config import CorpusConfig, Experiment, RHEmoExperiment, flatten, to_plain
+from qat.config.preset import NAMES, Plain, kind_of, read_layers, settings_of
+
+_SPLITS = {"speaker": "actor", "speaker-in-order": "actor", "paper-actor": "actor", "confounded": "confounded"}
+
+
+class TrainingParser(Parser):
+    """A parser of one training's settings, whose defaults are those of ``--preset`` if there is one."""
+
+    stage: str
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None, **options: Any) -> Namespace:  # type: ignore[override]
+        """Parse twice: which settings of a preset are meant depends on the other options."""
+        own = super().parse_args(args, defaults=False, _skip_validation=True)
+        settings = flatten(to_plain(kind_of(self.stage)()))
+        try:
+            if own.get("preset") is not None:
+                settings |= flatten(preset_settings(self.stage, own.preset, own))
+            elif self.stage in ("word", "speaker"):  # which have no defaults of their own
+                paper = preset_settings(self.stage, "paper", own)
+                settings |= flatten({name: paper[name] for name in ("task", "features", "training") if name in paper})
+        except ValueError as error:
+            self.error(str(error))
+        self.set_defaults(settings)
+        return super().parse_args(args, namespace, **options)
+
+
+def preset_settings(stage: str, preset: str, own: Namespace) -> Plain:
+    """The settings of a preset, nested, for a training that the user has described in part.
+
+    Args:
+        stage: stage of the training; ``rhemo`` is stage 2 where it starts from another checkpoint.
+        preset: name or file of the preset.
+        own: options that were named. Of anti-transfer only its presence counts: no preset tells speakers from words.
+    """
+    corpus, initial = own.get("corpus.name"), own.get("training.initial")
+    attributes: dict[str, Any] = {}
+    if stage == "rhemo":
+        stage = "rhemo-2" if initial else "rhemo-1"
+    else:
+        attributes["network"] = own.get("network.domain", "quaternion")
+    if stage == "emotion":
+        attributes |= {"corpus": corpus or CorpusConfig().name}
+        attributes |= {"split": _SPLITS.get(own.get("split.rule", "random"), "random")}
+        transfers = own.get("anti_transfer.twin") or own.get("anti_transfer.random_twin")
+        attributes |= {"at": ("dual_SW" if initial else "single_S") if transfers else "none"}
+        attributes |= {"layer": own.get("anti_transfer.layers", [2])[0] if transfers else 0}
+    settings = settings_of(stage, attributes, read_layers(preset))
+    if corpus not in (None, settings["corpus"]["name"]):
+        settings["corpus"] = {"name": corpus}  # another corpus has other speakers
+    settings["corpus"].setdefault("folder", str(Path("corpora") / settings["corpus"]["name"]))
+    return settings
 
 
 def add_pretrain(commands: Commands) -> None:
     group = commands.group("pretrain", "Train RH-Emo and the networks of the orthogonal tasks.")
-    parser = group.add(
-        "rhemo",
-        run_pretrain_rhemo,
-        "Train one stage of RH-Emo. The defaults are stage 1 (reconstruction). Stage 2 (with emotions): "
-        "--training.initial STAGE1 --rhemo.beta 0.01 --training.lr 1e-6 --training.batch 20 --training.patience 30 "
-        "--training.weight_decay 1e-5",
-    )
-    _add_training_arguments(parser, RHEmoExperiment())
-    orthogonal = TrainingConfig(lr=5e-5, batch=300, epochs=500)
-    for task, defaults in (
-        ("words", Experiment(task="word", features=SpectrogramConfig(cut="word"), training=orthogonal)),
-        ("speakers", Experiment(task="speaker", training=orthogonal)),
-    ):
-        parser = group.add(task, run_train, f"Train a network that recognises {task}.")
-        _add_training_arguments(parser, defaults)
+    text = "Train RH-Emo: stage 1 (reconstruction), or with --preset and --training.initial STAGE1 stage 2 (emotions)."
+    group.add("rhemo", run_pretrain_rhemo, text, _training_parser("rhemo", text))
+    for task in ("word", "speaker"):
+        text = f"Train a network that recognises {task}s."
+        group.add(f"{task}s", run_train, text, _training_parser(task, text))
 
 
 def run_pretrain_rhemo(options: Namespace) -> Any:
@@ -38,8 +80,8 @@ def run_pretrain_rhemo(options: Namespace) -> Any:
 
 
 def add_train(commands: Commands) -> None:
-    parser = commands.add("train", run_train, "Train an emotion classifier, with or without anti-transfer.")
-    _add_training_arguments(parser, Experiment())
+    text = "Train an emotion classifier, with or without anti-transfer."
+    commands.add("train", run_train, text, _training_parser("emotion", text))
 
 
 def run_train(options: Namespace) -> Any:
@@ -49,10 +91,16 @@ def run_train(options: Namespace) -> Any:
     return train_classifier(experiment, options.out, resume=options.resume, profile=options.profile)
 
 
-def _add_training_arguments(parser: Parser, defaults: Experiment | RHEmoExperiment) -> None:
+def _training_parser(stage: str, text: str) -> TrainingParser:
+    parser = TrainingParser(description=text)
+    parser.stage = stage
+    names = ", ".join(NAMES)
     parser.add_argument("--config", action="config", help="YAML file of settings; options after it take precedence")
+    parser.add_argument(
+        "--preset", type=str | None, default=None, help=f"{names} or a file of layers; all other settings win over it"
+    )
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same settings")
     parser.add_argument("--profile", action="store_true", help="profile some steps: profile.txt and Chrome traces")
-    parser.add_class_arguments(type(defaults))
-    parser.set_defaults({name: value for name, value in to_plain(defaults).items() if name != "corpus"})
+    parser.add_class_arguments(kind_of(stage))
+    return parser

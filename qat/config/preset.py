@@ -1,15 +1,16 @@
 """Presets: the settings of every training of the paper's grid, as files of layers that lie over each other.
 
-``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``demo`` is
-what learns in minutes, on synthesised speech. A file is a list of layers::
+``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``small``
+is what learns in minutes, and ``demo`` the same on synthesised speech. A file is a list of layers::
 
+    - preset: small
     - settings: {training: {batch: 20}}
     - when: {network: real, stage: [word, speaker]}
       settings: {training: {batch: 40}}
 
-A layer holds for the trainings that have every attribute of its ``when``, with that value or one of a list; the later
-layer wins. Settings are those of ``qat train``, or of ``qat pretrain rhemo`` in RH-Emo's stages; each kind of training
-takes what it has.
+``preset`` stands for all layers of another one. A layer holds for the trainings that have every attribute of its
+``when``, with that value or one of a list; the later layer wins. Settings are those of ``qat train``, or of ``qat
+pretrain rhemo`` in RH-Emo's stages; each kind of training takes what it has.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ import yaml
 from qat.config import AnyExperiment, Experiment, RHEmoExperiment, flatten
 from qat.config.plain import check, instantiate, parser_of, prefix_errors
 
-NAMES = ("paper", "released-code", "demo")
+NAMES = ("paper", "released-code", "demo", "small")
+_PARTS = ("demo-corpus", "small-recorded")
+"""Presets that others are made of."""
 
 ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
 """What tells trainings apart. RH-Emo's stages have no ``network``, and what follows it only emotion trainings have."""
@@ -37,7 +40,7 @@ ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
 VALUES: Mapping[str, Sequence[Any]] = {
     "stage": ("rhemo-1", "rhemo-2", "word", "speaker", "emotion"),
     "network": ("quaternion", "real"),
-    "split": ("random", "actor"),
+    "split": ("random", "actor", "confounded"),
     "at": ("none", "single_S", "single_W", "dual_SW", "dual_WS"),
     "layer": range(14),
 }
@@ -75,30 +78,53 @@ def read_layers(source: str | Path) -> list[Layer]:
         ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
             values, are named with the layer's number.
     """
-    if source in NAMES:
-        return list(_preset(str(source)))
+    if source in (*NAMES, *_PARTS):
+        return list(_packaged(str(source)))
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
-    return _read(path, source)
+    return parse_layers(read_yaml(path, source), source)
 
 
 @cache
-def _preset(name: str) -> tuple[Layer, ...]:
-    return tuple(_read(files("qat.config") / "presets" / f"{name}.yaml", name))
+def _packaged(name: str) -> tuple[Layer, ...]:
+    file = files("qat.config") / "presets" / f"{name}.yaml"
+    return tuple(parse_layers(read_yaml(file, name), name))
 
 
-def _read(path: Traversable, source: object) -> list[Layer]:
+def read_yaml(file: Traversable, source: object) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: it is not readable, naming ``source``.
+    """
     try:
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_layers(listed: Any, source: object) -> list[Layer]:
+    """The layers of a list as a preset file holds it.
+
+    Args:
+        listed: content of the file, or of a part of it.
+        source: where it was read, for errors.
+
+    Raises:
+        ValueError: as in :func:`read_layers`.
+    """
     if not isinstance(listed, list):
         raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
     parsers: dict[type[AnyExperiment], Any] = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
-    layers = []
+    layers: list[Layer] = []
     for number, one in enumerate(listed, 1):
         with prefix_errors(source, f"layer {number}"):
+            if isinstance(one, dict) and one.keys() == {"preset"}:
+                if one["preset"] not in (*NAMES, *_PARTS):
+                    raise ValueError(f"preset: {one['preset']!r} must be one of {', '.join((*NAMES, *_PARTS))}")
+                layers += _packaged(one["preset"])
+                continue
             if not isinstance(one, dict) or not {"settings"} <= one.keys() <= {"settings", "when"}:
                 raise ValueError(f"{one!r} must have `settings` and perhaps `when`, and nothing else")
             when, settings = one.get("when") or {}, one["settings"]
@@ -136,6 +162,25 @@ def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -
             if known is None or group in known:
                 settings[group] = settings.get(group, {}) | value if isinstance(value, dict) else value
     return settings
+
+
+def settings_of(stage: str, attributes: Mapping[str, Any], layers: Sequence[Layer]) -> Plain:
+    """The settings of one training of a preset, nested; what they do not say has its default.
+
+    Args:
+        stage: stage of the training.
+        attributes: its other :data:`ATTRIBUTES`, as far as it has them; an emotion training's corpus is IEMOCAP if
+            absent.
+        layers: layers of the preset; they lie over those of ``presets/stages.yaml``, which hold for all presets.
+
+    >>> settings_of("speaker", {"network": "real"}, [])
+    {'network': {'domain': 'real'}, 'corpus': {'name': 'iemocap', 'options': {'speaker': 'session'}}, 'task': 'speaker'}
+    """
+    attributes = {"stage": stage} | ({"corpus": "iemocap"} if stage == "emotion" else {}) | dict(attributes)
+    base: Plain = {"corpus": {"name": attributes["corpus"]}} if "corpus" in attributes else {}
+    if "network" in attributes and kind_of(stage) is Experiment:
+        base["network"] = {"domain": attributes["network"]}
+    return merge(attributes, [*_packaged("stages"), *layers], base)
 
 
 def experiment(settings: Plain, stage: str) -> AnyExperiment:

@@ -96,7 +96,7 @@ def _quaternion(init: str) -> Layers:
         arguments = (x, module.weight, module.bias, 1, 1)
         options: dict[str, Any] = {"activation": activation, **link._asdict()}
         if pool and tap:
-            return hamilton_conv2d(*arguments, pool=2, tap=True, **options)
+            return hamilton_conv2d(*arguments, pool=2, return_map=True, **options)
         y = hamilton_conv2d(*arguments, pool=2 if pool else None, **options)
         return (None, y) if pool else (y, None)
 

@@ -255,7 +255,7 @@ class RunsFolder:
                 failed[name] = next(filter(str.strip, text.splitlines()), "")
             else:
                 unfinished.append(name)
-        asked = next((f for n in ("campaign.yaml", "grid.yaml", "demo.json") if (f := folder / n).is_file()), None)
+        asked = next((f for n in ("campaign.yaml", "grid.yaml") if (f := folder / n).is_file()), None)
         return cls(folder, plan, runs, failed, unfinished, asked.read_text(encoding="utf-8") if asked else "")
 
     @cached_property

@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qat.config import TrainingConfig, identity_settings
 from qat.files import write_text
+from qat.processes import bar
 from qat.training import distributed
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from qat.training.examples import batches
@@ -88,9 +81,10 @@ def fit(
     for loss in _losses(history):
         schedule.step(loss)
     leads = distributed.rank() == 0
-    quiet = quiet or not leads
-    with _Checkpoints(folder, steps, model, record, history, leads) as checkpoints, _progress(quiet) as progress:
-        bar = progress.add_task(title, total=config.epochs, completed=len(history), note="")
+    columns = TimeElapsedColumn(), TextColumn("{task.fields[note]}")
+    shown = leads and not quiet
+    with _Checkpoints(folder, steps, model, record, history, leads) as checkpoints, bar(shown, *columns) as progress:
+        task = progress.add_task(title, total=config.epochs, completed=len(history), note="")
         while not _finished(history, config):
             epoch = len(history)
             row: dict[str, float] = {"epoch": epoch}
@@ -105,7 +99,7 @@ def fit(
             checkpoints.update(ended=_finished(history, config))
             distributed.barrier()
             note = f"loss {row['train_total']:.4f} validation {row['validation_total']:.4f}"
-            progress.update(bar, advance=1, note=note)
+            progress.update(task, advance=1, note=note)
     return history
 
 
@@ -212,19 +206,6 @@ def _interleaved(batches: list[Tensor]) -> Tensor:
     for rank, share in enumerate(shares):
         whole[rank :: distributed.world_size()] = share
     return whole
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        disable=quiet,
-    )
 
 
 class _Checkpoints:

@@ -1,6 +1,6 @@
-"""What is minimised: each objective turns a batch into a total loss, its parts and the outputs to be judged.
+"""The objectives: each turns a batch into a total loss, its parts and the outputs that metrics judge.
 
-None of them asks the device for a value, so that a CUDA graph can hold a step.
+None reads a value back from the device, so that a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class ClassificationObjective(nn.Module):
     Args:
         classifier: the network that is trained.
         anti_transfer: the term that pushes its features away from the twin's, if any.
-        embedded: inputs are embeddings already (frozen encoder, computed once).
-        multi_label: targets are `[B, V]` of 0 and 1 instead of `[B]` class indices.
+        embedded: whether inputs are embeddings already (frozen encoder, computed once).
+        multi_label: whether targets are `[B, V]` of 0 and 1 instead of `[B]` class indices.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ClassificationObjective(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, **remembered: Tensor) -> Losses:
         x = inputs if self.embedded else self.classifier.embed(inputs)
         x = x.to(autocast_dtype(x.device.type) or x.dtype)  # once, for the network and its twin
-        logits, made = self.classifier.net(x, self.anti_transfer(x, remembered) if self.anti_transfer else None)
+        logits, tapped = self.classifier.net(x, self.anti_transfer(x, remembered) if self.anti_transfer else None)
         with record_function("loss"):
             if self.multi_label:
                 total = F.binary_cross_entropy_with_logits(logits, targets)
@@ -102,7 +102,7 @@ class ClassificationObjective(nn.Module):
                 total = F.cross_entropy(logits, targets)
             parts = {"cross_entropy": total.detach()}
             if self.anti_transfer is not None:
-                loss, similarities = self.anti_transfer.total(made)
+                loss, similarities = self.anti_transfer.total(tapped)
                 total = total + loss
                 parts |= {"anti_transfer": loss.detach(), **similarities}
         return Losses(total, parts, logits.detach())
@@ -113,13 +113,13 @@ class RHEmoObjective(nn.Module):
 
     .. math:: L = BCE(\hat x, x) + \beta (\beta_c CE + \beta_{vad} (BCE_v + BCE_a + BCE_d))
 
-    Targets are `[B, 4]`: emotion class, then valence, arousal, dominance in {0, 1}; a NaN marks what is not known of a
-    sample, which the mean of that term leaves out.
+    Targets are `[B, 4]`: emotion class, then valence, arousal, dominance in {0, 1}; NaN marks a missing annotation,
+    which the mean of that term leaves out.
 
     Args:
-        model: what is trained.
-        config: the weights.
-        annotated: the terms that anything is known for, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
+        model: the network that is trained.
+        config: weights of the terms.
+        annotated: the terms that have any annotation, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
     """
 
     def __init__(self, model: RHEmo, config: RHEmoConfig, annotated: Collection[str] = TERMS) -> None:
@@ -143,14 +143,14 @@ class RHEmoObjective(nn.Module):
         for column, name in enumerate(TERMS):
             if name not in self.annotated:
                 continue
-            answers, truth, known = logits[name], targets[:, column], ~targets[:, column].isnan()
-            truth = truth.where(known, 0)
+            answers, truth, present = logits[name], targets[:, column], ~targets[:, column].isnan()
+            truth = truth.where(present, 0)
             if name == "emotion":
                 losses, weight = F.cross_entropy(answers, truth.long(), reduction="none"), self.config.beta_class
             else:
                 losses = F.binary_cross_entropy_with_logits(answers[:, 0], truth, reduction="none")
                 weight = self.config.beta_vad
-            loss = losses.where(known, 0).sum() / known.sum().clamp(min=1)
+            loss = losses.where(present, 0).sum() / present.sum().clamp(min=1)
             parts[name] = loss.detach()
             total = total + weight * loss
         return total

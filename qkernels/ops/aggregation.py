@@ -27,7 +27,7 @@ def similarity(
             "mse-sigmoid" only, F F^T / (B C N) / 0.001 with F `[B C, N]`, the batch folded into the channels.
         distance: "cos-squared", the square of the mean of the absolute cosines along the last axis; "mse-sigmoid",
             -sigmoid(mean squared difference).
-        generator: of "stochastic_pairwise"; else PyTorch's own of the features' device.
+        generator: source of randomness of "stochastic_pairwise"; None is PyTorch's own, of the features' device.
 
     Returns:
         One scalar for the batch. A cosine with zeros is 0, with gradient 0; NaN gives NaN.

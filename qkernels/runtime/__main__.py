@@ -121,7 +121,7 @@ def check(path: Path | None = None, only: Callable[[str], bool] = lambda name: T
     """Says which kernels are right on this machine, and writes it to `path`; returns the exit code.
 
     Args:
-        path: of a JSON file `{"environment": {...}, "kernels": {name: "right", or what is wrong}}`.
+        path: JSON file to write, `{"environment": {...}, "kernels": {name: "right", or what is wrong}}`.
         only: says which of them to check.
     """
     if reason := obstacle():

@@ -71,8 +71,8 @@ class Check(NamedTuple):
 
     Attributes:
         run: computes them.
-        exact: what they should be, for those given; may replace some by what is easier to compare.
-        allowed: how far each may be from that, as a relative Frobenius error; 0: not at all.
+        exact: the right results for those of `run`; it may replace some of these by what is easier to compare.
+        allowed: maximum relative Frobenius error of each; 0: equal.
     """
 
     run: Callable[[], Results]
@@ -85,7 +85,7 @@ class Layer(NamedTuple):
 
     Attributes:
         q, p: quaternion channels of input and output.
-        window: as launch functions take it.
+        window: stride, padding, dilation and groups, as launch functions take them.
         splits: programs that share a sum; 0: as planned.
     """
 
@@ -139,14 +139,14 @@ FOLDED_FEATURES, TINY_FOLDED_FEATURES = (2, 140, 8, 7), (2, 20, 3, 4)
 
 
 def checks(tiny: bool) -> dict[str, Callable[[torch.device], Check]]:
-    """By name, which begins with the operators that a kernel is of, what draws operands for it."""
-    found: dict[str, Callable[[torch.device], Check]] = {}
+    """Functions that draw a check's operands, by name, which begins with the operators that the kernel belongs to."""
+    by_name: dict[str, Callable[[torch.device], Check]] = {}
     layers = TINY if tiny else LAYERS
     for how in HOWS:
-        found[f"conv, linear pack {how}"] = functools.partial(_pack, layers["deep"], layers["odd"], how)
+        by_name[f"conv, linear pack {how}"] = functools.partial(_pack, layers["deep"], layers["odd"], how)
     for precision in PRECISIONS:
         if precision != "tf32":  # of the same type as float32
-            found[f"conv, linear epilogue's gradient {precision}"] = functools.partial(
+            by_name[f"conv, linear epilogue's gradient {precision}"] = functools.partial(
                 _epilogue_gradient, layers["first"], precision
             )
     for (name, layer), how in itertools.product(layers.items(), HOWS):
@@ -155,17 +155,17 @@ def checks(tiny: bool) -> dict[str, Callable[[torch.device], Check]]:
         for direction in DIRECTIONS[name]:
             shown = f"linear {direction} {how}" if name == "linear" else f"conv {direction}, {name}, {how}"
             draw = {"forward": _forward, "pool": _pool, "dx": _dx, "dw": _dw, "transposed": _transposed}[direction]
-            found[shown] = functools.partial(_of_layer, draw, layer, direction, how)
+            by_name[shown] = functools.partial(_of_layer, draw, layer, direction, how)
     half_and_full = [precision for precision in PRECISIONS if precision != "tf32"]
     for (mode, shape), precision in itertools.product((TINY_FEATURES if tiny else FEATURES).items(), half_and_full):
         for backward in (False, True):
             name = f"gram {'backward' if backward else 'forward'}, {mode}, {precision}"
-            found[name] = functools.partial(_gram, shape, mode == "packed", backward, precision)
+            by_name[name] = functools.partial(_gram, shape, mode == "packed", backward, precision)
     for precision, backward in itertools.product(half_and_full, (False, True)):
         name = f"folded-rowwise {'backward' if backward else 'forward'}, {precision}"
         shape = TINY_FOLDED_FEATURES if tiny else FOLDED_FEATURES
-        found[name] = functools.partial(_folded, shape, backward, precision)
-    return found
+        by_name[name] = functools.partial(_folded, shape, backward, precision)
+    return by_name
 
 
 def _is_linear(layer: Layer) -> bool:
@@ -335,8 +335,8 @@ def _pool(layer: Layer, how: str, device: torch.device) -> Check:
         height, width = (2 * length for length in pooled.shape[2:])
         windows = actual["y"].double()[..., :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
         windows = windows.transpose(3, 4).flatten(4, 5)
-        found = windows.gather(-1, argmax.clamp_max(3).long()[..., None])[..., 0]
-        actual["argmax"] = found.where(argmax < 4, -1)
+        maxima = windows.gather(-1, argmax.clamp_max(3).long()[..., None])[..., 0]
+        actual["argmax"] = maxima.where(argmax < 4, -1)
         return {"y": y, "pooled": F.max_pool2d(y, 2), "argmax": pooled.where(pooled > 0, -1)}
 
     return Check(run, exact, {"y": _allowed("y", how), "pooled": _allowed("y", how), "argmax": 0.0})
@@ -418,8 +418,8 @@ def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, de
     """Cosines and loss; or the gradient by the features, added to an incoming one."""
     a, b = _features(shape, precision, device)
     dloss = torch.tensor(DLOSS, device=device)
-    frozen, known = gram_op.target(b, "channel", False, True, "torch") if packed else (b, None)
-    how = (packed, "channel", False)
+    frozen, frozen_stats = gram_op.target(b, "channel", False, True, "torch") if packed else (b, None)
+    options = (packed, "channel", False)
 
     def differentiated() -> tuple[Tensor, Tensor, Tensor]:
         exact_a = a.double().requires_grad_()
@@ -431,11 +431,11 @@ def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, de
     incoming = (torch.randn(*shape, device=device) * differentiated()[2].std()).to(a.dtype)
 
     def run() -> Results:
-        cosine, loss, stats_a, stats_b, workspace = gram.forward(a, frozen, known, *how, BETA, True, False)
+        cosine, loss, stats_a, stats_b, workspace = gram.forward(a, frozen, frozen_stats, *options, BETA, True, False)
         if not backward:
             return {"cosine": cosine, "loss": loss[None]}
-        given = (cosine, a, frozen, stats_a, stats_b, workspace, 0, *how, BETA, True)
-        return {"da": gram.gradient(None, dloss, incoming, *given)}
+        saved = (cosine, a, frozen, stats_a, stats_b, workspace, 0, *options, BETA, True)
+        return {"da": gram.gradient(None, dloss, incoming, *saved)}
 
     def exact(actual: Results) -> Results:
         cosine, loss, da = differentiated()
@@ -452,8 +452,8 @@ def _folded(shape: Sequence[int], backward: bool, precision: str, device: torch.
 
     def run() -> Results:
         loss, factors, stats, products = folded.forward(a, b, "each", BETA)
-        how = (factors, stats, products, 0, BETA)
-        return {"da": folded.gradient(dloss, a, b, *how)} if backward else {"loss": loss[None]}
+        saved = (factors, stats, products, 0, BETA)
+        return {"da": folded.gradient(dloss, a, b, *saved)} if backward else {"loss": loss[None]}
 
     def exact(actual: Results) -> Results:
         exact_a = a.double().requires_grad_()

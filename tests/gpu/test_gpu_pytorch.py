@@ -201,7 +201,7 @@ def test_nan_reaches_the_outputs_that_read_it(precision, how, device):
     x, weight, bias = conv_operands(device, PRECISIONS[precision])
     x[1, 5, 4, 4] = float("nan")
     with qkernels.set_form(how.partition("-")[0]), switched(precision):
-        y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, tap=True)
+        y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, return_map=True)
     expected = F.max_pool2d(x[:, 5:6].isnan().float(), 3, stride=1, padding=1)
     assert torch.equal(y.isnan(), expected.bool().expand_as(y))
     assert torch.equal(pooled.isnan(), F.max_pool2d(expected, 2).bool().expand_as(pooled))

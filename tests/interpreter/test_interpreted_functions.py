@@ -65,7 +65,7 @@ def test_convolution_equals_the_reference(form, activation, pool, tap):
     case = list(CASES.values())[index % len(CASES)]
     tensors = operands(case, requires_grad=True)
     exact = exactly(tensors)
-    options = {"activation": activation, "pool": pool, "tap": tap}
+    options = {"activation": activation, "pool": pool, "return_map": tap}
     with qkernels.set_form(form):
         outputs = as_tuple(hamilton_conv2d(*tensors, *case[6:], **options))
     expected = as_tuple(reference(hamilton_conv2d, *exact, *case[6:], **options))
@@ -140,7 +140,7 @@ def test_ties_at_zero_are_torchs():
     x = torch.zeros(1, 4, 2, 8)
     x[0, 0] = torch.tensor([[3.0, 3, 0, 0, 1, 1, -2, -2], [3, 3, 0, 0, 1, 2, -1, -2]])
     one = torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1, 1, 1)
-    for options in ({}, {"pool": 2}, {"pool": 2, "tap": True}):
+    for options in ({}, {"pool": 2}, {"pool": 2, "return_map": True}):
         for activation in (None, "relu"):
             leaves = [t.clone().requires_grad_() for t in (x, one)]
             exact = [t.clone().requires_grad_() for t in (x, one)]
@@ -158,7 +158,7 @@ def test_nan_reaches_what_it_would_in_torch():
     """Through the convolution, a ReLU and a pool; where there is none, nothing is NaN."""
     x, weight, bias = operands(CASE)
     x[1, 0, 2, 1] = float("nan")
-    y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, tap=True)
+    y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, return_map=True)
     expected = reference(hamilton_conv2d, x, weight, bias, padding=1, activation="relu")
     assert y.isnan().any()
     assert not y[0].isnan().any()
@@ -188,7 +188,7 @@ def test_frozen_operands_cost_nothing_and_change_nothing(needed, name):
         if name == "linear":
             return (hamilton_linear(*tensors, activation="relu"),)
         tap = name == "pool"
-        return as_tuple(hamilton_conv2d(*tensors, activation="relu", pool=2 if tap else None, tap=tap))
+        return as_tuple(hamilton_conv2d(*tensors, activation="relu", pool=2 if tap else None, return_map=tap))
 
     tensors = [torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)] if name == "linear" else operands(CASE)
     full = [t.clone().requires_grad_() for t in tensors]
@@ -213,7 +213,7 @@ def test_frozen_operands_cost_nothing_and_change_nothing(needed, name):
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
-    options = {"activation": "relu" if relu else None, "pool": 2, "tap": True}
+    options = {"activation": "relu" if relu else None, "pool": 2, "return_map": True}
     tensors = operands(CASES["grouped"], requires_grad=True)
     exact = exactly(tensors)
     window = CASES["grouped"][6:]
@@ -232,7 +232,7 @@ def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "tap": True}], ids=str
+    "options", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "return_map": True}], ids=str
 )
 def test_expanded_and_strided_gradients(options):
     tensors = operands(CASE, requires_grad=True)
@@ -313,7 +313,7 @@ def test_empty_batch(memory, monkeypatch):
         run(kernel, grid, *rest)
 
     monkeypatch.setattr(memory, "_run", spy)
-    for options in ({}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "tap": True}):
+    for options in ({}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "return_map": True}):
         tensors = operands((0, *CASE[1:]), requires_grad=True)
         outputs = as_tuple(hamilton_conv2d(*tensors, *CASE[6:], **options))
         sum(y.sum() for y in outputs).backward()
@@ -365,7 +365,7 @@ def test_second_derivatives_equal_the_reference(name):
 FUSED = {
     "relu": lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), activation="relu"),
     "pool": lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), pool=2),
-    "tap": lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), activation="relu", pool=2, tap=True)[0],
+    "tap": lambda x: hamilton_conv2d(x, torch.randn(4, 1, 2, 1, 1), activation="relu", pool=2, return_map=True)[0],
     "linear": lambda x: hamilton_linear(x.flatten(2).mT, torch.randn(4, 1, 2), activation="relu"),
     "dropout": lambda x: hamilton_linear(
         x, torch.randn(4, 1, 8), activation="relu", dropout=0.1, mask_gradient=False, flatten=True
@@ -739,7 +739,7 @@ def test_tap_compiles_to_one_graph():
     x, weight, bias = operands(CASE, requires_grad=True)
 
     def function(x, weight, bias):
-        return hamilton_conv2d(x, weight, bias, activation="relu", pool=2, tap=True)
+        return hamilton_conv2d(x, weight, bias, activation="relu", pool=2, return_map=True)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     outputs, expected = compiled(x, weight, bias), function(x, weight, bias)
@@ -783,7 +783,7 @@ def test_two_runs_are_bitwise_equal(splits, tiles):
     for _ in range(2):
         torch.manual_seed(2)
         tensors = operands(CASE, requires_grad=True)
-        outputs = hamilton_conv2d(*tensors, activation="relu", pool=2, tap=True)
+        outputs = hamilton_conv2d(*tensors, activation="relu", pool=2, return_map=True)
         runs.append([*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), tensors)])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)

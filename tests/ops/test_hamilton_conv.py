@@ -390,13 +390,13 @@ def test_pool_is_torchs(form, activation):
     with qkernels.set_form(form):
         y = hamilton_conv2d(*tensors, activation=activation)
         pooled = hamilton_conv2d(*tensors, activation=activation, pool=2)
-        tapped, tapped_pool = hamilton_conv2d(*tensors, activation=activation, pool=2, tap=True)
+        tapped, tapped_pool = hamilton_conv2d(*tensors, activation=activation, pool=2, return_map=True)
     assert pooled.shape == (2, 12, 2, 3)
     assert pooled.is_contiguous()
     assert torch.equal(pooled, torch.nn.functional.max_pool2d(y, 2))
     assert torch.equal(tapped, y)
     assert torch.equal(tapped_pool, pooled)
-    expected = reference(hamilton_conv2d, *tensors, activation=activation, pool=2, tap=True)
+    expected = reference(hamilton_conv2d, *tensors, activation=activation, pool=2, return_map=True)
     for value, truth in zip((tapped, tapped_pool), expected, strict=True):
         torch.testing.assert_close(value, truth)
     dys = [torch.randn_like(t) for t in expected]
@@ -416,7 +416,7 @@ def test_pool_and_tap_compile_to_one_graph(dynamic):
     compiled = torch.compile(hamilton_conv2d, fullgraph=True, dynamic=dynamic, backend=counter)
     for batch in (5, 7, 9) if dynamic else (5, 5):  # no size twice: they would be tied
         x, weight, bias = operands((batch, 1, 2, 11, 10, (3, 3), None, None, None, 1), torch.float32)
-        options = {"activation": "relu", "pool": 2, "tap": True}
+        options = {"activation": "relu", "pool": 2, "return_map": True}
         for value, truth in zip(
             compiled(x, weight, bias, **options), hamilton_conv2d(x, weight, bias, **options), strict=True
         ):
@@ -530,7 +530,7 @@ def test_checkpointing_changes_nothing():
 def test_meta_tensors_give_shapes():
     x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
     assert hamilton_conv2d(x, weight, stride=2).shape == (2, 20, 4, 4)
-    assert [t.shape for t in hamilton_conv2d(x, weight, pool=2, tap=True)] == [(2, 20, 7, 7), (2, 20, 3, 3)]
+    assert [t.shape for t in hamilton_conv2d(x, weight, pool=2, return_map=True)] == [(2, 20, 7, 7), (2, 20, 3, 3)]
 
 
 def test_layout_of_the_triton_operators():
@@ -673,8 +673,8 @@ def test_bad_options():
     for pool in (0, 1, 3, (2, 2), "max"):
         with pytest.raises(ValueError, match="pool must be one of None, 2; got "):
             hamilton_conv2d(X, W, pool=pool)
-    with pytest.raises(ValueError, match="tap=True needs pool=2"):
-        hamilton_conv2d(X, W, tap=True)
+    with pytest.raises(ValueError, match="return_map=True needs pool=2"):
+        hamilton_conv2d(X, W, return_map=True)
     for backend in ("auto", "reference"):
         with qkernels.set_backend(backend), pytest.raises(ValueError, match="the output would be empty, 1 x 0 pixels"):
             hamilton_conv2d(X[..., :3], W, pool=2)

@@ -70,8 +70,8 @@ def test_gradients_are_those_of_the_plain_loss_added_to_the_total(domain, positi
     expected = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     term = AntiTransfer(AntiTransferConfig(layers=layers, beta=betas, position=position), twin)
-    logits, made = net(x, term(x))
-    (torch.nn.functional.cross_entropy(logits, y) + term.total(made)[0]).backward()
+    logits, tapped = net(x, term(x))
+    (torch.nn.functional.cross_entropy(logits, y) + term.total(tapped)[0]).backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
@@ -248,7 +248,7 @@ def test_what_is_remembered_is_what_the_twin_gives(settings, packed):
         else:
             assert torch.equal(loss, expected)
             assert torch.equal(gradient, expected_gradient)
-    with pytest.raises(AssertionError, match="the twin is given up"):
+    with pytest.raises(AssertionError, match="the twin is dropped"):
         known(data[:2])
     unknown = {name: table.fetch(torch.tensor([0, 5])) for name, table in tables.items()}
     assert step(known, net, data[:2], unknown)[0].isnan()

@@ -1,7 +1,7 @@
-"""The supported corpora, each a module with `read(folder)`.
+"""The supported corpora, each a module.
 
-Corpora that need no licence form have `make` or `fetch`; published ones have `survey`, which compares a folder with
-what is published.
+Published corpora have `survey(folder)`, which lists the files and compares them with the publication. The others have
+`read(folder)`, and `make` or `fetch`, as they need no licence form.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from qat.data.manifest import Manifest, build_manifest, check_files, read_manife
 
 @dataclass(frozen=True)
 class About:
-    """A corpus in a few words: its content, its source, and the layout of its folder."""
+    """A corpus in a few words: its content, its source, and the layout of its folder.
+
+    Args:
+        utterances: number of files with an emotion, if there are any.
+    """
 
     what: str
     source: str
     layout: str
+    utterances: int = 0
 
 
 CORPORA = {
@@ -32,6 +37,7 @@ CORPORA = {
         "synthesised speech: 18 voices, 16 sentences, 4 emotions, and single words",
         "qat corpus make demo",
         "sentences/Annie/00-angry.wav",
+        1152,
     ),
     "fillets": About(
         "acted comedy dialogue in Czech and Dutch: 4 main voices, 3242 lines",
@@ -42,42 +48,50 @@ CORPORA = {
         "game phrases by 15 voice packs; emotion by the phrase",
         "qat corpus fetch hedgewars",
         "usr/share/games/hedgewars/",
+        744,
     ),
     "gcin": About("Mandarin syllables by 2 speakers; tone as label", "qat corpus fetch gcin", "usr/share/gcin-voice/"),
     "iemocap": About(
         "10,039 utterances of dialogues, 10 actors in 5 sessions; emotion, valence, arousal, dominance",
         "https://sail.usc.edu/iemocap (licence form)",
         "Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav, Session1/dialog/EmoEvaluation/*.txt",
+        10_039,
     ),
     "ravdess": About(
         "24 actors, 2 sentences, 8 emotions: 1440 files of speech",
         "https://zenodo.org/records/1188976, Audio_Speech_Actors_01-24.zip (CC BY-NC-SA)",
         "Actor_01/03-01-01-01-01-01-01.wav",
+        1440,
     ),
     "tess": About(
         "2 actresses, 200 words, 7 emotions: 2800 files",
         "https://doi.org/10.5683/SP2/E8H2MF (CC BY-NC-ND)",
         "OAF_back_angry.wav",
+        2800,
     ),
     "emodb": About(
         "10 German actors, 10 sentences, 7 emotions: 535 files",
         "http://emodb.bilderbar.info/download",
         "wav/03a01Fa.wav",
+        535,
     ),
     "emovo": About(
         "6 Italian actors, 14 sentences, 7 emotions: 588 files",
         "http://voice.fub.it/activities/corpora/emovo",
         "f1/dis-f1-b1.wav",
+        588,
     ),
     "savee": About(
         "4 British men, 7 emotions: 480 files",
         "http://kahlan.eps.surrey.ac.uk/savee (registration)",
         "DC/a01.wav or DC_a01.wav",
+        480,
     ),
     "cremad": About(
         "91 actors, 12 sentences, 6 emotions: 7442 files",
         "https://github.com/CheyneyComputerScience/CREMA-D, with Git LFS (ODbL)",
         "AudioWAV/1001_DFA_ANG_XX.wav",
+        7442,
     ),
     "librispeech": About(
         "single words by 331 readers, from sentences with word alignments; no emotion",
@@ -88,6 +102,9 @@ CORPORA = {
     ),
 }
 """The corpora by name."""
+
+EMOTION = tuple(name for name, about in CORPORA.items() if about.utterances)
+"""Corpora of emotions."""
 
 
 def module(name: str) -> ModuleType:
@@ -106,7 +123,8 @@ def module(name: str) -> ModuleType:
 
 def options(name: str) -> list[str]:
     """Names of the options of a corpus's reader."""
-    return list(inspect.signature(module(name).read).parameters)[1:]
+    corpus = module(name)
+    return list(inspect.signature(getattr(corpus, "survey", None) or corpus.read).parameters)[1:]
 
 
 def read(name: str, folder: Path, **reader_options: Any) -> Manifest:
@@ -121,7 +139,13 @@ def read(name: str, folder: Path, **reader_options: Any) -> Manifest:
         ValueError: no such corpus or option, or the folder has none of its files.
     """
     _check_arguments(name, folder, reader_options)
-    return read_manifest(Path(folder)) if name == "csv" else module(name).read(Path(folder), **reader_options)
+    if name == "csv":
+        return read_manifest(Path(folder))
+    corpus = module(name)
+    if not hasattr(corpus, "survey"):
+        manifest: Manifest = corpus.read(Path(folder), **reader_options)
+        return manifest
+    return build_manifest(Path(folder), corpus.survey(Path(folder), **reader_options).rows, name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 SENTENCES = {
@@ -34,24 +33,16 @@ _NAME = re.compile(
 )
 
 
-def read(folder: Path) -> Manifest:
-    """Read the corpus.
+def survey(folder: Path) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: folder that contains `AudioWAV`, at any depth. Files of Git LFS that were not pulled are no audio.
 
     Returns:
-        One row per wav file: `speaker` is the actor ("1001"), `text` the sentence; further `level`, the intensity:
-        low, medium, high or unspecified.
-
-    Raises:
-        ValueError: the folder has none of its files.
+        The survey, with one row per wav file: `speaker` is the actor ("1001"), `text` the sentence; further `level`,
+        the intensity: low, medium, high or unspecified.
     """
-    return build_manifest(Path(folder), survey(Path(folder)).rows, "cremad")
-
-
-def survey(folder: Path) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, endings={".wav"})
 
 

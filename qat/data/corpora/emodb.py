@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {
     "W": "angry",
@@ -41,24 +40,16 @@ PUBLISHED = {
 _NAME = re.compile(r"(\d\d)([ab]\d\d)([WLEAFTN])([a-z])", re.IGNORECASE)
 
 
-def read(folder: Path) -> Manifest:
-    """Read the corpus.
+def survey(folder: Path) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: folder that contains the wav files, e.g. `wav/03a01Fa.wav`, at any depth.
 
     Returns:
-        One row per file: `speaker` is the number ("03"), `text` the code of the sentence ("a01"); further `sex` and
-        `version` (a, b... of the same speaker, sentence and emotion).
-
-    Raises:
-        ValueError: the folder has none of its files.
+        The survey, with one row per file: `speaker` is the number ("03"), `text` the code of the sentence ("a01");
+        further `sex` and `version` (a, b... of the same speaker, sentence and emotion).
     """
-    return build_manifest(Path(folder), survey(Path(folder)).rows, "emodb")
-
-
-def survey(folder: Path) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED)
 
 

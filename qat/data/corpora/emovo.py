@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {
     "dis": "disgust",
@@ -29,23 +28,16 @@ PUBLISHED = {
 _NAME = re.compile(rf"({'|'.join(EMOTIONS)})-([fm][123])-([a-z]\d)", re.IGNORECASE)
 
 
-def read(folder: Path) -> Manifest:
-    """Read the corpus.
+def survey(folder: Path) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: folder that contains the speakers' folders, e.g. `EMOVO/f1/dis-f1-b1.wav`, at any depth.
 
     Returns:
-        One row per file: `speaker` is "f1" to "m3", `text` the code of the sentence ("b1"); further `sex`.
-
-    Raises:
-        ValueError: the folder has none of its files.
+        The survey, with one row per file: `speaker` is "f1" to "m3", `text` the code of the sentence ("b1"); further
+            `sex`.
     """
-    return build_manifest(Path(folder), survey(Path(folder)).rows, "emovo")
-
-
-def survey(folder: Path) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, _names)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {
     "neu": "neutral",
@@ -67,8 +66,10 @@ class Annotation(NamedTuple):
     dominance: float
 
 
-def read(folder: Path, speaker: Literal["actor", "session"] = "actor", merge_excited: bool = False) -> Manifest:
-    """Read the corpus.
+def survey(
+    folder: Path, speaker: Literal["actor", "session"] = "actor", merge_excited: bool = False
+) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: `IEMOCAP_full_release`, with `Session1` to `Session5`, or one above it.
@@ -77,20 +78,13 @@ def read(folder: Path, speaker: Literal["actor", "session"] = "actor", merge_exc
         merge_excited: call excited utterances happy, as most later studies do and the paper does not.
 
     Returns:
-        One row per utterance, of any label (see `EMOTIONS`; empty without annotation): `text` is its transcript;
-        further `session`, `sex`, `kind` (scripted or improvised), `script` (scene: "script01_1", "impro04", the same in
-        all sessions), and `valence`, `arousal`, `dominance`.
+        The survey, with one row per utterance, of any label (see `EMOTIONS`; empty without annotation): `text` is its
+        transcript; further `session`, `sex`, `kind` (scripted or improvised), `script` (scene: "script01_1", "impro04",
+        the same in all sessions), and `valence`, `arousal`, `dominance`.
 
     Raises:
-        ValueError: the folder has none of its files, an unknown option, or an annotation that cannot be read.
+        ValueError: an unknown option, or an annotation that cannot be read.
     """
-    return build_manifest(Path(folder), survey(Path(folder), speaker, merge_excited).rows, "iemocap")
-
-
-def survey(
-    folder: Path, speaker: Literal["actor", "session"] = "actor", merge_excited: bool = False
-) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     if speaker not in ("actor", "session"):
         raise ValueError(f"iemocap: option speaker={speaker!r} must be 'actor' or 'session'")
     survey = _published.Survey()

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 SUBSETS = ("train-clean-100", "dev-clean", "test-clean")
 """Subsets that are read by default: the training, validation and test part."""
@@ -47,14 +46,14 @@ class Word(NamedTuple):
     text: str
 
 
-def read(
+def survey(
     folder: Path,
     alignments: str | None = None,
     words: int = 1000,
     limit: int = 120_000,
     subsets: Sequence[str] = SUBSETS,
-) -> Manifest:
-    """Read the corpus.
+) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: `LibriSpeech`, with `train-clean-100/103/1240/103-1240-0000.flac`, at any depth.
@@ -68,24 +67,13 @@ def read(
         subsets: subsets to read.
 
     Returns:
-        One row per word of the vocabulary: `text` is the word, in lower case, `start` and `duration` its time in
-        the file, `speaker` the reader; further `part` (train, validation or test), `subset` and `utterance`. There are
-        no emotions.
+        The survey, with one row per word of the vocabulary: `text` is the word, in lower case, `start` and `duration`
+        its time in the file, `speaker` the reader; further `part` (train, validation or test), `subset` and
+        `utterance`. There are no emotions.
 
     Raises:
         ValueError: no recording, no alignment, an unknown option or subset, or a list or TextGrid that cannot be read.
     """
-    return build_manifest(Path(folder), survey(Path(folder), alignments, words, limit, subsets).rows, "librispeech")
-
-
-def survey(
-    folder: Path,
-    alignments: str | None = None,
-    words: int = 1000,
-    limit: int = 120_000,
-    subsets: Sequence[str] = SUBSETS,
-) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     if words < 1 or limit < 1:
         raise ValueError(f"librispeech: options words={words} and limit={limit} must be at least 1")
     if unknown := [subset for subset in subsets if subset not in PUBLISHED]:

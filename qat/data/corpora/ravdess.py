@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {
     "01": "neutral",
@@ -31,24 +30,16 @@ PUBLISHED = {
 _NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
 
 
-def read(folder: Path) -> Manifest:
-    """Read the corpus.
+def survey(folder: Path) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: folder that contains `Actor_01` to `Actor_24`, at any depth.
 
     Returns:
-        One row per file: `speaker` is the actor ("01"), `text` the statement; further `sex`, `intensity` (normal or
-        strong) and `repetition`.
-
-    Raises:
-        ValueError: the folder has none of its files.
+        The survey, with one row per file: `speaker` is the actor ("01"), `text` the statement; further `sex`,
+        `intensity` (normal or strong) and `repetition`.
     """
-    return build_manifest(Path(folder), survey(Path(folder)).rows, "ravdess")
-
-
-def survey(folder: Path) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, lambda rows: sorted(_KNOWN))
 
 

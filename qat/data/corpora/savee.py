@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {
     "a": "angry",
@@ -29,24 +28,17 @@ PUBLISHED = {
 _NAME = re.compile(rf"(?:({'|'.join(SPEAKERS)})_)?(sa|su|[adfhn])(\d\d)", re.IGNORECASE)
 
 
-def read(folder: Path) -> Manifest:
-    """Read the corpus, in either layout in which it is published.
+def survey(folder: Path) -> _published.Survey:
+    """Compare a folder with the published corpus, in either layout in which it is published.
 
     Args:
         folder: folder with one folder per speaker (`AudioData/DC/a01.wav`) or all files in one (`ALL/DC_a01.wav`).
 
     Returns:
-        One row per file: `speaker` is DC, JE, JK or KL, `text` the code of emotion and sentence ("a01"). Three
-        sentences are the same in all emotions, and the neutral ones repeat others; the codes do not show that.
-
-    Raises:
-        ValueError: the folder has none of its files.
+        The survey, with one row per file: `speaker` is DC, JE, JK or KL, `text` the code of emotion and sentence
+        ("a01"). Three sentences are the same in all emotions, and the neutral ones repeat others; the codes do not show
+        that.
     """
-    return build_manifest(Path(folder), survey(Path(folder)).rows, "savee")
-
-
-def survey(folder: Path) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, lambda rows: sorted(_KNOWN))
 
 

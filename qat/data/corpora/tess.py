@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qat.data.corpora import _published
-from qat.data.manifest import Manifest, build_manifest
 
 EMOTIONS = {
     "angry": "angry",
@@ -27,23 +26,16 @@ PUBLISHED = {"emotion": dict.fromkeys(EMOTIONS.values(), 400), "speaker": {"OAF"
 _NAME = re.compile(rf"(OAF?|YAF)_([a-z-]+)_({'|'.join(EMOTIONS)})", re.IGNORECASE)
 
 
-def read(folder: Path) -> Manifest:
-    """Read the corpus.
+def survey(folder: Path) -> _published.Survey:
+    """Compare a folder with the published corpus.
 
     Args:
         folder: folder that contains the wav files, e.g. `OAF_back_angry.wav`, at any depth.
 
     Returns:
-        One row per file: `speaker` is OAF (aged 64) or YAF (26), `text` the word behind "Say the word".
-
-    Raises:
-        ValueError: the folder has none of its files.
+        The survey, with one row per file: `speaker` is OAF (aged 64) or YAF (26), `text` the word after "Say the
+        word".
     """
-    return build_manifest(Path(folder), survey(Path(folder)).rows, "tess")
-
-
-def survey(folder: Path) -> _published.Survey:
-    """Compare a folder with the published corpus."""
     return _published.survey(folder, _parse, PUBLISHED, _names)
 
 

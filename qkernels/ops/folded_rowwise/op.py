@@ -51,8 +51,8 @@ def folded_rowwise(
         trained: `[B, C, *spatial]`.
         frozen: the same.
         clamp: "each" or "product".
-        weight: of the loss.
-        backend: "torch", or where `config.kernel_obstacle` has nothing to say "triton"; or "auto", for "torch" in place
+        weight: factor of the loss.
+        backend: "torch", or where `config.kernel_obstacle` is None "triton"; or "auto", for "torch" in place
             of kernels that cannot be built.
 
     Returns:

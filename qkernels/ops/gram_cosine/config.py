@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     Attributes:
         m: rows of a product; n: its columns.
         k: elements summed in a step; c: columns of the derivative that are written in one.
-        warps, stages: of the kernel.
+        warps, stages: warps of a program, depth of the software pipeline.
     """
 
     m: int

@@ -22,7 +22,7 @@ Axis = list[tuple[int, int]]  # (size, stride) of dimensions, from the outermost
 def forward(
     a: Tensor,
     b: Tensor,
-    known: Tensor | None,
+    b_stats: Tensor | None,
     packed: bool,
     gram: str,
     centred: bool,
@@ -53,7 +53,7 @@ def forward(
         "HOW": _how(plan, axes, a, packed, centred, block, tile.k, ONE_BLOCK=pairs == 1),
     }
     results: dict[str, Any] = {
-        "known_ptr": known if packed or plan.mode == "dual" else None,
+        "known_ptr": b_stats if packed or plan.mode == "dual" else None,
         "cosine_ptr": cosine,
         "loss_ptr": loss,
         "stats_a_ptr": stats_a,
@@ -99,7 +99,7 @@ def forward(
         programs = products = pairs
         if plan.mode == "dual":
             products = (-(-axes.M // block)) ** 2
-            programs = products + (pairs if known is not None else 2 * pairs)
+            programs = products + (pairs if b_stats is not None else 2 * pairs)
         if packed:
             operands["b"] = _items(b)
         partial = _floats(a, items, programs, 6)
@@ -154,8 +154,8 @@ def gradient(
     like, b = _same_type(a, b, packed)
     plan, registers = _plan(like, gram, packed, centred), REGISTERS if centred else 0
     centred = centred and plan.mode != "stored"  # its D does not ask for means
-    given = [like, *([] if packed else [b]), *([] if incoming is None else [incoming]), da]
-    matrices, axes = _view(given, gram, packed)
+    operands = [like, *([] if packed else [b]), *([] if incoming is None else [incoming]), da]
+    matrices, axes = _view(operands, gram, packed)
     if centred:
         matrices[: 1 if packed else 2] = [_centred(x, gram) for x in matrices[: 1 if packed else 2]]
     other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if packed else matrices[1]

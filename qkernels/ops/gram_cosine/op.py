@@ -9,8 +9,8 @@ Each item of a and of b is scaled by a power of two that brings its products nea
 float32 at features of 1e-10 and 1e10. Centred, F is F less its columns' means; as every G then has rows that sum to 0,
 the derivative above is the one by the features too.
 
-The second operand may be a target that was computed before: `b` its features, or its Gram matrices packed, and `known`
-what the first computation said of them.
+The second operand may be a target that was computed before: `b` its features, or its Gram matrices packed, and
+`b_stats` their statistics.
 """
 
 import math
@@ -28,7 +28,7 @@ from qkernels.runtime.device import arch_of
 def _forward_fake(
     a: Tensor,
     b: Tensor,
-    known: Tensor | None,
+    b_stats: Tensor | None,
     packed: bool,
     gram: str,
     centred: bool,
@@ -52,7 +52,7 @@ def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Stores in `ctx` what `gradients` needs of a call of the operator."""
-    a, b, _, *ctx.how, _, ctx.backend = inputs
+    a, b, _, *ctx.options, _, ctx.backend = inputs
     cosine, _, *rest = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, b, cosine, *rest)
@@ -75,10 +75,10 @@ def gradients(
         return da, db
     if need_a:
         parts = (dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, 0)
-        da = gram_cosine_da(*parts, *ctx.how, ctx.backend)
+        da = gram_cosine_da(*parts, *ctx.options, ctx.backend)
     if need_b:
         parts = (dcosine, dloss, None, cosine, b, a, stats_b, stats_a, workspace, 1)
-        db = gram_cosine_da(*parts, *ctx.how, ctx.backend)
+        db = gram_cosine_da(*parts, *ctx.options, ctx.backend)
     return da, db
 
 
@@ -86,7 +86,7 @@ def gradients(
 def gram_cosine(
     a: Tensor,
     b: Tensor,
-    known: Tensor | None,
+    b_stats: Tensor | None,
     packed: bool,
     gram: str,
     centred: bool,
@@ -100,11 +100,11 @@ def gram_cosine(
     Args:
         a: `[B, C, *spatial]`.
         b: the same, or `packed`: the upper triangles of scaled Gram matrices, `[items, rows (rows + 1) / 2]`.
-        known: the statistics of `b`, where they are known; packed matrices need them.
+        b_stats: statistics of `b` from an earlier call, or None; packed matrices need them.
         gram, centred: as in `reference.gram_cosine`.
         beta: weight of the loss.
         mean: the loss is the mean over the items, or else the sum.
-        both: whether the derivative by `b` will be asked for.
+        both: whether the derivative by `b` will be needed too.
         backend: "torch"; "triton" (launch.py); or "auto", for "torch" in place of kernels that cannot be built.
 
     Returns:
@@ -115,13 +115,13 @@ def gram_cosine(
         from qkernels.ops.gram_cosine import launch
 
         with or_plain(backend):
-            return launch.forward(a, b, known, packed, gram, centred, beta, mean, both)
+            return launch.forward(a, b, b_stats, packed, gram, centred, beta, mean, both)
     dtype = _compute_dtype(a, b)
     fa, scale_a = _scaled(a, gram, centred, dtype)
     if packed:
-        assert known is not None
+        assert b_stats is not None
         gram_a, gram_b = fa @ fa.mT, unpacked(b, fa.shape[1])
-        n, aa, (bb, scale_b) = (gram_a * gram_b).sum((1, 2)), _square(gram_a), known.to(dtype)
+        n, aa, (bb, scale_b) = (gram_a * gram_b).sum((1, 2)), _square(gram_a), b_stats.to(dtype)
     else:
         fb, scale_b = _scaled(b, gram, centred, dtype)
         if is_direct(*fa.shape[1:]):
@@ -137,7 +137,7 @@ def gram_cosine(
     loss = beta * (squares.mean() if mean else squares.sum())
     workspace = a.new_empty(0, dtype=dtype)
     if backend != "torch" and mode_of(fa.shape[1], fa.shape[2], packed) == "stored":
-        # What the kernel of the derivative will read, should that one be had.
+        # What the derivative's kernel reads, if it can be built.
         pairs = ((gram_a, gram_b, aa), (gram_b, gram_a, bb))[: 1 + both]
         parts = [cross.view(-1, 1, 1) * y - _own(cosine, xx) * x for x, y, xx in pairs]
         workspace = _blocks(torch.stack(parts), block_of(fa.shape[1], arch_of(a)))
@@ -191,9 +191,9 @@ def gram_cosine_da(
     if backend != "torch":
         from qkernels.ops.gram_cosine import launch
 
-        how = (which, packed, gram, centred, beta, mean)
+        options = (which, packed, gram, centred, beta, mean)
         with or_plain(backend):
-            return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *how)
+            return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *options)
     (aa, scale_a), (bb, scale_b) = stats_a, stats_b
     fa, _ = _scaled(a, gram, centred, cosine.dtype, scale_a)
     dcosine = torch.zeros_like(cosine) if dcosine is None else dcosine
@@ -217,7 +217,7 @@ def gram_cosine_da(
 
 
 def target(features: Tensor, gram: str, centred: bool, pack: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """What the operator takes as `b` and `known` of these features, which are given as they are or as packed Grams.
+    """The operands `b` and `b_stats` for these features, which stay as they are or become packed Gram matrices.
 
     Packed, the Gram matrices are summed in float64, in parts of the batch.
     """
@@ -252,7 +252,7 @@ def _compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
 def _scaled(
     features: Tensor, gram: str, centred: bool, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The matrices F `[items, rows, columns]`, and by what power of two each was multiplied."""
+    """The matrices F `[items, rows, columns]`, and the power of two that scales each."""
     f = matrices(features, gram).to(dtype)
     if scale is None:
         scale = _power_of_two(f)
@@ -261,7 +261,7 @@ def _scaled(
 
 
 def _power_of_two(f: Tensor) -> Tensor:
-    """Per item, what brings the largest |value| into [1, 2), as far as the type's normal numbers reach."""
+    """The power of two per item that brings the largest |value| into [1, 2), if it is a normal number of the type."""
     largest = f.flatten(1).abs().amax(1)
     top = math.frexp(torch.finfo(f.dtype).max)[1]
     exponent = torch.frexp(largest).exponent.clamp(3 - top, top - 1)

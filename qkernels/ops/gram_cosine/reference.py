@@ -30,7 +30,7 @@ def gram_cosine(a: Tensor, b: Tensor, gram: str = "channel", centred: bool = Fal
         a: `[B, C, *spatial]`.
         b: `[B, C, *spatial]`.
         gram: whose matrix, see `matrices`.
-        centred: of centred columns.
+        centred: whether columns are centred first.
 
     Returns:
         `[B]`, or `[1]` for "batch"; 0 where a matrix is all zero. Squares of features must not leave the dtype's range.

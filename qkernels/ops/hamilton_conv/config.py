@@ -49,7 +49,7 @@ def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> st
     Args:
         p: rows of quaternions of the weight.
         q: columns of quaternions of the weight, those of one group.
-        positions: of the kernel, kh kw.
+        positions: number of kernel positions, kh kw.
         precision: "half", "tf32" or "ieee", see `Plan`.
         arch: compute capability, 90 for 9.0.
 
@@ -99,8 +99,8 @@ class Tile:
             of a weight gradient those that are written.
         warps: warps of a program.
         stages: depth of the software pipeline.
-        registers: of a thread, at most, without a pool (tests/compile_only); by them the model counts the programs that
-            a multiprocessor holds.
+        registers: maximum number of registers of a thread, without a pool (tests/compile_only); the model derives from
+            it how many programs a multiprocessor holds.
     """
 
     m: int
@@ -117,8 +117,8 @@ class Plan:
 
     Args:
         form: "signed" or "q8".
-        precision: of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three tf32
-            products for one of float32, where it was measured to be as accurate).
+        precision: precision of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three
+            tf32 products for one of float32, where it was measured to be as accurate).
         tile: launch settings.
         splits: programs that share one sum; the last one to arrive adds their parts.
     """
@@ -135,12 +135,12 @@ class Problem:
 
     Args:
         kernel: "gather" (convolution, data gradient, transposed convolution) or "dw" (weight gradient).
-        pixels: of one phase of the output: rows of a gather, the sum of a weight gradient.
+        pixels: pixels of one phase of the output: rows of a gather, terms of the sum of a weight gradient.
         n: quaternion channels of a group that are written; for "dw" those of the output.
         k: quaternion channels of a group that are summed; for "dw" those of the input.
-        positions: of the kernel.
-        groups: of the channels.
-        phases: of the output's pixels, see kernels.py.
+        positions: number of kernel positions.
+        groups: number of channel groups.
+        phases: number of phases of the output's pixels, see kernels.py.
         pool: whether a gather's epilogue takes the maxima of windows.
     """
 
@@ -193,7 +193,7 @@ def plan(problem: Problem, form: str, precision: str, arch: int, multiprocessors
         form: "signed" or "q8".
         precision: "half", "tf32" or "ieee".
         arch: compute capability, 90 for 9.0; one without tiles of its own takes those of the next lower one.
-        multiprocessors: of the GPU.
+        multiprocessors: number of streaming multiprocessors of the GPU.
 
     >>> plan(Problem("gather", 320, 128, 128, 9), "signed", "half", 90, 132).splits > 1  # few pixels: share their sums
     True
@@ -290,7 +290,7 @@ class Cost:
     """What the model says of one launch, in clock cycles of a multiprocessor.
 
     Attributes:
-        total: of the launch.
+        total: cycles of the launch.
         residents: programs that a multiprocessor holds at once.
         shared: bytes of shared memory of a program.
         bound: what a step waits for: "products", "loads" (from the L2 cache), or "latency" of its own.

@@ -63,14 +63,15 @@ class Window:
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a sum before it is written, in this order.
+    """What is applied to a sum before it is written, in this order.
 
     Attributes:
         bias: `[channels]`, added.
-        relu: a ReLU.
-        seed: int64 of one element, of a dropout of probability 1 - 1 / scale; its random numbers are of the element.
-        scale: what the result is multiplied by.
-        relu_output: of the result's shape: the result is the gradient by it, and goes through its ReLU's mask.
+        relu: whether a ReLU is applied.
+        seed: seed of a dropout of probability 1 - 1 / scale, int64 `[1]`; random numbers are indexed by output element.
+        scale: factor of the result.
+        relu_output: a ReLU's output, of the result's shape; the result is the gradient by it, and goes through its
+            mask.
     """
 
     bias: Tensor | None = None

@@ -4,13 +4,13 @@
 data gradient (the transposed convolution) and its weight gradient, so the derivative of each of the three is made of
 the other two, to any order. Behind a fused ReLU, dropout or pool derivatives end at the first order.
 
-A ReLU's mask is of no cost where the gradient that it belongs to is written: `x_is_relu` says that x is a ReLU's
-output, and the gradient by x goes through its mask; whoever made x may then leave its own out, `mask_gradient` False.
+A ReLU's mask costs nothing where the gradient that it belongs to is written: `x_is_relu` says that x is a ReLU's
+output, and the gradient by x goes through its mask; the layer before may then leave its own out, `mask_gradient` False.
 
-`backend` says what computes: "torch" (forms.py), "triton" (launch.py), or "auto", launch.py and forms.py in its place
-where Triton cannot build a kernel. `how` says in which form, on the Triton backend with the precision, such as
-"signed-half" (`config.how_of`). `window` is (stride, padding, dilation) of both axes and the groups. `tiles` and
-`tickets` are those of `hamilton_pack`; without them a kernel packs by itself.
+`backend` is "torch" (forms.py), "triton" (launch.py), or "auto": launch.py, and forms.py where Triton cannot build a
+kernel. `how` is the form of the product, on the Triton backend with the precision, such as "signed-half"
+(`config.how_of`). `window` is (stride, padding, dilation) of both axes and the groups. `tiles` and
+`tickets` are those of `hamilton_pack`; without them a launch packs its own.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ def hamilton_pack(weights: Sequence[Tensor], hows: str, dtype: torch.dtype, back
 
     Args:
         weights: `[4, P, Q, ...]` each.
-        hows: how each is multiplied, separated by spaces.
-        dtype: of the maps that they will meet.
+        hows: form and precision for each, separated by spaces.
+        dtype: type of the maps that they are multiplied with.
         backend: "triton" or "auto".
 
     Returns:
@@ -114,7 +114,7 @@ def _forward_fake(
 
 
 def _remember(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_is_relu: bool, *saved: Any) -> None:
-    """Stores what `_gradients` needs, and what is `saved` besides."""
+    """Saves what `_gradients` needs, and the tensors of `saved`."""
     need_x, need_weight, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if need_weight or (need_x and x_is_relu) else None, weight if need_x else None, *saved)
     ctx.size, ctx.x_type, ctx.x_is_relu = x.shape[2:], x.dtype, x_is_relu
@@ -191,7 +191,7 @@ def hamilton_conv2d(
     backend: str,
     how: str,
 ) -> Tensor:
-    """y = weight (x) x + bias, behind a ReLU and a dropout where asked for, of `dtype`.
+    """y = weight (x) x + bias, followed by the ReLU and the dropout, if any, of `dtype`.
 
     On the Triton backend weight and bias may be float32 beside half types; a dropout needs a ReLU and a `seed`.
     """

@@ -19,8 +19,8 @@ def _forward_fake(
 def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, relu, ctx.x_is_relu, mask_gradient, ctx.form = inputs
     need_x, need_weight, *_ = ctx.needs_input_grad
-    kept = x if need_weight or (need_x and ctx.x_is_relu) else None
-    ctx.save_for_backward(kept, weight if need_x else None, output if relu and mask_gradient else None)
+    saved = x if need_weight or (need_x and ctx.x_is_relu) else None
+    ctx.save_for_backward(saved, weight if need_x else None, output if relu and mask_gradient else None)
 
 
 def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,40 +1,35 @@
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from qat.campaign.study import Study, synthetic
-from qat.config import CorpusConfig, TrainingConfig
 from qat.data.corpora import demo
 
+TINY = """
+- settings: {training: {epochs: 1, patience: 1, device: cpu, checkpoint_seconds: 0}}
+- when: {network: [quaternion, real]}
+  settings: {network: {width: 0.01}}
+- when: {stage: [rhemo-1, rhemo-2]}
+  settings: {rhemo: {width: 0.01}, corpus: {where: {kind: [sentence], speaker: [f2, m1, m3]}}}
+- when: {stage: speaker}
+  settings: {corpus: {where: {kind: [sentence], speaker: [f2, m1, m3]}}}
+- when: {stage: word}
+  settings: {corpus: {where: {kind: [word], speaker: [f2, m1, m3]}}}
+- when: {stage: emotion, split: [actor, confounded]}
+  settings: {split: {train: [f2, m1, m3], validation: [f3], test: [f1, m4]}}
+"""
 
-@pytest.fixture(scope="module")
-def tiny_study(tmp_path_factory) -> Study:
-    """Every stage for real, on a few clips with the smallest networks."""
-    folder = tmp_path_factory.mktemp("study")
+
+@pytest.fixture(scope="package")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a miniature demo corpus, `demo`, and layers of tiny networks for it, `tiny.yaml`."""
+    folder = tmp_path_factory.mktemp("small")
     voices = {"train": ["f2", "m1", "m3"], "validation": ["f3"], "test": ["f1", "m4"]}
-    material = synthetic(folder / "corpus")
-    recipe = material.recipes["small"]
-    once = TrainingConfig(lr=1e-3, epochs=1, device="cpu")
-    tiny = replace(
-        recipe,
-        network=replace(recipe.network, width=0.01),
-        rhemo=replace(recipe.rhemo, width=0.01),
-        **{stage: once for stage in ("stage1", "stage2", "voice", "word", "emotion")},
-    )
+    demo.make(folder / "demo", voices=voices, sentences=demo.SENTENCES[:5], words=demo.WORDS[:3], progress=False)
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
 
-    def where(config: CorpusConfig) -> CorpusConfig:
-        heard = {"speaker": voices["train"]} if "speaker" in config.where else {}
-        return replace(config, where=config.where | heard)
 
-    material = replace(
-        material,
-        obtain=lambda: demo.make(
-            folder / "corpus", voices=voices, sentences=demo.SENTENCES[:5], words=demo.WORDS[:3], progress=False
-        ),
-        rhemo=where(material.rhemo),
-        voice=where(material.voice),
-        word=where(material.word),
-        split=lambda seed: replace(synthetic(folder).split(seed), **voices),
-        recipes={"small": tiny},
-    )
-    return Study(folder, material)
+@pytest.fixture
+def tiny(small: Path) -> list[str]:
+    """Options of a command that trains on it."""
+    return ["--folders", f"{{demo: {small / 'demo'}}}", "--settings", str(small / "tiny.yaml"), "--cluster", "local"]

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 import qat
 from qat import cli
 from qat.campaign.cost import Assumed, estimate, flop_of_epoch
-from qat.campaign.grid import METHODS, NETWORKS, SPLITS, Grid, Selection
-from qat.data.corpora import demo
+from qat.campaign.grid import Selection, plan_grid
+from qat.config.preset import VALUES
 from qat.files import write_json
+
+NETWORKS, SPLITS, METHODS = VALUES["network"], VALUES["split"], VALUES["at"]
 
 
 def some(values, least=1):
@@ -30,8 +32,8 @@ def some(values, least=1):
 
 
 def test_the_whole_grid_has_642_trainings(tmp_path):
-    grid = Grid(tmp_path, "paper")
-    assert len(grid.plan.trainings) == len(grid.table) == 642
+    grid = plan_grid(tmp_path, "paper")
+    assert len(grid.trainings) == len(grid.table) == 642
     assert grid.table["run"].is_unique
     stages = grid.table.fillna("").groupby(["stage", "network"]).size().to_dict()
     assert stages == {
@@ -43,12 +45,12 @@ def test_the_whole_grid_has_642_trainings(tmp_path):
     cells = grid.table[grid.table["stage"] == "emotion"].groupby(["network", "corpus", "split"]).size()
     assert len(cells) == 12
     assert set(cells) == {53}
-    assert len(Grid(tmp_path, "paper", Selection(seeds=[1, 2, 3])).plan.trainings) == 6 + 3 * 636
+    assert len(plan_grid(tmp_path, "paper", seeds=[1, 2, 3]).plan.trainings) == 6 + 3 * 636
 
 
 def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path):
-    grid = Grid(tmp_path, "released-code")
-    assert len(grid.plan.trainings) == 2 + 12 * (1 + 13 * 2)
+    grid = plan_grid(tmp_path, "released-code")
+    assert len(grid.trainings) == 2 + 12 * (1 + 13 * 2)
     table = grid.table.set_index("name")["run"]
     assert len(table) == 2 + 636
     name = "emotion real tess actor {} layer 7"
@@ -66,25 +68,24 @@ def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path
     seeds=some(range(4)),
 )
 def test_a_selection_has_what_it_needs_and_no_more(corpora, networks, splits, at, layers, seeds):
-    grid = Grid(Path("out"), "paper", Selection(corpora, networks, splits, at, layers, seeds))
+    grid = plan_grid(Path("out"), "paper", Selection(corpora, networks, splits, at, layers), seeds)
     kinds = set(at) | {"single_S" for one in at if one == "dual_SW"} | {"single_W" for one in at if one == "dual_WS"}
     tasks = {one[-1] for one in kinds if one != "none"}
     cells = len(corpora) * len(networks) * len(splits) * len(seeds)
     emotion = cells * (("none" in kinds) + len(layers) * len(kinds - {"none"}))
-    assert len(grid.plan.trainings) == emotion + len(tasks) * len(networks) + 2 * ("quaternion" in networks)
+    assert len(grid.trainings) == emotion + len(tasks) * len(networks) + 2 * ("quaternion" in networks)
     done: set[Path] = set()
-    for level in grid.plan.levels():
-        assert all(set(grid.plan.needs(one)) <= done for one in level.values())
-        done |= set(level)
-    assert done == set(grid.plan.trainings)
+    for path, one in grid.trainings.items():
+        assert set(grid.needs(one)) <= done
+        done.add(path)
 
 
 def test_every_training_builds_on_the_right_ones(tmp_path):
-    grid = Grid(tmp_path, "paper", Selection(["tess"], layers=[2, 13], seeds=[1, 2]))
+    grid = plan_grid(tmp_path, "paper", Selection(["tess"], layers=[2, 13]), [1, 2])
     run = {tuple(row[1:8]): row[0] for row in grid.table.fillna("").itertuples(index=False)}
     for (stage, network, corpus, split, at, layer, seed), address in run.items():
-        one = grid.plan.trainings[Path("runs") / address]
-        used = {need.name for need in grid.plan.needs(one)}
+        one = grid.trainings[Path("runs") / address]
+        used = {need.name for need in grid.needs(one)}
         expected = set()
         if network == "quaternion":
             expected.add(run["rhemo-2", "", "", "", "", "", ""])
@@ -112,10 +113,10 @@ def test_own_settings_lie_over_the_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("- when: {stage: emotion, at: single_S, layer: 2}\n  settings: {training: {lr: 0.5}}\n")
     chosen = Selection(["tess"], ["real"], ["random"], ["none", "single_S"], [2, 3])
-    plain, own = Grid(tmp_path, "paper", chosen), Grid(tmp_path, "paper", chosen, settings=file)
+    plain, own = plan_grid(tmp_path, "paper", chosen), plan_grid(tmp_path, "paper", chosen, settings=file)
     a, b = (grid.table.set_index("name")["run"] for grid in (plain, own))
     assert [name for name in a.index if a[name] != b[name]] == ["emotion real tess random single_S layer 2"]
-    assert own.plan.trainings[Path("runs") / b.iloc[-2]].training.lr == 0.5
+    assert own.trainings[Path("runs") / b.iloc[-2]].training.lr == 0.5
 
 
 @pytest.mark.parametrize("transfer", ["{random_twin: true}", "{twin: twin, beta: 2.0}"])
@@ -123,7 +124,7 @@ def test_a_baseline_has_no_anti_transfer_whatever_emotion_trainings_have(transfe
     file = tmp_path / "mine.yaml"
     file.write_text(f"- when: {{stage: emotion}}\n  settings: {{anti_transfer: {transfer}}}\n")
     chosen = Selection(["tess"], ["real"], ["random"], ["none", "single_W"], [2])
-    plain, own = Grid(tmp_path, "paper", chosen), Grid(tmp_path, "paper", chosen, settings=file)
+    plain, own = plan_grid(tmp_path, "paper", chosen), plan_grid(tmp_path, "paper", chosen, settings=file)
     a, b = (grid.table.set_index("name")["run"] for grid in (plain, own))
     assert a["emotion real tess random none"] == b["emotion real tess random none"]
     single = "emotion real tess random single_W layer 2"
@@ -133,10 +134,10 @@ def test_a_baseline_has_no_anti_transfer_whatever_emotion_trainings_have(transfe
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"corpora": ["mars"]}, "corpora: 'mars' must be one of iemocap, ravdess, tess"),
+        ({"corpora": ["mars"]}, "corpora: 'mars' must be one of demo, hedgewars, iemocap, ravdess, tess"),
         ({"layers": [0]}, "layers: 0 must be one of 1, 2"),
         ({"at": ["single_X"]}, "at: 'single_X' must be one of none, single_S"),
-        ({"seeds": []}, r"seeds: \[\] must be one or more"),
+        ({"splits": []}, r"splits: \[\] must be one or more"),
         ({"layers": [2, 2]}, r"layers: \[2, 2\] must be one or more, each once"),
     ],
 )
@@ -163,7 +164,7 @@ def test_a_dry_run_writes_nothing_and_says_what_is_assumed(tmp_path, capsys, mon
     assert (told["trainings"], told["finished"], len(told["runs"])) == (642, 0, 642)
     assert sum(stage["trainings"] for stage in told["stages"]) == 642
     assert {stage["basis"] for stage in told["stages"]} == {"assumed"}
-    assert told["gpu_hours"] == pytest.approx(sum(stage["hours"] for stage in told["stages"]), abs=0.06)
+    assert told["hours"] == pytest.approx(sum(stage["hours"] for stage in told["stages"]), abs=0.06)
     assert "not measured" in told["note"]
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +174,7 @@ def test_hours_are_arithmetic_until_something_is_measured(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("- settings: {network: {adaptive_pool: false}, anti_transfer: {cache: false}}\n")
     chosen = Selection(["ravdess"], ["real"], ["random"], ["none", "single_S"], [2])
-    grid = Grid(tmp_path / "out", "paper", chosen, settings=mine)
+    grid = plan_grid(tmp_path / "out", "paper", chosen, settings=mine)
     table = grid.table.set_index("name")["run"]
     runs = {name: Path("runs") / table[name] for name in table.index if name.startswith("emotion")}
     forward = 2 * (19.969e9 + 0.151e9)
@@ -181,44 +182,23 @@ def test_hours_are_arithmetic_until_something_is_measured(tmp_path):
     epoch = {"none": 1008 * 3 * forward + 288 * forward}
     epoch["single_S layer 2"] = 1008 * (3 * forward + twin) + 288 * (forward + twin)
     for name, flop in epoch.items():
-        one = grid.plan.trainings[runs[f"emotion real ravdess random {name}"]]
+        one = grid.trainings[runs[f"emotion real ravdess random {name}"]]
         assert flop_of_epoch(one) == pytest.approx(flop, rel=1e-3)
-    told = estimate(grid.plan, grid.table, Assumed(epochs=50, tflops=2.0)).set_index("stage")
+    told = estimate(grid, Assumed(epochs=50, tflops=2.0)).set_index("stage")
     assert told.loc["emotion", "hours"] == pytest.approx(50 * sum(epoch.values()) / 2e12 / 3600, rel=1e-3)
 
     from qat.config import to_plain
 
     done = runs["emotion real ravdess random none"]
-    result = {"experiment": to_plain(grid.plan.trainings[done]), "epochs": 30, "seconds": 900.0, "device": "a GPU"}
+    result = {"experiment": to_plain(grid.trainings[done]), "epochs": 30, "seconds": 900.0, "device": "a GPU"}
     write_json(grid.folder / done / "result.json", result)
-    told = estimate(grid.plan, grid.table, Assumed(epochs=50, tflops=2.0)).set_index("stage")
+    told = estimate(grid, Assumed(epochs=50, tflops=2.0)).set_index("stage")
     rate = epoch["none"] / 30  # in a second: 30 epochs took 900 of them
     assert told.loc["emotion", "finished"] == 1
     assert told.loc["emotion", "epochs"] == 30
     assert told.loc["emotion", "hours"] == pytest.approx(30 * epoch["single_S layer 2"] / rate / 3600, rel=1e-3)
     assert told.loc["emotion", "basis"] == "measured in 1 of them on a GPU"
     assert told.loc["speaker", "basis"] == "assumed"
-
-
-TINY = """
-- settings: {training: {epochs: 2, patience: 2, device: cpu, checkpoint_seconds: 0}}
-- when: {network: [quaternion, real]}
-  settings: {network: {width: 0.01}}
-- when: {stage: [rhemo-1, rhemo-2]}
-  settings: {rhemo: {width: 0.01}, training: {epochs: 1, patience: 1}}
-- when: {stage: emotion, split: actor}
-  settings: {split: {train: [f2, m1, m3], validation: [f3], test: [f1, m4]}}
-"""
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    """A folder with a miniature demo corpus and settings of tiny networks."""
-    folder = tmp_path_factory.mktemp("grid")
-    voices = {"train": ["f2", "m1", "m3"], "validation": ["f3"], "test": ["f1", "m4"]}
-    demo.make(folder / "demo", voices=voices, sentences=demo.SENTENCES[:4], words=demo.WORDS[:3], progress=False)
-    (folder / "tiny.yaml").write_text(TINY)
-    return folder
 
 
 def command(small: Path, out: Path, *more: str) -> list[str]:
@@ -228,7 +208,7 @@ def command(small: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("network", ["real", pytest.param("quaternion", marks=pytest.mark.slow)])
-def test_a_grid_is_trained_level_by_level_and_never_twice(network, small, tmp_path, capsys):
+def test_a_grid_is_trained_in_order_and_never_twice(network, small, tmp_path, capsys):
     out = tmp_path / "out"
     asked = ["--networks", f"[{network}]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[actor]"]
     assert cli.main([*command(small, out, *asked), "--json"]) == 0
@@ -245,16 +225,16 @@ def test_a_grid_is_trained_level_by_level_and_never_twice(network, small, tmp_pa
     assert Path(dual["experiment"]["training"]["initial"]).name == first_half
     assert Path(dual["experiment"]["anti_transfer"]["twin"]).name == run[f"word {network}"]
     assert Path(single["experiment"]["anti_transfer"]["twin"]).name == run[f"speaker {network}"]
-    asked_again = yaml.safe_load((out / "grid.yaml").read_text())
+    asked_again = yaml.safe_load((out / "campaign.yaml").read_text())
     assert asked_again["preset"] == "demo"
-    assert asked_again["layers"] == [13]
+    assert asked_again["selection"]["layers"] == [13]
     written = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert cli.main(command(small, out, *asked)) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == written
     assert cli.main([*command(small, out, *asked), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
     assert told["finished"] == len(names)
-    assert told["gpu_hours"] == 0
+    assert told["hours"] == 0
 
 
 @pytest.mark.slow

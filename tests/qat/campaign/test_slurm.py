@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,15 @@ import pytest
 import yaml
 
 import qat
-from qat.campaign import sweep
-from qat.campaign.sweep import Layout, SlurmConfig, train_all
-from qat.config import to_plain
+from qat.campaign import jobs
+from qat.campaign.jobs import Layout, SlurmConfig, train
+from qat.campaign.plan import Campaign
+from qat.campaign.sweep import plan_sweep
+from qat.config import AntiTransferConfig, Experiment, to_plain
 from qat.files import sha256_of, write_text
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
+from tests.qat.campaign.running import campaign_of, trainer, wait_for
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where daemons are, unless one is root
 PROGRAMS = ("setpriv", "munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -36,11 +39,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
+def two(experiment: Experiment, folder: Path, count: int = 2) -> tuple[Campaign, dict[str, Path]]:
+    """A campaign of two trainings that differ in their seed, or of another number."""
+    training = experiment.training
+    seeds = range(1, count + 1)
+    return campaign_of(folder, {str(n): replace(experiment, training=replace(training, seed=n)) for n in seeds})
 
 
 def free_ports(count: int) -> list[int]:
@@ -155,13 +158,14 @@ def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster
     command = [sys.executable, "-m", "qat", "sweep", tmp_path / "plan.yaml", "--out", tmp_path / "out", "--json"]
     command += ["--jobs", "2", "--slurm.gpus", "0", "--slurm.partition", "all", "--slurm.minutes", "10"]
     environment = cluster | {"PYTHONPATH": str(Path(qat.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    first = tmp_path / "out/base/seed1"
+    runs = [tmp_path / "out" / run for run in plan_sweep(tmp_path / "out", tmp_path / "plan.yaml").trainings]
+    first = runs[0]
 
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as driver:
         try:
             wait_for(lambda: (first / "last.safetensors").is_file() or driver.poll() is not None)
-            trainer = int((first / ".lock").read_text().split()[1])
-            os.kill(trainer, signal.SIGSTOP)
+            process = trainer(first)
+            os.kill(process, signal.SIGSTOP)
             array = {(job, number) for job, number, *_ in squeue(cluster)}
             assert len({job for job, _ in array}) == 1
             assert {number for _, number in array} <= {"0", "1"}
@@ -169,14 +173,14 @@ def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster
             assert 0 < len(before) < 6
             # The other job trains all else, and ends.
             wait_for(lambda: len(squeue(cluster)) == 1, 100)
-            assert [(tmp_path / f"out/base/seed{seed}/result.json").is_file() for seed in (1, 2, 3)] == [0, 1, 1]
+            assert [(run / "result.json").is_file() for run in runs] == [0, 1, 1]
             job = "_".join(squeue(cluster)[0][:2])
             # Slurm may send SIGTERM at any time, which is no reason to end; SIGUSR2 comes when the time is nearly up.
             # With a limit of ten minutes, submitit takes every one for that.
             subprocess.run(["scancel", "--signal", "TERM", job], env=cluster, check=True)
             time.sleep(2)  # until it has arrived
-            os.kill(trainer, signal.SIGCONT)
-            os.kill(trainer, signal.SIGSTOP)
+            os.kill(process, signal.SIGCONT)
+            os.kill(process, signal.SIGSTOP)
             time.sleep(1)
             assert not (first / "error.txt").exists()
             subprocess.run(["scancel", "--signal", "USR2", job], env=cluster, check=True)
@@ -184,8 +188,8 @@ def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster
         finally:
             driver.kill()
     assert driver.returncode == 0
-    assert [(run["run"], run["status"], run["epochs"]) for run in json.loads(told)["runs"]] == [
-        (f"base/seed{seed}", "finished", 6) for seed in (1, 2, 3)
+    assert [(run["training"], run["status"], run["epochs"]) for run in json.loads(told)["runs"]] == [
+        (f"base, seed {seed}", "finished", 6) for seed in (1, 2, 3)
     ]
     shown = subprocess.run(["scontrol", "show", "job", job], env=cluster, check=True, capture_output=True, text=True)
     assert "Restarts=1" in shown.stdout
@@ -198,8 +202,8 @@ def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster
 def test_what_the_cluster_refuses_is_told_in_one_line(inside, experiment, tmp_path, capfd):
     layout = Layout(cluster="slurm", slurm=SlurmConfig(partition="nowhere", gpus=0))
     with pytest.raises(ValueError, match=r"^cluster: 'slurm' takes no such jobs .*invalid partition[^\n]*$"):
-        train_all({Path("a"): experiment}, tmp_path, layout)
-    assert not (tmp_path / "a").exists()
+        train(two(experiment, tmp_path, 1)[0], layout)
+    assert not (tmp_path / "runs").exists()
     assert capfd.readouterr().err == ""
 
 
@@ -208,36 +212,51 @@ def test_an_interruption_takes_the_jobs_out_of_the_queue(cluster, inside, experi
         assert [state for _, _, state, _ in squeue(cluster)] == ["PENDING"] * 2  # the reason comes later
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "_watch", interrupted)
+    monkeypatch.setattr(jobs, "_watch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_all({Path("a"): experiment, Path("b"): experiment}, tmp_path, LATER)
+        train(two(experiment, tmp_path)[0], LATER)
     wait_for(lambda: not squeue(cluster), 10)
     [script] = (tmp_path / ".jobs").glob("*/*_submission.sh")
     assert "#SBATCH --begin=now+1hour\n" in script.read_text()
 
 
 def test_runs_of_a_job_that_somebody_cancels_are_stopped(cluster, inside, experiment, tmp_path, monkeypatch):
-    def watch(jobs, *arguments):
-        subprocess.run(["scancel", jobs[0].job_id], env=cluster, check=True)
-        watched(jobs, *arguments)
+    def watch(driver):
+        subprocess.run(["scancel", driver.jobs[0].job_id], env=cluster, check=True)
+        watched(driver)
 
-    watched = sweep._watch
-    monkeypatch.setattr(sweep, "_watch", watch)
-    monkeypatch.setattr(sweep, "_ASK_SLURM", 0.0)
-    [one] = train_all({Path("a"): experiment}, tmp_path, replace(LATER, jobs=1))
+    watched = jobs._watch
+    monkeypatch.setattr(jobs, "_watch", watch)
+    monkeypatch.setattr(jobs, "_ASK_SLURM", 0.0)
+    [one] = train(two(experiment, tmp_path, 1)[0], replace(LATER, jobs=1))
     assert one.status == "stopped"
 
 
 def test_jobs_for_which_nothing_is_left_leave_the_queue(cluster, inside, experiment, tmp_path, monkeypatch):
-    def watch(*arguments):
-        for name in "ab":
-            write_text(tmp_path / name / "result.json", "{}")
-        watched(*arguments)
+    def watch(driver):
+        for run in runs.values():
+            write_text(run / "result.json", "{}")
+        watched(driver)
 
-    watched = sweep._watch
-    monkeypatch.setattr(sweep, "_watch", watch)
-    outcomes = train_all({Path("a"): experiment, Path("b"): experiment}, tmp_path, LATER)
+    watched = jobs._watch
+    monkeypatch.setattr(jobs, "_watch", watch)
+    campaign, runs = two(experiment, tmp_path)
+    outcomes = train(campaign, LATER)
     assert [one.status for one in outcomes] == ["finished"] * 2
+    wait_for(lambda: not squeue(cluster), 10)
+
+
+def test_what_becomes_ready_is_trained_by_jobs_that_are_submitted_then(
+    cluster, inside, experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    campaign = Campaign(tmp_path)
+    twin = campaign.add(replace(experiment, task="speaker"))
+    for layer in (2, 13):
+        campaign.add(replace(experiment, anti_transfer=AntiTransferConfig(twin, [layer])))
+    outcomes = train(campaign, replace(LATER, slurm=SlurmConfig(minutes=10, gpus=0)))
+    assert [one.status for one in outcomes] == ["finished"] * 3
+    assert len(list((tmp_path / ".jobs").glob("*/*_submission.sh"))) >= 1
     wait_for(lambda: not squeue(cluster), 10)
 
 

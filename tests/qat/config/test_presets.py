@@ -4,17 +4,15 @@ import pytest
 import yaml
 
 from qat import cli
-from qat.campaign.grid import base
 from qat.config import Experiment, RHEmoExperiment, flatten, to_plain
-from qat.config.preset import NAMES, experiment, merge, read_layers
+from qat.config.preset import NAMES, experiment, merge, read_layers, settings_of
 
 STAGES = ("rhemo-1", "rhemo-2", "word", "speaker", "emotion")
 NETWORKS = ("quaternion", "real")
 
 
 def made(preset: str, stage: str, **place: object) -> Experiment | RHEmoExperiment:
-    attributes = {"stage": stage, **place}
-    return experiment(merge(attributes, read_layers(preset), base(stage, place)), stage)
+    return experiment(settings_of(stage, place, read_layers(preset)), stage)
 
 
 def emotion(preset: str, network: str, at: str = "single_S", corpus: str = "iemocap", split: str = "random"):
@@ -138,8 +136,62 @@ def test_the_demo_trains_what_is_frozen_on_the_training_voices_only():
         assert one.corpus.name == "demo"
         assert one.corpus.where["speaker"] == list(VOICES["train"])
         assert one.corpus.where["kind"] == ["word" if stage == "word" else "sentence"]
-    split = emotion("demo", "quaternion", corpus="demo", split="actor").split
-    assert {name: list(getattr(split, name)) for name in VOICES} == {name: list(of) for name, of in VOICES.items()}
+    for name, rule in (("actor", "speaker"), ("confounded", "confounded")):
+        split = emotion("demo", "quaternion", corpus="demo", split=name).split
+        assert split.rule == rule
+        assert {part: list(getattr(split, part)) for part in VOICES} == {part: list(of) for part, of in VOICES.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_demo_is_the_small_preset_on_its_corpus(stage, network):
+    demo, small = (made(preset, stage, network=network) for preset in ("demo", "small"))
+    fields = {"corpus": demo.corpus, "split": demo.split}
+    assert replace(small, **fields) == demo
+
+
+def test_a_layer_may_stand_for_another_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("- preset: small\n- settings: {normalisation: max}\n")
+    assert read_layers(file)[:-1] == read_layers("small")
+    file.write_text("- preset: smell\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: layer 1: preset: 'smell' must be one of paper, "):
+        read_layers(file)
+
+
+def test_a_training_command_takes_a_preset_and_options_win_over_it(parser, tmp_path):
+    def parsed(*words):
+        options = parser.instantiate(parser.parse_args([*words, "--out", "x"]))
+        for word in words[: words.index(next(word for word in words if word.startswith("--")))]:
+            options = options[word]
+        return options
+
+    default = parsed("train", "--training.seed", "3")
+    small = parsed("train", "--training.epochs", "1000", "--preset", "small", "--network.domain", "real")
+    assert (small.network.width, small.training.lr, small.normalisation) == (0.0625, 1e-3, "log")
+    assert small.training.epochs == 1000, "though it is the default where there is no preset"
+    assert parsed("train", "--training.seed", "3") == default
+    (tmp_path / "my.yaml").write_text("training: {epochs: 7}\n")
+    both = parsed("train", "--config", str(tmp_path / "my.yaml"), "--preset", "small")
+    assert (both.training.epochs, both.training.lr) == (7, 1e-3)
+    own = parsed("pretrain", "speakers", "--preset", "demo", "--corpus.name", "csv", "--corpus.folder", "my.csv")
+    assert (own.corpus.where, own.corpus.options, own.training.batch) == ({}, {}, 20)
+    code = parsed("train", "--preset", "released-code", "--anti_transfer.random_twin", "true")
+    assert code.anti_transfer.position == "pool5"
+    plain = parsed("train", "--preset", "released-code")
+    assert plain.anti_transfer.position == "relu"
+    second = parsed("pretrain", "rhemo", "--preset", "paper", "--training.initial", "stage1")
+    assert (second.training.lr, second.rhemo.beta) == (1e-6, 0.01)
+    paper = parsed("pretrain", "words", "--training.seed", "1")
+    assert (paper.task, paper.features.cut, paper.training.batch, paper.training.lr) == ("word", "word", 300, 5e-5)
+
+
+def test_a_wrong_preset_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--preset", "best", "--out", "x"])
+    assert capsys.readouterr().err == (
+        "qat train: best: neither a file nor a preset; presets are paper, released-code, demo, small\n"
+    )
 
 
 def test_later_layers_win_field_by_field(tmp_path):
@@ -194,7 +246,7 @@ def test_wrong_layers_are_named(tmp_path, text, message):
 
 
 def test_unknown_presets_and_values_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="best: neither a file nor a preset; presets are paper, released-code, demo"):
+    with pytest.raises(ValueError, match="best: neither a file nor a preset; presets are paper, released-code, "):
         read_layers("best")
     with pytest.raises(ValueError, match=r"emotion: training\.batch: 0 must be at least 1"):
         experiment({"training": {"batch": 0}}, "emotion")

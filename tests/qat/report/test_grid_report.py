@@ -70,7 +70,7 @@ class Plan:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        (self.folder / "grid.yaml").write_text("preset: paper\nseeds: [1, 2]\n")
+        (self.folder / "campaign.yaml").write_text("preset: paper\nseeds: [1, 2]\n")
         return self.folder
 
     def emotion(

@@ -31,7 +31,7 @@ from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.inference import evaluate_run, predict
 from qat.training.rhemo import pretrain_rhemo
-from qkernels.losses import CKA, CosSquared, FoldedRowwise, GramBatch, MseSigmoid
+from qkernels.losses import CKA, CosSquared, FoldedRowwise, GramBatch, GramPosition, MseSigmoid
 from tests.qat.training.trainings import same, trained, weights, with_twin
 
 
@@ -171,7 +171,7 @@ def test_dual_anti_transfer_against_two_twins_at_several_layers(experiment, twin
         assert second["total"] == pytest.approx(second["cross_entropy"] + at, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"layers": [2, 7]}, {"layers": [2], "gram": "position"}])
+@pytest.mark.parametrize("settings", [{"layers": [2, 7]}, {"layers": [2], "loss": GramPosition()}])
 def test_a_cached_twin_trains_the_same_network_and_runs_once(experiment, twin, settings, tmp_path, monkeypatch):
     """Only the twin runs up to a layer; 25, 7 and 4 samples are trained on, validated, tested."""
     runs: dict[bool, list[int]] = {True: [], False: []}

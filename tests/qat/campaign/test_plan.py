@@ -1,4 +1,4 @@
-"""Plans of trainings that build on each other: addresses, levels, and what is trained when."""
+"""Campaigns of trainings that build on each other: addresses, needs, and what is trained when."""
 
 import shutil
 from dataclasses import replace
@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qat.campaign import stages
-from qat.campaign.stages import Plan
-from qat.campaign.sweep import Layout
+from qat.campaign import plan as plan_module
+from qat.campaign.jobs import Layout, train
+from qat.campaign.plan import Campaign
 from qat.config import (
     AntiTransferConfig,
     Experiment,
@@ -26,7 +26,7 @@ from qat.results.record import read_json
 LOCAL = Layout(cluster="local")
 
 
-def chain(plan: Plan, **changes: object) -> dict[str, Path]:
+def chain(plan: Campaign, **changes: object) -> dict[str, Path]:
     """RH-Emo, twin, baseline, anti-transfer and its second half; ``changes`` are experiments to take instead."""
     runs: dict[str, Path] = {}
     runs["rhemo"] = plan.add(changes.get("rhemo", RHEmoExperiment()))
@@ -40,23 +40,24 @@ def chain(plan: Plan, **changes: object) -> dict[str, Path]:
     return runs
 
 
-def test_levels_follow_what_builds_on_what(tmp_path):
-    plan = Plan(tmp_path)
+def test_needs_are_what_a_training_builds_on(tmp_path):
+    plan = Campaign(tmp_path)
     runs = {name: path.relative_to(tmp_path) for name, path in chain(plan).items()}
-    levels = [set(level) for level in plan.levels()]
-    assert levels == [{runs["rhemo"]}, {runs["twin"], runs["baseline"]}, {runs["single"]}, {runs["dual"]}]
+    assert plan.needs(plan.trainings[runs["rhemo"]]) == []
+    assert plan.needs(plan.trainings[runs["baseline"]]) == [runs["rhemo"]]
+    assert plan.needs(plan.trainings[runs["single"]]) == [runs["rhemo"], runs["twin"]]
     assert plan.needs(plan.trainings[runs["dual"]]) == [runs["rhemo"], runs["twin"], runs["single"]]
 
 
 def test_the_same_training_is_planned_once(tmp_path):
-    plan = Plan(tmp_path)
+    plan = Campaign(tmp_path)
     first, count = chain(plan), len(plan.trainings)
     assert chain(plan) == first
     assert len(plan.trainings) == count == 5
 
 
 def test_an_address_changes_with_what_is_learnt_and_with_nothing_else(tmp_path):
-    plan, plain = Plan(tmp_path), Experiment()
+    plan, plain = Campaign(tmp_path), Experiment()
     different = [
         replace(plain, task="speaker"),
         replace(plain, normalisation="log"),
@@ -80,22 +81,40 @@ def test_an_address_changes_with_what_is_learnt_and_with_nothing_else(tmp_path):
     ]  # fmt: skip
     assert {plan.address(one) for one in same} == {plan.address(plain)}
     assert plan.address(RHEmoExperiment()) != plan.address(plain)
-    assert Plan(tmp_path / "other").address(plain) == plan.address(plain)
+    assert Campaign(tmp_path / "other").address(plain) == plan.address(plain)
 
 
 def test_addresses_follow_what_is_built_on(tmp_path):
-    first = chain(Plan(tmp_path))
-    other = chain(Plan(tmp_path), rhemo=RHEmoExperiment(rhemo=RHEmoConfig(width=0.5)))
+    first = chain(Campaign(tmp_path))
+    other = chain(Campaign(tmp_path), rhemo=RHEmoExperiment(rhemo=RHEmoConfig(width=0.5)))
     assert not set(first.values()) & set(other.values())
-    plan = Plan(tmp_path)
+    plan = Campaign(tmp_path)
     twin = Experiment(task="word", network=NetworkConfig(rhemo=plan.add(RHEmoExperiment())))
     third = chain(plan, twin=twin)
     changed = {name for name in first if first[name] != third[name]}
     assert changed == {"twin", "single", "dual"}
 
 
+def test_a_corpus_below_the_campaigns_folder_moves_with_it(tmp_path):
+    addresses = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        corpus = replace(Experiment().corpus, folder=folder / "corpora/demo")
+        addresses.append(Campaign(folder).address(Experiment(corpus=corpus)))
+    assert addresses[0] == addresses[1] != Campaign(tmp_path / "third").address(Experiment(corpus=corpus))
+
+
+@pytest.mark.parametrize("name", ["demo.json", "grid.yaml", "emotion/at-voice/seed1/result.json"])
+def test_a_folder_of_an_earlier_layout_is_refused(tmp_path, name):
+    write_text(tmp_path / name, "{}")
+    plan = Campaign(tmp_path)
+    with pytest.raises(ValueError, match=f"holds {name} of another layout than plan.csv and runs/ADDRESS"):
+        plan.finished()
+    with pytest.raises(ValueError, match="another layout"):
+        train(plan, LOCAL)
+
+
 def test_a_foreign_checkpoint_counts_by_its_content(tmp_path):
-    plan = Plan(tmp_path / "plan")
+    plan = Campaign(tmp_path / "plan")
     for name, text in (("a", "weights"), ("b", "weights"), ("c", "others")):
         write_text(tmp_path / name / "model.safetensors", text)
     a, b, c = (plan.address(Experiment(network=NetworkConfig(rhemo=tmp_path / name))) for name in "abc")
@@ -109,8 +128,8 @@ def test_a_foreign_checkpoint_counts_by_its_content(tmp_path):
 def test_a_foreign_checkpoint_is_read_once(tmp_path, monkeypatch):
     write_text(tmp_path / "own" / "model.safetensors", "weights")
     read: list[Path] = []
-    monkeypatch.setattr(stages, "sha256_of", lambda file: read.append(file) or "0" * 64)
-    plan = Plan(tmp_path / "plan")
+    monkeypatch.setattr(plan_module, "sha256_of", lambda file: read.append(file) or "0" * 64)
+    plan = Campaign(tmp_path / "plan")
     plain = Experiment(network=NetworkConfig(rhemo=tmp_path / "own"))
     for seed in (1, 2, 3):
         plan.add(replace(plain, training=TrainingConfig(seed=seed)))
@@ -121,8 +140,8 @@ def test_a_foreign_checkpoint_is_read_once(tmp_path, monkeypatch):
 def tiny(experiment: Experiment, tiny_training: TrainingConfig):
     """A plan of real trainings: a twin, and two emotion networks of which one builds on it."""
 
-    def plan_in(folder: Path) -> tuple[Plan, dict[str, Path]]:
-        plan, runs = Plan(folder), {}
+    def plan_in(folder: Path) -> tuple[Campaign, dict[str, Path]]:
+        plan, runs = Campaign(folder), {}
         network = NetworkConfig(domain="real", width=0.01, init="he")
         plain = replace(experiment, network=network, training=replace(tiny_training, epochs=1))
         runs["twin"] = plan.add(replace(plain, task="speaker"))
@@ -134,17 +153,17 @@ def tiny(experiment: Experiment, tiny_training: TrainingConfig):
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*") if f.name != ".lock"}
+    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*") if ".lock" not in f.name}
 
 
 def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
     plan, _ = tiny(tmp_path / "first")
-    outcomes = plan.run(LOCAL)
+    outcomes = train(plan, LOCAL)
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
     assert [outcome.path for outcome in outcomes] == list(plan.trainings)
     assert plan.finished() == set(plan.trainings)
     before = times(plan.folder / "runs")
-    assert plan.run(LOCAL) == outcomes
+    assert train(plan, LOCAL) == outcomes
     assert times(plan.folder / "runs") == before
 
     shutil.move(tmp_path / "first", tmp_path / "second")
@@ -153,7 +172,7 @@ def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
     weights = load_file(again["single"] / "model.safetensors")
     shutil.rmtree(again["single"])
     kept = times(moved.folder / "runs")
-    assert [outcome.status for outcome in moved.run(LOCAL)] == ["finished"] * 3
+    assert [outcome.status for outcome in train(moved, LOCAL)] == ["finished"] * 3
     after = times(moved.folder / "runs")
     assert {name: after[name] for name in kept if name != "."} == {name: kept[name] for name in kept if name != "."}
     retrained = load_file(again["single"] / "model.safetensors")
@@ -164,7 +183,7 @@ def test_what_builds_on_a_failure_waits_and_the_rest_goes_on(tiny, tmp_path):
     plan, runs = tiny(tmp_path)
     runs["twin"].mkdir(parents=True)
     (runs["twin"] / "model.safetensors").mkdir()  # the twin cannot write its weights
-    status = {outcome.path: outcome for outcome in plan.run(LOCAL)}
+    status = {outcome.path: outcome for outcome in train(plan, LOCAL)}
     names = {name: status[path.relative_to(tmp_path)] for name, path in runs.items()}
     assert {name: one.status for name, one in names.items()} == {
         "twin": "failed",
@@ -174,11 +193,11 @@ def test_what_builds_on_a_failure_waits_and_the_rest_goes_on(tiny, tmp_path):
     assert runs["twin"].name in names["single"].error
     assert not runs["single"].exists()
     shutil.rmtree(runs["twin"])
-    assert {outcome.status for outcome in plan.run(LOCAL)} == {"finished"}
+    assert {outcome.status for outcome in train(plan, LOCAL)} == {"finished"}
 
 
 def test_a_finished_run_of_other_settings_is_refused(tmp_path):
-    plan = Plan(tmp_path)
+    plan = Campaign(tmp_path)
     run = chain(plan)["baseline"]
     theirs = replace(plan.trainings[run.relative_to(tmp_path)], task="word")
     run.mkdir(parents=True)

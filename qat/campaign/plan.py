@@ -1,0 +1,180 @@
+"""Campaigns: many trainings in one folder, each found by what it is made of. Data only; ``jobs.py`` trains them.
+
+A run's folder is named after its address, a hash of every setting that decides what is learnt, among them the addresses
+of the runs that it builds on. So nothing is trained twice, whoever planned it; and where a setting of RH-Emo changes,
+all that builds on it has new addresses and is trained anew, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from qat.config import AnyExperiment, difference, flatten, identity_settings, to_plain
+from qat.config.preset import ATTRIBUTES
+from qat.files import sha256_of, write_text
+
+CHECKPOINTS = ("network.rhemo", "anti_transfer.twin", "training.initial")
+"""Settings that name a run to build on."""
+
+RUNS = Path("runs")
+"""Where a campaign's runs lie, below its folder."""
+
+COLUMNS = ("run", *ATTRIBUTES, "name")
+"""Columns of ``plan.csv``. A design leaves empty what its trainings do not have."""
+
+
+class Campaign:
+    """Trainings in one folder, each in ``runs/<address>``.
+
+    Args:
+        folder: folder for all of them. It may be moved as a whole when nothing is being trained: what is finished is
+            recognised, what is half-finished has to be deleted.
+
+    Attributes:
+        trainings: experiment of each run, by the run's path below ``folder``; after what it builds on.
+        names: name of each run in reports; the first, where it was added several times.
+        probed: runs whose network is probed after its training, see :func:`qat.results.probes.analyse`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainings: dict[Path, AnyExperiment] = {}
+        self.names: dict[Path, str] = {}
+        self.probed: set[Path] = set()
+        self._rows: dict[tuple[Any, ...], None] = {}
+        self._hashes: dict[Path, str] = {}
+
+    def add(self, experiment: AnyExperiment, name: str = "", *, probe: bool = False, **attributes: Any) -> Path:
+        """Plan a training, unless it is planned already.
+
+        Args:
+            experiment: training; it builds on others of the campaign by the folders that this method returned for them.
+            name: name in reports; its address by default.
+            probe: whether the trained network is probed.
+            attributes: what tells it from others, of :data:`qat.config.preset.ATTRIBUTES`.
+
+        Returns:
+            Its run folder.
+        """
+        path = RUNS / self.address(experiment)
+        self.trainings.setdefault(path, experiment)
+        self.names.setdefault(path, name or path.name)
+        if probe:
+            self.probed.add(path)
+        self._rows[path.name, *(attributes.get(column) for column in ATTRIBUTES), name or path.name] = None
+        return self.folder / path
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per training with :data:`COLUMNS`, what is built on first; two that are the same share a ``run``."""
+        return pd.DataFrame(list(self._rows), columns=list(COLUMNS), dtype=object)
+
+    def address(self, experiment: AnyExperiment) -> str:
+        """16 hex digits that stand for all settings which decide what is learnt and are not the defaults.
+
+        A run of the campaign that it builds on counts by its address, another checkpoint by its file's content, the
+        corpus by its reader, folder, selection and options. A folder below the campaign's counts by its path there, so
+        that both can be moved. ``cache`` and how it is computed (the device) do not count.
+        """
+        settings = identity_settings(to_plain(experiment))
+        for name in CHECKPOINTS:
+            if (path := settings.get(name)) is not None:
+                settings[name] = self._identity(Path(path), name)
+        default = _defaults(type(experiment))  # type: ignore[arg-type]
+        corpus = Path(settings["corpus.folder"]).absolute()
+        inside = corpus.is_relative_to(self._absolute)
+        settings["corpus.folder"] = (corpus.relative_to(self._absolute) if inside else corpus).as_posix()
+        different = {key: value for key, value in settings.items() if key not in default or default[key] != value}
+        text = json.dumps({"kind": type(experiment).__name__} | different, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def needs(self, experiment: AnyExperiment) -> list[Path]:
+        """The paths, below the folder, of the planned runs that an experiment builds on."""
+        settings = flatten(to_plain(experiment))
+        paths = (Path(settings[name]) for name in CHECKPOINTS if settings.get(name) is not None)
+        return list(dict.fromkeys(RUNS / path.name for path in paths if self._has(path)))
+
+    def finished(self) -> set[Path]:
+        """The trainings that are finished, probed or not.
+
+        Raises:
+            ValueError: a folder holds a run of other settings, or the campaign's one of an earlier version.
+        """
+        self._refuse_former_layout()
+        done = set()
+        for path, experiment in self.trainings.items():
+            result = self.folder / path / "result.json"
+            if result.is_file():
+                theirs = json.loads(result.read_text(encoding="utf-8"))["experiment"]
+                if text := difference(_without_paths(theirs), _without_paths(to_plain(experiment))):
+                    raise ValueError(
+                        f"{self.folder / path}: holds a run with {text}; delete it, or choose another folder"
+                    )
+                done.add(path)
+        return done
+
+    def missing_corpora(self) -> dict[str, Path]:
+        """Folders of corpora that do not exist, by the corpus's name."""
+        corpora = (experiment.corpus for experiment in self.trainings.values())
+        return {corpus.name: corpus.folder for corpus in corpora if not corpus.folder.exists()}
+
+    def write(self, asked: Mapping[str, Any]) -> None:
+        """Write ``plan.csv``, which a report reads, and ``campaign.yaml``; they replace those of an earlier plan here.
+
+        Args:
+            asked: what was asked for: design, preset, selection and so on.
+        """
+        buffer = io.StringIO()
+        self.table.to_csv(buffer, index=False)
+        write_text(self.folder / "plan.csv", buffer.getvalue())
+        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(asked)), sort_keys=False, width=120))
+
+    @cached_property
+    def _absolute(self) -> Path:
+        return self.folder.absolute()
+
+    def _refuse_former_layout(self) -> None:
+        former = [self.folder / name for name in ("demo.json", "grid.yaml", "result.json")]
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        others = [entry for entry in entries if entry.is_dir() and entry.name not in ("runs", "corpora", "cache")]
+        former = [path for path in former if path.is_file()]
+        former += [path for folder in others for path in folder.rglob("result.json")][:1]
+        if former:
+            raise ValueError(
+                f"{self.folder}: holds {former[0].relative_to(self.folder)} of another layout than plan.csv and "
+                "runs/ADDRESS; choose another folder"
+            )
+
+    def _has(self, path: Path) -> bool:
+        return path.parent == self.folder / RUNS and RUNS / path.name in self.trainings
+
+    def _identity(self, path: Path, setting: str) -> str:
+        if self._has(path):
+            return path.name
+        file = path / "model.safetensors" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{setting}: {path} must be a checkpoint, or a run of the plan that was added before")
+        if file not in self._hashes:  # RH-Emo has half a gigabyte, and hundreds of trainings name it
+            self._hashes[file] = sha256_of(file)
+        return self._hashes[file]
+
+
+@cache
+def _defaults(kind: Callable[[], AnyExperiment]) -> dict[str, Any]:
+    return identity_settings(to_plain(kind()))
+
+
+def _without_paths(plain: dict[str, Any]) -> dict[str, Any]:
+    """Settings that decide what is learnt, with the names instead of the paths of the corpus and the checkpoints."""
+    settings = identity_settings(plain)
+    paths = (*CHECKPOINTS, "corpus.folder")
+    return settings | {name: Path(settings[name]).name for name in paths if settings.get(name) is not None}

@@ -1,0 +1,234 @@
+"""The engine: which job trains what and when, whatever becomes of runs and jobs."""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qat.campaign import jobs
+from qat.campaign.jobs import Layout, SlurmConfig, train
+from qat.campaign.plan import Campaign
+from qat.config import AntiTransferConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
+from qat.files import held, write_text
+from tests.qat.campaign.running import LOCAL, campaign_of, children, is_locked, longer, trainer, wait_for
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Layout(at_once=0), "at_once: 0 must be at least 1"),
+        (lambda: Layout(jobs=0), "jobs: 0 must be at least 1"),
+        (lambda: SlurmConfig(minutes=0), "slurm.minutes: 0 must be at least 1"),
+        (lambda: SlurmConfig(gpus=-1), "slurm.gpus: -1 must be at least 0"),
+        (lambda: SlurmConfig(cpus=0), "slurm.cpus: 0 must be at least 1"),
+        (lambda: SlurmConfig(mem=0), "slurm.mem: 0 must be above 0"),
+    ],
+)
+def test_a_wrong_layout_is_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_auto_is_slurm_where_there_is_an_sbatch(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not Layout().is_slurm
+    with pytest.raises(ValueError, match="cluster: 'slurm' must have the command sbatch"):
+        Layout(cluster="slurm")
+    (tmp_path / "sbatch").write_text("")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert Layout().is_slurm
+    assert not LOCAL.is_slurm
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        (None, None, ["0", "1", "2"]),
+        ("4,GPU-ab,6", None, ["4", "GPU-ab", "6"]),
+        (None, 2, ["0", "1"]),
+        (None, 4, ["0", "1", "2", "0"]),
+        (None, 9, ["0", "1", "2", "0", "1"]),
+    ],
+)
+def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
+    tmp_path, monkeypatch, visible, count, expected
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    runs = {tmp_path / str(n): jobs._Run(Experiment()) for n in range(5)}
+    slots = jobs._slots(runs, Layout(jobs=count, cluster="local"), tmp_path / "driver")
+    assert [job.gpu for job in slots] == expected
+    for job in slots:
+        replace(job, runs={})()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == job.gpu
+
+
+@pytest.mark.parametrize(
+    ("count", "at_once", "own", "most"),
+    [(1, 1, ["01234"], 1), (2, 1, ["024", "13"], 1), (3, 4, ["03", "14", "2"], 2), (9, 4, [*"01234"], 1)],
+)
+def test_a_job_trains_its_own_runs_first_and_takes_no_more_at_once_than_its_share(tmp_path, count, at_once, own, most):
+    runs = {tmp_path / str(n): jobs._Run(Experiment(training=TrainingConfig(seed=n))) for n in range(5)}
+    slots = jobs._slots(runs, Layout(at_once, count, "local"), tmp_path / "driver")
+    for n, job in enumerate(slots):
+        order = "".join(own[n:] + own[:n])
+        assert "".join(run.name for run in job.runs) == order
+        assert job.runs == runs
+        assert (job.at_once, job.one_thread) == (most, at_once > 1)
+    assert len(slots) == len(own)
+
+
+def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(tmp_path, monkeypatch):
+    """The second job found the run free while the first was starting it, and gets its lock when it has failed."""
+    write = jobs.write_text
+    monkeypatch.setattr(jobs, "write_text", lambda file, text: write(file, f"locked: {is_locked(file.parent)}. {text}"))
+    for rhemo in (tmp_path / "absent", None):  # the second would fail otherwise
+        run = jobs._Run(Experiment(network=NetworkConfig(rhemo=rhemo)))
+        process = multiprocessing.get_context("fork").Process(target=jobs._train, args=(run, tmp_path, False))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        told = (tmp_path / "error.txt").read_text()
+        assert told.startswith(f"locked: True. ValueError: {tmp_path}/absent: no such checkpoint\n")
+
+
+def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained(tmp_path):
+    run = jobs._Run(Experiment())
+    runs = dict.fromkeys(("finished", "failed", "busy", "stopped", "new"), run) | {
+        "unready": replace(run, needs=(tmp_path / "finished", tmp_path / "stopped")),
+        "ready": replace(run, needs=(tmp_path / "finished",)),
+        "unprobed": replace(run, probe=True),
+        "probed": replace(run, probe=True),
+    }
+    for name in ("finished", "unprobed", "probed"):
+        write_text(tmp_path / name / "result.json", "{}")
+    write_text(tmp_path / "probed/analysis.json", "{}")
+    write_text(tmp_path / "failed/error.txt", "ValueError: no such checkpoint\n")
+    write_text(tmp_path / "stopped/last.safetensors", "")
+    free = ["stopped", "new", "ready", "unprobed"]
+    with held(tmp_path / "busy/.lock"):
+        assert [name for name, run in runs.items() if jobs._is_free(tmp_path / name, run)] == free
+    assert jobs._is_free(tmp_path / "busy", run)
+    job = jobs._Job({tmp_path / name: run for name, run in runs.items()}, 2, False, None, None)
+    assert job._next({}) == tmp_path / "busy"
+    assert job._next({0: (tmp_path / "busy", None)}) == tmp_path / "stopped", "it has been started, but has no lock yet"
+
+
+def test_no_run_waits_behind_a_long_one_while_another_job_is_free(experiment, tmp_path, monkeypatch):
+    def watch(driver):
+        wait_for((runs["long"] / "last.safetensors").is_file)
+        os.kill(process := trainer(runs["long"]), signal.SIGSTOP)
+        wait_for(lambda: all((runs[name] / "result.json").is_file() for name in "bcd"), 100)
+        os.kill(process, signal.SIGCONT)
+        watched(driver)
+
+    watched = jobs._watch
+    monkeypatch.setattr(jobs, "_watch", watch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    seeds = dict(zip("bcd", (2, 3, 4), strict=True))
+    trainings = {name: longer(experiment, 2, seed) for name, seed in seeds.items()}
+    campaign, runs = campaign_of(tmp_path, {"long": longer(experiment, 30)} | trainings)
+    outcomes = train(campaign, replace(LOCAL, jobs=2))
+    assert [one.status for one in outcomes] == ["finished"] * 4
+
+
+def test_what_is_built_on_is_waited_for_and_nothing_else(experiment, tmp_path, monkeypatch):
+    """A training starts as soon as its twin is there, in a second job, while another one goes on."""
+
+    def watch(driver):
+        wait_for((runs["long"] / "last.safetensors").is_file)
+        os.kill(process := trainer(runs["long"]), signal.SIGSTOP)
+        started.append(len(driver.jobs))
+        thaw.append(process)
+        watched(driver)
+
+    def settled(driver):
+        if (runs["single"] / "result.json").is_file() and thaw:
+            assert not (runs["long"] / "result.json").is_file()
+            assert len(driver.jobs) > started[0], "a job was submitted for what had become ready"
+            os.kill(thaw.pop(), signal.SIGCONT)
+        return counted(driver)
+
+    started: list[int] = []
+    thaw: list[int] = []
+    watched, counted = jobs._watch, jobs._Driver.settled
+    monkeypatch.setattr(jobs, "_watch", watch)
+    monkeypatch.setattr(jobs._Driver, "settled", settled)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    campaign = Campaign(tmp_path)
+    runs = {"long": campaign.add(longer(experiment, 30)), "twin": campaign.add(replace(experiment, task="speaker"))}
+    single = replace(experiment, anti_transfer=AntiTransferConfig(runs["twin"], [2]))
+    runs["single"] = campaign.add(single)
+    runs["dual"] = campaign.add(replace(single, training=replace(single.training, initial=runs["single"])))
+    outcomes = train(campaign, replace(LOCAL, jobs=2))
+    assert [one.status for one in outcomes] == ["finished"] * 4
+    assert not thaw
+
+
+def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
+    """Of one job's runs, one is killed, one is being trained by somebody else, one is of RH-Emo; then the job dies."""
+
+    def watch(driver):
+        wait_for((runs["killed"] / "last.safetensors").is_file)
+        os.kill(trainer(runs["killed"]), signal.SIGKILL)
+        wait_for((runs["stopped"] / "last.safetensors").is_file)
+        [job] = children(driver.jobs[0]._process.pid)
+        os.kill(job, signal.SIGKILL)
+        watched(driver)
+
+    watched = jobs._watch
+    monkeypatch.setattr(jobs, "_watch", watch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pretraining = RHEmoExperiment(
+        corpus=experiment.corpus,
+        normalisation="log",
+        rhemo=RHEmoConfig(width=0.01),
+        training=experiment.training,
+        cache=experiment.cache,
+    )
+    trainings = {"killed": longer(experiment, 100_000, 1), "busy": experiment, "rhemo": pretraining}
+    trainings |= {"stopped": longer(experiment, 100_000, 2), "untried": longer(experiment, 2, 3)}
+    campaign, runs = campaign_of(tmp_path, trainings)
+    runs["waiting"] = campaign.add(replace(experiment, anti_transfer=AntiTransferConfig(runs["killed"], [2])))
+    write_text(runs["untried"] / "error.txt", "of an earlier call\n")
+    with held(runs["busy"] / ".lock"):
+        killed, busy, rhemo, stopped, untried, waiting = train(campaign, LOCAL)
+    assert (killed.status, killed.error) == ("failed", "the process was killed by signal 9")
+    assert busy.status == "busy"
+    assert busy.error.startswith(f"process {os.getpid()} on ")
+    assert not (runs["busy"] / "split.json").exists()
+    assert rhemo.status == "finished"
+    assert rhemo.result["kind"] == "rhemo"
+    [logs] = (tmp_path / ".jobs").iterdir()
+    assert list(logs.glob("*.err"))
+    assert [(one.status, one.error) for one in (stopped, untried)] == [
+        ("stopped", f"the jobs ended before it; the logs in {logs} may tell why")
+    ] * 2
+    assert (waiting.status, waiting.error) == ("waiting", f"builds on {killed.path}, which is not finished")
+    wait_for(lambda: not is_locked(runs["stopped"]), 20)
+
+
+def test_probes_follow_their_training_and_are_made_up_for(experiment, twin, tmp_path):
+    campaign = Campaign(tmp_path)
+    at = replace(experiment, anti_transfer=AntiTransferConfig(twin, [2]))
+    run = campaign.add(at, "at-speaker", probe=True)
+    assert [one.status for one in train(campaign, LOCAL)] == ["finished"]
+    probes = json.loads((run / "analysis.json").read_text())
+    assert 0 <= probes["voice_probe"] <= 1
+    written = (run / "result.json").stat().st_mtime_ns
+    (run / "analysis.json").unlink()
+    assert campaign.finished() == set(campaign.trainings)
+    assert [one.status for one in train(campaign, LOCAL)] == ["finished"]
+    assert json.loads((run / "analysis.json").read_text()) == probes
+    assert (run / "result.json").stat().st_mtime_ns == written
+    (run / "analysis.json").unlink()
+    (run / "predictions.csv").unlink()
+    [outcome] = train(campaign, LOCAL)
+    assert outcome.status == "failed"
+    assert "predictions.csv" in outcome.error
