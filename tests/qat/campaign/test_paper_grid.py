@@ -45,7 +45,7 @@ def test_the_whole_grid_has_642_trainings(tmp_path):
     cells = grid.table[grid.table["stage"] == "emotion"].groupby(["network", "corpus", "split"]).size()
     assert len(cells) == 12
     assert set(cells) == {53}
-    assert len(plan_grid(tmp_path, "paper", seeds=[1, 2, 3]).plan.trainings) == 6 + 3 * 636
+    assert len(plan_grid(tmp_path, "paper", seeds=[1, 2, 3]).trainings) == 6 + 3 * 636
 
 
 def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path):
