@@ -293,18 +293,29 @@ def compiled(name: str, fits: Callable[[LayerCase], bool], **options: Any) -> Pr
 
 
 @functools.cache
-def _speechbrain_functions() -> Any:
+def speechbrain_module(name: str) -> Any:
+    """A module of SpeechBrain's quaternion networks, and nothing else of its import.
+
+    SpeechBrain leaves modules that raise when somebody looks through `sys.modules`, as `inspect` does, and patches
+    PyTorch's iterators of batches in place: imported again it would patch its own patch, which then calls itself.
+    """
+    from torch.utils.data import dataloader
+
     importlib.import_module("qat.data.torchaudio_import")  # which SpeechBrain imports, and which may need this help
-    functions = importlib.import_module("speechbrain.nnet.quaternion_networks.q_ops")
-    # Its lazy modules fail when somebody looks through sys.modules, as `inspect` does.
-    for name in [name for name in sys.modules if name.partition(".")[0] == "speechbrain"]:
-        del sys.modules[name]
-    return functions
+    iterator: Any = dataloader._BaseDataLoaderIter
+    own = {attribute: vars(iterator).get(attribute) for attribute in ("__init__", "_reset", "__old_init__")}
+    try:
+        return importlib.import_module(f"speechbrain.nnet.quaternion_networks.{name}")
+    finally:
+        for attribute, value in own.items():
+            setattr(iterator, attribute, value)
+        for module in [module for module in sys.modules if module.partition(".")[0] == "speechbrain"]:
+            del sys.modules[module]
 
 
 def _speechbrain(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
     """The functions behind SpeechBrain's layers, without the transpositions around them."""
-    ops = _speechbrain_functions()
+    ops = speechbrain_module("q_ops")
 
     def layer(x: Tensor, r: Tensor, i: Tensor, j: Tensor, k: Tensor, bias: Tensor) -> Tensor:
         if case.linear:

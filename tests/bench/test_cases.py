@@ -1,7 +1,9 @@
 """Layers and losses of the benchmark: their operations are counted again, their gates must refuse what is wrong."""
 
+import importlib.util
 import itertools
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -192,3 +194,13 @@ def test_suites_have_what_they_should() -> None:
 def test_ten_headline_cases() -> None:
     assert len({str(case) for case, _ in HEADLINE["cuda"]}) == 10
     assert all(provider.fits(case) for pairs in HEADLINE.values() for case, provider in pairs)
+
+
+def test_speechbrain_leaves_pytorch_as_it_was() -> None:
+    """Imported twice, as by two of its modules, its patch of the iterators of batches would call itself."""
+    if not importlib.util.find_spec("speechbrain"):
+        pytest.skip("SpeechBrain is not installed")
+    for name in ("q_ops", "q_linear"):
+        layers.speechbrain_module(name)
+    assert [*torch.utils.data.DataLoader([1, 2])] == [torch.tensor([1]), torch.tensor([2])]
+    assert not [name for name in sys.modules if name.partition(".")[0] == "speechbrain"]
