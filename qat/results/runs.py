@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,12 +53,14 @@ class FinishedRun:
         name: name of its setting; runs of one name differ by their seed.
         seed: seed of the training.
         result: record of ``result.json``.
+        planned: rows of the campaign's ``plan.csv`` by ``run``, which name the networks that it builds on.
     """
 
     folder: Path
     name: str
     seed: int | None
     result: Result
+    planned: Mapping[str, Planned] = field(default_factory=dict)
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -109,7 +111,7 @@ class FinishedRun:
     def start(self) -> str:
         """What the weights were before the first step: ``random``, or the network they come from."""
         initial = self.experiment.training.initial
-        return "random" if initial is None else _origin(initial)
+        return "random" if initial is None else self._origin(initial)
 
     @property
     def twin(self) -> AntiTransferConfig | None:
@@ -145,8 +147,13 @@ class FinishedRun:
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {'+'.join(map(str, self.layers))}"
         if not self.transfers:
             return f"none ({layers} watched, beta 0)"
-        twin = "random twin (control)" if self.random_twin else f"twin {_origin(self.twin.twin)}"
+        twin = "random twin (control)" if self.random_twin else f"twin {self._origin(self.twin.twin)}"
         return f"{layers} ({POSITIONS[self.twin.position]}), beta {self.beta}, {twin}, {describe_loss(self.twin)}"
+
+    def _origin(self, checkpoint: object) -> str:
+        """Name of the network that a checkpoint holds."""
+        folder = _origin(checkpoint)
+        return self.planned[folder].name if folder in self.planned else folder
 
     @property
     def device(self) -> str:
@@ -245,7 +252,7 @@ class RunsFolder:
             files = [file for name in ("result.json", "error.txt", "experiment.yaml") for file in folder.rglob(name)]
             places = {file.parent: file.parent.relative_to(folder).as_posix() for file in sorted(files)}
         finished = [place for place in places if (place / "result.json").is_file()]
-        runs = collect(folder) if not plan else [_planned_run(place, rows[place.name]) for place in finished]
+        runs = collect(folder) if not plan else [_planned_run(place, rows) for place in finished]
         failed, unfinished = {}, []
         for place, name in places.items():
             if place in finished:
@@ -317,9 +324,10 @@ def collect(folder: Path) -> list[FinishedRun]:
         if campaign not in plans:
             path = campaign / "plan.csv"
             plans[campaign] = {row.run: row for row in reversed(read_plan(path))} if path.is_file() else {}
-        row = plans[campaign].get(file.parent.name)
-        above = campaign.relative_to(folder).as_posix() if row and campaign.is_relative_to(folder) else "."
-        run = _planned_run(file.parent, row, "" if above == "." else f"{above}/") if row else _run(file.parent, folder)
+        planned = file.parent.name in plans[campaign]
+        above = campaign.relative_to(folder).as_posix() if planned and campaign.is_relative_to(folder) else "."
+        prefix = "" if above == "." else f"{above}/"
+        run = _planned_run(file.parent, plans[campaign], prefix) if planned else _run(file.parent, folder)
         other = seen.setdefault((run.name, run.seed), run)
         if other is not run:
             raise ValueError(
@@ -365,9 +373,9 @@ def _labelled(name: str, seed: int | None) -> str:
     return name if seed is None else f"{name}, seed {seed}"
 
 
-def _planned_run(folder: Path, row: Planned, above: str = "") -> FinishedRun:
-    result = read_result(folder / "result.json")
-    return FinishedRun(folder, above + row.name, result.seed if row.seed is None else row.seed, result)
+def _planned_run(folder: Path, planned: Mapping[str, Planned], prefix: str = "") -> FinishedRun:
+    row, result = planned[folder.name], read_result(folder / "result.json")
+    return FinishedRun(folder, prefix + row.name, result.seed if row.seed is None else row.seed, result, planned)
 
 
 def _run(folder: Path, top: Path) -> FinishedRun:

@@ -693,6 +693,8 @@ def test_a_plan_that_is_no_grid_names_the_runs(tmp_path, rng):
         for seed in (1, 2):
             answers = corpus.answers("test", 0.5)
             plain = to_plain(replace(SETTINGS[name][0], training=replace(PLAIN.training, seed=seed)))
+            if plain["anti_transfer"]["twin"]:
+                plain["anti_transfer"]["twin"] = str(top / "runs" / ("f" * 16))
             address = f"{len(rows):016x}"
             result = {"name": address, "seed": seed, "experiment": plain, "classes": EMOTIONS}
             write_run(top / "runs" / address, result | {"parts": {"test": judged(answers)}}, rng, answers)
@@ -710,6 +712,7 @@ def test_a_plan_that_is_no_grid_names_the_runs(tmp_path, rng):
     assert table.loc["at-voice", "baseline"] == "baseline"
     nested = {(run.name, run.seed) for run in collect(tmp_path)}
     assert ("campaign/at-voice", 2) in nested
+    assert "twin at-word" in table.loc["at-voice", "anti_transfer"]  # its name, not its address
 
 
 def test_the_axis_of_one_epoch_has_that_epoch(tmp_path, monkeypatch):
