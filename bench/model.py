@@ -108,7 +108,7 @@ def _planned(launch: Launch, arch: int) -> tuple[Problem, Plan]:
         pixels = given["batch"] * given["grid_h"] * given["grid_w"] * (4 if how.POOL else 1)
         phases = math.prod(how.STRIDE) if how.ADJOINT else 1
     positions = max(1, math.prod(how.KERNEL) // phases)
-    problem = Problem(kernel, pixels, n, k, positions, given["groups"], phases, how.POOL)
+    problem = Problem(kernel, pixels, n, k, positions, given["groups"], phases, how.POOL or how.DROPOUT)
     form = "q8" if "q8" in launch.kernel.__name__ else "signed"
     half = given["x_ptr"].element_size() == 2
     precision = "half" if half else how.PRECISION

@@ -194,7 +194,8 @@ def _planned(layer: Layer, direction: str, how: str, device: torch.device) -> It
     y_size = conv.Window.of(layer.size, layer.kernel, layer.window).y_size
     pixels, positions = layer.batch * math.prod(y_size), math.prod(layer.kernel)
     n, k = (layer.q, layer.p) if direction == "dx" else (layer.p, layer.q)
-    problem = Problem("dw" if direction == "dw" else "gather", pixels, n, k, positions, pool=direction == "pool")
+    epilogue = direction == "pool" or (direction == "forward" and _is_linear(layer))
+    problem = Problem("dw" if direction == "dw" else "gather", pixels, n, k, positions, epilogue=epilogue)
     form, precision = HOWS[how][2].split("-")
     plan = config.plan(problem, form, precision, arch_of(place), multiprocessors_of(place))
     with config.force(replace(plan, splits=layer.splits)):

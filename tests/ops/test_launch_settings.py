@@ -75,7 +75,7 @@ def convolutions(batch):
     """Number of the layer, its product, and how large that is."""
     for n, (q, p, side) in enumerate(CONVS, 1):
         pixels = batch * side * side
-        yield n, "forward", Problem("gather", pixels, p, q, 9, pool=n in POOLED)
+        yield n, "forward", Problem("gather", pixels, p, q, 9, epilogue=n in POOLED)
         if n > 1:
             yield n, "dx", Problem("gather", pixels, q, p, 9)
         yield n, "dw", Problem("dw", pixels, p, q, 9)
@@ -130,7 +130,7 @@ def test_every_product_has_plans(arch, option, kernel, pixels, n, k, positions, 
         assert 1 <= each.splits <= max(steps, 1)
         assert each.splits == 1 or tiles <= config.MOST_TICKETS
         assert (steps + 1) * each.splits < 2**31
-        assert not (problem.pool and each.form == "signed" and each.tile.n == 64)
+        assert not (problem.epilogue and each.form == "signed" and each.tile.n == 64)
 
 
 def test_tickets_are_counted():
@@ -306,14 +306,35 @@ def test_measured_form_and_plan_come_first(tables):
     assert plan(problem, "signed", "half", 90, 132) == modelled
 
 
-def test_measured_tile_that_would_spill_with_a_pool_is_not_taken_there(tables):
+def test_measured_tile_that_would_spill_with_an_epilogue_is_not_taken_there(tables):
     problem = Problem("gather", 1280, 64, 64, 9)
     row = {"problem": list(problem.key), "form": "signed", "asked": "half", "precision": "half",
            "tile": [128, 64, 64, 8, 3], "splits": 1}  # fmt: skip
     (tables / "sm_90.json").write_text(json.dumps({"forms": [], "plans": [row]}))
     forget()
     assert plan(problem, "signed", "half", 90, 132).tile == Tile(128, 64, 64, 8, 3)
-    assert plan(dataclasses.replace(problem, pool=True), "signed", "half", 90, 132).tile.n < 64
+    assert plan(dataclasses.replace(problem, epilogue=True), "signed", "half", 90, 132).tile.n < 64
+
+
+@pytest.mark.parametrize(("fused", "large"), [("nothing", True), ("dropout", False), ("pool", False)])
+def test_no_launch_with_dropout_or_a_pool_takes_a_tile_that_would_spill(fused, large, tables):
+    """Of few channels and many pixels, for which the largest tiles are."""
+    pytest.importorskip("triton")
+    from qkernels.ops.hamilton_conv import launch
+
+    x, w = (
+        torch.empty(2**14, 64, 2, 2, dtype=torch.bfloat16, device="meta"),
+        torch.empty(4, 128, 16, 1, 1, device="meta"),
+    )
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if fused == "dropout" else None
+    window, epilogue = (1, 1, 0, 0, 1, 1, 1), launch.Epilogue(seed=seed, scale=2.0 if fused == "dropout" else 1.0)
+    with record(90) as recording:
+        (launch.forward_pool if fused == "pool" else launch.forward)(x, w, window, "signed-half", epilogue)
+    (main,) = [entry for entry in recording.launches if entry.kernel.__name__ == "_hamilton_conv_kernel"]
+    how, options = main.arguments["HOW"], main.options
+    tile = Tile(how.BLOCK_M, how.BLOCK_N, how.BLOCK_K, options["num_warps"], options["num_stages"])
+    assert [name for name in ("dropout", "pool") if getattr(how, name.upper())] == [fused] * (fused != "nothing")
+    assert config.leaves_registers(tile) != large
 
 
 @pytest.mark.parametrize("n", range(11))

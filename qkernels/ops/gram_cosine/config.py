@@ -45,7 +45,7 @@ FORWARD = {
         "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 2), Tile(64, 64, 32, 0, 4, 2)),
     },
 }
-FORWARD[100] = FORWARD[90]
+FORWARD[100] = FORWARD[90] | {"half": (Tile(16, 16, 128, 0, 4, 2), *FORWARD[90]["half"][1:])}
 # The last tile of a list keeps no whole row of a matrix on chip.
 BACKWARD: dict[int, dict[tuple[str, str], tuple[Tile, ...]]] = {
     80: {
@@ -114,7 +114,16 @@ BACKWARD: dict[int, dict[tuple[str, str], tuple[Tile, ...]]] = {
         ),
     },
 }
-BACKWARD[100] = BACKWARD[90] | {("direct", "single"): (Tile(32, 64, 16, 32, 8, 1),)}
+BACKWARD[100] = BACKWARD[90] | {
+    ("direct", "single"): (Tile(32, 64, 16, 32, 8, 1),),
+    ("dual", "single"): (
+        Tile(16, 16, 32, 32, 4, 2),
+        Tile(32, 32, 32, 16, 4, 2),
+        Tile(64, 64, 32, 32, 8, 2),
+        Tile(64, 128, 16, 32, 8, 2),
+        Tile(32, 32, 32, 16, 4, 1),
+    ),
+}
 
 
 class Plan(NamedTuple):

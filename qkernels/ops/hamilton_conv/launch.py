@@ -26,6 +26,8 @@ Ints = Sequence[int]
 NEGATIVE = sum(1 << (4 * a + c) for a in range(4) for c in range(4) if algebra.SIGNS[a][c] < 0)
 NEGATIVE_ADJOINT = sum(1 << (4 * a + c) for a in range(4) for c in range(4) if algebra.SIGNS[c][a] < 0)
 ELEMENTWISE_BLOCK = 1024
+# All there are: ptxas by itself stops at 80 or 128 and spills 8 to 56 bytes, of maxima and of random numbers.
+REGISTERS = 255
 # Pixels are counted in 32 bits, up to the end of the last tile.
 MOST_PIXELS = 2**31 - 1024
 
@@ -335,6 +337,7 @@ def _gather(
 ) -> None:
     """Fills `target` (map, maxima of its windows, their argmax) with the convolution of x, or its adjoint."""
     y, pooled, argmax = target
+    bias, relu, seed, scale, relu_output = epilogue
     pool = pooled is not None
     out = pooled if y is None else y
     assert out is not None
@@ -355,7 +358,7 @@ def _gather(
     _check_pixels(rows)
     # The phase with the fewest positions says how many programs can share a sum; one without any gives the bias.
     positions = _positions_of_phases(window) if phases > 1 else {window.positions}
-    problem = Problem("gather", rows, n, k, min(positions - {0}), groups, phases, pool)
+    problem = Problem("gather", rows, n, k, min(positions - {0}), groups, phases, epilogue=pool or seed is not None)
     plan = _plan(problem, how, x)
     tile = plan.tile
     if packed is None:
@@ -366,7 +369,8 @@ def _gather(
     delta = [
         -t * d // s if adjoint else d for t, d, s in zip(step, window.dilation, stride, strict=True)
     ]  # whole: see kernels.py
-    bias, relu, seed, scale, relu_output = epilogue
+    # Of tensor cores' products maxima do not spill, but would take far more registers than they need.
+    crowded = seed is not None or (pool and plan.precision == "ieee")
     with device_of(x):
         _launch.run(
             kernels._hamilton_conv_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_kernel,
@@ -411,13 +415,15 @@ def _gather(
                     WRITE_MAP=y is not None,
                     DROPOUT=seed is not None,
                     MASKED=relu_output is not None,
-                    SCALED=scale != 1,
+                    # A mask that reads the sums themselves makes ptxas serialise the products (C7514).
+                    SCALED=scale != 1 or relu_output is not None,
                     **_products(plan, x),
                     **window.geometry,
                 ),
             },
             tile.warps,
             tile.stages,
+            REGISTERS if crowded else 0,
         )
 
 
