@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 
 from qat.campaign.plan import Campaign
 from qat.campaign.stages import Stages
-from qat.config.plain import prefix_errors
+from qat.config.parsing import prefix_errors
 from qat.config.preset import VALUES, parse_layers, read_layers, read_yaml
 from qat.data.corpora import module
 

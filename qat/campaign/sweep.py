@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from qat.campaign.plan import Campaign
 from qat.config import Experiment, flatten
-from qat.config.plain import check, instantiate, parser_of, prefix_errors
+from qat.config.parsing import check, instantiate, parser_of, prefix_errors
 from qkernels.losses import Loss
 
 SEED = "training.seed"

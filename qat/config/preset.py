@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from qat.config import AnyExperiment, Experiment, RHEmoExperiment, flatten
-from qat.config.plain import check, instantiate, parser_of, prefix_errors
+from qat.config.parsing import check, instantiate, parser_of, prefix_errors
 
 NAMES = ("paper", "released-code", "demo", "small")
 _PARTS = ("demo-corpus", "small-recorded")

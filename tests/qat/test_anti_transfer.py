@@ -11,7 +11,7 @@ import yaml
 from qat import anti_transfer
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, from_plain, to_plain
-from qat.config.plain import instantiate, parser_of, prefix_errors
+from qat.config.parsing import instantiate, parser_of, prefix_errors
 from qat.models import VGG16, tap_name
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
 from qkernels import anti_transfer_loss
