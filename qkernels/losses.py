@@ -61,13 +61,16 @@ class Loss:
 
     def plain(self) -> str | dict[str, Any]:
         """The name, or a mapping of the name and the options that are not default: what `loss_of` takes."""
-        changed = {field: value for field, value in vars(self).items() if value != getattr(type(self), field)}
+        changed = self._changed()
         return {"name": self.name, **changed} if changed else self.name
 
     def __str__(self) -> str:
-        plain = self.plain()
-        changed = {} if isinstance(plain, str) else {key: value for key, value in plain.items() if key != "name"}
-        return ", ".join([self.summary, *(key if value is True else str(value) for key, value in changed.items())])
+        changed = (option if value is True else str(value) for option, value in self._changed().items())
+        return ", ".join([self.summary, *changed])
+
+    def _changed(self) -> dict[str, Any]:
+        """The options that are not default."""
+        return {option: value for option, value in vars(self).items() if value != getattr(type(self), option)}
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,10 @@ def loss_of(value: object) -> Loss:
     if not isinstance(value, Mapping) or not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"loss must be {_one_of(LOSSES)}, or a mapping of such a name and options; got {value!r}")
     options = {option: setting for option, setting in value.items() if option != "name"}
-    for option in options.keys() - LOSSES[name].options().keys():
-        allowed = ", ".join(LOSSES[name].options()) or "none"
-        raise ValueError(f"{option}: {options[option]!r} must be an option of loss {name!r}, which has {allowed}")
+    allowed = LOSSES[name].options()
+    for option in options.keys() - allowed.keys():
+        listed = ", ".join(allowed) or "none"
+        raise ValueError(f"{option}: {options[option]!r} must be an option of loss {name!r}, which has {listed}")
     return LOSSES[name](**options)
 
 

@@ -98,10 +98,9 @@ def _run_study(options: Namespace, name: str, design: Any) -> Any:
     result = _carry_out(options, campaign, asked, lambda: obtain(campaign, options["from"]))
     if options.dry_run or not campaign.finished():
         return result
-    from qat.report.report import collect, summary_table, write_report
+    from qat.report.report import report_and_tables
 
-    problems = {"problems": result["problems"]}
-    return {"summary": summary_table(collect(folder)), "report": write_report(folder), **problems}
+    return {**report_and_tables(folder, short=not options.json), "problems": result["problems"]}
 
 
 def add_sweep(commands: Commands) -> None:

@@ -19,7 +19,6 @@ def add_report(commands: Commands) -> None:
 
 
 def run_report(options: Namespace) -> Any:
-    from qat.report.report import report_tables, write_report
+    from qat.report.report import report_and_tables
 
-    report = write_report(options.folder, options.out)
-    return {**report_tables(options.folder, report, short=not options.json), "report": report}
+    return report_and_tables(options.folder, options.out, short=not options.json)

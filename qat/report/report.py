@@ -19,7 +19,7 @@ from qat.results.tables import summary_table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["collect", "report_tables", "summary_table", "write_report"]
+__all__ = ["collect", "report_and_tables", "summary_table", "write_report"]
 
 SECTIONS: tuple[tuple[str, Callable[[View], Section]], ...] = (
     ("In short", sections.verdict),
@@ -65,8 +65,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     Raises:
         ValueError: as `RunsFolder.read`.
     """
-    out = Path(folder) / "report.html" if out is None else Path(out)
-    view, page = View(RunsFolder.read(folder)), Page()
+    return _write(View(RunsFolder.read(folder)), out)
+
+
+def _write(view: View, out: Path | None) -> Path:
+    out = view.folder.folder / "report.html" if out is None else Path(out)
+    page = Page()
     shown = []
     for heading, section in SECTIONS:
         if (values := section(view)) is not None:
@@ -80,22 +84,27 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     return out
 
 
-def report_tables(folder: Path, out: Path, short: bool) -> dict[str, Any]:
-    """What a terminal shows of a report that was written.
+def report_and_tables(folder: Path, out: Path | None = None, *, short: bool) -> dict[str, Any]:
+    """Write the report of a folder, and tell what a terminal shows of it.
 
     Args:
-        folder, out: as of `write_report`, with its result.
+        folder, out: as of `write_report`.
         short: leave out what a terminal has no room for.
 
     Returns:
-        ``table1`` of a grid, and what of it is ``synthesised``; ``summary`` of other runs.
+        ``table1`` of a grid, and what of it is ``synthesised``; ``summary`` of other runs; and the file, ``report``.
     """
+    view = View(RunsFolder.read(folder))
+    report = _write(view, out)
+    tables = _grid_tables(report, short) if view.grid else {"summary": view.table.reset_index(drop=True)}
+    return {**tables, "report": report}
+
+
+def _grid_tables(report: Path, short: bool) -> dict[str, Any]:
     import pandas as pd
 
-    if not (folder / "plan.csv").is_file() or not (file := folder_beside(out) / "table1.csv").is_file():
-        return {"summary": summary_table(RunsFolder.read(folder).runs)}
     whole = dict.fromkeys(("layer", "seeds", "speakers", "gain_seeds", "test_layer", "paper_layer"), "Int64")
-    table = pd.read_csv(file, dtype=whole)
+    table = pd.read_csv(folder_beside(report) / "table1.csv", dtype=whole)
     table = table.astype(object).where(table.notna(), None)
     synthesised = sorted(set(table.loc[table["kind"] == "synthesised", "corpus"]))
     if not short:

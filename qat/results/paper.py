@@ -9,6 +9,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qat.config.preset import VALUES
 from qat.results.runs import FinishedRun, Group, Planned, RunsFolder, devices
 from qat.results.statistics import Difference, mean_and_sd
 from qat.results.tables import clip_difference, summary_table
@@ -16,7 +17,6 @@ from qat.results.tables import clip_difference, summary_table
 if TYPE_CHECKING:
     import pandas as pd
 
-STAGES = ("rhemo-1", "rhemo-2", "word", "speaker", "emotion")
 CORPORA = ("iemocap", "ravdess", "tess")
 NETWORKS = ("real", "quaternion")
 SPLITS = ("random", "actor")
@@ -478,7 +478,13 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 def _place(row: Planned) -> tuple[Any, ...]:
     """The order of the paper's table 1."""
-    named = (("stage", STAGES), ("corpus", CORPORA), ("network", NETWORKS), ("split", SPLITS), ("at", tuple(METHODS)))
+    named = (
+        ("stage", VALUES["stage"]),
+        ("corpus", CORPORA),
+        ("network", NETWORKS),
+        ("split", SPLITS),
+        ("at", tuple(METHODS)),
+    )
     return *(_rank(order)(getattr(row, name)) for name, order in named), row.layer, row.name
 
 
