@@ -45,7 +45,10 @@ FORWARD = {
         "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 2), Tile(64, 64, 32, 0, 4, 2)),
     },
 }
-FORWARD[100] = FORWARD[90] | {"half": (Tile(16, 16, 128, 0, 4, 2), *FORWARD[90]["half"][1:])}
+FORWARD[100] = {
+    "half": (Tile(16, 16, 128, 0, 4, 2), *FORWARD[90]["half"][1:]),
+    "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 3)),
+}
 # The last tile of a list keeps no whole row of a matrix on chip.
 BACKWARD: dict[int, dict[tuple[str, str], tuple[Tile, ...]]] = {
     80: {
@@ -102,7 +105,7 @@ BACKWARD: dict[int, dict[tuple[str, str], tuple[Tile, ...]]] = {
             Tile(32, 32, 64, 64, 4, 2),
             Tile(64, 64, 64, 64, 4, 2),
             Tile(64, 128, 32, 64, 8, 2),
-            Tile(64, 256, 32, 32, 8, 1),
+            Tile(64, 256, 16, 16, 8, 1),
             Tile(64, 128, 32, 64, 8, 2),
         ),
         ("dual", "single"): (
