@@ -143,11 +143,11 @@ def hamilton_conv2d(
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
     ]
     checks.output_size([length // pool for length in size] if pool else size, x)
-    x, weight, bias, backend, how = _operands_of_layer("hamilton_conv2d", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv2d", x, weight, bias)
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
-    tiles, tickets = _packed(packed, x, weight, backend, how)
+    tiles, tickets = _packed(packed, x, weight, backend, algorithm)
     if pool and backend == "triton":
-        computed = (runtime.operator_backend(backend), how)
+        computed = (runtime.operator_backend(backend), algorithm)
         pooled, _, y = conv_op.hamilton_conv2d_pool(
             x, weight, bias, tiles, tickets, window, relu, return_map, x_is_relu, *computed
         )
@@ -173,7 +173,7 @@ def hamilton_conv2d(
             *masks,
             x.dtype,
             runtime.operator_backend(backend),
-            how,
+            algorithm,
         )
     if not pool:
         return y
@@ -230,14 +230,16 @@ def hamilton_conv_transpose2d(
         for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, output_padding, strict=True)
     ]
     checks.output_size(size, x)
-    x, weight, bias, backend, how = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
     if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation
         )
     window = (*stride, *padding, *dilation, groups)
-    tiles, tickets = _packed(None, x, weight, backend, how)
-    return conv_op.hamilton_conv2d_dx(x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, how)
+    tiles, tickets = _packed(None, x, weight, backend, algorithm)
+    return conv_op.hamilton_conv2d_dx(
+        x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, algorithm
+    )
 
 
 def hamilton_linear(
@@ -293,18 +295,18 @@ def hamilton_linear(
         raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
     if flatten:  # on the Triton backend a convolution whose kernel is the whole map
         weight = weight.unflatten(2, (-1, *x.shape[2:]))
-    x, weight, bias, backend, how = _operands_of_layer("hamilton_linear", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_linear", x, weight, bias)
     relu, dtype = activation == "relu", dtype or x.dtype
     if backend == "triton":
         if not flatten:  # of maps of one pixel
             x, weight = x.reshape(math.prod(leading), features, 1, 1), weight[..., None, None]
-        tiles, tickets = _packed(packed, x, weight, backend, how)
+        tiles, tickets = _packed(packed, x, weight, backend, algorithm)
         # Where a dropout is fused, what the ReLU zeroes and what it zeroes have one mask.
         fused = dropout if relu and dropout < 1 else 0.0
         seed = torch.randint(2**62, (1,), device=x.device) if fused else None
         options = (relu, fused, x_is_relu, mask_gradient or fused != dropout)
         y = conv_op.hamilton_conv2d(
-            x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, runtime.operator_backend(backend), how
+            x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, runtime.operator_backend(backend), algorithm
         )
         dropout = 0.0 if fused else dropout
     else:
@@ -315,7 +317,7 @@ def hamilton_linear(
             y = y.relu() if relu else y
         else:
             masks = (x_is_relu, mask_gradient or dropout > 0)
-            y = linear_op.hamilton_linear(rows, weight, bias, relu, *masks, how)
+            y = linear_op.hamilton_linear(rows, weight, bias, relu, *masks, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return y.to(dtype).view(*leading, 4 * weight.shape[1])
 
@@ -326,12 +328,12 @@ class PackedWeight(NamedTuple):
     Attributes:
         tiles: `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type.
         tickets: counters of the layer's kernels, zero before and after each launch.
-        how: form and precision of the products that the tiles are for.
+        algorithm: form and precision of the products that the tiles are for.
     """
 
     tiles: Tensor
     tickets: Tensor
-    how: str
+    algorithm: str
 
 
 def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[PackedWeight | None]:
@@ -358,12 +360,14 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
     chosen = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
     packed: list[PackedWeight | None] = [None] * len(weights)
     if chosen:
-        hows = [plans[i][1] for i in chosen]
+        algorithms = [plans[i][1] for i in chosen]
         plain = [weights[i][1].detach() for i in chosen]
-        tiles, tickets = conv_op.hamilton_pack(plain, " ".join(hows), dtype, runtime.operator_backend("triton"))
-        sizes = [packed_size(weights[i][1].numel(), how) for i, how in zip(chosen, hows, strict=True)]
-        for i, how, part, counters in zip(chosen, hows, tiles.split(sizes), tickets.split(MOST_TICKETS), strict=True):
-            packed[i] = PackedWeight(part, counters, how)
+        tiles, tickets = conv_op.hamilton_pack(plain, " ".join(algorithms), dtype, runtime.operator_backend("triton"))
+        sizes = [packed_size(weights[i][1].numel(), algorithm) for i, algorithm in zip(chosen, algorithms, strict=True)]
+        for i, algorithm, part, counters in zip(
+            chosen, algorithms, tiles.split(sizes), tickets.split(MOST_TICKETS), strict=True
+        ):
+            packed[i] = PackedWeight(part, counters, algorithm)
     return packed
 
 
@@ -670,7 +674,7 @@ def _operands_of_layer(
     """
     wanted = autocast_dtype(x.device.type)
     dtype = wanted if wanted and _casts(x) else x.dtype
-    backend, how = runtime.plan_of(name, x, weight, dtype)
+    backend, algorithm = runtime.plan_of(name, x, weight, dtype)
     maps = backend == "triton" and weight.dim() == 5  # not rows of features, however many dimensions those have
     x = x.to(dtype, memory_format=torch.channels_last if maps else torch.preserve_format)
     if wanted and backend != "triton":
@@ -683,21 +687,25 @@ def _operands_of_layer(
             raise ValueError(f"{label} must have the type of x; got {other.dtype} and {x.dtype}")
         if other is not None and other.device != x.device:
             raise ValueError(f"{label} must be on the device of x; got {other.device} and {x.device}")
-    return x, weight, bias, backend, how
+    return x, weight, bias, backend, algorithm
 
 
 def _packed(
-    packed: PackedWeight | None, x: Tensor, weight: Tensor, backend: str, how: str
+    packed: PackedWeight | None, x: Tensor, weight: Tensor, backend: str, algorithm: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Tiles and tickets for a layer; only the Triton backend has any."""
     if backend != "triton":
         return None, None
     if packed is None:
-        return conv_op.hamilton_pack([weight.detach()], how, x.dtype, runtime.operator_backend(backend))
-    if packed.how != how or packed.tiles.dtype != x.dtype or packed.tiles.numel() != packed_size(weight.numel(), how):
+        return conv_op.hamilton_pack([weight.detach()], algorithm, x.dtype, runtime.operator_backend(backend))
+    if (
+        packed.algorithm != algorithm
+        or packed.tiles.dtype != x.dtype
+        or packed.tiles.numel() != packed_size(weight.numel(), algorithm)
+    ):
         raise ValueError(
-            f"packed must be of this weight, for {x.dtype} and {how!r}; got {packed.tiles.numel()} elements for "
-            f"{packed.tiles.dtype} and {packed.how!r}"
+            f"packed must be of this weight, for {x.dtype} and {algorithm!r}; got {packed.tiles.numel()} elements for "
+            f"{packed.tiles.dtype} and {packed.algorithm!r}"
         )
     return packed.tiles, packed.tickets
 

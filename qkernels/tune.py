@@ -91,26 +91,28 @@ def products(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device 
     weight, bias = draw(4, p, q, kernel, kernel), draw(4 * p)
 
     @functools.cache
-    def packed(how: str) -> Packed:
-        return Packed(*launch.pack([weight], [how], dtype))
+    def packed(algorithm: str) -> Packed:
+        return Packed(*launch.pack([weight], [algorithm], dtype))
 
     yield Product(
         "forward",
         Problem("gather", batch * y_side**2, p, q, positions),
-        lambda how, to: launch.forward(x, weight, window, how, Epilogue(bias), packed(how), to),
+        lambda algorithm, to: launch.forward(x, weight, window, algorithm, Epilogue(bias), packed(algorithm), to),
         forms.forward(x.double(), weight.double(), bias.double(), window, "dense"),
     )
     yield Product(
         "dx",
         Problem("gather", batch * side**2, q, p, positions),
-        lambda how, to: launch.data_gradient(dy, weight, size, window, how, packed=packed(how), dtype=to),
+        lambda algorithm, to: launch.data_gradient(
+            dy, weight, size, window, algorithm, packed=packed(algorithm), dtype=to
+        ),
         forms.data_gradient(dy.double(), weight.double(), size, window, "dense"),
     )
     yield Product(
         "dw",
         Problem("dw", batch * y_side**2, p, q, positions),
-        lambda how, to: launch.weight_gradient(
-            dy, x, kernel_size, window, True, how, tickets=packed(how).tickets, dtype=to
+        lambda algorithm, to: launch.weight_gradient(
+            dy, x, kernel_size, window, True, algorithm, tickets=packed(algorithm).tickets, dtype=to
         )[0],
         forms.weight_gradient(dy.double(), x.double(), kernel_size, window, "dense"),
     )
@@ -187,15 +189,15 @@ def _fastest(
     for form, precision in OPTIONS[asked]:
         options = set(config.candidates(product.problem, form, precision, arch))
         ranked = sorted(options, key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
-        how = f"{form}-{asked}"
+        algorithm = f"{form}-{asked}"
         for plan in ranked[:most]:
             tile, time = plan.tile, math.inf
             try:
                 with config.force(plan):
-                    result = product.run(how, torch.float32).double()
+                    result = product.run(algorithm, torch.float32).double()
                     error = ((result - product.exact).norm() / product.exact.norm()).item()
                     if error <= TOLERANCES[asked]:
-                        time = time_of(functools.partial(product.run, how, None))
+                        time = time_of(functools.partial(product.run, algorithm, None))
                 verdict = f"{f'{1e3 * time:.1f} us' if time < math.inf else 'refused'}, error {error:.1e}"
             except (_launch.KernelUnavailable, torch.OutOfMemoryError) as problem:
                 verdict = f"refused, {type(problem).__name__}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qkernels.ops.gram_cosine.config import gram_form
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
-from qkernels.ops.hamilton_conv.config import cpu_form, how_of
+from qkernels.ops.hamilton_conv.config import algorithm_of, cpu_form
 from qkernels.runtime.device import INTERPRETED, arch_of, arch_of_device
 from qkernels.runtime.precision import precision_of
 from qkernels.runtime.recording import recorded
@@ -209,7 +209,7 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
     if backend == "reference":
         return backend, "einsum"
     if backend == "triton":
-        return backend, _kernels_how(name, form, tuple(weight.shape), dtype, x.device)
+        return backend, _kernels_algorithm(name, form, tuple(weight.shape), dtype, x.device)
     if form == "signed":
         raise ValueError(
             f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
@@ -218,13 +218,13 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
     return backend, _automatic_form(name, x, weight, dtype) if form == "auto" else form
 
 
-def _kernels_how(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+def _kernels_algorithm(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
     precision = precision_of(dtype, "matmul" if name == "hamilton_linear" else "conv")
     _, p, q, *kernel = shape
-    return how_of(form, p, q, math.prod(kernel), precision, arch_of(device))
+    return algorithm_of(form, p, q, math.prod(kernel), precision, arch_of(device))
 
 
-_kernels_how._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see arch_of_device
+_kernels_algorithm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see arch_of_device
 
 
 def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:

@@ -210,6 +210,6 @@ def cut(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.view(torch.int32) & -0x10000).view(torch.float32).to(dtype) if dtype == torch.bfloat16 else x.to(dtype)
 
 
-def multiplied(x: torch.Tensor, how: str) -> torch.Tensor:
+def multiplied(x: torch.Tensor, algorithm: str) -> torch.Tensor:
     """An operand as the products take it, in float64."""
-    return to_tf32(x) if how.endswith("tf32") else x.double()
+    return to_tf32(x) if algorithm.endswith("tf32") else x.double()

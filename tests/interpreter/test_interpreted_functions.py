@@ -460,13 +460,13 @@ def test_packed_is_refused_where_it_does_not_fit():
     x, layers = chained()
     packed = packed_of(x, layers)
     (weight, bias), _, (other, _), *_ = layers
-    assert [p.how for p in packed] == ["signed-ieee"] * 5
+    assert [p.algorithm for p in packed] == ["signed-ieee"] * 5
     assert packed[0].tiles.shape == (2 * weight.numel(),)
     message = "packed must be of this weight, for torch.float32 and 'signed-ieee'; got"
     with pytest.raises(ValueError, match=f"{message} {2 * other.numel()} elements for torch.float32 and 'signed-ieee'"):
         hamilton_conv2d(x, weight, bias, packed=packed[2])
     for unlike in (
-        packed[0]._replace(how="q8-ieee"),
+        packed[0]._replace(algorithm="q8-ieee"),
         packed[0]._replace(tiles=packed[0].tiles.half()),
     ):
         with pytest.raises(ValueError, match=message):
@@ -492,11 +492,15 @@ def test_weights_are_packed_for_the_type_of_the_maps():
         packed = pack_weights(weights, x)
         y = hamilton_conv2d(x, weights[0][1], packed=packed[1])
         assert torch.equal(y, hamilton_conv2d(x, weights[0][1]))
-    assert [(p.tiles.dtype, p.how) for p in packed] == [(torch.float16, "signed-half")] * 2
+    assert [(p.tiles.dtype, p.algorithm) for p in packed] == [(torch.float16, "signed-half")] * 2
     assert packed[0].tickets.data_ptr() != packed[1].tickets.data_ptr()
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     kinds = pack_weights([weights[0], ("hamilton_linear", torch.randn(4, 2, 1)), weights[0]], x)
-    assert [(p.tiles.numel(), p.how) for p in kinds] == [(16, "signed-ieee"), (32, "signed-tf32"), (16, "signed-ieee")]
+    assert [(p.tiles.numel(), p.algorithm) for p in kinds] == [
+        (16, "signed-ieee"),
+        (32, "signed-tf32"),
+        (16, "signed-ieee"),
+    ]
     assert torch.equal(kinds[2].tiles, kinds[0].tiles)
 
 

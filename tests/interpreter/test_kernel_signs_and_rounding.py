@@ -28,11 +28,11 @@ STYLES = {"flat": ("signed-ieee", Tile(16, 4, 8, 4, 1)), "blocks": ("signed-ieee
 @pytest.mark.parametrize("style", STYLES)
 def test_all_unit_products(style, splits, tiles):
     """16 products of units through the convolution, its adjoint and the weight gradient, as one sum or split."""
-    (how, tiles.style), tiles.splits = STYLES[style], splits
+    (algorithm, tiles.style), tiles.splits = STYLES[style], splits
     # Row b of the weight is the unit b; image c is the unit c. The second position lies on zeros.
     weight = torch.eye(4).view(4, 4, 1, 1, 1).repeat(1, 1, 1, 1, 2)
     x = torch.nn.functional.pad(torch.eye(4).view(4, 4, 1, 1), (0, 1))
-    y = launch.forward(x, weight, UNIT, how).view(4, 4, 4)  # [image, component, row]
+    y = launch.forward(x, weight, UNIT, algorithm).view(4, 4, 4)  # [image, component, row]
     for b in range(4):
         for c in range(4):
             expected = torch.zeros(4)
@@ -40,7 +40,7 @@ def test_all_unit_products(style, splits, tiles):
             assert y[c, :, b].tolist() == expected.tolist()
     # <dy, w x> seen from x: the unit b is a column now, dy the unit a.
     dy = torch.eye(4).view(4, 4, 1, 1)
-    dx = launch.data_gradient(dy, weight.transpose(1, 2), [1, 2], UNIT, how)
+    dx = launch.data_gradient(dy, weight.transpose(1, 2), [1, 2], UNIT, algorithm)
     for b in range(4):
         for a in range(4):
             expected = torch.zeros(4)
@@ -48,7 +48,7 @@ def test_all_unit_products(style, splits, tiles):
             assert dx.view(4, 4, 4, 2)[a, :, b, 0].tolist() == expected.tolist()
     # Seen from w, over two images of which the second is empty: row a of dy is the unit a, column c of x the unit c.
     x = torch.stack([torch.eye(4), torch.zeros(4, 4)]).view(2, 16, 1, 1).repeat(16, 1, 1, 1) / 16
-    dw, _ = launch.weight_gradient(x * 16, x, [1, 1], UNIT, False, how)
+    dw, _ = launch.weight_gradient(x * 16, x, [1, 1], UNIT, False, algorithm)
     for a in range(4):
         for c in range(4):
             expected = torch.zeros(4)

@@ -161,7 +161,7 @@ def test_a_wrong_argmax(code, what, tmp_path, monkeypatch):
     broken(monkeypatch, "_hamilton_conv_kernel", other)
     name = "conv pool, first, float32"
     found = run(tmp_path / "check.json", name)[1][name]
-    assert "values of argmax are others" in found
+    assert "values of argmax are wrong" in found
 
 
 @pytest.mark.parametrize("tiny", [False, True])
@@ -182,9 +182,9 @@ def test_sums_are_shared_and_not(arch):
         if name.startswith("conv ") and name.split(",")[1] in (" deep", " shared"):
             with record(arch) as recording:
                 draw(torch.device("cpu")).run()
-            products = [one for one in recording.launches if hasattr(one.arguments.get("HOW"), "SPLIT")]
-            splits[name.split()[1], name.split(", ")[2]].add(products[-1].arguments["HOW"].SPLIT)
-    assert len(splits) == 4 * len(check.HOWS)
+            products = [one for one in recording.launches if hasattr(one.arguments.get("META"), "SPLIT")]
+            splits[name.split()[1], name.split(", ")[2]].add(products[-1].arguments["META"].SPLIT)
+    assert len(splits) == 4 * len(check.PRODUCTS)
     assert all(
         found == ({False} if direction == "pool," else {False, True}) for (direction, _), found in splits.items()
     )
@@ -208,7 +208,7 @@ def test_a_process_that_breaks_ends_no_other_check(monkeypatch):
     monkeypatch.setattr(check, "KERNEL_SECONDS", 3.0)
     names = ["a", "dies", "b", "spoils", "hangs", *"cdef", "dies"]
     found = []
-    left = list(check._shared_out(names, torch.device("cuda:0"), 2, lambda *verdict: found.append(verdict)))
+    left = check._check_in_processes(names, torch.device("cuda:0"), 2, lambda *verdict: found.append(verdict))
     assert left == []
     assert sorted(name for name, _ in found) == sorted(names)
     assert {verdict for name, verdict in found if name in "abcdef"} == {"right"}
@@ -241,5 +241,5 @@ def test_where_no_process_can_begin_all_is_left(monkeypatch):
     """On a GPU for a single process, say."""
     monkeypatch.setattr(check, "_work", worker)
     found = []
-    left = list(check._shared_out(["a", "b", "c"], torch.device("cpu"), 2, lambda *verdict: found.append(verdict)))
+    left = check._check_in_processes(["a", "b", "c"], torch.device("cpu"), 2, lambda *verdict: found.append(verdict))
     assert (left, found) == (["a", "b", "c"], [])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qkernels.ops.hamilton_conv import config
-from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile, cost, how_of, plan, triton_form, whole_splits
+from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile, algorithm_of, cost, plan, triton_form, whole_splits
 from qkernels.runtime.precision import precision_of, switched
 from qkernels.runtime.recording import record
 
@@ -61,14 +61,14 @@ def test_how(tables):
     """A form and a precision; a form that the kernels do not have for it is refused."""
     for precision in PRECISIONS:
         form = triton_form(64, 64, 9, precision, 90)
-        assert how_of("auto", 64, 64, 9, precision, 90) == f"{form}-{precision}"
-        assert how_of("signed", 64, 64, 9, precision, 90) == f"signed-{precision}"
+        assert algorithm_of("auto", 64, 64, 9, precision, 90) == f"{form}-{precision}"
+        assert algorithm_of("signed", 64, 64, 9, precision, 90) == f"signed-{precision}"
         with pytest.raises(ValueError, match="form 'dense' is plain PyTorch's"):
-            how_of("dense", 64, 64, 9, precision, 90)
-    assert how_of("q8", 1, 1, 1, "ieee", 90) == "q8-ieee"
+            algorithm_of("dense", 64, 64, 9, precision, 90)
+    assert algorithm_of("q8", 1, 1, 1, "ieee", 90) == "q8-ieee"
     for precision in ("half", "tf32"):
         with pytest.raises(ValueError, match=r"form 'q8' .* is for float32 operands without TF32"):
-            how_of("q8", 64, 64, 9, precision, 90)
+            algorithm_of("q8", 64, 64, 9, precision, 90)
 
 
 def convolutions(batch):
@@ -331,7 +331,7 @@ def test_no_launch_with_dropout_or_a_pool_takes_a_tile_that_would_spill(fused, l
     with record(90) as recording:
         (launch.forward_pool if fused == "pool" else launch.forward)(x, w, window, "signed-half", epilogue)
     (main,) = [entry for entry in recording.launches if entry.kernel.__name__ == "_hamilton_conv_kernel"]
-    how, options = main.arguments["HOW"], main.options
+    how, options = main.arguments["META"], main.options
     tile = Tile(how.BLOCK_M, how.BLOCK_N, how.BLOCK_K, options["num_warps"], options["num_stages"])
     assert [name for name in ("dropout", "pool") if getattr(how, name.upper())] == [fused] * (fused != "nothing")
     assert config.leaves_registers(tile) != large

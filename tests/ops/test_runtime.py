@@ -270,8 +270,8 @@ def test_gradients_go_to_the_arguments_they_are_named_for():
 
     @_library.define(
         "named_gradients",
-        fake=lambda x, number, y, z: torch.empty_like(x),
-        save=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[2]),
+        fake=lambda inputs: torch.empty_like(inputs.x),
+        save=lambda ctx, inputs, output: ctx.save_for_backward(inputs.x, inputs.y),
         backward=lambda ctx, dy: (dy * ctx.saved_tensors[0], dy * ctx.saved_tensors[1]),
         differentiable=("y", "x"),
     )

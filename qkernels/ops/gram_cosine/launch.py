@@ -8,7 +8,7 @@ from torch import Tensor
 from qkernels.ops import _launch
 from qkernels.ops.gram_cosine import config, kernels
 from qkernels.ops.gram_cosine.config import Plan
-from qkernels.ops.gram_cosine.kernels import Axes, How, Matrix
+from qkernels.ops.gram_cosine.kernels import Axes, Matrix, Meta
 from qkernels.runtime.device import INTERPRETED, arch_of, device_of, multiprocessors_of
 
 # Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
@@ -50,7 +50,7 @@ def forward(
         "b": matrices[-1],
         "axes": axes,
         "pairs": pairs,
-        "HOW": _how(plan, axes, a, packed, centred, block, tile.k, ONE_BLOCK=pairs == 1),
+        "META": _how(plan, axes, a, packed, centred, block, tile.k, ONE_BLOCK=pairs == 1),
     }
     results: dict[str, Any] = {
         "known_ptr": b_stats if packed or plan.mode == "dual" else None,
@@ -178,7 +178,7 @@ def gradient(
                 "items": items,
                 "weight": beta / items if mean else beta,
                 "splits": plan.parts,
-                "HOW": _how(
+                "META": _how(
                     plan,
                     axes,
                     like,
@@ -203,8 +203,8 @@ def gradient(
 
 def _how(
     plan: Plan, axes: Axes, like: Tensor, packed: bool, centred: bool, block_m: int, block_k: int, **more: Any
-) -> How:
-    return How(
+) -> Meta:
+    return Meta(
         MODE=plan.mode,
         PACKED=packed,
         CENTRED=centred,

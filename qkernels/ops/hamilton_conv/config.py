@@ -65,8 +65,8 @@ def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> st
     return "q8" if precision == "ieee" and min(p, q) >= 16 else "signed"
 
 
-def how_of(form: str, p: int, q: int, positions: int, precision: str, arch: int) -> str:
-    """What the operators take as `how`: form and precision, such as "signed-half".
+def algorithm_of(form: str, p: int, q: int, positions: int, precision: str, arch: int) -> str:
+    """What the operators take as `algorithm`: form and precision, such as "signed-half".
 
     Raises:
         ValueError: the kernels do not have that form.
@@ -83,9 +83,9 @@ def how_of(form: str, p: int, q: int, positions: int, precision: str, arch: int)
     return f"{form}-{precision}"
 
 
-def packed_size(elements: int, how: str) -> int:
+def packed_size(elements: int, algorithm: str) -> int:
     """Elements of a packed weight: eight tiles instead of four components, for tf32 twice, see kernels.py."""
-    return elements * (4 if how.endswith("-tf32") else 2)
+    return elements * (4 if algorithm.endswith("-tf32") else 2)
 
 
 @dataclass(frozen=True)

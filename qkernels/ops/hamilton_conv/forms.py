@@ -103,9 +103,9 @@ def epilogue_gradient(
     return total
 
 
-def pack(weight: Tensor, how: str, dtype: torch.dtype) -> Tensor:
+def pack(weight: Tensor, algorithm: str, dtype: torch.dtype) -> Tensor:
     """A weight `[4, P, Q, ...]` as the Triton kernels read it, flat: see `kernels._hamilton_pack_kernel`."""
-    form, precision = how.split("-")
+    form, precision = algorithm.split("-")
     w = weight.flatten(3).float() if weight.dim() > 3 else weight[..., None].float()
     if form == "q8":
         hadamard = w.new_tensor(algebra.HADAMARD)

@@ -28,7 +28,7 @@ FINISH_ROWS: tl.constexpr = tl.constexpr(16)
 
 
 @dataclass(frozen=True)
-class How:
+class Meta:
     """What is compiled into a kernel.
 
     Attributes:
@@ -132,12 +132,12 @@ def _rounded(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, HOW: tl.constexpr):
+def _dot(a, b, acc, META: tl.constexpr):
     """acc + a b in float32. UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16."""
-    if HOW.UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=HOW.PRECISION)
+    if META.UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=META.PRECISION)
     else:
-        return tl.dot(a, b, acc, input_precision=HOW.PRECISION)
+        return tl.dot(a, b, acc, input_precision=META.PRECISION)
 
 
 @triton.jit
@@ -173,37 +173,37 @@ def _first_maximum(value, at, other, other_at):
 
 
 @triton.jit
-def _write(acc, m, channel, n_ok, channels, rows, output, scale, HOW: tl.constexpr):
+def _write(acc, m, channel, n_ok, channels, rows, output, scale, META: tl.constexpr):
     """The epilogue of a tile [pixels m, channels]: + bias, ReLU, dropout or the mask of a gradient; the map, the maxima
     of its windows with their argmax.
     """
-    b, h, w, ok = _pixels(m[:, None], rows.grid_h, rows.grid_w, rows.batch, HOW.POOL)
-    if HOW.ADJOINT:
-        h, w = rows.phase_h + h * HOW.STRIDE[0], rows.phase_w + w * HOW.STRIDE[1]
+    b, h, w, ok = _pixels(m[:, None], rows.grid_h, rows.grid_w, rows.batch, META.POOL)
+    if META.ADJOINT:
+        h, w = rows.phase_h + h * META.STRIDE[0], rows.phase_w + w * META.STRIDE[1]
     at = (b.to(tl.int64) * rows.y_h * rows.y_w + h * rows.y_w + w) * channels + channel[None, :]
     mask = ok & (h < rows.y_h) & (w < rows.y_w) & n_ok[None, :]
-    if HOW.HAS_BIAS:
+    if META.HAS_BIAS:
         acc += tl.load(output.bias_ptr + channel, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if HOW.RELU:
+    if META.RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    if HOW.DROPOUT:  # of probability 1 - 1 / scale
+    if META.DROPOUT:  # of probability 1 - 1 / scale
         # By the element's number in 32 bits, after which they would repeat: 64 spill.
         keep = tl.rand(tl.load(output.seed_ptr), at.to(tl.int32)) * scale < 1.0
         acc = tl.where(keep, acc * scale, 0.0)
-    elif HOW.SCALED:
+    elif META.SCALED:
         acc *= scale
-    if HOW.MASKED:
+    if META.MASKED:
         of_relu = tl.load(output.relu_ptr + at, mask=mask, other=0.0)
         acc = tl.where(of_relu.to(tl.float32) <= 0, 0.0, acc)  # NaN lets pass, as in PyTorch
     y = acc.to(output.y_ptr.dtype.element_ty)
-    if HOW.WRITE_MAP:
+    if META.WRITE_MAP:
         tl.store(output.y_ptr + at, y, mask=mask)
-    if HOW.POOL:
+    if META.POOL:
         # The maxima are those of the map as stored, so that argmax and ties are those of pooling it afterwards.
         windows = tl.reshape(y.to(tl.float32), (y.shape[0] // 4, 4, y.shape[1]))
         argmax = tl.zeros_like(windows).to(tl.int32) + tl.arange(0, 4)[None, :, None]
         largest, argmax = tl.reduce((windows, argmax), 1, _first_maximum)
-        if HOW.RELU:
+        if META.RELU:
             argmax = tl.where(largest <= 0, 4, argmax)
         first = tl.max(tl.reshape(m, (m.shape[0] // 4, 4)), 1, keep_dims=True) // 4
         b, h, w, ok = _pixels(first, rows.grid_h, rows.grid_w, rows.batch, False)
@@ -245,22 +245,22 @@ def _own_part(shared, size):
 
 
 @triton.jit
-def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, shared, HOW: tl.constexpr):
+def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, shared, META: tl.constexpr):
     """The epilogue of all parts `[BLOCK_M, 4 BLOCK_N]` of a tile, by the last program to arrive."""
-    COLUMNS: tl.constexpr = 4 * HOW.BLOCK_N
-    tile, part, parts = _own_part(shared, HOW.BLOCK_M * COLUMNS)
+    COLUMNS: tl.constexpr = 4 * META.BLOCK_N
+    tile, part, parts = _own_part(shared, META.BLOCK_M * COLUMNS)
     if _all_there(shared.ticket_ptr + tile, shared.splits):
-        for block in range(HOW.BLOCK_M // FINISH_ROWS):
+        for block in range(META.BLOCK_M // FINISH_ROWS):
             row = block * FINISH_ROWS + tl.arange(0, FINISH_ROWS)
             at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
             total = _summed(shared.partial_ptr, at, part, parts, shared.splits)
-            _write(total, first_row + row, channel, n_ok, channels, rows, output, scale, HOW)
+            _write(total, first_row + row, channel, n_ok, channels, rows, output, scale, META)
 
 
 @triton.jit
-def _range_of_steps(steps, splits, HOW: tl.constexpr):
+def _range_of_steps(steps, splits, META: tl.constexpr):
     """This program's steps of the sum; of one that is not shared all, which leaves no loop where there is but one."""
-    if HOW.SPLIT:
+    if META.SPLIT:
         split = tl.program_id(2)
         return split * steps // splits, (split + 1) * steps // splits
     else:
@@ -268,27 +268,27 @@ def _range_of_steps(steps, splits, HOW: tl.constexpr):
 
 
 @triton.jit
-def _gather_of(phase, HOW: tl.constexpr):
+def _gather_of(phase, META: tl.constexpr):
     """Positions in a row of the kernel that count, the first of them, its shift of the source, steps of the sum."""
-    if HOW.ADJOINT:
-        phase_h, phase_w = phase // HOW.STRIDE[1], phase % HOW.STRIDE[1]
-        u = _first_position(phase_h, HOW.PADDING[0], HOW.DILATION[0], HOW.STRIDE[0], HOW.KERNEL[0])
-        v = _first_position(phase_w, HOW.PADDING[1], HOW.DILATION[1], HOW.STRIDE[1], HOW.KERNEL[1])
-        shift_h = (phase_h + HOW.PADDING[0] - u * HOW.DILATION[0]) // HOW.STRIDE[0]
-        shift_w = (phase_w + HOW.PADDING[1] - v * HOW.DILATION[1]) // HOW.STRIDE[1]
-        across = tl.cdiv(HOW.KERNEL[1] - v, HOW.STEP[1])
-        positions = tl.cdiv(HOW.KERNEL[0] - u, HOW.STEP[0]) * across
+    if META.ADJOINT:
+        phase_h, phase_w = phase // META.STRIDE[1], phase % META.STRIDE[1]
+        u = _first_position(phase_h, META.PADDING[0], META.DILATION[0], META.STRIDE[0], META.KERNEL[0])
+        v = _first_position(phase_w, META.PADDING[1], META.DILATION[1], META.STRIDE[1], META.KERNEL[1])
+        shift_h = (phase_h + META.PADDING[0] - u * META.DILATION[0]) // META.STRIDE[0]
+        shift_w = (phase_w + META.PADDING[1] - v * META.DILATION[1]) // META.STRIDE[1]
+        across = tl.cdiv(META.KERNEL[1] - v, META.STEP[1])
+        positions = tl.cdiv(META.KERNEL[0] - u, META.STEP[0]) * across
         return (phase_h, phase_w), (u, v), (shift_h, shift_w), across, positions
     else:
         zero = tl.full((), 0, tl.int32)  # functions return no plain numbers
-        shift = (zero - HOW.PADDING[0], zero - HOW.PADDING[1])
-        return (zero, zero), (zero, zero), shift, zero + HOW.KERNEL[1], zero + HOW.KERNEL[0] * HOW.KERNEL[1]
+        shift = (zero - META.PADDING[0], zero - META.PADDING[1])
+        return (zero, zero), (zero, zero), shift, zero + META.KERNEL[1], zero + META.KERNEL[0] * META.KERNEL[1]
 
 
 @triton.jit(do_not_specialize=["batch", "x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits", "scale"])
 def _hamilton_conv_kernel(
     x_ptr, weight, output, partial_ptr, ticket_ptr, batch, x_h, x_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """y = epilogue(w (x) x), or its adjoint, from signed tiles: a convolution, a data gradient, a linear map.
 
@@ -296,22 +296,22 @@ def _hamilton_conv_kernel(
     `splits` parts of the sum over positions, components and channels. It reads the source once for each position, as
     every block of channels does again; the tile of the weight is read by every block of pixels.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_N: tl.constexpr = HOW.BLOCK_N
-    BLOCK_K: tl.constexpr = HOW.BLOCK_K
-    Q: tl.constexpr = HOW.FLAT
-    NEGATIVE: tl.constexpr = HOW.NEGATIVE
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    BLOCK_K: tl.constexpr = META.BLOCK_K
+    Q: tl.constexpr = META.FLAT
+    NEGATIVE: tl.constexpr = META.NEGATIVE
     group, split = tl.program_id(1) % groups, tl.program_id(2)
-    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, HOW)
+    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, META)
     first_row = tl.program_id(0) // tiles_n * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 4 * BLOCK_N)
     a = column // BLOCK_N
     n = tl.program_id(0) % tiles_n * BLOCK_N + column % BLOCK_N
-    n_ok = (n < N) | HOW.EVEN_N
-    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, HOW.POOL)
-    if not HOW.ADJOINT:
-        i, j = i * HOW.STRIDE[0], j * HOW.STRIDE[1]
+    n_ok = (n < N) | META.EVEN_N
+    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, META.POOL)
+    if not META.ADJOINT:
+        i, j = i * META.STRIDE[0], j * META.STRIDE[1]
     h, w = i + shift[0], j + shift[1]
     x_channels = 4 * groups * (Q if Q else K)
     pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
@@ -319,8 +319,8 @@ def _hamilton_conv_kernel(
     w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
     chunks = tl.cdiv(K, BLOCK_K)
     steps = tl.cdiv(4 * Q * positions, BLOCK_K) if Q else 4 * positions * chunks
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if not HOW.MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if not META.MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
         tl.assume(first_step < last_step)
     acc = tl.zeros((BLOCK_M, 4 * BLOCK_N), tl.float32)
     if Q:
@@ -329,47 +329,47 @@ def _hamilton_conv_kernel(
             position, c, q = e // (4 * Q), e // Q % 4, e % Q
             k_ok = position < positions
             u, v = position // across, position % across
-            source_h, source_w = h[:, None] + (u * HOW.DELTA[0])[None, :], w[:, None] + (v * HOW.DELTA[1])[None, :]
+            source_h, source_w = h[:, None] + (u * META.DELTA[0])[None, :], w[:, None] + (v * META.DELTA[1])[None, :]
             ok = m_ok[:, None] & k_ok[None, :] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-            offset = (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * x_channels
+            offset = (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * x_channels
             # The channels of one group lie in a row only where there is no other.
             channel = e % (4 * Q) if groups == 1 else c * (groups * Q) + group * Q + q
             x = tl.load(x_ptr + pixel[:, None] + (offset + channel)[None, :], mask=ok, other=0.0)
-            u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
-            at = (u * HOW.KERNEL[1] + v) * weight.stride_position + q * weight.stride_k
+            u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
+            at = (u * META.KERNEL[1] + v) * weight.stride_position + q * weight.stride_k
             tile = (a[None, :] ^ c[:, None]) + 4 * ((NEGATIVE >> (4 * a[None, :] + c[:, None])) & 1)
             w_tile = tl.load(
                 w_at + tile * weight.stride_tile + at[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0
             )
-            acc = _dot(x, w_tile, acc, HOW)
+            acc = _dot(x, w_tile, acc, META)
     else:
         x_at = x_ptr + pixel[:, None] + (group * K + k)[None, :]
         w_at += (k * weight.stride_k)[:, None]
         for step in range(first_step, last_step):
             chunk, c, position = step % chunks * BLOCK_K, step // chunks % 4, step // (4 * chunks)
-            k_ok = (chunk + k < K) | HOW.EVEN_K
+            k_ok = (chunk + k < K) | META.EVEN_K
             u, v = position // across, position % across
-            source_h, source_w = h + u * HOW.DELTA[0], w + v * HOW.DELTA[1]
+            source_h, source_w = h + u * META.DELTA[0], w + v * META.DELTA[1]
             ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-            offset = (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * x_channels + c * (groups * K) + chunk
+            offset = (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * x_channels + c * (groups * K) + chunk
             x = tl.load(x_at + offset, mask=ok[:, None] & k_ok[None, :], other=0.0)
-            u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
+            u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
             tile = (a ^ c) + 4 * ((NEGATIVE >> (4 * a + c)) & 1)
-            at = (u * HOW.KERNEL[1] + v) * weight.stride_position + chunk * weight.stride_k
+            at = (u * META.KERNEL[1] + v) * weight.stride_position + chunk * weight.stride_k
             w_tile = tl.load(
                 w_at + ((tile * weight.stride_tile)[None, :] + at), mask=k_ok[:, None] & n_ok[None, :], other=0.0
             )
-            acc = _dot(x, w_tile, acc, HOW)
+            acc = _dot(x, w_tile, acc, META)
     rows = Rows(batch, grid_h, grid_w, y_h, y_w, phase[0], phase[1])
     shared = Shared(partial_ptr, ticket_ptr, splits)
     channel = a * (groups * N) + group * N + n
-    if HOW.SPLIT:
+    if META.SPLIT:
         _, part, parts = _own_part(shared, BLOCK_M * 4 * BLOCK_N)
         at = tl.arange(0, BLOCK_M)[:, None] * (4 * BLOCK_N) + column[None, :]
         tl.store(partial_ptr + (split * parts + part) + at, acc)
-        _write_shared(first_row, channel, n_ok, 4 * groups * N, rows, output, scale, shared, HOW)
+        _write_shared(first_row, channel, n_ok, 4 * groups * N, rows, output, scale, shared, META)
     else:
-        _write(acc, m, channel, n_ok, 4 * groups * N, rows, output, scale, HOW)
+        _write(acc, m, channel, n_ok, 4 * groups * N, rows, output, scale, META)
 
 
 @triton.jit
@@ -390,27 +390,27 @@ def _four_tiles(at, stride, mask):
 
 
 @triton.jit
-def _four_products(acc, x, w, HOW: tl.constexpr):
+def _four_products(acc, x, w, META: tl.constexpr):
     """acc + x w, component by component."""
-    acc_r = _dot(x[0], w[0], acc[0], HOW)
-    acc_i = _dot(x[1], w[1], acc[1], HOW)
-    acc_j = _dot(x[2], w[2], acc[2], HOW)
-    acc_k = _dot(x[3], w[3], acc[3], HOW)
+    acc_r = _dot(x[0], w[0], acc[0], META)
+    acc_i = _dot(x[1], w[1], acc[1], META)
+    acc_j = _dot(x[2], w[2], acc[2], META)
+    acc_k = _dot(x[3], w[3], acc[3], META)
     return acc_r, acc_i, acc_j, acc_k
 
 
 @triton.jit
-def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW: tl.constexpr):
+def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META: tl.constexpr):
     """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in one step of the sum."""
     h, w, m_ok, x_h, x_w, across, size, K = place
-    k = step % chunks * HOW.BLOCK_K + tl.arange(0, HOW.BLOCK_K)
-    k_ok = (k < K) | HOW.EVEN_K
+    k = step % chunks * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
+    k_ok = (k < K) | META.EVEN_K
     u, v = step // chunks // across, step // chunks % across
-    source_h, source_w = h + u * HOW.DELTA[0], w + v * HOW.DELTA[1]
+    source_h, source_w = h + u * META.DELTA[0], w + v * META.DELTA[1]
     ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-    x_at += (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * (4 * size) + k[None, :]
-    u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
-    w_at += ((u * HOW.KERNEL[1] + v) * weight.stride_position + k * weight.stride_k)[:, None]
+    x_at += (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * (4 * size) + k[None, :]
+    u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
+    w_at += ((u * META.KERNEL[1] + v) * weight.stride_position + k * weight.stride_k)[:, None]
     x = _four_tiles(x_at, size, ok[:, None] & k_ok[None, :])
     return x, _four_tiles(w_at, weight.stride_tile, k_ok[:, None] & n_ok[None, :])
 
@@ -418,57 +418,57 @@ def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW: tl.c
 @triton.jit(do_not_specialize=["batch", "x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits", "scale"])
 def _hamilton_conv_q8_kernel(
     x_ptr, weight, output, partial_ptr, ticket_ptr, batch, x_h, x_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """As `_hamilton_conv_kernel`, by 8 products: y = C ((A w) * (B x)), the adjoint B^T ((A w) * (C^T dy)).
 
     The packed weight is [H w; -2 w]; the factor 1/4 of A goes to the source (Howell & Lafon 1975). It reads the source
     twice: four accumulators at a time fit the registers, eight spill.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     group, split = tl.program_id(1) % groups, tl.program_id(2)
-    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, HOW)
+    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, META)
     first_row = tl.program_id(0) // tiles_n * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
     first_n = tl.program_id(0) % tiles_n * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
-    n_ok = (n < N) | HOW.EVEN_N
-    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, HOW.POOL)
-    if not HOW.ADJOINT:
-        i, j = i * HOW.STRIDE[0], j * HOW.STRIDE[1]
+    n_ok = (n < N) | META.EVEN_N
+    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, META.POOL)
+    if not META.ADJOINT:
+        i, j = i * META.STRIDE[0], j * META.STRIDE[1]
     h, w = i + shift[0], j + shift[1]
     size = groups * K
     x_at = x_ptr + (((b.to(tl.int64) * x_h + h) * x_w + w) * (4 * size))[:, None] + group * K
     w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
     place = (h, w, m_ok, x_h, x_w, across, size, K)
-    chunks = tl.cdiv(K, HOW.BLOCK_K)
+    chunks = tl.cdiv(K, META.BLOCK_K)
     steps = positions * chunks
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if not HOW.MAYBE_EMPTY:
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if not META.MAYBE_EMPTY:
         tl.assume(first_step < last_step)
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
     for step in range(first_step, last_step):
-        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW)
-        h0, h1, h2, h3 = _hadamard(-x[0] if HOW.ADJOINT else x[0], x[1], x[2], x[3])
+        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META)
+        h0, h1, h2, h3 = _hadamard(-x[0] if META.ADJOINT else x[0], x[1], x[2], x[3])
         x = (h0 * 0.25, h1 * 0.25, h2 * 0.25, h3 * 0.25)
-        acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, HOW)
+        acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, META)
     # C = S [H | I] and B^T = [H | I by algebra.INPUT_ORDER]: the plain products join the transformed ones.
     acc_r, acc_i, acc_j, acc_k = _hadamard(acc_r, acc_i, acc_j, acc_k)
-    acc_r = -acc_r if HOW.ADJOINT else acc_r
+    acc_r = -acc_r if META.ADJOINT else acc_r
     w_at += 4 * weight.stride_tile
     for step in range(first_step, last_step):
-        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW)
-        if HOW.ADJOINT:
-            acc_r, acc_j, acc_k, acc_i = _four_products((acc_r, acc_j, acc_k, acc_i), x, tiles, HOW)
+        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META)
+        if META.ADJOINT:
+            acc_r, acc_j, acc_k, acc_i = _four_products((acc_r, acc_j, acc_k, acc_i), x, tiles, META)
         else:
             x = (x[0], x[2], x[3], x[1])
-            acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, HOW)
+            acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, META)
     acc_r = -acc_r
     rows = Rows(batch, grid_h, grid_w, y_h, y_w, phase[0], phase[1])
     channel, spread, channels = group * N + n, groups * N, 4 * groups * N
-    if HOW.SPLIT:
+    if META.SPLIT:
         shared = Shared(partial_ptr, ticket_ptr, splits)
         _, part, parts = _own_part(shared, BLOCK_M * 4 * BLOCK_N)
         at = tl.arange(0, BLOCK_M)[:, None] * (4 * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
@@ -480,12 +480,12 @@ def _hamilton_conv_q8_kernel(
         column = tl.arange(0, 4 * BLOCK_N)
         n = first_n + column % BLOCK_N
         channel = column // BLOCK_N * spread + group * N + n
-        _write_shared(first_row, channel, (n < N) | HOW.EVEN_N, channels, rows, output, scale, shared, HOW)
+        _write_shared(first_row, channel, (n < N) | META.EVEN_N, channels, rows, output, scale, shared, META)
     else:
-        _write(acc_r, m, channel, n_ok, channels, rows, output, scale, HOW)
-        _write(acc_i, m, channel + spread, n_ok, channels, rows, output, scale, HOW)
-        _write(acc_j, m, channel + 2 * spread, n_ok, channels, rows, output, scale, HOW)
-        _write(acc_k, m, channel + 3 * spread, n_ok, channels, rows, output, scale, HOW)
+        _write(acc_r, m, channel, n_ok, channels, rows, output, scale, META)
+        _write(acc_i, m, channel + spread, n_ok, channels, rows, output, scale, META)
+        _write(acc_j, m, channel + 2 * spread, n_ok, channels, rows, output, scale, META)
+        _write(acc_k, m, channel + 3 * spread, n_ok, channels, rows, output, scale, META)
 
 
 class Gradients(NamedTuple):
@@ -499,41 +499,41 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _write_dw(part, component, group, p, e, ok, to, scale, HOW: tl.constexpr):
+def _write_dw(part, component, group, p, e, ok, to, scale, META: tl.constexpr):
     """One component's tile `[e, p]` of dw; e counts (position, channel), or is (position, channels)."""
-    POSITIONS: tl.constexpr = HOW.KERNEL[0] * HOW.KERNEL[1]
+    POSITIONS: tl.constexpr = META.KERNEL[0] * META.KERNEL[1]
     position, q = e
     at = (component * (to.groups * to.P) + group * to.P + p).to(tl.int64)[None, :] * (to.Q * POSITIONS)
-    if HOW.SCALED:
+    if META.SCALED:
         part *= scale
     tl.store(to.dw_ptr + at + (q * POSITIONS + position)[:, None], part.to(to.dw_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _write_db(db, tile_p, group, first_split, to, scale, shared, HOW: tl.constexpr):
+def _write_db(db, tile_p, group, first_split, to, scale, shared, META: tl.constexpr):
     """The bias gradient `[4 BLOCK_N]` of a column of programs."""
-    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     column = tl.arange(0, 4 * BLOCK_N)
     p = tile_p * BLOCK_N + column % BLOCK_N
     at = column // BLOCK_N * (to.groups * to.P) + group * to.P + p
-    if HOW.SPLIT:
-        tile, part, parts = _own_part(shared, 4 * HOW.BLOCK_K * BLOCK_N)
+    if META.SPLIT:
+        tile, part, parts = _own_part(shared, 4 * META.BLOCK_K * BLOCK_N)
         tl.store(shared.partial_ptr + (first_split * parts + part) + column, db)
         if _all_there(shared.ticket_ptr + tile, shared.splits):
             db = _summed(shared.partial_ptr, column, part, parts, shared.splits)
-            if HOW.SCALED:
+            if META.SCALED:
                 db *= scale
             tl.store(to.db_ptr + at, db.to(to.db_ptr.dtype.element_ty), mask=p < to.P)
     else:
-        if HOW.SCALED:
+        if META.SCALED:
             db *= scale
         tl.store(to.db_ptr + at, db.to(to.db_ptr.dtype.element_ty), mask=p < to.P)
 
 
 @triton.jit
-def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, channels, HOW: tl.constexpr):
+def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, channels, META: tl.constexpr):
     """The sum of dy over the pixels of these steps, `[columns]`."""
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M  # a shape takes no attribute
+    BLOCK_M: tl.constexpr = META.BLOCK_M  # a shape takes no attribute
     total = tl.zeros((BLOCK_M, columns.shape[0]), tl.float32)
     for step in range(first_step, last_step):
         row = step * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -546,7 +546,7 @@ def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, chann
 @triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits", "scale"])
 def _hamilton_conv_dw_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr, partial_ptr, ticket_ptr, batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """dw = sum over pixels of dy (x) conj(x under the position), db = sum over pixels of dy.
 
@@ -556,28 +556,28 @@ def _hamilton_conv_dw_kernel(
     `splits` ranges of pixels, in steps of BLOCK_M; FLAT: BLOCK_K (position, channel) pairs. P and Q count quaternion
     channels of a group. Where there is a bias, the first column of programs sums dy alone.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_P: tl.constexpr = HOW.BLOCK_N
-    BLOCK_Q: tl.constexpr = HOW.BLOCK_K
-    FLAT: tl.constexpr = HOW.FLAT
-    NEGATIVE: tl.constexpr = HOW.NEGATIVE
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_P: tl.constexpr = META.BLOCK_N
+    BLOCK_Q: tl.constexpr = META.BLOCK_K
+    FLAT: tl.constexpr = META.FLAT
+    NEGATIVE: tl.constexpr = META.NEGATIVE
     # Of one channel, the four components of a pixel are one load.
-    PIXELWISE: tl.constexpr = HOW.FLAT == 1
+    PIXELWISE: tl.constexpr = META.FLAT == 1
     group, split = tl.program_id(1), tl.program_id(2)
     tile_p = tl.program_id(0) % tiles_p
-    tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
+    tile_q = tl.program_id(0) // tiles_p - (1 if META.HAS_BIAS else 0)
     to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
     column = tl.arange(0, 4 * BLOCK_P)
     p = tile_p * BLOCK_P + column % BLOCK_P
-    p_ok = (p < P) | HOW.EVEN_N
+    p_ok = (p < P) | META.EVEN_N
     columns = column // BLOCK_P * (groups * P) + group * P + p
     pixels = batch * y_h * y_w
     steps = tl.cdiv(pixels, BLOCK_M)
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if META.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
-            db = _bias_sums(dy_ptr, columns, p_ok, first_step, last_step, pixels, 4 * groups * P, HOW)
-            _write_db(db, tile_p, group, split, to, scale, shared, HOW)
+            db = _bias_sums(dy_ptr, columns, p_ok, first_step, last_step, pixels, 4 * groups * P, META)
+            _write_db(db, tile_p, group, split, to, scale, shared, META)
             return
     tl.assume(first_step < last_step)
 
@@ -589,24 +589,24 @@ def _hamilton_conv_dw_kernel(
     lanes = tl.arange(0, BLOCK_Q)
     if FLAT:
         position, q = (tile_q * BLOCK_Q + e) // FLAT, (tile_q * BLOCK_Q + e) % FLAT
-        x_ok = position < HOW.KERNEL[0] * HOW.KERNEL[1]
+        x_ok = position < META.KERNEL[0] * META.KERNEL[1]
         x_rows = row % 4 if PIXELWISE and groups == 1 else c * (groups * FLAT) + group * FLAT + q
-        u, v = position // HOW.KERNEL[1] * HOW.DILATION[0], position % HOW.KERNEL[1] * HOW.DILATION[1]
+        u, v = position // META.KERNEL[1] * META.DILATION[0], position % META.KERNEL[1] * META.DILATION[1]
         place = ((tile_q * BLOCK_Q + lanes) // FLAT, (tile_q * BLOCK_Q + lanes) % FLAT)
-        lanes_ok = place[0] < HOW.KERNEL[0] * HOW.KERNEL[1]
+        lanes_ok = place[0] < META.KERNEL[0] * META.KERNEL[1]
     else:
         position, q = tile_q // tiles_q, tile_q % tiles_q * BLOCK_Q + e
-        x_ok = (q < Q) | HOW.EVEN_K
+        x_ok = (q < Q) | META.EVEN_K
         x_rows = c * (groups * Q) + group * Q + q
-        u, v = position // HOW.KERNEL[1] * HOW.DILATION[0], position % HOW.KERNEL[1] * HOW.DILATION[1]
+        u, v = position // META.KERNEL[1] * META.DILATION[0], position % META.KERNEL[1] * META.DILATION[1]
         place = (position, tile_q % tiles_q * BLOCK_Q + lanes)
-        lanes_ok = (place[1] < Q) | HOW.EVEN_K
+        lanes_ok = (place[1] < Q) | META.EVEN_K
     x_channels = 4 * groups * (FLAT if FLAT else Q)
     acc = tl.zeros((4 * BLOCK_Q, 4 * BLOCK_P), tl.float32)
     for step in range(first_step, last_step):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
-        h, w = i * HOW.STRIDE[0] - HOW.PADDING[0], j * HOW.STRIDE[1] - HOW.PADDING[1]
+        h, w = i * META.STRIDE[0] - META.PADDING[0], j * META.STRIDE[1] - META.PADDING[1]
         pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
         # x is transposed by its addresses: a tile that is transposed afterwards is not copied asynchronously on sm_80.
         if FLAT:
@@ -621,7 +621,7 @@ def _hamilton_conv_dw_kernel(
         x = tl.load(x_ptr + at, mask=ok, other=0.0)
         at = m.to(tl.int64)[:, None] * (4 * groups * P) + columns[None, :]
         dy = tl.load(dy_ptr + at, mask=m_ok[:, None] & p_ok[None, :], other=0.0)
-        acc = _dot(x, dy, acc, HOW)
+        acc = _dot(x, dy, acc, META)
 
     a4 = tl.arange(0, 4)[None, None, :, None]
     if PIXELWISE:
@@ -632,48 +632,48 @@ def _hamilton_conv_dw_kernel(
         c4 = tl.arange(0, 4)[:, None, None, None]
     blocks = tl.where(((NEGATIVE >> (4 * a4 + c4)) & 1) == 1, -blocks, blocks)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    ok = lanes_ok[:, None] & ((p < P) | HOW.EVEN_N)[None, :]
+    ok = lanes_ok[:, None] & ((p < P) | META.EVEN_N)[None, :]
     size: tl.constexpr = BLOCK_Q * BLOCK_P
     _, part, parts = _own_part(shared, 4 * size)
     at = lanes[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     for component in tl.static_range(4):
         folded = tl.sum(tl.sum(tl.where((a4 ^ c4) == component, blocks, 0.0), 2), 1 if PIXELWISE else 0)
-        if HOW.SPLIT:
+        if META.SPLIT:
             tl.store(partial_ptr + (split * parts + part + component * size) + at, folded)
         else:
-            _write_dw(folded, component, group, p, place, ok, to, scale, HOW)
-    if HOW.SPLIT:
-        _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW)
+            _write_dw(folded, component, group, p, place, ok, to, scale, META)
+    if META.SPLIT:
+        _write_shared_dw(at, group, p, place, ok, to, scale, shared, META)
 
 
 @triton.jit
-def _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW: tl.constexpr):
+def _write_shared_dw(at, group, p, place, ok, to, scale, shared, META: tl.constexpr):
     """dw of all parts `[4, BLOCK_K, BLOCK_N]` of a tile, by the last program to arrive."""
-    size: tl.constexpr = HOW.BLOCK_K * HOW.BLOCK_N
+    size: tl.constexpr = META.BLOCK_K * META.BLOCK_N
     tile, part, parts = _own_part(shared, 4 * size)
     if _all_there(shared.ticket_ptr + tile, shared.splits):
         for component in range(4):
             total = _summed(shared.partial_ptr, at, part + component * size, parts, shared.splits)
-            _write_dw(total, component, group, p, place, ok, to, scale, HOW)
+            _write_dw(total, component, group, p, place, ok, to, scale, META)
 
 
 @triton.jit
-def _four_weight_products(acc, x, y, HOW: tl.constexpr):
+def _four_weight_products(acc, x, y, META: tl.constexpr):
     """acc + x^T y, component by component; each tile is transposed just before it is used, or float32 spills."""
-    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], HOW)
-    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], HOW)
-    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], HOW)
-    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], HOW)
+    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], META)
+    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], META)
+    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], META)
+    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], META)
     return acc_r, acc_i, acc_j, acc_k
 
 
 @triton.jit
-def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, HOW: tl.constexpr):
+def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, META: tl.constexpr):
     """The component tiles of x under the position `[pixels, q]` and of dy `[pixels, p]` in one step."""
     batch, y_h, y_w, x_h, x_w, x_size, y_size = sizes
-    m = step * HOW.BLOCK_M + tl.arange(0, HOW.BLOCK_M)
+    m = step * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
     b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
-    h, w = i * HOW.STRIDE[0] + shift[0], j * HOW.STRIDE[1] + shift[1]
+    h, w = i * META.STRIDE[0] + shift[0], j * META.STRIDE[1] + shift[1]
     ok = m_ok & (h >= 0) & (h < x_h) & (w >= 0) & (w < x_w)
     pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * (4 * x_size)
     x = _four_tiles(x_at + pixel[:, None], x_size, ok[:, None] & x_ok)
@@ -683,56 +683,56 @@ def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, HOW: tl.constexp
 @triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits", "scale"])
 def _hamilton_conv_dw_q8_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr, partial_ptr, ticket_ptr, batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """As `_hamilton_conv_dw_kernel`, by 8 products: dw = A^T [(B x) * (C^T dy)], as -2 (-H z / 8 + plain products).
 
     Half of 1/4 goes to each operand.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_P: tl.constexpr = HOW.BLOCK_N
-    BLOCK_Q: tl.constexpr = HOW.BLOCK_K
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_P: tl.constexpr = META.BLOCK_N
+    BLOCK_Q: tl.constexpr = META.BLOCK_K
     group, split = tl.program_id(1), tl.program_id(2)
     tile_p = tl.program_id(0) % tiles_p
-    tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
+    tile_q = tl.program_id(0) // tiles_p - (1 if META.HAS_BIAS else 0)
     to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
     steps = tl.cdiv(batch * y_h * y_w, BLOCK_M)
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if META.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
             column = tl.arange(0, 4 * BLOCK_P)
             p = tile_p * BLOCK_P + column % BLOCK_P
             columns = column // BLOCK_P * (groups * P) + group * P + p
             pixels = batch * y_h * y_w
-            db = _bias_sums(dy_ptr, columns, p < P, first_step, last_step, pixels, 4 * groups * P, HOW)
-            _write_db(db, tile_p, group, split, to, scale, shared, HOW)
+            db = _bias_sums(dy_ptr, columns, p < P, first_step, last_step, pixels, 4 * groups * P, META)
+            _write_db(db, tile_p, group, split, to, scale, shared, META)
             return
     tl.assume(first_step < last_step)
 
     position = tile_q // tiles_q
     q, p = tile_q % tiles_q * BLOCK_Q + tl.arange(0, BLOCK_Q), tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    q_ok, p_ok = (q < Q) | HOW.EVEN_K, (p < P) | HOW.EVEN_N
+    q_ok, p_ok = (q < Q) | META.EVEN_K, (p < P) | META.EVEN_N
     x_at, y_at = x_ptr + (group * Q + q)[None, :], dy_ptr + (group * P + p)[None, :]
-    shift_h = position // HOW.KERNEL[1] * HOW.DILATION[0] - HOW.PADDING[0]
-    shift_w = position % HOW.KERNEL[1] * HOW.DILATION[1] - HOW.PADDING[1]
+    shift_h = position // META.KERNEL[1] * META.DILATION[0] - META.PADDING[0]
+    shift_w = position % META.KERNEL[1] * META.DILATION[1] - META.PADDING[1]
     sizes, shift = (batch, y_h, y_w, x_h, x_w, groups * Q, groups * P), (shift_h, shift_w)
     acc_r = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
     acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
     for step in range(first_step, last_step):
-        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], HOW)
+        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], META)
         h0, h1, h2, h3 = _hadamard(x[0], x[1], x[2], x[3])
         g0, g1, g2, g3 = _hadamard(-y[0], y[1], y[2], y[3])
         x, y = (h0 * 0.5, h1 * 0.5, h2 * 0.5, h3 * 0.5), (g0 * 0.5, g1 * 0.5, g2 * 0.5, g3 * 0.5)
-        acc_r, acc_i, acc_j, acc_k = _four_weight_products((acc_r, acc_i, acc_j, acc_k), x, y, HOW)
+        acc_r, acc_i, acc_j, acc_k = _four_weight_products((acc_r, acc_i, acc_j, acc_k), x, y, META)
     acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
     acc_r = -acc_r
     for step in range(first_step, last_step):
-        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], HOW)
+        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], META)
         x = (x[0], x[2], x[3], x[1])
-        acc_r, acc_k, acc_i, acc_j = _four_weight_products((acc_r, acc_k, acc_i, acc_j), x, y, HOW)
+        acc_r, acc_k, acc_i, acc_j = _four_weight_products((acc_r, acc_k, acc_i, acc_j), x, y, META)
     acc_r, acc_i, acc_j, acc_k = 2 * acc_r, -2 * acc_i, -2 * acc_j, -2 * acc_k
     place, ok = (position, q), q_ok[:, None] & p_ok[None, :]
-    if HOW.SPLIT:
+    if META.SPLIT:
         size: tl.constexpr = BLOCK_Q * BLOCK_P
         _, part, parts = _own_part(shared, 4 * size)
         at = tl.arange(0, BLOCK_Q)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
@@ -741,12 +741,12 @@ def _hamilton_conv_dw_q8_kernel(
         tl.store(own_ptr + size, acc_i)
         tl.store(own_ptr + 2 * size, acc_j)
         tl.store(own_ptr + 3 * size, acc_k)
-        _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW)
+        _write_shared_dw(at, group, p, place, ok, to, scale, shared, META)
     else:
-        _write_dw(acc_r, 0, group, p, place, ok, to, scale, HOW)
-        _write_dw(acc_i, 1, group, p, place, ok, to, scale, HOW)
-        _write_dw(acc_j, 2, group, p, place, ok, to, scale, HOW)
-        _write_dw(acc_k, 3, group, p, place, ok, to, scale, HOW)
+        _write_dw(acc_r, 0, group, p, place, ok, to, scale, META)
+        _write_dw(acc_i, 1, group, p, place, ok, to, scale, META)
+        _write_dw(acc_j, 2, group, p, place, ok, to, scale, META)
+        _write_dw(acc_k, 3, group, p, place, ok, to, scale, META)
 
 
 @triton.jit(do_not_specialize=["size_h", "size_w", "scale"])
@@ -822,11 +822,11 @@ def _pack(e, w, out_ptr, Q8: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
-def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constexpr, BLOCK: tl.constexpr):
+def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, META: tl.constexpr, BLOCK: tl.constexpr):
     """All weights of a network as the convolutions read them, one behind the other, and `tickets` zeros.
 
     Signed: [w, -w] `[8, position, rows, Q]`, in the maps' type (rounded to tf32). "q8": [H w; -2 w by
-    algebra.WEIGHT_ORDER]. HOW says of each whether it is for q8, and whether for tf32. One program owns BLOCK
+    algebra.WEIGHT_ORDER]. META says of each whether it is for q8, and whether for tf32. One program owns BLOCK
     quaternions of one weight.
     """
     program = tl.program_id(0)
@@ -838,6 +838,6 @@ def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constex
         w = weights[number]
         programs = tl.cdiv(w.rows * w.Q * w.positions, BLOCK)
         if (program >= first) & (program < first + programs):
-            _pack((program - first) * BLOCK + lanes, w, out_ptr, HOW[number][0], HOW[number][1])
+            _pack((program - first) * BLOCK + lanes, w, out_ptr, META[number][0], META[number][1])
         first += programs
-        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if HOW[number][1] else 8)
+        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if META[number][1] else 8)

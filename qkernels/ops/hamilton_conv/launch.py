@@ -96,9 +96,11 @@ class Packed(NamedTuple):
     tickets: Tensor
 
 
-def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pack(weights: Sequence[Tensor], algorithms: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All weights in one launch, for maps of `dtype`: the tiles, one weight behind the other, and their tickets."""
-    sizes = [config.packed_size(weight.numel(), how) for weight, how in zip(weights, hows, strict=True)]
+    sizes = [
+        config.packed_size(weight.numel(), algorithm) for weight, algorithm in zip(weights, algorithms, strict=True)
+    ]
     tickets = len(weights) * config.MOST_TICKETS
     tiles = weights[0].new_empty(sum(sizes), dtype=dtype)
     counters = weights[0].new_empty(tickets, dtype=torch.int32)
@@ -116,7 +118,7 @@ def pack(weights: Sequence[Tensor], hows: Sequence[str], dtype: torch.dtype) -> 
                 "out_ptr": tiles,
                 "ticket_ptr": counters,
                 "tickets": tickets,
-                "HOW": tuple((how.startswith("q8"), how.endswith("tf32")) for how in hows),
+                "META": tuple((algorithm.startswith("q8"), algorithm.endswith("tf32")) for algorithm in algorithms),
                 "BLOCK": ELEMENTWISE_BLOCK,
             },
         )
@@ -127,15 +129,15 @@ def forward(
     x: Tensor,
     weight: Tensor,
     window: Ints,
-    how: str,
+    algorithm: str,
     epilogue: Epilogue = NO_EPILOGUE,
     packed: Packed | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = epilogue(weight (x) x), of `dtype`, by default that of x; `how` as in `config.how_of`."""
+    """y = epilogue(weight (x) x), of `dtype`, by default that of x; `algorithm` as in `config.algorithm_of`."""
     geometry = Window.of(x.shape[2:], weight.shape[3:], window)
     y = _map(x, 4 * weight.shape[1], geometry.y_size, dtype)
-    _gather(x, weight, packed, geometry, (y, None, None), epilogue, how)
+    _gather(x, weight, packed, geometry, (y, None, None), epilogue, algorithm)
     return y
 
 
@@ -143,7 +145,7 @@ def forward_pool(
     x: Tensor,
     weight: Tensor,
     window: Ints,
-    how: str,
+    algorithm: str,
     epilogue: Epilogue = NO_EPILOGUE,
     packed: Packed | None = None,
     return_map: bool = False,
@@ -154,7 +156,7 @@ def forward_pool(
     half = (geometry.y_size[0] // 2, geometry.y_size[1] // 2)
     pooled, argmax = _map(x, channels, half), _map(x, channels, half, torch.uint8)
     y = _map(x, channels, geometry.y_size) if return_map else None
-    _gather(x, weight, packed, geometry, (y, pooled, argmax), epilogue, how)
+    _gather(x, weight, packed, geometry, (y, pooled, argmax), epilogue, algorithm)
     return pooled, argmax, x.new_empty(0) if y is None else y
 
 
@@ -163,7 +165,7 @@ def data_gradient(
     weight: Tensor,
     size: Ints,
     window: Ints,
-    how: str,
+    algorithm: str,
     epilogue: Epilogue = NO_EPILOGUE,
     packed: Packed | None = None,
     dtype: torch.dtype | None = None,
@@ -171,7 +173,7 @@ def data_gradient(
     """dx, the transposed convolution of dy onto maps of `size`."""
     geometry = Window.of(size, weight.shape[3:], window)
     dx = _map(dy, 4 * weight.shape[2] * geometry.groups, geometry.x_size, dtype)
-    _gather(dy, weight, packed, geometry, (dx, None, None), epilogue, how, adjoint=True)
+    _gather(dy, weight, packed, geometry, (dx, None, None), epilogue, algorithm, adjoint=True)
     return dx
 
 
@@ -181,7 +183,7 @@ def weight_gradient(
     kernel_size: Ints,
     window: Ints,
     with_bias: bool,
-    how: str,
+    algorithm: str,
     *,
     scale: float = 1.0,
     tickets: Tensor | None = None,
@@ -199,7 +201,7 @@ def weight_gradient(
         return dw.zero_(), db.zero_()
     _check_pixels(pixels)
     problem = Problem("dw", pixels, p, q, geometry.positions, groups)
-    plan = _plan(problem, how, x)
+    plan = _plan(problem, algorithm, x)
     tile = plan.tile
     tiles_p, columns = _cdiv(p, tile.n), problem.blocks(plan.form, tile)
     grid = (tiles_p * (columns + with_bias), groups, plan.splits)
@@ -223,7 +225,7 @@ def weight_gradient(
                 "tiles_q": _cdiv(q, tile.k),
                 "splits": plan.splits,
                 "scale": scale,
-                "HOW": kernels.How(
+                "META": kernels.Meta(
                     BLOCK_M=tile.m,
                     BLOCK_N=tile.n,
                     BLOCK_K=tile.k,
@@ -331,7 +333,7 @@ def _gather(
     window: Window,
     target: tuple[Tensor | None, Tensor | None, Tensor | None],
     epilogue: Epilogue,
-    how: str,
+    algorithm: str,
     *,
     adjoint: bool = False,
 ) -> None:
@@ -359,10 +361,10 @@ def _gather(
     # The phase with the fewest positions says how many programs can share a sum; one without any gives the bias.
     positions = _positions_of_phases(window) if phases > 1 else {window.positions}
     problem = Problem("gather", rows, n, k, min(positions - {0}), groups, phases, epilogue=pool or seed is not None)
-    plan = _plan(problem, how, x)
+    plan = _plan(problem, algorithm, x)
     tile = plan.tile
     if packed is None:
-        packed = Packed(*pack([weight], [how], x.dtype))
+        packed = Packed(*pack([weight], [algorithm], x.dtype))
     tiles_n = _cdiv(n, tile.n)
     programs = (_cdiv(rows, tile.m) * tiles_n, groups * phases, plan.splits)
     step = [s // math.gcd(s, d) if adjoint else 1 for s, d in zip(stride, window.dilation, strict=True)]
@@ -396,7 +398,7 @@ def _gather(
                 "tiles_n": tiles_n,
                 "splits": plan.splits,
                 "scale": scale,
-                "HOW": kernels.How(
+                "META": kernels.Meta(
                     BLOCK_M=tile.m,
                     BLOCK_N=tile.n,
                     BLOCK_K=tile.k,
@@ -447,8 +449,8 @@ def _shared(plan: Plan, grid: tuple[int, ...], size: int, like: Tensor, tickets:
     return {"partial_ptr": like.new_empty(math.prod(grid) * size, dtype=torch.float32), "ticket_ptr": tickets}
 
 
-def _plan(problem: Problem, how: str, x: Tensor) -> Plan:
-    form, precision = how.split("-")
+def _plan(problem: Problem, algorithm: str, x: Tensor) -> Plan:
+    form, precision = algorithm.split("-")
     return config.plan(problem, form, precision, arch_of(x), multiprocessors_of(x))
 
 
@@ -463,7 +465,7 @@ def _check_pixels(count: int) -> None:
 
 
 def _positions_of_phases(window: Window) -> set[int]:
-    """How many positions of the kernel the phases of the adjoint's output have."""
+    """Meta many positions of the kernel the phases of the adjoint's output have."""
     counts = []
     for kernel, stride, padding, dilation in zip(
         window.kernel, window.stride, window.padding, window.dilation, strict=True
