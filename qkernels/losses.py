@@ -161,15 +161,7 @@ class MseSigmoid(Loss):
     aggregation: Literal["none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise", "gram"] = "none"
 
 
-_CLASSES: tuple[type[Loss], ...] = (
-    GramChannel,
-    GramPosition,
-    GramBatch,
-    CKA,
-    FoldedRowwise,
-    CosSquared,
-    MseSigmoid,
-)
+_CLASSES: tuple[type[Loss], ...] = (GramChannel, GramPosition, GramBatch, CKA, FoldedRowwise, CosSquared, MseSigmoid)
 LOSSES: Mapping[str, type[Loss]] = {kind.name: kind for kind in _CLASSES}
 """The table: the class of every loss, by name."""
 _DEFAULTS = {name: kind() for name, kind in LOSSES.items()}

@@ -119,14 +119,7 @@ class QuaternionConv2d(_QuaternionLayer):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, " + _settings(
-            self,
-            kernel_size=None,
-            stride=(1, 1),
-            padding=(0, 0),
-            dilation=(1, 1),
-            groups=1,
-            activation=None,
-            pool=None,
+            self, kernel_size=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, activation=None, pool=None
         )
 
 
@@ -183,25 +176,12 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hamilton_conv_transpose2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            self.dilation,
+            x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, " + _settings(
-            self,
-            kernel_size=None,
-            stride=(1, 1),
-            padding=(0, 0),
-            output_padding=(0, 0),
-            groups=1,
-            dilation=(1, 1),
+            self, kernel_size=None, stride=(1, 1), padding=(0, 0), output_padding=(0, 0), groups=1, dilation=(1, 1)
         )
 
 

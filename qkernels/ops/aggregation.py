@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 def similarity(
-    trained: Tensor,
-    frozen: Tensor,
-    aggregation: str,
-    distance: str,
-    generator: torch.Generator | None = None,
+    trained: Tensor, frozen: Tensor, aggregation: str, distance: str, generator: torch.Generator | None = None
 ) -> Tensor:
     """Distance of the aggregated maps.
 

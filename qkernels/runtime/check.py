@@ -139,12 +139,7 @@ DIRECTIONS = {
 }
 FEW_CHANNELS = ("first", "decoder")  # form q8 has no tiles for them
 # Samples, channels, spatial sizes; "packed" compares with a `gram_target`.
-FEATURES = {
-    "stored": (3, 100, 14, 9),
-    "packed": (3, 64, 14, 9),
-    "direct": (2, 160, 14, 12),
-    "dual": (3, 160, 6, 5),
-}
+FEATURES = {"stored": (3, 100, 14, 9), "packed": (3, 64, 14, 9), "direct": (2, 160, 14, 12), "dual": (3, 160, 6, 5)}
 TINY_FEATURES = {"stored": (2, 18, 5, 4), "packed": (2, 9, 5, 3), "direct": (1, 130, 12, 11), "dual": (2, 35, 3, 5)}
 FOLDED_FEATURES, TINY_FOLDED_FEATURES = (2, 140, 8, 7), (2, 20, 3, 4)
 

@@ -42,11 +42,7 @@ def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 @define(
-    "folded_rowwise",
-    fake=_loss_fake,
-    save=_loss_save,
-    backward=_loss_backward,
-    differentiable=("trained", "frozen"),
+    "folded_rowwise", fake=_loss_fake, save=_loss_save, backward=_loss_backward, differentiable=("trained", "frozen")
 )
 def folded_rowwise(
     trained: Tensor, frozen: Tensor, clamp: str, weight: float, backend: str

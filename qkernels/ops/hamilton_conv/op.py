@@ -153,11 +153,7 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
 
 
 @define(
-    "hamilton_conv2d",
-    fake=_conv_fake,
-    save=_conv_save,
-    backward=_conv_backward,
-    differentiable=("x", "weight", "bias"),
+    "hamilton_conv2d", fake=_conv_fake, save=_conv_save, backward=_conv_backward, differentiable=("x", "weight", "bias")
 )
 def hamilton_conv2d(
     x: Tensor,
@@ -308,11 +304,7 @@ def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
 
 
 @define(
-    "hamilton_conv2d_dx",
-    fake=_dx_fake,
-    save=_dx_save,
-    backward=_dx_backward,
-    differentiable=("dy", "weight", "bias"),
+    "hamilton_conv2d_dx", fake=_dx_fake, save=_dx_save, backward=_dx_backward, differentiable=("dy", "weight", "bias")
 )
 def hamilton_conv2d_dx(
     dy: Tensor,
