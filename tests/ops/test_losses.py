@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 import qkernels
 from qkernels import anti_transfer_loss, anti_transfer_tap
-from qkernels.losses import CKA, LOSSES, FoldedRowwise, GramChannel, GramPosition, MseSigmoid, loss_of
+from qkernels.losses import CKA, LOSSES, CosSquared, FoldedRowwise, GramChannel, GramPosition, MseSigmoid, loss_of
 from qkernels.nn import AntiTransferLoss
 
 # More rows than columns and fewer, of every matrix; odd; one sample, more samples than channels, one channel, one
@@ -106,6 +106,8 @@ def test_reductions(loss):
                 torch.testing.assert_close((mean, total), (each.mean(), each.sum()))
             else:
                 assert torch.equal(mean, total)
+    if loss == CosSquared("mul_comp"):
+        return  # whose cosines differ by 1e-6: the square of their mean is the mean of their squares within 1e-12
     alone = torch.stack([computed(loss, a[n : n + 1], b[n : n + 1], beta=0.3) for n in range(3)]).mean()
     is_mean = math.isclose(computed(loss, a, b, beta=0.3), alone, rel_tol=1e-12)
     # The sigmoid of the small differences of mul_comp is a straight line.

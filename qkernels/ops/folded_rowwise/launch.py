@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from qkernels.ops import _launch
+from qkernels.ops._strides import merged, two_levels
 from qkernels.ops.folded_rowwise import config, kernels
 from qkernels.ops.folded_rowwise.kernels import Features
 from qkernels.runtime.device import arch_of, device_of
 
-# Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
+# Precision of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
 
 
@@ -18,9 +19,9 @@ def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple
     """Loss, factors, statistics and workspace, as `op.folded_rowwise` returns them: four launches."""
     rows, block = trained.shape[0] * trained.shape[1], config.padded(trained.shape[2:].numel())
     programs = -(-rows // config.BLOCK_M)
-    factors, partial = _float32(trained, 3, rows), _float32(trained, programs)
-    loss, stats = _float32(trained), _float32(trained, 3)
-    # The features of half types are exact in tf32.
+    factors, partial = _launch.float32(trained, 3, rows), _launch.float32(trained, programs)
+    loss, stats = _launch.float32(trained), _launch.float32(trained, 3)
+    # Features of half types are exact in tf32.
     precision = PRECISION if trained.dtype == torch.float32 else "tf32"
     arguments = _operands(t=trained, p=frozen)
     with device_of(trained):
@@ -62,7 +63,7 @@ def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple
 def gradient(
     dloss: Tensor, a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, workspace: Tensor, which: int, weight: float
 ) -> Tensor:
-    """Gradient by `a`, which is operand number `which` of the forward: three launches."""
+    """As `op.folded_rowwise_da`: three launches."""
     da = torch.empty_like(a)
     operands = _operands(a=a, b=b, da=da)
     with device_of(a):
@@ -95,7 +96,7 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
     block, splits = config.padded(a.shape[2:].numel()), config.splits_of(factors.shape[1])
     columns = min(config.PRODUCTS_BLOCK_C, block)
     shape = (3 if which is None else 2, block, block)
-    partial, products = _float32(a, splits, *shape), _float32(a, *shape)
+    partial, products = _launch.float32(a, splits, *shape), _launch.float32(a, *shape)
     _launch.run(
         kernels._folded_products_kernel,
         (splits, block // columns),
@@ -131,12 +132,8 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
     return products
 
 
-def _float32(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
-
-
 def _operands(**operands: Tensor) -> dict[str, Any]:
-    """All operands, which have one shape, and their sizes, as the kernels' arguments."""
+    """Operands of one shape, and their sizes, as the kernels' arguments."""
     first = next(iter(operands.values()))
     arguments: dict[str, Any] = {
         "M": first.shape[0] * first.shape[1],
@@ -153,16 +150,10 @@ def _last(x: Tensor) -> int:
 
 
 def _layout(features: Tensor) -> Features:
-    """All dimensions of a position become two, or one where their strides allow; what needs more is copied."""
-    levels = [(1, 0), (1, 0)]
-    for size, stride in zip(features.shape[2:], features.stride()[2:], strict=True):
-        width, step = levels[-1]
-        if width == 1 or step == size * stride:
-            levels[-1] = (width * size, stride)
-        elif size > 1:
-            levels.append((size, stride))
-    if len(levels) > 3:
+    """The dimensions of a position as two, h and w; a tensor whose strides do not allow that is copied."""
+    sample, channel, *spatial = zip(features.shape, features.stride(), strict=True)
+    (axis,) = merged([spatial])
+    if len(axis) > 2:
         return _layout(features.contiguous())
-    b, c = features.stride()[:2]
-    (_, h), (width, w) = levels[-2:]
-    return Features(features, b, c, h, w, width)
+    (_, h), (width, w) = two_levels(axis)
+    return Features(features, sample[1], channel[1], h, w, width)

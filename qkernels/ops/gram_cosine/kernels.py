@@ -328,7 +328,7 @@ def _scaled_block(parts, pair, common, scale, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["items", "splits"])
 def _gram_finish_kernel(
-    gram_ptr, exponent_ptr, packed_ptr, known_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, difference_ptr,
+    gram_ptr, exponent_ptr, packed_ptr, b_stats_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, difference_ptr,
     ticket_ptr, items, M, weight, splits, pairs,
     BOTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -352,8 +352,8 @@ def _gram_finish_kernel(
         power_b = _power_of_two(scale_b)
     else:
         packed_ptr += item * (M * (M + 1) // 2)
-        bb += tl.load(known_ptr + item)
-        power_b = tl.load(known_ptr + items + item)
+        bb += tl.load(b_stats_ptr + item)
+        power_b = tl.load(b_stats_ptr + items + item)
     n, aa = 0.0, 0.0
     for pair in range(pairs):
         p, q = _pair(pair)
@@ -511,7 +511,7 @@ def _scale_of(exponent):
 
 @triton.jit(do_not_specialize=["items", "programs"])
 def _gram_cosine_kernel(
-    partial_ptr, known_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, products, pairs, weight,
+    partial_ptr, b_stats_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, products, pairs, weight,
     PACKED: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """cosine, statistics and weight * sum of squared cosines, from the parts of all items; one program owns all.
@@ -528,14 +528,14 @@ def _gram_cosine_kernel(
         aa, aa_exponent = _total(partial_ptr + 2, i, i_ok, programs, first_a, pairs, BLOCK_P)
         scale_a = _scale_of(aa_exponent)
         aa = _times_power_of_two(aa, aa_exponent + 4 * scale_a)
-        if known_ptr is None:
+        if b_stats_ptr is None:
             bb, bb_exponent = _total(partial_ptr + 4, i, i_ok, programs, first_b, pairs, BLOCK_P)
             scale_b = _scale_of(bb_exponent)
             bb = _times_power_of_two(bb, bb_exponent + 4 * scale_b)
             power_b = _power_of_two(scale_b)
         else:
-            bb = tl.load(known_ptr + i, mask=i_ok, other=0.0)
-            power_b = tl.load(known_ptr + items + i, mask=i_ok, other=1.0)
+            bb = tl.load(b_stats_ptr + i, mask=i_ok, other=0.0)
+            power_b = tl.load(b_stats_ptr + items + i, mask=i_ok, other=1.0)
             # Packed matrices are scaled already.
             scale_b = 0.0 if PACKED else _exponent(power_b)
         n = _times_power_of_two(n, tl.maximum(n_exponent + 2 * (scale_a + scale_b), -252.0))

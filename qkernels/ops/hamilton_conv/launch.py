@@ -1,8 +1,8 @@
 """Plans and launches the convolution's kernels: plain tensors in and out, the counterpart of forms.py.
 
 Every map becomes dense NHWC (`torch.channels_last`) before it is read, and every result is. Besides its results a call
-allocates the packed weight where it is not given, for tf32 its rounded operands, and, where several programs share a
-sum, the parts in float32.
+allocates the packed weight unless it gets one, for tf32 its rounded operands, and, if several programs share a sum, its
+parts in float32.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from qkernels.ops.hamilton_conv.reference import conv_output_size
 from qkernels.runtime.device import INTERPRETED, arch_of, device_of, multiprocessors_of
 
 Ints = Sequence[int]
-# Signs of the definition, and of its adjoint, as bits (kernels.py).
+# Signs of the definition and of its adjoint, as bits (kernels.py).
 NEGATIVE = sum(1 << (4 * a + c) for a in range(4) for c in range(4) if algebra.SIGNS[a][c] < 0)
 NEGATIVE_ADJOINT = sum(1 << (4 * a + c) for a in range(4) for c in range(4) if algebra.SIGNS[c][a] < 0)
 ELEMENTWISE_BLOCK = 1024
-# All there are: ptxas by itself stops at 80 or 128 and spills 8 to 56 bytes, of maxima and of random numbers.
+# The maximum: by itself ptxas stops at 80 or 128 and spills 8 to 56 bytes of maxima and of random numbers.
 REGISTERS = 255
 # Pixels are counted in 32 bits, up to the end of the last tile.
 MOST_PIXELS = 2**31 - 1024
@@ -46,7 +46,7 @@ class Window:
 
     @classmethod
     def of(cls, x_size: Ints, kernel: Ints, window: Ints) -> "Window":
-        """`window` is (stride, padding, dilation) of both axes, and the groups, seven numbers."""
+        """`window` holds stride, padding and dilation of both axes, and the groups: seven numbers."""
         stride, padding, dilation = ((window[i], window[i + 1]) for i in (0, 2, 4))
         height, width = (
             conv_output_size(*sizes) for sizes in zip(x_size, kernel, stride, padding, dilation, strict=True)
@@ -60,20 +60,19 @@ class Window:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What is compiled in."""
+        """The geometry as compile-time constants."""
         return {"KERNEL": self.kernel, "STRIDE": self.stride, "PADDING": self.padding, "DILATION": self.dilation}
 
 
 class Epilogue(NamedTuple):
-    """What is applied to a sum before it is written, in this order.
+    """The operations on a sum before it is written, in this order.
 
     Attributes:
-        bias: `[channels]`, added.
+        bias: summand, `[channels]`.
         relu: whether a ReLU is applied.
         seed: seed of a dropout of probability 1 - 1 / scale, int64 `[1]`; random numbers are indexed by output element.
         scale: factor of the result.
-        relu_output: a ReLU's output, of the result's shape; the result is the gradient by it, and goes through its
-            mask.
+        relu_output: output of a ReLU, of the result's shape; the result, its gradient, goes through its mask.
     """
 
     bias: Tensor | None = None
@@ -89,7 +88,7 @@ NO_EPILOGUE = Epilogue()
 class Packed(NamedTuple):
     """A weight as the kernels read it: `[8 or 16, position, rows, Q]`, see `kernels._hamilton_pack_kernel`.
 
-    `tickets` are zeros, `config.MOST_TICKETS` of them, which the kernels of this weight's layer leave as such.
+    `tickets` are `config.MOST_TICKETS` counters, zero before and after each launch of this weight's layer.
     """
 
     tiles: Tensor
@@ -97,10 +96,8 @@ class Packed(NamedTuple):
 
 
 def pack(weights: Sequence[Tensor], algorithms: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All weights in one launch, for maps of `dtype`: the tiles, one weight behind the other, and their tickets."""
-    sizes = [
-        config.packed_size(weight.numel(), algorithm) for weight, algorithm in zip(weights, algorithms, strict=True)
-    ]
+    """The tiles of all weights in a row, for maps of `dtype`, and their tickets: one launch."""
+    sizes = [config.packed_size(w.numel(), algorithm) for w, algorithm in zip(weights, algorithms, strict=True)]
     tickets = len(weights) * config.MOST_TICKETS
     tiles = weights[0].new_empty(sum(sizes), dtype=dtype)
     counters = weights[0].new_empty(tickets, dtype=torch.int32)
@@ -254,61 +251,22 @@ def epilogue_gradient(
     size: Ints,
     scale: float,
     dtype: torch.dtype,
+    precision: str = "ieee",
 ) -> Tensor:
-    """The gradient in front of an epilogue, a map of `size`, of `dtype`.
+    """The gradient in front of an epilogue, a map of `size`, of `dtype`, rounded to tf32 for that precision.
 
-    scale [relu_output > 0] dy, plus what goes to the pixels that the pool's maxima came from; of both, what there is.
+    scale [relu_output > 0] dy, plus dpooled at the pixels of the pool's maxima; either of both may be None.
     """
     like = dpooled if dy is None else dy
     assert like is not None
-    return _elementwise(dy, relu_output, dpooled, argmax, _map(like, like.shape[1], size, dtype), scale, "ieee")
-
-
-def operand(x: Tensor, precision: str) -> Tensor:
-    """A map as the kernels read it: dense NHWC; for tf32 rounded to it, since tensor cores would cut the low bits off.
-
-    Not while a product's operand is loaded: through registers it would not reach the tensor core asynchronously.
-    """
-    x = _dense(x)
-    if precision != "tf32" or x.numel() == 0:
-        return x
-    return _elementwise(x, None, None, None, torch.empty_like(x), 1.0, precision)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """A map in dense NHWC, aligned."""
-    return _aligned(x.contiguous(memory_format=torch.channels_last))
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """At an address from which 16 bytes can be copied at once.
-
-    Triton compiles a binary of its own for memory that is not aligned (`bias[1:]`, odd slices), which would spill.
-    """
-    return x.clone() if x.storage_offset() * x.element_size() % 16 else x
-
-
-def _elementwise(
-    dy: Tensor | None,
-    relu_output: Tensor | None,
-    dpooled: Tensor | None,
-    argmax: Tensor | None,
-    out: Tensor,
-    scale: float,
-    precision: str,
-) -> Tensor:
-    maps = [None if x is None else _dense(x) for x in (dy, relu_output, dpooled)]
-    block = ELEMENTWISE_BLOCK
+    out, block = _map(like, like.shape[1], size, dtype), ELEMENTWISE_BLOCK
+    operands = {"dy_ptr": dy, "relu_ptr": relu_output, "dpooled_ptr": dpooled, "argmax_ptr": argmax}
     with device_of(out):
         _launch.run(
             kernels._hamilton_gradient_kernel,
             (_cdiv(out.numel(), block),),
             {
-                **{
-                    name: out if x is None else x
-                    for name, x in zip(("dy_ptr", "relu_ptr", "dpooled_ptr"), maps, strict=True)
-                },
-                "argmax_ptr": out if argmax is None else _dense(argmax),
+                **{name: out if x is None else _dense(x) for name, x in operands.items()},
                 "out_ptr": out,
                 "size_h": out.shape[2],
                 "size_w": out.shape[3],
@@ -326,19 +284,42 @@ def _elementwise(
     return out
 
 
+def operand(x: Tensor, precision: str) -> Tensor:
+    """A map as the kernels read it: dense NHWC; for tf32 rounded to it, since tensor cores would truncate.
+
+    It is not rounded as it is loaded: an operand in registers would not be copied to the tensor core asynchronously.
+    """
+    if precision != "tf32" or x.numel() == 0:
+        return _dense(x)
+    return epilogue_gradient(x, None, None, None, x.shape[2:], 1.0, x.dtype, precision)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A map in dense NHWC, aligned."""
+    return _aligned(x.contiguous(memory_format=torch.channels_last))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x at an address that is a multiple of 16 bytes.
+
+    For memory that is not aligned (`bias[1:]`, odd slices) Triton compiles another binary, which would spill.
+    """
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x
+
+
 def _gather(
     x: Tensor,
     weight: Tensor,
     packed: Packed | None,
     window: Window,
-    target: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
     epilogue: Epilogue,
     algorithm: str,
     *,
     adjoint: bool = False,
 ) -> None:
-    """Fills `target` (map, maxima of its windows, their argmax) with the convolution of x, or its adjoint."""
-    y, pooled, argmax = target
+    """Fills `outputs` (map, maxima of its windows, their argmax) with the convolution of x, or its adjoint."""
+    y, pooled, argmax = outputs
     bias, relu, seed, scale, relu_output = epilogue
     pool = pooled is not None
     out = pooled if y is None else y
@@ -358,7 +339,7 @@ def _gather(
         grid = list(y_size)
     rows = out.shape[0] * math.prod(grid) * (4 if pool else 1)
     _check_pixels(rows)
-    # The phase with the fewest positions says how many programs can share a sum; one without any gives the bias.
+    # The phase with the fewest positions limits the number of splits; one without positions writes the bias.
     positions = _positions_of_phases(window) if phases > 1 else {window.positions}
     problem = Problem("gather", rows, n, k, min(positions - {0}), groups, phases, epilogue=pool or seed is not None)
     plan = _plan(problem, algorithm, x)
@@ -368,10 +349,9 @@ def _gather(
     tiles_n = _cdiv(n, tile.n)
     programs = (_cdiv(rows, tile.m) * tiles_n, groups * phases, plan.splits)
     step = [s // math.gcd(s, d) if adjoint else 1 for s, d in zip(stride, window.dilation, strict=True)]
-    delta = [
-        -t * d // s if adjoint else d for t, d, s in zip(step, window.dilation, stride, strict=True)
-    ]  # whole: see kernels.py
-    # Of tensor cores' products maxima do not spill, but would take far more registers than they need.
+    # Whole numbers: see kernels.py.
+    delta = [-t * d // s if adjoint else d for t, d, s in zip(step, window.dilation, stride, strict=True)]
+    # Maxima of tensor cores' products do not spill, but would take far more registers than they need.
     crowded = seed is not None or (pool and plan.precision == "ieee")
     with device_of(x):
         _launch.run(
@@ -390,8 +370,7 @@ def _gather(
                 ),
                 **_shared(plan, programs, 4 * tile.m * tile.n, out, packed.tickets),
                 "batch": out.shape[0],
-                **dict(zip(("x_h", "x_w", "y_h", "y_w"), (*x_size, *y_size), strict=True)),
-                **dict(zip(("grid_h", "grid_w"), grid, strict=True)),
+                **dict(zip(("x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w"), (*x_size, *y_size, *grid), strict=True)),
                 "groups": groups,
                 "K": k,
                 "N": n,
@@ -417,7 +396,7 @@ def _gather(
                     WRITE_MAP=y is not None,
                     DROPOUT=seed is not None,
                     MASKED=relu_output is not None,
-                    # A mask that reads the sums themselves makes ptxas serialise the products (C7514).
+                    # A mask of the sums themselves makes ptxas serialise the products (C7514); of scaled sums not.
                     SCALED=scale != 1 or relu_output is not None,
                     **_products(plan, x),
                     **window.geometry,
@@ -432,15 +411,14 @@ def _gather(
 def _weight_operand(tiles: Tensor, weight: Tensor, window: Window, adjoint: bool, precision: str) -> kernels.Weight:
     _, rows, q, *_ = weight.shape
     count, p = window.positions * rows * q, rows // window.groups
-    if adjoint and precision == "tf32":  # tiles of their own, [position, Q, rows]
+    if adjoint and precision == "tf32":  # which has separate tiles, [position, Q, rows]
         return kernels.Weight(tiles.view(-1)[8 * count :], count, rows * q, p, 1, rows)
-    by_row, by_q = q, 1
-    k, n = (by_row, by_q) if adjoint else (by_q, by_row)
+    k, n = (q, 1) if adjoint else (1, q)
     return kernels.Weight(tiles, count, rows * q, p * q, k, n)
 
 
 def _shared(plan: Plan, grid: tuple[int, ...], size: int, like: Tensor, tickets: Tensor | None) -> dict[str, Tensor]:
-    """Room for parts of `size` elements, and counters of those that arrive, where several programs share a sum."""
+    """Memory for parts of `size` elements and counters of arriving programs, if several share a sum."""
     if plan.splits == 1:
         return {"partial_ptr": like, "ticket_ptr": like}
     assert grid[0] * grid[1] <= config.MOST_TICKETS
@@ -465,25 +443,18 @@ def _check_pixels(count: int) -> None:
 
 
 def _positions_of_phases(window: Window) -> set[int]:
-    """Meta many positions of the kernel the phases of the adjoint's output have."""
-    counts = []
-    for kernel, stride, padding, dilation in zip(
-        window.kernel, window.stride, window.padding, window.dilation, strict=True
-    ):
-        positions = range(kernel)
-        counts.append(
-            {sum((phase + padding - u * dilation) % stride == 0 for u in positions) for phase in range(stride)}
-        )
+    """The numbers of kernel positions that the phases of the adjoint's output have."""
+    axes = zip(window.kernel, window.stride, window.padding, window.dilation, strict=True)
+    counts = (
+        {sum((phase + padding - u * dilation) % stride == 0 for u in range(kernel)) for phase in range(stride)}
+        for kernel, stride, padding, dilation in axes
+    )
     return {across * down for across, down in itertools.product(*counts)}
 
 
 def _map(like: Tensor, channels: int, size: Ints, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(
-        (like.shape[0], channels, *size),
-        dtype=dtype or like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
+    options: dict[str, Any] = {"dtype": dtype or like.dtype, "device": like.device}
+    return torch.empty((like.shape[0], channels, *size), memory_format=torch.channels_last, **options)
 
 
 def _cdiv(a: int, b: int) -> int:
