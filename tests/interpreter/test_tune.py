@@ -37,7 +37,7 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
     assert {(row["form"], row["problem"][0]) for row in table["plans"]} == set(
         itertools.product(("signed", "q8"), ("gather", "dw"))
     )
-    assert len(lines) == 3 * len(tune.OPTIONS["ieee"])
+    assert len(lines) == 3 * len(tune.FORMS["ieee"])
     assert lines[0].startswith("8->8 1x1 on 1x1, batch 2, ieee, forward: signed ieee ")
 
     assert tune.write(table, tmp_path, 90) == tmp_path / "sm_90.json"
@@ -51,9 +51,9 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
     assert (plan.precision, plan.tile) == (row["precision"], config.Tile(*row["tile"]))
 
     monkeypatch.setattr(tune, "products", spoilt)
-    refused = tune.search(*arguments)
-    assert all(row["problem"][0] == "gather" for row in refused["plans"])
-    assert sum("refused" in line for line in lines) == len(tune.OPTIONS["ieee"])
+    rejected = tune.search(*arguments)
+    assert all(row["problem"][0] == "gather" for row in rejected["plans"])
+    assert sum("rejected" in line for line in lines) == len(tune.FORMS["ieee"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -50,7 +50,7 @@ def behaviour():
 
 
 def precisions():
-    return {precision_of(torch.float32, kind) for kind in ("conv", "matmul")}
+    return {precision_of(torch.float32, operation) for operation in ("conv", "matmul")}
 
 
 def after(settings, precision):

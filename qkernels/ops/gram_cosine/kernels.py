@@ -1,4 +1,4 @@
-"""The kernels of the Gram cosine. F is a matrix [m, k] of each item, read where it lies, in any layout.
+"""The kernels of the Gram cosine. F is a matrix [m, k] of each item, read in place, in any layout.
 
 Letters: i item; m row of a tile (M of them), k summed index (K of them); a, b operands. An index runs along one stride,
 or along two: the position (h, w) of a map that is not dense (WIDE_M, WIDE_K).
@@ -6,10 +6,10 @@ or along two: the position (h, w) of a map that is not dense (WIDE_M, WIDE_K).
     direct  m is a row of the Gram matrix, G_a = F_a F_a^T [M, M], G_b = F_b F_b^T; n = sum G_a G_b
     dual    m is a column of F, k its row: n = |F_a F_b^T|^2, aa = |F_a F_a^T|^2, bb = |F_b F_b^T|^2 with these [M, M]
 
-Symmetric products are made for pairs of blocks (p, q), p <= q, of number q (q + 1) / 2 + p, and count twice off the
-diagonal. Sums of squares are (value, exponent): value * 2^exponent, so that no feature is too large or too small.
-Centred, the mean over a column of F is subtracted while it is loaded: it belongs to k, or if dual to m.
-What is absent is None. `do_not_specialize` names the sizes that change from call to call: one binary serves them all.
+Symmetric products are computed for pairs of blocks (p, q), p <= q, with number q (q + 1) / 2 + p; those off the
+diagonal count twice. Sums of squares are (value, exponent): value * 2^exponent, so that no feature is too large or too
+small. If CENTRED, loads of F subtract the mean over its column, which has an index k, or if dual m. Absent operands are
+None. `do_not_specialize` names the sizes that change from call to call: a binary serves them all.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ import triton.language as tl
 
 from qkernels.ops.gram_cosine import config
 
-# Sums of products of float32 or bfloat16 features are made again, scaled, if none of them lies in this range.
+# Sums of products of float32 or bfloat16 features are recomputed with a scale if none of them is in this range.
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-60)
 LARGEST: tl.constexpr = tl.constexpr(2.0**60)
 NOTHING: tl.constexpr = tl.constexpr(-1e9)  # exponent of a sum that is 0
 MOST_PARTS: tl.constexpr = tl.constexpr(config.MOST_PARTS)
-LOSS_ITEMS: tl.constexpr = tl.constexpr(256)  # cosines that are added up at a time
+LOSS_ITEMS: tl.constexpr = tl.constexpr(256)  # cosines that are added at a time
 
 
 class Matrix(NamedTuple):
-    """An operand, F [m, k] of each item; in kernels, once it is that `_of` an item, where this item lies.
+    """An operand, F [m, k] of each item, or `_of` one item.
 
     Attributes:
         ptr: its first element.
-        mean_ptr: the means that centring subtracts, `[item, K]`, or if dual `[item, M]`; ptr where it subtracts none
-            (Triton 3.6 has no None in tuples).
+        mean_ptr: means that centring subtracts, `[item, K]`, or if dual `[item, M]`; ptr without centring (Triton 3.6
+            takes no None in tuples).
         item, m_outer, m_inner, k_outer, k_inner: strides.
     """
 
@@ -48,7 +48,7 @@ class Matrix(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """What all operands share: sizes, and how many elements lie along the inner of two strides."""
+    """Sizes of all operands, and their numbers of elements along the inner of two strides."""
 
     M: Any
     K: Any
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """Of an item: both scales, |G_a|^2, and the two factors of its derivative."""
+    """Scalars of an item: both scales, |G_a|^2, and the two factors of its derivative."""
 
     scale_a: Any
     scale_b: Any
@@ -76,19 +76,19 @@ class Scalars(NamedTuple):
 
 @dataclass(frozen=True)
 class Meta:
-    """What is compiled into a kernel that multiplies features. EVEN: an axis is a whole number of its blocks.
+    """Compile-time constants of a kernel that multiplies features. EVEN: the axis is a whole number of blocks.
 
     Attributes:
         MODE: "stored", "direct" or "dual" (config.py).
-        PACKED: b is given as packed Gram matrices.
-        CENTRED: F is less its columns' means.
-        CHECKED: products may leave the range of float32, as those of float16 do not.
-        EXACT: the derivative's products take float32 as it is, or else as a sum of two values of the features' type.
-        UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16.
-        ONE_BLOCK: a Gram matrix is one block.
+        PACKED: b holds packed Gram matrices.
+        CENTRED: the means over the columns of F are subtracted.
+        CHECKED: products may leave the range of float32, unlike those of float16.
+        EXACT: the derivative's products read float32, or else sums of two values of the features' type.
+        UPCAST: cast bfloat16, whose bit patterns Triton's interpreter would multiply.
+        ONE_BLOCK: a Gram matrix is a single block.
         BLOCK: rows of a block of a stored matrix.
-        WHOLE: a program of the derivative keeps its rows of a matrix on chip.
-        BLOCK_N, BLOCK_C: of the derivative, rows of F that are summed over, and columns of F.
+        WHOLE: a program of the derivative holds its rows of a matrix on chip.
+        BLOCK_N, BLOCK_C: rows of F that the derivative sums over, and columns of F, in a step.
     """
 
     MODE: str
@@ -148,8 +148,8 @@ def _dot(x, y, acc, META: tl.constexpr):
 
 @triton.jit
 def _pair(number):
-    """The blocks (p, q), p <= q, of a pair."""
-    q = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)  # the root is approximate: one off at most
+    """The blocks (p, q), p <= q, of the pair with this number."""
+    q = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)  # approximate: off by at most 1
     q = tl.where(q * (q + 1) // 2 > number, q - 1, q)
     q = tl.where((q + 1) * (q + 2) // 2 <= number, q + 1, q)
     return number - q * (q + 1) // 2, q
@@ -157,7 +157,7 @@ def _pair(number):
 
 @triton.jit
 def _along(index, width, outer, inner, WIDE: tl.constexpr):
-    """Offsets of an index along an axis of two strides, of which the inner one has `width` elements, or of one."""
+    """Offsets of an index along an axis of two strides, the inner one with `width` elements, or of a single stride."""
     if WIDE:
         return (index // width).to(tl.int64) * outer + (index % width).to(tl.int64) * inner
     else:
@@ -166,14 +166,14 @@ def _along(index, width, outer, inner, WIDE: tl.constexpr):
 
 @triton.jit
 def _of(x, item, axes, META: tl.constexpr):
-    """The matrix of one item."""
+    """The matrix of an item."""
     mean_ptr = x.mean_ptr + item * (axes.M if META.DUAL else axes.K)
     return Matrix(x.ptr + item * x.item, mean_ptr, x.item, x.m_outer, x.m_inner, x.k_outer, x.k_inner)
 
 
 @triton.jit
 def _rows(x, m, axes, EVEN: tl.constexpr, META: tl.constexpr):
-    """What `_load` needs to know of rows: numbers, addresses, and which of them exist."""
+    """Rows as `_load` takes them: their numbers, their addresses, and which of them exist."""
     return m, x.ptr + _along(m, axes.m_width, x.m_outer, x.m_inner, META.WIDE_M), (m < axes.M) | EVEN
 
 
@@ -205,7 +205,7 @@ def _sum_of_products(
 ):
     """acc + X Y^T of the rows, over these steps; SCALED: X is multiplied by both scales first.
 
-    In turn, as their product may leave the type's range; X Y^T with both scaled is the same, and only X is touched.
+    In turn, as their product may leave the type's range; only X is scaled, which gives the same as scaling X and Y.
     """
     for step in range(steps[0], steps[1]):
         k = step * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
@@ -233,7 +233,7 @@ def _scale_exponent(x, rows, steps, axes, META: tl.constexpr):
 def _product(x, p, y, q, steps, axes, SAME: tl.constexpr, META: tl.constexpr):
     """Rows p of X times rows q of Y, X Y^T as (P, exponent), which means P * 2^exponent.
 
-    CHECKED: where every |P| is too large or too small for a product to be trusted, it is made again of scaled features.
+    CHECKED: if every |P| is too large or too small to be accurate, the product is recomputed from scaled features.
     """
     BLOCK_M: tl.constexpr = META.BLOCK_M
     x_rows, y_rows = _rows(x, p, axes, META.EVEN_M, META), _rows(y, q, axes, META.EVEN_M, META)
@@ -263,7 +263,7 @@ def _triangle_tile(ptr, p, q, M, BLOCK_M: tl.constexpr):
 def _gram_kernel(a, b, axes, gram_ptr, exponent_ptr, ticket_ptr, items, splits, pairs, META: tl.constexpr):
     """Parts of G_a and G_b of at most 128 rows, `[operand, item, pair, split, BLOCK_M, BLOCK_M]`, and their exponents.
 
-    One program owns one block of one matrix over one of `splits` parts of k. Direct only.
+    A program computes a block of a matrix over one of `splits` parts of k. Direct only.
     """
     item, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     operand, pair = tl.program_id(1) // pairs, tl.program_id(1) % pairs
@@ -274,7 +274,7 @@ def _gram_kernel(a, b, axes, gram_ptr, exponent_ptr, ticket_ptr, items, splits, 
     BLOCK_M: tl.constexpr = META.BLOCK_M
     lanes = tl.arange(0, BLOCK_M)
     p, q = p * BLOCK_M + lanes, q * BLOCK_M + lanes
-    # The operands' strides may be of different types: each has its own branch.
+    # The operands' strides may have different types, so each has its own branch.
     if operand == 0:
         own_a = _of(a, item, axes, META)
         acc, exponent = _product(own_a, p, own_a, q, steps, axes, META.ONE_BLOCK, META)
@@ -285,7 +285,7 @@ def _gram_kernel(a, b, axes, gram_ptr, exponent_ptr, ticket_ptr, items, splits, 
     at = part * (BLOCK_M * BLOCK_M) + lanes[:, None] * BLOCK_M + lanes[None, :]
     tl.store(gram_ptr + at, acc)
     tl.store(exponent_ptr + part, tl.where(tl.max(tl.max(tl.abs(acc), 1), 0) > 0, exponent, NOTHING))
-    tl.store(ticket_ptr, 0, mask=part == 0)  # of the finish, which is the next launch
+    tl.store(ticket_ptr, 0, mask=part == 0)  # for the next launch, which finishes
 
 
 @triton.jit
@@ -336,7 +336,7 @@ def _gram_finish_kernel(
 
         D_a = G_b / (|G_a| |G_b|) - cosine G_a / |G_a|^2        `[item, pair, BLOCK_M, BLOCK_M]`
 
-    of scaled matrices, and after all D_a if BOTH the D_b. One program owns an item; the last one to have its cosine
+    of scaled matrices, and if BOTH the D_b after all D_a. A program computes an item; the last one to store its cosine
     adds up the loss, weight * cosine^2 of all items.
     """
     item, items = tl.program_id(0).to(tl.int64), tl.cast(items, tl.int64)
@@ -374,13 +374,13 @@ def _gram_finish_kernel(
     tl.store(stats_a_ptr + items + item, _power_of_two(scale_a))
     tl.store(stats_b_ptr + item, bb)
     tl.store(stats_b_ptr + items + item, power_b)
-    # The ticket says who adds, never in which order.
+    # The ticket decides which program adds, never in which order.
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == items - 1:
         losses = tl.zeros((LOSS_ITEMS,), tl.float32)
         for start in range(0, items, LOSS_ITEMS):
             i = start + tl.arange(0, LOSS_ITEMS)
-            # Of other multiprocessors: not what this one's own cache may hold.
+            # Not from this multiprocessor's cache, which may hold old values of the others' cosines.
             of_others = tl.load(cosine_ptr + i, mask=i < items, other=0.0, cache_modifier=".cg")
             losses += of_others * of_others
         tl.store(loss_ptr, weight * tl.sum(losses, 0))
@@ -432,8 +432,8 @@ def _square(x, p, y, q, steps, axes, SAME: tl.constexpr, META: tl.constexpr):
 def _gram_squares_kernel(a, b, axes, partial_ptr, pairs, META: tl.constexpr):
     """Parts of n, aa and bb, each (value, exponent): `[item, program, 6]`.
 
-    Direct, one program owns a pair of blocks in both matrices. Dual, it owns a block of F_a F_b^T, or a pair of blocks
-    of F_a F_a^T, or (where bb is asked for, as the grid says) of F_b F_b^T.
+    Direct, a program computes a pair of blocks of both matrices. Dual, it computes a block of F_a F_b^T, or a pair of
+    blocks of F_a F_a^T or (with the grid's last programs, if bb is needed) of F_b F_b^T.
     """
     item, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     steps = (0, tl.cdiv(axes.K, META.BLOCK_K))
@@ -482,7 +482,7 @@ def _gram_squares_kernel(a, b, axes, partial_ptr, pairs, META: tl.constexpr):
 
 @triton.jit
 def _total(partial_ptr, item, item_ok, programs, first, count, BLOCK_P: tl.constexpr):
-    """The sums of (value, exponent) over `count` programs of each item, from the first-th on."""
+    """The sums of (value, exponent) over `count` programs of each item, from number `first` on."""
     total, exponent = tl.zeros(item.shape, tl.float32), tl.full(item.shape, NOTHING, tl.float32)
     for start in range(0, count, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)[None, :]
@@ -514,7 +514,7 @@ def _gram_cosine_kernel(
     partial_ptr, b_stats_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, products, pairs, weight,
     PACKED: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """cosine, statistics and weight * sum of squared cosines, from the parts of all items; one program owns all.
+    """cosine, statistics and weight * sum of squared cosines, from the parts of all items, by a single program.
 
     Dual, the first `products` programs have the parts of n, the next `pairs` those of aa, the next those of bb.
     """
@@ -552,7 +552,7 @@ def _gram_cosine_kernel(
 
 @triton.jit
 def _split_in_two(x, like, META: tl.constexpr):
-    """float32 as a sum of two values of the features' type; EXACT: as it is."""
+    """float32 as a sum of two values of the features' type; unchanged if EXACT."""
     if META.EXACT:
         return x, x
     else:
@@ -650,10 +650,10 @@ def _gram_backward_kernel(
         dual            dF_a = 2 s_a ( s_b S_b F_b / (|G_a'| |G_b'|) - s_a cosine S_a F_a / |G_a'|^2 ),
                         S_x = s_a s_x F_a F_x^T  [M, M]
 
-    (dual: F [columns, rows]). One program owns BLOCK_M rows of dF_a in one of `splits` parts of the columns k. WHOLE:
-    it keeps its rows of D, or of S_a and S_b, on chip, of at most BLOCK_N elements; else it makes BLOCK_N columns of
-    them at a time, again for each BLOCK_C columns k. Stored, it reads D, which comes as b; else it sums the products
-    over all k.
+    (dual: F [columns, rows]). A program computes BLOCK_M rows of dF_a in one of `splits` parts of the columns k. If
+    WHOLE, it holds its rows of D, or of S_a and S_b, on chip, at most BLOCK_N elements each; else it computes BLOCK_N
+    columns of them at a time, again for each BLOCK_C columns k. Stored, it reads D as b; else it sums the products over
+    all k.
     """
     BLOCK_M: tl.constexpr = META.BLOCK_M
     BLOCK_C: tl.constexpr = META.BLOCK_C
@@ -672,7 +672,7 @@ def _gram_backward_kernel(
     factor = tl.where(norm == 0, 0.0, factor)
     aa = tl.where(norm == 0, 1.0, aa)
     cross, own = 1.0 / tl.where(norm == 0, 1.0, norm), cosine / aa
-    # So that cross / own is finite; the error is of 2^-40 of the other term.
+    # So that cross / own is finite; the error is 2^-40 of the other term.
     own = tl.maximum(own, cross * 2.0**-40)
     scalars = Scalars(scale_a, scale_b, aa, cross, own)
     da_rows = _rows(da, m, axes, META.EVEN_M, META)

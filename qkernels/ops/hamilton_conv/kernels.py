@@ -1,20 +1,20 @@
 """The convolution's kernels. A map is dense NHWC; its channels are planar, (component, group, channel).
 
-Letters: b image; h, w pixel; m row of a tile of pixels; k channel that is summed over, n channel that is written, both
-of one component; a component that is written, c component that is summed over; u, v position in the kernel.
+Letters: b image; h, w pixel; m row of a tile of pixels; k input channel, summed over, and n output channel, each within
+a component; a output component; c input component, summed over; u, v position in the kernel.
 
 A *gather* covers both directions. For the position (u, v), output pixel (i, j) reads the source pixel (i * stride + u *
 dilation - padding, ...). Its adjoint is one gather for each *phase*, the output pixels with the same remainder by the
-stride: pixel phase + i * stride reads i + (phase + padding - u * dilation) / stride, from the positions for which that
-is whole. No position is read in vain. In both, the source moves by a fixed `DELTA` from one position to the next.
+stride: pixel phase + i * stride reads i + (phase + padding - u * dilation) / stride, for the positions for which that
+is a whole number; the others are skipped. In both, the source moves by a fixed `DELTA` from each position to the next.
 
-*Signed*: the 16 products of the definition as one. A tile of the source has one component c in a step, a tile of the
-weight all four components a of the output side by side: its columns (a, n) are read from component a ^ c with the sign
+*Signed*: the 16 products of the definition as one. In a step, a tile of the source has one component c, and a tile of
+the weight all four components a of the output side by side: its columns (a, n) come from component a ^ c with the sign
 of algebra.SIGNS[a][c], out of eight tiles [w, -w] that `_hamilton_pack_kernel` wrote. The expanded weight, twice as
-large, never exists. A product may run asynchronously only if nothing else in its iteration needs the result: so there
-is one product an iteration.
+large, is never stored. A product runs asynchronously only if nothing else in its iteration needs the result: so an
+iteration has a single product.
 
-`do_not_specialize` names the sizes that change from call to call: one binary serves them all.
+`do_not_specialize` names the sizes that change from call to call: a binary serves them all.
 """
 
 from dataclasses import dataclass
@@ -23,31 +23,32 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# Rows of a tile that are written at a time where several programs share a sum.
+# Rows of a tile that are written at a time if several programs share a sum.
 FINISH_ROWS: tl.constexpr = tl.constexpr(16)
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What is compiled into a kernel.
+    """Compile-time constants of a kernel.
 
     Attributes:
-        BLOCK_M: pixels of a tile; of a weight gradient, those of a step.
-        BLOCK_N: channels of each component that are written; of a weight gradient, the output's.
-        BLOCK_K: channels that are summed in a step; of a weight gradient, the input's that are written.
-        FLAT: 0, or the channels of a component: they are so few that a step runs over (position, component, channel).
-        EVEN_K, EVEN_N: whether the blocks fit the channels without a rest.
-        PRECISION, UPCAST: of the products, see `_dot`.
-        NEGATIVE: bit 4 a + c is set where component c enters component a with a minus.
+        BLOCK_M: pixels of a tile; for a weight gradient, pixels of a step.
+        BLOCK_N: channels of each component that are written; for a weight gradient, output channels.
+        BLOCK_K: channels that are summed in a step; for a weight gradient, input channels that are written.
+        FLAT: 0, or the number of channels of a component if they are so few that a step runs over (position, component,
+            channel).
+        EVEN_K, EVEN_N: whether the number of channels is a multiple of the block.
+        PRECISION, UPCAST: precision of the products, see `_dot`.
+        NEGATIVE: bit 4 a + c is set if component c enters component a with a minus.
         SPLIT: whether several programs share a sum.
-        KERNEL, STRIDE, PADDING, DILATION: of the convolution, (vertical, horizontal).
-        STEP: from one position that counts to the next; DELTA: from its source pixel to the next one's.
-        ADJOINT: the direction.
-        MAYBE_EMPTY: a phase may have no position.
-        HAS_BIAS, RELU, POOL, WRITE_MAP: the epilogue of a convolution; of a weight gradient, whether there is a bias.
-        DROPOUT: zeroes some elements behind the ReLU, and scales the others.
-        MASKED: the result is a gradient by the output of a ReLU, whose mask it goes through.
-        SCALED: the result is multiplied by a number.
+        KERNEL, STRIDE, PADDING, DILATION: geometry of the convolution, (vertical, horizontal).
+        STEP: distance of the kernel positions of a phase; DELTA: distance of their source pixels.
+        ADJOINT: whether this is the adjoint.
+        MAYBE_EMPTY: whether a phase may have no position.
+        HAS_BIAS, RELU, POOL, WRITE_MAP: epilogue of a convolution; for a weight gradient, whether there is a bias.
+        DROPOUT: whether elements behind the ReLU are zeroed at random, and the others scaled.
+        MASKED: whether the result, a gradient, goes through the mask of a ReLU's output.
+        SCALED: whether the result is multiplied by a number.
     """
 
     BLOCK_M: int
@@ -78,7 +79,7 @@ class Meta:
 
 
 class Weight(NamedTuple):
-    """The packed weight, and how far its tiles, positions, groups and channels lie apart."""
+    """The packed weight, and the strides of its tiles, positions, groups and channels."""
 
     ptr: Any
     stride_tile: Any
@@ -89,8 +90,8 @@ class Weight(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an epilogue writes: the map, the maxima of its windows and their argmax; and reads: bias, the ReLU's output
-    whose mask a gradient goes through, the seed of a dropout.
+    """Results of an epilogue: the map, the maxima of its windows, their argmax; and its operands: bias, output of the
+    ReLU whose mask a gradient goes through, seed of a dropout.
     """
 
     y_ptr: Any
@@ -102,7 +103,7 @@ class Output(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which pixels a program writes: images, the grid of one phase, the size of the map, the phase."""
+    """The pixels that a launch writes: number of images, grid of a phase, size of the map, phase."""
 
     batch: Any
     grid_h: Any
@@ -114,7 +115,7 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Where programs that share a sum leave their parts, and count who has arrived."""
+    """Memory for the parts of programs that share a sum, and the counter of those that have arrived."""
 
     partial_ptr: Any
     ticket_ptr: Any
@@ -123,7 +124,7 @@ class Shared(NamedTuple):
 
 @triton.jit
 def _rounded(x, PRECISION: tl.constexpr):
-    """float32 to the nearest tf32, ties away from zero, NaN kept; tensor cores would cut the low bits off."""
+    """float32 to the nearest tf32, ties away from zero, NaN unchanged; tensor cores would truncate."""
     if PRECISION == "tf32":
         near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(x == x, near, x)
@@ -133,7 +134,7 @@ def _rounded(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc, META: tl.constexpr):
-    """acc + a b in float32. UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16."""
+    """acc + a b in float32. UPCAST: cast bfloat16, whose bit patterns Triton's interpreter would multiply."""
     if META.UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=META.PRECISION)
     else:
@@ -142,7 +143,7 @@ def _dot(a, b, acc, META: tl.constexpr):
 
 @triton.jit
 def _first_position(phase, padding, dilation, stride, kernel):
-    """The first position that hits a source pixel from this phase; `kernel` where none does."""
+    """The first position that hits a source pixel from this phase; `kernel` if none does."""
     first = kernel
     for back in range(kernel):
         position = kernel - 1 - back
@@ -152,7 +153,7 @@ def _first_position(phase, padding, dilation, stride, kernel):
 
 @triton.jit
 def _pixels(m, height, width, batch, POOL: tl.constexpr):
-    """Image and pixel of row m, and whether there is one. POOL: four rows are one of height x width 2x2 windows."""
+    """Image and pixel of row m, and whether it exists. POOL: each four rows are one of height x width 2x2 windows."""
     if POOL:
         row = m // 4
         h = row // width % height * 2 + m % 4 // 2
@@ -167,15 +168,15 @@ def _pixels(m, height, width, batch, POOL: tl.constexpr):
 
 @triton.jit
 def _first_maximum(value, at, other, other_at):
-    """The larger of two values and where it is; NaN counts as largest, the earlier one wins a tie."""
+    """The larger of two values and its place; NaN counts as largest, the earlier one wins a tie."""
     take = (value > other) | (value != value) | ((value == other) & (at < other_at))
     return tl.where(take, value, other), tl.where(take, at, other_at)
 
 
 @triton.jit
 def _write(acc, m, channel, n_ok, channels, rows, output, scale, META: tl.constexpr):
-    """The epilogue of a tile [pixels m, channels]: + bias, ReLU, dropout or the mask of a gradient; the map, the maxima
-    of its windows with their argmax.
+    """The epilogue of a tile [pixels m, channels]: adds the bias, applies ReLU, dropout or a gradient's mask; writes
+    the map, or the maxima of its windows with their argmax, or both.
     """
     b, h, w, ok = _pixels(m[:, None], rows.grid_h, rows.grid_w, rows.batch, META.POOL)
     if META.ADJOINT:
@@ -187,19 +188,19 @@ def _write(acc, m, channel, n_ok, channels, rows, output, scale, META: tl.conste
     if META.RELU:
         acc = tl.where(acc < 0, 0.0, acc)
     if META.DROPOUT:  # of probability 1 - 1 / scale
-        # By the element's number in 32 bits, after which they would repeat: 64 spill.
+        # Indexed by the element's number in 32 bits, beyond which random numbers repeat: 64 bits spill.
         keep = tl.rand(tl.load(output.seed_ptr), at.to(tl.int32)) * scale < 1.0
         acc = tl.where(keep, acc * scale, 0.0)
     elif META.SCALED:
         acc *= scale
     if META.MASKED:
         of_relu = tl.load(output.relu_ptr + at, mask=mask, other=0.0)
-        acc = tl.where(of_relu.to(tl.float32) <= 0, 0.0, acc)  # NaN lets pass, as in PyTorch
+        acc = tl.where(of_relu.to(tl.float32) <= 0, 0.0, acc)  # NaN passes, as in PyTorch
     y = acc.to(output.y_ptr.dtype.element_ty)
     if META.WRITE_MAP:
         tl.store(output.y_ptr + at, y, mask=mask)
     if META.POOL:
-        # The maxima are those of the map as stored, so that argmax and ties are those of pooling it afterwards.
+        # Maxima of the map as stored: argmax and ties are those of a pool of the stored map.
         windows = tl.reshape(y.to(tl.float32), (y.shape[0] // 4, 4, y.shape[1]))
         argmax = tl.zeros_like(windows).to(tl.int32) + tl.arange(0, 4)[None, :, None]
         largest, argmax = tl.reduce((windows, argmax), 1, _first_maximum)
@@ -216,11 +217,11 @@ def _write(acc, m, channel, n_ok, channels, rows, output, scale, META: tl.conste
 
 @triton.jit
 def _all_there(ticket_ptr, splits):
-    """Whether this is the last of `splits` programs to come here, each with its part in memory; the count is left at 0.
+    """Whether this is the last of `splits` programs to arrive, each with its part in memory; the counter returns to 0.
 
-    It decides who sums the parts, never in which order.
+    It decides which program sums the parts, never in which order.
     """
-    tl.debug_barrier()  # the whole program's stores come before its ticket
+    tl.debug_barrier()  # all stores of the program come before its ticket
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
         tl.store(ticket_ptr, 0)
@@ -229,7 +230,7 @@ def _all_there(ticket_ptr, splits):
 
 @triton.jit
 def _summed(partial_ptr, at, part, parts, splits):
-    """The parts of an element in their order: [split, part, element]. ".cg": an L1 cache may hold what they were."""
+    """The sum of an element's parts in order: [split, part, element]. ".cg": an L1 cache may hold old values."""
     total = tl.zeros(at.shape, tl.float32)
     for split in range(splits):
         total += tl.load(partial_ptr + (tl.cast(split, tl.int64) * parts + part) + at, cache_modifier=".cg")
@@ -238,7 +239,7 @@ def _summed(partial_ptr, at, part, parts, splits):
 
 @triton.jit
 def _own_part(shared, size):
-    """Where this program's part of its tile's sum lies, of `size` elements, and how far the next split's is from it."""
+    """This program's tile, the offset of its part of the sum, of `size` elements, and the stride of the splits."""
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     parts = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64) * size
     return tile, tile.to(tl.int64) * size, parts
@@ -259,7 +260,7 @@ def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, share
 
 @triton.jit
 def _range_of_steps(steps, splits, META: tl.constexpr):
-    """This program's steps of the sum; of one that is not shared all, which leaves no loop where there is but one."""
+    """This program's steps of the sum; all of a sum that is not shared, which avoids a loop for a single step."""
     if META.SPLIT:
         split = tl.program_id(2)
         return split * steps // splits, (split + 1) * steps // splits
@@ -269,7 +270,7 @@ def _range_of_steps(steps, splits, META: tl.constexpr):
 
 @triton.jit
 def _gather_of(phase, META: tl.constexpr):
-    """Positions in a row of the kernel that count, the first of them, its shift of the source, steps of the sum."""
+    """The phase, its first position, its shift of the source, its positions per row of the kernel, and in all."""
     if META.ADJOINT:
         phase_h, phase_w = phase // META.STRIDE[1], phase % META.STRIDE[1]
         u = _first_position(phase_h, META.PADDING[0], META.DILATION[0], META.STRIDE[0], META.KERNEL[0])
@@ -280,7 +281,7 @@ def _gather_of(phase, META: tl.constexpr):
         positions = tl.cdiv(META.KERNEL[0] - u, META.STEP[0]) * across
         return (phase_h, phase_w), (u, v), (shift_h, shift_w), across, positions
     else:
-        zero = tl.full((), 0, tl.int32)  # functions return no plain numbers
+        zero = tl.full((), 0, tl.int32)  # functions cannot return plain numbers
         shift = (zero - META.PADDING[0], zero - META.PADDING[1])
         return (zero, zero), (zero, zero), shift, zero + META.KERNEL[1], zero + META.KERNEL[0] * META.KERNEL[1]
 
@@ -292,9 +293,9 @@ def _hamilton_conv_kernel(
 ):  # fmt: skip
     """y = epilogue(w (x) x), or its adjoint, from signed tiles: a convolution, a data gradient, a linear map.
 
-    One program owns BLOCK_M pixels of one phase, BLOCK_N channels of all four components of one group, and one of
-    `splits` parts of the sum over positions, components and channels. It reads the source once for each position, as
-    every block of channels does again; the tile of the weight is read by every block of pixels.
+    A program computes BLOCK_M pixels of a phase, BLOCK_N channels of all four components of a group, and one of
+    `splits` parts of the sum over positions, components and channels. Each block of channels reads the source once for
+    each position, each block of pixels the tile of the weight.
     """
     BLOCK_M: tl.constexpr = META.BLOCK_M
     BLOCK_N: tl.constexpr = META.BLOCK_N
@@ -332,7 +333,7 @@ def _hamilton_conv_kernel(
             source_h, source_w = h[:, None] + (u * META.DELTA[0])[None, :], w[:, None] + (v * META.DELTA[1])[None, :]
             ok = m_ok[:, None] & k_ok[None, :] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
             offset = (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * x_channels
-            # The channels of one group lie in a row only where there is no other.
+            # Channels of a group are contiguous only if there is no other group.
             channel = e % (4 * Q) if groups == 1 else c * (groups * Q) + group * Q + q
             x = tl.load(x_ptr + pixel[:, None] + (offset + channel)[None, :], mask=ok, other=0.0)
             u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
@@ -381,7 +382,7 @@ def _hadamard(r, i, j, k):
 
 @triton.jit
 def _four_tiles(at, stride, mask):
-    """Four tiles that lie `stride` apart."""
+    """Four tiles, `stride` apart."""
     t0 = tl.load(at, mask=mask, other=0.0)
     t1 = tl.load(at + stride, mask=mask, other=0.0)
     t2 = tl.load(at + 2 * stride, mask=mask, other=0.0)
@@ -401,7 +402,7 @@ def _four_products(acc, x, w, META: tl.constexpr):
 
 @triton.jit
 def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META: tl.constexpr):
-    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in one step of the sum."""
+    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in a step of the sum."""
     h, w, m_ok, x_h, x_w, across, size, K = place
     k = step % chunks * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
     k_ok = (k < K) | META.EVEN_K
@@ -489,7 +490,7 @@ def _hamilton_conv_q8_kernel(
 
 
 class Gradients(NamedTuple):
-    """What a weight gradient writes: dw `[4, groups P, Q, position]` and db `[4 groups P]`."""
+    """Results of a weight gradient: dw `[4, groups P, Q, position]` and db `[4 groups P]`."""
 
     dw_ptr: Any
     db_ptr: Any
@@ -500,7 +501,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _write_dw(part, component, group, p, e, ok, to, scale, META: tl.constexpr):
-    """One component's tile `[e, p]` of dw; e counts (position, channel), or is (position, channels)."""
+    """A component's tile `[e, p]` of dw; e is (positions, channels), or (position, channels)."""
     POSITIONS: tl.constexpr = META.KERNEL[0] * META.KERNEL[1]
     position, q = e
     at = (component * (to.groups * to.P) + group * to.P + p).to(tl.int64)[None, :] * (to.Q * POSITIONS)
@@ -552,16 +553,16 @@ def _hamilton_conv_dw_kernel(
 
     The four components of x times the four of dy are one product `[4 BLOCK_K, BLOCK_M] x [BLOCK_M, 4 BLOCK_N]`; its
     sixteen blocks are folded into four after the loop: dw_b is the sum over c of SIGNS[b ^ c][c] times block (c, b ^
-    c). One program owns BLOCK_N channels of the output, BLOCK_K of the input under one position, one group and one of
-    `splits` ranges of pixels, in steps of BLOCK_M; FLAT: BLOCK_K (position, channel) pairs. P and Q count quaternion
-    channels of a group. Where there is a bias, the first column of programs sums dy alone.
+    c). A program computes BLOCK_N output channels and BLOCK_K input channels under a position (FLAT: BLOCK_K (position,
+    channel) pairs) of a group, over one of `splits` ranges of pixels, in steps of BLOCK_M. P and Q count quaternion
+    channels of a group. If there is a bias, the first column of programs only sums dy.
     """
     BLOCK_M: tl.constexpr = META.BLOCK_M
     BLOCK_P: tl.constexpr = META.BLOCK_N
     BLOCK_Q: tl.constexpr = META.BLOCK_K
     FLAT: tl.constexpr = META.FLAT
     NEGATIVE: tl.constexpr = META.NEGATIVE
-    # Of one channel, the four components of a pixel are one load.
+    # If there is a single channel, one load takes the four components of a pixel.
     PIXELWISE: tl.constexpr = META.FLAT == 1
     group, split = tl.program_id(1), tl.program_id(2)
     tile_p = tl.program_id(0) % tiles_p
@@ -669,7 +670,7 @@ def _four_weight_products(acc, x, y, META: tl.constexpr):
 
 @triton.jit
 def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, META: tl.constexpr):
-    """The component tiles of x under the position `[pixels, q]` and of dy `[pixels, p]` in one step."""
+    """The component tiles of x under the position `[pixels, q]` and of dy `[pixels, p]` in a step."""
     batch, y_h, y_w, x_h, x_w, x_size, y_size = sizes
     m = step * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
     b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
@@ -755,12 +756,12 @@ def _hamilton_gradient_kernel(
     HAS_DY: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in front of an epilogue, put together once for the kernels that read it for each position:
+    """The gradient in front of an epilogue, computed once for the kernels that read it for each position:
 
         out = scale [relu > 0] dy + [argmax == place in the window] dpooled
 
-    of maps of size_h x size_w pixels, rounded to tf32 where PRECISION says so: also what rounds an operand. One program
-    owns BLOCK elements in their order in memory.
+    of maps of size_h x size_w pixels, rounded to tf32 for this PRECISION, so that it also rounds operands. A program
+    computes BLOCK consecutive elements.
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = e < count
@@ -769,7 +770,7 @@ def _hamilton_gradient_kernel(
         value = tl.load(dy_ptr + e, mask=ok, other=0.0).to(tl.float32)
         if MASKED:
             of_relu = tl.load(relu_ptr + e, mask=ok, other=0.0).to(tl.float32)
-            value = tl.where(of_relu <= 0, 0.0, value)  # NaN lets pass, as in PyTorch
+            value = tl.where(of_relu <= 0, 0.0, value)  # NaN passes, as in PyTorch
         if SCALED:
             value *= scale
     if POOLED:
@@ -795,7 +796,7 @@ class Unpacked(NamedTuple):
 
 @triton.jit
 def _pack(e, w, out_ptr, Q8: tl.constexpr, TF32: tl.constexpr):
-    """The quaternions e of one weight, `[4, rows, Q, position]`, to `[8, position, rows, Q]`."""
+    """Packs the quaternions e of a weight, `[4, rows, Q, position]`, as `[8, position, rows, Q]`."""
     count = w.rows * w.Q * w.positions
     ok = e < count
     q, row, position = e % w.Q, e // w.Q % w.rows, e // (w.Q * w.rows)
@@ -822,12 +823,12 @@ def _pack(e, w, out_ptr, Q8: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
-def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, META: tl.constexpr, BLOCK: tl.constexpr):
-    """All weights of a network as the convolutions read them, one behind the other, and `tickets` zeros.
+def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, LAYOUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """All weights of a network as the convolutions read them, in a row, and `tickets` zeros.
 
     Signed: [w, -w] `[8, position, rows, Q]`, in the maps' type (rounded to tf32). "q8": [H w; -2 w by
-    algebra.WEIGHT_ORDER]. META says of each whether it is for q8, and whether for tf32. One program owns BLOCK
-    quaternions of one weight.
+    algebra.WEIGHT_ORDER]. LAYOUTS holds for each weight whether it is for q8, and whether for tf32. A program packs
+    BLOCK quaternions of a weight.
     """
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -838,6 +839,6 @@ def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, META: tl.conste
         w = weights[number]
         programs = tl.cdiv(w.rows * w.Q * w.positions, BLOCK)
         if (program >= first) & (program < first + programs):
-            _pack((program - first) * BLOCK + lanes, w, out_ptr, META[number][0], META[number][1])
+            _pack((program - first) * BLOCK + lanes, w, out_ptr, LAYOUTS[number][0], LAYOUTS[number][1])
         first += programs
-        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if META[number][1] else 8)
+        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if LAYOUTS[number][1] else 8)

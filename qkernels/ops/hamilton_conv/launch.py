@@ -115,7 +115,7 @@ def pack(weights: Sequence[Tensor], algorithms: Sequence[str], dtype: torch.dtyp
                 "out_ptr": tiles,
                 "ticket_ptr": counters,
                 "tickets": tickets,
-                "META": tuple((algorithm.startswith("q8"), algorithm.endswith("tf32")) for algorithm in algorithms),
+                "LAYOUTS": tuple((algorithm.startswith("q8"), algorithm.endswith("tf32")) for algorithm in algorithms),
                 "BLOCK": ELEMENTWISE_BLOCK,
             },
         )
