@@ -58,8 +58,7 @@ class QuaternionConv2d(_QuaternionLayer):
         pool: None, or 2 for the maxima of 2x2 windows.
         init: "glorot" or "he" (`qkernels.init`).
         generator: source of randomness of the initialisation.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, in_channels, H, W]`; weight `[4, out_channels/4, in_channels/4/groups, kh, kw]`; bias
@@ -132,8 +131,7 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
         bias: whether there is a real bias per output channel.
         init: "glorot" or "he" (`qkernels.init`), whose fans are swapped here by the weight's shape.
         generator: source of randomness of the initialisation.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, in_channels, H, W]`; weight `[4, in_channels/4, out_channels/4/groups, kh, kw]`; bias
@@ -192,8 +190,7 @@ class QuaternionLinear(_QuaternionLayer):
         dropout: probability of zeroing an element of y in training.
         init: "he" or "glorot" (`qkernels.init`).
         generator: source of randomness of the initialisation.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[..., in_features]`; weight `[4, out_features/4, in_features/4]`; bias `[out_features]`;
@@ -244,8 +241,7 @@ class QuaternionBatchNorm2d(nn.Module):
         num_features: real channels C, 4 per quaternion.
         eps: added to the variance.
         momentum: share of a batch in the running values.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, C, H, W]`; weight `[C/4]`, shared by the components, 1 at first; bias `[C]`, 0 at first;

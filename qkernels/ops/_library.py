@@ -17,7 +17,6 @@ from qkernels.ops._launch import KernelUnavailable
 
 def define(
     name: str,
-    *,
     fake: Callable[[Any], Any],
     save: Callable[..., None],
     backward: Callable[..., Any],

@@ -41,9 +41,7 @@ def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[T
     return dtrained, dfrozen
 
 
-@define(
-    "folded_rowwise", fake=_loss_fake, save=_loss_save, backward=_loss_backward, differentiable=("trained", "frozen")
-)
+@define("folded_rowwise", _loss_fake, _loss_save, _loss_backward, ("trained", "frozen"))
 def folded_rowwise(
     trained: Tensor, frozen: Tensor, clamp: str, weight: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,7 +74,7 @@ def folded_rowwise(
     return loss, factors, stats, forms.raw(products, stats, padded(len(products[0])))
 
 
-@define("folded_rowwise_da", fake=lambda inputs: torch.empty_like(inputs.a), **first_order_only("folded_rowwise"))
+@define("folded_rowwise_da", lambda inputs: torch.empty_like(inputs.a), **first_order_only("folded_rowwise"))
 def folded_rowwise_da(
     dloss: Tensor,
     a: Tensor,

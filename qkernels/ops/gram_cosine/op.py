@@ -70,7 +70,7 @@ def gradients(ctx: Any, dcosine: Gradient, dloss: Gradient, incoming: Gradient) 
     return da, db
 
 
-@define("gram_cosine", fake=_cosine_fake, save=_cosine_save, backward=_cosine_backward, differentiable=("a", "b"))
+@define("gram_cosine", _cosine_fake, _cosine_save, _cosine_backward, ("a", "b"))
 def gram_cosine(
     a: Tensor,
     b: Tensor,
@@ -132,7 +132,7 @@ def gram_cosine(
     return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), workspace
 
 
-@define("gram_cosine_da", fake=lambda inputs: torch.empty_like(inputs.a), **first_order_only("gram_cosine"))
+@define("gram_cosine_da", lambda inputs: torch.empty_like(inputs.a), **first_order_only("gram_cosine"))
 def gram_cosine_da(
     dcosine: Tensor | None,
     dloss: Tensor | None,

@@ -52,7 +52,7 @@ def _pack_fake(inputs: Any) -> tuple[Tensor, Tensor]:
     return first.new_empty(sum(sizes), dtype=inputs.dtype), tickets
 
 
-@define("hamilton_pack", fake=_pack_fake, **first_order_only("hamilton_pack"))
+@define("hamilton_pack", _pack_fake, **first_order_only("hamilton_pack"))
 def hamilton_pack(
     weights: Sequence[Tensor], algorithms: str, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -152,9 +152,7 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
     return _layer_gradients(ctx, saved, dy, scale)
 
 
-@define(
-    "hamilton_conv2d", fake=_conv_fake, save=_conv_save, backward=_conv_backward, differentiable=("x", "weight", "bias")
-)
+@define("hamilton_conv2d", _conv_fake, _conv_save, _conv_backward, ("x", "weight", "bias"))
 def hamilton_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -210,13 +208,7 @@ def _pool_backward(ctx: Any, dpooled: Gradient, _: Any, dy: Gradient) -> tuple[G
     return _layer_gradients(ctx, saved, gradient, 1.0)
 
 
-@define(
-    "hamilton_conv2d_pool",
-    fake=_pool_fake,
-    save=_pool_save,
-    backward=_pool_backward,
-    differentiable=("x", "weight", "bias"),
-)
+@define("hamilton_conv2d_pool", _pool_fake, _pool_save, _pool_backward, ("x", "weight", "bias"))
 def hamilton_conv2d_pool(
     x: Tensor,
     weight: Tensor,
@@ -252,7 +244,7 @@ def _refuse(ctx: Any, *_: Tensor) -> None:
     refuse_second_derivative(FUSED)
 
 
-@define("hamilton_conv2d_dy", fake=_dy_fake, save=lambda ctx, inputs, output: None, backward=_refuse)
+@define("hamilton_conv2d_dy", _dy_fake, lambda ctx, inputs, output: None, _refuse)
 def hamilton_conv2d_dy(
     dy: Tensor | None,
     y: Tensor | None,
@@ -303,9 +295,7 @@ def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
     return by_dy, by_weight, grad.sum((0, 2, 3), dtype=ctx.bias_type) if need_bias else None
 
 
-@define(
-    "hamilton_conv2d_dx", fake=_dx_fake, save=_dx_save, backward=_dx_backward, differentiable=("dy", "weight", "bias")
-)
+@define("hamilton_conv2d_dx", _dx_fake, _dx_save, _dx_backward, ("dy", "weight", "bias"))
 def hamilton_conv2d_dx(
     dy: Tensor,
     weight: Tensor,
@@ -364,7 +354,7 @@ def _dw_backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Gradient, .
     return by_dy, by_x
 
 
-@define("hamilton_conv2d_dw", fake=_dw_fake, save=_dw_save, backward=_dw_backward, differentiable=("dy", "x"))
+@define("hamilton_conv2d_dw", _dw_fake, _dw_save, _dw_backward, ("dy", "x"))
 def hamilton_conv2d_dw(
     dy: Tensor,
     x: Tensor,

@@ -36,13 +36,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db if need_bias else None
 
 
-@define(
-    "hamilton_linear",
-    fake=_linear_fake,
-    save=_linear_save,
-    backward=_linear_backward,
-    differentiable=("x", "weight", "bias"),
-)
+@define("hamilton_linear", _linear_fake, _linear_save, _linear_backward, ("x", "weight", "bias"))
 def hamilton_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, x_is_relu: bool, mask_gradient: bool, form: str
 ) -> Tensor:
@@ -69,7 +63,7 @@ def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return by_dy, by_weight
 
 
-@define("hamilton_linear_dx", fake=_dx_fake, save=_dx_save, backward=_dx_backward, differentiable=("dy", "weight"))
+@define("hamilton_linear_dx", _dx_fake, _dx_save, _dx_backward, ("dy", "weight"))
 def hamilton_linear_dx(dy: Tensor, weight: Tensor, form: str) -> Tensor:
     """The data gradient, conj(weight)^T (x) dy."""
     return forms.data_gradient(dy, weight, form)
@@ -94,7 +88,7 @@ def _dw_backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | No
     return by_dy, by_x
 
 
-@define("hamilton_linear_dw", fake=_dw_fake, save=_dw_save, backward=_dw_backward, differentiable=("dy", "x"))
+@define("hamilton_linear_dw", _dw_fake, _dw_save, _dw_backward, ("dy", "x"))
 def hamilton_linear_dw(dy: Tensor, x: Tensor, with_bias: bool, form: str) -> tuple[Tensor, Tensor]:
     """The weight gradient, and the gradient of a bias `[4 N]` (empty without `with_bias`)."""
     return forms.weight_gradient(dy, x, form), dy.sum(0) if with_bias else dy.new_empty(0)
