@@ -12,12 +12,13 @@ from torch import Tensor
 from qat.config import Experiment
 from qat.data.rows import Rows
 from qat.files import replacing, write_json
+from qat.models import SpeechClassifier
 from qat.models.layers import placed
 from qat.training import distributed
 from qat.training.data import LABEL_COLUMN, Data, class_targets, load_data
 from qat.training.embeddings import embeddings
 from qat.training.metrics import Metrics, metrics_for, probabilities
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective
 from qat.training.pretrained import Pretrained
 from qat.training.run import open_run, parameter_count
 from qat.training.steps import precision

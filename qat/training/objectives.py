@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from qat.anti_transfer import AntiTransfer
-from qat.config import NetworkConfig, RHEmoConfig
-from qat.models import VGG16, RHEmo, RHEmoEncoder
+from qat.config import RHEmoConfig
+from qat.models import RHEmo, SpeechClassifier
 from qat.models.rhemo import DIMENSIONS
 from qkernels.ops._library import autocast_dtype
 
@@ -29,44 +29,6 @@ class Losses(NamedTuple):
     total: Tensor
     parts: dict[str, Tensor]
     outputs: Tensor
-
-
-class SpeechClassifier(nn.Module):
-    """From a normalised spectrogram `[B, 1, 512, 128]` to logits `[B, K]`: RH-Emo's encoder (or none), then VGG16.
-
-    Args:
-        config: the network; ``rhemo_mode`` says how the encoder runs.
-        num_classes: K.
-    """
-
-    def __init__(self, config: NetworkConfig, num_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = RHEmoEncoder() if config.embeds else None
-        self.embedding_scale: Tensor
-        self.register_buffer("embedding_scale", torch.ones(()))
-        self.net = VGG16(config, num_classes)
-        if self.encoder is not None and config.rhemo_mode != "trainable":
-            self.encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> SpeechClassifier:
-        super().train(mode)
-        if self.encoder is not None and self.config.rhemo_mode != "trainable":
-            self.encoder.train(self.config.rhemo_mode == "batch-statistics")
-        return self
-
-    def embed(self, spectrogram: Tensor) -> Tensor:
-        """What the VGG16 is given: `[B, 4, 64, 64]`, or the spectrogram itself in the real domain."""
-        if self.encoder is None:
-            return spectrogram
-        if self.config.rhemo_mode == "trainable":
-            return self.encoder(spectrogram) / self.embedding_scale
-        # Of frozen weights the embedding is the same in any precision, so that it can be kept.
-        with torch.no_grad(), torch.autocast(spectrogram.device.type, enabled=False):
-            return self.encoder(spectrogram) / self.embedding_scale
-
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        return self.net(self.embed(spectrogram))[0]
 
 
 class ClassificationObjective(nn.Module):

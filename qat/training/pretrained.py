@@ -8,11 +8,10 @@ import torch
 
 from qat.anti_transfer import AntiTransfer
 from qat.config import AnyExperiment, Experiment, to_plain
-from qat.models import VGG16, RHEmoEncoder
+from qat.models import VGG16, RHEmoEncoder, SpeechClassifier
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, load_checkpoint
 from qat.training.data import normalisation_kind
-from qat.training.objectives import SpeechClassifier
 
 
 @dataclass(frozen=True)

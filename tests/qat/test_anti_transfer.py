@@ -12,8 +12,8 @@ from qat import anti_transfer
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, from_plain, to_plain
 from qat.config.parsing import instantiate, parser_of, prefix_errors
-from qat.models import VGG16, tap_name
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.models import VGG16, SpeechClassifier, tap_name
+from qat.training.objectives import ClassificationObjective
 from qkernels import anti_transfer_loss
 from qkernels.losses import CKA, LOSSES, CosSquared, FoldedRowwise, GramChannel, GramPosition, Loss, MseSigmoid
 

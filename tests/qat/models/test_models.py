@@ -6,9 +6,9 @@ from torch.nn import functional
 
 import qkernels
 from qat.config import NetworkConfig, RHEmoConfig
-from qat.models import VGG16, RHEmo, tap_name
+from qat.models import VGG16, RHEmo, SpeechClassifier, tap_name
 from qat.models.vgg import POOL_AFTER
-from qat.training.objectives import RHEmoObjective, SpeechClassifier
+from qat.training.objectives import RHEmoObjective
 
 TABLE = {  # method, table 1.3 and item 9.24
     ("quaternion", False): {4: 9_998_020, 5: 10_002_117, 7: 10_010_311, 8: 10_014_408, 1000: 14_078_632},

@@ -20,7 +20,7 @@ from qat.cli import main
 from qat.config import AntiTransferConfig, NetworkConfig, RHEmoConfig, TrainingConfig
 from qat.data import rows as rows_module
 from qat.data.rows import Rows, empty_rows
-from qat.models import VGG16, RHEmo, RHEmoEncoder
+from qat.models import VGG16, RHEmo, RHEmoEncoder, SpeechClassifier
 from qat.training import embeddings as embeddings_module
 from qat.training import loop
 from qat.training import profile as profile_module
@@ -30,7 +30,7 @@ from qat.training.classifier import train_classifier
 from qat.training.data import load_data
 from qat.training.examples import Batch, Examples, batches
 from qat.training.inference import evaluate_run
-from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective
 from qat.training.profile import COUNT, Profile
 from qat.training.rhemo import pretrain_rhemo
 from qat.training.steps import WARM, Graphs, Steps
