@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,7 @@ def bias(value: Tensor | None, size: int) -> None:
         raise ValueError(f"bias must have shape ({size},); got {tuple(value.shape)}")
 
 
-def output_size(size: list[int], x: Tensor) -> None:
+def output_size(size: Sequence[int], x: Tensor) -> None:
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"the output would be empty, {size[0]} x {size[1]} pixels, for x of shape {tuple(x.shape)}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from qkernels import checks, runtime
 from qkernels.checks import Pair
 from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
-from qkernels.ops._library import autocast_dtype, compute_dtype
+from qkernels.ops._library import compute_dtype
 from qkernels.ops.aggregation import similarity
 from qkernels.ops.folded_rowwise import op as folded_op
 from qkernels.ops.folded_rowwise import reference as folded_reference
@@ -26,6 +26,7 @@ from qkernels.ops.hamilton_conv import reference as conv_reference
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
+from qkernels.runtime.precision import autocast_dtype
 
 ACTIVATIONS = (None, "relu")
 POOLS = (None, 2)
@@ -137,11 +138,8 @@ def hamilton_conv2d(
     checks.option("pool", pool, POOLS)
     if return_map and not pool:
         raise ValueError("return_map=True needs pool=2: without a pool the map is the result itself")
-    size = [
-        conv_reference.conv_output_size(*sizes)
-        for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
-    ]
-    checks.output_size([length // pool for length in size] if pool else size, x)
+    size = conv_reference.conv_output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
+    checks.output_size([length // (pool or 1) for length in size], x)
     x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv2d", x, weight, bias)
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(packed, x, weight, backend, algorithm)
@@ -207,10 +205,8 @@ def hamilton_conv_transpose2d(
                 f"output_padding must be smaller than stride or dilation; got {output_padding} "
                 f"with stride {stride} and dilation {dilation}"
             )
-    size = [
-        conv_reference.transposed_output_size(*sizes)
-        for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, output_padding, strict=True)
-    ]
+    kernel = weight.shape[3:]
+    size = conv_reference.transposed_output_size(x.shape[2:], kernel, stride, padding, dilation, output_padding)
     checks.output_size(size, x)
     x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
     if backend == "reference":

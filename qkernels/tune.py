@@ -1,6 +1,6 @@
 """`python -m qkernels.tune`: searches for launch settings on this machine's GPU, prints each trial, writes the table.
 
-Only this command searches: without a table the settings come from a model (`config.clocks`). The table holds, for each
+Only this command searches: without a table the settings come from a model (`config.cost`). The table holds, for each
 product of the quaternion VGG16 (WASPAA 2023) at the given batch sizes, the fastest plan of every form, and for each
 weight's shape the form whose plans have the shortest total time. Copy it into the package to ship it, or name its
 folder in the environment variable QKERNELS_TABLES.
@@ -183,7 +183,7 @@ def _fastest(
     best: dict[str, tuple[float, Plan]] = {}
     for form, products in FORMS[precision]:
         plans = set(config.candidates(product.problem, form, products, arch))
-        ranked = sorted(plans, key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
+        ranked = sorted(plans, key=lambda plan: config.cost(product.problem, plan, arch, multiprocessors).total)
         algorithm = f"{form}-{precision}"
         for plan in ranked[:most]:
             tile, time = plan.tile, math.inf

@@ -40,17 +40,17 @@ def train_classifier(
         folder: run folder. It gets ``experiment.yaml``, ``split.json``, ``model.safetensors`` (self-contained:
             encoder, network, classes, normalisation), ``last.safetensors``, ``metrics.csv``, ``tensorboard/``,
             ``predictions.csv`` and, at the very end, ``result.json``.
-        resume: continue an interrupted run of the same experiment; a finished one is returned as it is.
+        resume: continue an interrupted run of the same experiment, or return the result of a finished one.
         quiet: no progress bars.
         name: name of the run in reports; runs that differ only in their seed share it. The folder's name by default.
-        profile: find out where a step's time goes: ``trace*.json`` and ``profile.txt`` in the folder, see
+        profile: profile some steps: ``trace*.json`` and ``profile.txt`` in the folder, see
             :class:`qat.training.profile.Profile`.
 
     Returns:
-        What ``result.json`` holds: metrics of every part, epochs, times, memory, versions.
+        The content of ``result.json``: metrics of every part, epochs, times, memory, versions.
 
     Raises:
-        ValueError: anything wrong with the settings, the corpus, a checkpoint or the folder.
+        ValueError: the settings, the corpus, a checkpoint or the folder do not fit.
     """
     with open_run(experiment, folder, resume=resume, quiet=quiet, name=name, profile=profile) as (run, finished):
         if finished is not None:
@@ -88,7 +88,7 @@ def train_classifier(
 
 
 def _output_names(classes: list[str], experiment: Experiment) -> list[str]:
-    """The names of all outputs of a network: the classes, then those that ``network.outputs`` adds."""
+    """The names of a network's outputs: the classes, then unused ones up to ``network.outputs``."""
     outputs = experiment.network.outputs
     if outputs is None:
         return classes

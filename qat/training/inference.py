@@ -72,7 +72,7 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFram
 
     Args:
         run: run folder or checkpoint.
-        files: audio files; one of several cuts gets their mean probability.
+        files: audio files; the probabilities of a file are means over its cuts.
         device: device to compute on.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The objectives: each turns a batch into a total loss, its parts and the outputs that metrics judge.
+"""The objectives, which compute from a batch a total loss, its parts and the outputs for the metrics.
 
-None reads a value back from the device, so that a step can be captured as a CUDA graph.
+They read no value back from the device, so that a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qat.anti_transfer import AntiTransfer
 from qat.config import RHEmoConfig
 from qat.models import RHEmo, SpeechClassifier
 from qat.models.rhemo import DIMENSIONS
-from qkernels.ops._library import autocast_dtype
+from qkernels.runtime.precision import autocast_dtype
 
 TERMS = ("emotion", *DIMENSIONS)
 """RH-Emo's supervised terms, in the order of its targets."""
 
 
 class Losses(NamedTuple):
-    """``total`` is minimised; ``parts`` are scalars for the log; ``outputs`` are what the metrics judge."""
+    """``total`` is minimised; ``parts`` are scalars for the log; metrics are computed from ``outputs``."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -36,7 +36,7 @@ class ClassificationObjective(nn.Module):
 
     Args:
         classifier: the network that is trained.
-        anti_transfer: the term that pushes its features away from the twin's, if any.
+        anti_transfer: term that pushes its features away from the twin's, if any.
         embedded: whether inputs are embeddings already (frozen encoder, computed once).
         multi_label: whether targets are `[B, V]` of 0 and 1 instead of `[B]` class indices.
     """
@@ -81,7 +81,7 @@ class RHEmoObjective(nn.Module):
     Args:
         model: the network that is trained.
         config: weights of the terms.
-        annotated: the terms that have any annotation, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
+        annotated: terms with annotations, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
     """
 
     def __init__(self, model: RHEmo, config: RHEmoConfig, annotated: Collection[str] = TERMS) -> None:

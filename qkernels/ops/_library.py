@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qkernels.ops._launch import KernelUnavailable
+from qkernels.runtime.precision import autocast_dtype
 
 
 def define(
@@ -90,21 +91,6 @@ def or_plain(backend: str) -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The type that autocast casts to on this type of device; None where it is off or unknown."""
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-# Dynamo cannot trace this call before torch 2.12, and its answer never changes; see `runtime.device.arch_of_device`.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 if a tensor has it."""
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
@@ -123,13 +109,9 @@ def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-def first_order_only(name: str) -> dict[str, Any]:
-    """`save` and `backward` of an operator that is the gradient of `name` and is not differentiable itself."""
-
-    def backward(ctx: Any, *_: Tensor) -> None:
-        refuse_second_derivative(f"{name} has no second derivative")
-
-    return {"save": lambda ctx, inputs, output: None, "backward": backward}
+def first_order_only(reason: str) -> dict[str, Any]:
+    """`save` and `backward` of an operator that is a gradient and not differentiable itself, for this reason."""
+    return {"save": lambda *_: None, "backward": lambda *_: refuse_second_derivative(reason)}
 
 
 def refuse_second_derivative(reason: str) -> None:

@@ -22,7 +22,7 @@ from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
 from qkernels.ops.hamilton_conv.config import algorithm_of, cpu_form
 from qkernels.runtime.device import INTERPRETED, arch_of, arch_of_device
 from qkernels.runtime.precision import precision_of
-from qkernels.runtime.recording import recorded
+from qkernels.runtime.recording import current_recording
 
 BACKENDS = ("auto", "reference", "triton")
 FORMS = ("auto", *KERNEL_FORMS)
@@ -159,7 +159,7 @@ def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
     if x.is_cuda:
         arch = arch_of_device(x.device)
         return None if arch >= 80 else f"the kernels need compute capability 8.0, and {x.device} has {arch / 10}"
-    if recorded() or (x.device.type == "cpu" and INTERPRETED):
+    if current_recording() or (x.device.type == "cpu" and INTERPRETED):
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
 

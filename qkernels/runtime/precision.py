@@ -1,4 +1,4 @@
-"""The precision of float32 products: read from PyTorch's TF32 switches, and set for a block."""
+"""The precision of products: read from autocast and PyTorch's TF32 switches, and set for a block."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,6 +19,21 @@ def precision_of(dtype: torch.dtype, operation: str) -> str:
         return "half"
     switch = torch.backends.cudnn.conv if operation == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast casts to on this type of device; None where it is off or unknown."""
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo cannot trace this call before torch 2.12, and its answer never changes; see `device.arch_of_device`.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -59,11 +59,6 @@ def record(arch: int) -> Iterator[Recording]:
         _current.recording = before
 
 
-def recorded() -> bool:
-    """Whether launches are recorded, so that tensors may be on any device."""
-    return _current.recording is not None
-
-
 def current_recording() -> Recording | None:
     """The recording of the innermost `record` block of this thread."""
     return _current.recording

@@ -78,10 +78,10 @@ class Problem:
 
     @property
     def y_size(self):
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, self.output_padding, strict=True)
+        geometry = self.size, self.kernel, self.stride, self.padding, self.dilation
         if self.kind == "transposed":
-            return tuple(transposed_output_size(*axis) for axis in axes)
-        return tuple(conv_output_size(*axis[:-1]) for axis in axes)
+            return transposed_output_size(*geometry, self.output_padding)
+        return conv_output_size(*geometry)
 
     @property
     def shapes(self):

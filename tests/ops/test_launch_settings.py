@@ -166,7 +166,7 @@ def test_no_deep_layer_leaves_a_quarter_of_the_gpu_idle(form: str, precision: st
         idle.append((n, name))
         for other in config.candidates(problem, form, precision, 90):
             if problem.tiles(form, other.tile) * other.splits >= 0.75 * 132:
-                times = [config.clocks(problem, each, 90, 132) for each in (option, other)]
+                times = [cost(problem, each, 90, 132).total for each in (option, other)]
                 assert times[1] > (1 + config.MODEL_ERROR) * times[0], (n, name, option, other)
     assert len(idle) <= 4, idle
 
@@ -182,9 +182,9 @@ def test_parts_of_sums_take_no_tenth_of_the_time(form: str, precision: str, tabl
 @all_options
 def test_chosen_plan_is_among_the_fastest(arch: int, form: str, precision: str, tables: Any) -> None:
     for problem in problems():
-        chosen = config.clocks(problem, plan(problem, form, precision, arch, 132), arch, 132)
+        chosen = cost(problem, plan(problem, form, precision, arch, 132), arch, 132).total
         options = config.candidates(problem, form, precision, arch)
-        fastest = min(config.clocks(problem, option, arch, 132) for option in options)
+        fastest = min(cost(problem, option, arch, 132).total for option in options)
         assert fastest <= chosen <= (1 + config.MODEL_ERROR) * fastest
 
 
@@ -203,7 +203,6 @@ def test_model_of_the_time(arch: int, form: str, precision: str, tables: Any) ->
             assert (each.parts > 0) == (option.splits > 1)
             assert each.residents >= 1
             assert each.shared * each.residents <= config.SHARED_BYTES[arch] or each.residents == 1
-            assert each.total == config.clocks(problem, option, arch, 132)
             larger = dataclasses.replace(problem, pixels=2 * problem.pixels)
             assert cost(larger, option, arch, 132).total >= each.total
 

@@ -10,10 +10,6 @@ from qkernels.ops.folded_rowwise import forms
 from qkernels.ops.folded_rowwise.config import is_row_form, padded
 
 
-def _loss_fake(inputs: Any) -> tuple[Tensor, ...]:
-    return _empty(inputs.trained, inputs.frozen, inputs.backend)
-
-
 def _empty(trained: Tensor, frozen: Tensor, backend: str) -> tuple[Tensor, ...]:
     """The results of `folded_rowwise`, without values."""
     rows, positions = trained.shape[0] * trained.shape[1], trained.shape[2:].numel()
@@ -41,7 +37,13 @@ def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[T
     return dtrained, dfrozen
 
 
-@define("folded_rowwise", _loss_fake, _loss_save, _loss_backward, ("trained", "frozen"))
+@define(
+    "folded_rowwise",
+    lambda inputs: _empty(inputs.trained, inputs.frozen, inputs.backend),
+    _loss_save,
+    _loss_backward,
+    ("trained", "frozen"),
+)
 def folded_rowwise(
     trained: Tensor, frozen: Tensor, clamp: str, weight: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +76,11 @@ def folded_rowwise(
     return loss, factors, stats, forms.raw(products, stats, padded(len(products[0])))
 
 
-@define("folded_rowwise_da", lambda inputs: torch.empty_like(inputs.a), **first_order_only("folded_rowwise"))
+@define(
+    "folded_rowwise_da",
+    lambda inputs: torch.empty_like(inputs.a),
+    **first_order_only("folded_rowwise has no second derivative"),
+)
 def folded_rowwise_da(
     dloss: Tensor,
     a: Tensor,

@@ -132,7 +132,11 @@ def gram_cosine(
     return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), workspace
 
 
-@define("gram_cosine_da", lambda inputs: torch.empty_like(inputs.a), **first_order_only("gram_cosine"))
+@define(
+    "gram_cosine_da",
+    lambda inputs: torch.empty_like(inputs.a),
+    **first_order_only("gram_cosine has no second derivative"),
+)
 def gram_cosine_da(
     dcosine: Tensor | None,
     dloss: Tensor | None,

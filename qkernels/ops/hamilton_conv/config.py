@@ -45,7 +45,7 @@ def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> st
 
     The form that `python -m qkernels.tune` measured; or else "q8" for accurate float32, where products and not loads
     take the time, from the 16 channels of its tiles on; otherwise "signed". This rule follows from the model of
-    `clocks`, not from a measurement.
+    `cost`, not from a measurement.
 
     Args:
         p: rows of quaternions of the weight.
@@ -300,11 +300,6 @@ class Cost:
     shared: int
     bound: str
     parts: float
-
-
-def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
-    """The model's time in clock cycles, see `cost`."""
-    return cost(problem, plan, arch, multiprocessors).total
 
 
 def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:

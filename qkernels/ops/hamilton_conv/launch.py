@@ -48,10 +48,8 @@ class Window:
     def of(cls, x_size: Ints, kernel: Ints, window: Ints) -> "Window":
         """`window` holds stride, padding and dilation of both axes, and the groups: seven numbers."""
         stride, padding, dilation = ((window[i], window[i + 1]) for i in (0, 2, 4))
-        height, width = (
-            conv_output_size(*sizes) for sizes in zip(x_size, kernel, stride, padding, dilation, strict=True)
-        )
-        sizes = (x_size[0], x_size[1]), (height, width), (kernel[0], kernel[1])
+        y_size = conv_output_size(x_size, kernel, stride, padding, dilation)
+        sizes = (x_size[0], x_size[1]), y_size, (kernel[0], kernel[1])
         return cls(*sizes, stride, padding, dilation, window[6])
 
     @property

@@ -34,9 +34,8 @@ def _empty_map(like: Tensor, channels: int, size: Ints, backend: str, dtype: tor
     return torch.empty((like.shape[0], channels, *size), dtype=dtype, device=like.device, memory_format=layout)
 
 
-def _output_size(x: Tensor, weight: Tensor, window: Ints) -> list[int]:
-    axes = zip(x.shape[2:], weight.shape[3:], window[:2], window[2:4], window[4:6], strict=True)
-    return [conv_output_size(*sizes) for sizes in axes]
+def _output_size(x: Tensor, weight: Tensor, window: Ints) -> tuple[int, int]:
+    return conv_output_size(x.shape[2:], weight.shape[3:], window[:2], window[2:4], window[4:6])
 
 
 def _packed(tiles: Tensor | None, tickets: Tensor | None) -> Any:
@@ -52,7 +51,7 @@ def _pack_fake(inputs: Any) -> tuple[Tensor, Tensor]:
     return first.new_empty(sum(sizes), dtype=inputs.dtype), tickets
 
 
-@define("hamilton_pack", _pack_fake, **first_order_only("hamilton_pack"))
+@define("hamilton_pack", _pack_fake, **first_order_only("hamilton_pack has no second derivative"))
 def hamilton_pack(
     weights: Sequence[Tensor], algorithms: str, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -240,11 +239,7 @@ def _dy_fake(inputs: Any) -> Tensor:
     return _empty_map(like, like.shape[1], inputs.size, "triton", inputs.dtype)
 
 
-def _refuse(ctx: Any, *_: Tensor) -> None:
-    refuse_second_derivative(FUSED)
-
-
-@define("hamilton_conv2d_dy", _dy_fake, lambda ctx, inputs, output: None, _refuse)
+@define("hamilton_conv2d_dy", _dy_fake, **first_order_only(FUSED))
 def hamilton_conv2d_dy(
     dy: Tensor | None,
     y: Tensor | None,

@@ -115,7 +115,7 @@ def test_batches_are_the_samples_in_order_and_processes_share_them() -> None:
         [[3, 4], [9, 2], [6]],
         [[1], [5], [6]],  # nothing is left of the last batch: it gets another's, with weight 0
     ]
-    assert [[(b.samples, b.everyones) for b in share] for share in shares] == [
+    assert [[(b.samples, b.whole) for b in share] for share in shares] == [
         [(2, 3), (2, 3), (1, 1)],
         [(1, 3), (1, 3), (0, 1)],
     ]
@@ -627,7 +627,7 @@ def test_profile_says_where_a_step_goes_and_changes_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     at = replace(experiment.anti_transfer, twin=twin, layers=[2], cache=False)
-    # 25 samples: the first epoch's short last batch interrupts the five steps, which are looked at in the second.
+    # 25 samples: the first epoch's short last batch interrupts the five steps, which are profiled in the second.
     run = changed(replace(experiment, anti_transfer=at), batch=4)
     train_classifier(run, tmp_path / "plain", quiet=True)
     train_classifier(run, tmp_path / "run", quiet=True, profile=True)
@@ -645,7 +645,7 @@ def test_profile_says_where_a_step_goes_and_changes_nothing(
     assert sum(event.get("name") == "backward" for event in trace["traceEvents"]) == COUNT
     with caplog.at_level(logging.WARNING):
         train_classifier(changed(run, batch=30), tmp_path / "short", quiet=True, profile=True)
-    assert f"after the first {WARM}, no {COUNT} steps of 30 samples in a row to look at" in caplog.text
+    assert f"after the first {WARM} steps there were no {COUNT} consecutive steps of 30 samples" in caplog.text
     assert not (tmp_path / "short/profile.txt").exists()
 
 
@@ -657,7 +657,7 @@ def test_profile_of_captured_steps_looks_at_both_kinds(monkeypatch: pytest.Monke
         for epoch in range(4):
             loop.train_epoch(steps, torch.arange(10), epoch)
             replays.append(graphs.replays)
-    assert replays == [0, 2, 7, 12]  # steps 0-2 are warm, 3-7 looked at, 8 is captured, 9-13 looked at
+    assert replays == [0, 2, 7, 12]  # steps 0-2 are warm, 3-7 profiled, 8 is captured, 9-13 profiled
     text = (tmp_path / "profile.txt").read_text()
     assert text.count("A training step, ") == 2
     assert "captured as a CUDA graph" in text
@@ -693,7 +693,7 @@ def test_the_page_of_a_gpu_counts_each_kernel_once() -> None:
         patch.setattr(profile_module, "device_name", lambda device: "A GPU")
         lines = profile_module.page(events, 2e-4, steps, captured=True).splitlines()
     assert lines[0] == "A training step, captured as a CUDA graph: 0.200 ms"
-    assert lines[1] == "A GPU; batch 20, bf16; mean of 5 steps, looked at"
+    assert lines[1] == "A GPU; batch 20, bf16; mean of 5 profiled steps"
     found = {" ".join(line.split()[:-3]): line.split()[-3:] for line in lines[3:] if line.endswith("%")}
     assert found["the GPU computes"] == ["0.110", "ms", "55.0%"]
     assert found["backward"] == ["0.180", "ms", "90.0%"]
