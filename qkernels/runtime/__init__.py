@@ -27,7 +27,6 @@ from qkernels.runtime.recording import current_recording
 BACKENDS = ("auto", "reference", "triton")
 FORMS = ("auto", *KERNEL_FORMS)
 OPERATORS = ("hamilton_conv2d", "hamilton_conv_transpose2d", "hamilton_linear", "gram_cosine", "anti_transfer_loss")
-HAMILTON = OPERATORS[:3]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

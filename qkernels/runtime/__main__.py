@@ -113,8 +113,7 @@ def report() -> dict[str, str]:
         "Python headers": python_headers(),
         "Triton cache": triton_cache(),
         "QKERNELS_BACKEND": os.environ.get("QKERNELS_BACKEND", "not set"),
-        "backend": runtime._settings.backend,
-        "form": runtime._settings.form,
+        **dict(zip(("backend", "form"), runtime.settings(), strict=True)),
     }
 
 

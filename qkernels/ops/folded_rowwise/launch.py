@@ -23,40 +23,15 @@ def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple
     loss, stats = _launch.float32(trained), _launch.float32(trained, 3)
     # Features of half types are exact in tf32.
     precision = PRECISION if trained.dtype == torch.float32 else "tf32"
-    arguments = _operands(t=trained, p=frozen)
+    arguments = _operands(t=trained, p=frozen) | _blocks(block)
     with device_of(trained):
         products = _products(trained, frozen, factors, stats, None, precision)
-        _launch.run(
-            kernels._folded_rows_kernel,
-            (programs,),
-            {
-                **arguments,
-                "products_ptr": products,
-                "factors_ptr": factors,
-                "stats_ptr": stats,
-                "partial_ptr": partial,
-                "CLAMP": clamp,
-                "PRECISION": PRECISION,
-                "BLOCK_M": config.BLOCK_M,
-                "BLOCK_N": block,
-                "BLOCK_K": config.BLOCK_K,
-            },
-            config.WARPS,
-            registers=config.REGISTERS,
-        )
-        _launch.run(
-            kernels._folded_loss_kernel,
-            (1,),
-            {
-                "partial_ptr": partial,
-                "stats_ptr": stats,
-                "loss_ptr": loss,
-                "weight": weight,
-                "M": rows,
-                "programs": programs,
-                "BLOCK": config.LOSS_BLOCK,
-            },
-        )
+        arguments |= {"products_ptr": products, "factors_ptr": factors, "stats_ptr": stats, "partial_ptr": partial}
+        arguments |= {"CLAMP": clamp}
+        _launch.run(kernels._folded_rows_kernel, (programs,), arguments, config.WARPS, registers=config.REGISTERS)
+        sums = {"partial_ptr": partial, "stats_ptr": stats, "loss_ptr": loss, "weight": weight}
+        sums |= {"M": rows, "programs": programs, "BLOCK": config.LOSS_BLOCK}
+        _launch.run(kernels._folded_loss_kernel, (1,), sums)
     return loss, factors, stats, products
 
 
@@ -65,30 +40,21 @@ def gradient(
 ) -> Tensor:
     """As `op.folded_rowwise_da`: three launches."""
     da = torch.empty_like(a)
-    operands = _operands(a=a, b=b, da=da)
+    arguments = _operands(a=a, b=b, da=da) | _blocks(workspace.shape[-1])
+    arguments |= {"products_ptr": workspace, "factors_ptr": factors, "stats_ptr": stats, "dloss_ptr": dloss}
+    programs = -(-factors.shape[1] // config.BLOCK_M)
     with device_of(a):
         weighted = _products(a, b, factors, stats, which, PRECISION)
-        _launch.run(
-            kernels._folded_gradient_kernel,
-            (-(-factors.shape[1] // config.BLOCK_M),),
-            {
-                **operands,
-                "products_ptr": workspace,
-                "weighted_ptr": weighted,
-                "factors_ptr": factors,
-                "stats_ptr": stats,
-                "dloss_ptr": dloss,
-                "weight": weight,
-                "WHICH": which,
-                "PRECISION": PRECISION,
-                "BLOCK_M": config.BLOCK_M,
-                "BLOCK_N": workspace.shape[-1],
-                "BLOCK_K": config.BLOCK_K,
-            },
-            config.WARPS,
-            registers=config.REGISTERS,
-        )
-    return da if operands["da"].ptr is da else da.copy_(operands["da"].ptr)
+        arguments |= {"weighted_ptr": weighted, "weight": weight, "WHICH": which}
+        _launch.run(kernels._folded_gradient_kernel, (programs,), arguments, config.WARPS, registers=config.REGISTERS)
+    out = arguments["da"].ptr
+    return da if out is da else da.copy_(out)
+
+
+def _blocks(block: int) -> dict[str, Any]:
+    """Constants of the kernels that compute rows."""
+    sizes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": block, "BLOCK_K": config.BLOCK_K}
+    return {"PRECISION": PRECISION, **sizes}
 
 
 def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int | None, precision: str) -> Tensor:
@@ -97,38 +63,15 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
     columns = min(config.PRODUCTS_BLOCK_C, block)
     shape = (3 if which is None else 2, block, block)
     partial, products = _launch.float32(a, splits, *shape), _launch.float32(a, *shape)
-    _launch.run(
-        kernels._folded_products_kernel,
-        (splits, block // columns),
-        {
-            **_operands(a=a, b=b),
-            "factors_ptr": factors,
-            "stats_ptr": stats,
-            "partial_ptr": partial,
-            "splits": splits,
-            "WEIGHTED": which is not None,
-            "WHICH": which or 0,
-            "PRECISION": precision,
-            "BLOCK_M": config.PRODUCTS_BLOCK_M,
-            "BLOCK_N": block,
-            "BLOCK_C": columns,
-        },
-        config.PRODUCTS_WARPS,
-        config.products_stages(precision, arch_of(a)),
-        config.REGISTERS,
-    )
-    _launch.run(
-        kernels._folded_sum_kernel,
-        (products.numel() // config.SUM_BLOCK,),
-        {
-            "partial_ptr": partial,
-            "products_ptr": products,
-            "splits": splits,
-            "size": products.numel(),
-            "SPLITS": config.MOST_SPLITS,
-            "BLOCK": config.SUM_BLOCK,
-        },
-    )
+    arguments = _operands(a=a, b=b) | {"factors_ptr": factors, "stats_ptr": stats, "partial_ptr": partial}
+    arguments |= {"splits": splits, "WEIGHTED": which is not None, "WHICH": which or 0, "PRECISION": precision}
+    arguments |= {"BLOCK_M": config.PRODUCTS_BLOCK_M, "BLOCK_N": block, "BLOCK_C": columns}
+    settings = (config.PRODUCTS_WARPS, config.products_stages(precision, arch_of(a)), config.REGISTERS)
+    _launch.run(kernels._folded_products_kernel, (splits, block // columns), arguments, *settings)
+    size = products.numel()
+    sums = {"partial_ptr": partial, "products_ptr": products, "splits": splits, "size": size}
+    sums |= {"SPLITS": config.MOST_SPLITS, "BLOCK": config.SUM_BLOCK}
+    _launch.run(kernels._folded_sum_kernel, (size // config.SUM_BLOCK,), sums)
     return products
 
 

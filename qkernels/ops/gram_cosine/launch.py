@@ -43,23 +43,11 @@ def forward(
     if centred:
         matrices = [_centred(x, gram) for x in matrices]
     tile, pairs = plan.forward, config.pairs_of(axes.M, plan.block)
-    operands: dict[str, Any] = {
-        "a": matrices[0],
-        "b": matrices[-1],
-        "axes": axes,
-        "pairs": pairs,
-        "META": _meta(plan, axes, a, packed, centred, plan.block, tile.k, ONE_BLOCK=pairs == 1),
-    }
-    results: dict[str, Any] = {
-        "b_stats_ptr": b_stats if packed or plan.mode == "dual" else None,
-        "cosine_ptr": cosine,
-        "loss_ptr": loss,
-        "stats_a_ptr": stats_a,
-        "stats_b_ptr": stats_b,
-        "items": items,
-        "weight": beta / items if mean else beta,
-        "pairs": pairs,
-    }
+    meta = _meta(plan, axes, a, packed, centred, plan.block, tile.k, ONE_BLOCK=pairs == 1)
+    operands: dict[str, Any] = {"a": matrices[0], "b": matrices[-1], "axes": axes, "pairs": pairs, "META": meta}
+    results: dict[str, Any] = {"cosine_ptr": cosine, "loss_ptr": loss, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b}
+    results |= {"items": items, "weight": beta / items if mean else beta, "pairs": pairs}
+    results |= {"b_stats_ptr": b_stats if packed or plan.mode == "dual" else None}
     settings = (tile.warps, tile.stages, REGISTERS if centred else 0)
     with device_of(a):
         if plan.mode == "stored":
@@ -137,44 +125,17 @@ def gradient(
         matrices[: 1 if packed else 2] = [_centred(x, gram) for x in matrices[: 1 if packed else 2]]
     other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if packed else matrices[1]
     tile, out = plan.backward, matrices[-1]
+    blocks = {"BLOCK": plan.block, "WHOLE": tile.n >= axes.M, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
+    blocks |= {"EVEN_N": axes.M % tile.n == 0, "EVEN_C": axes.K % tile.c == 0}
+    arguments: dict[str, Any] = {"a": matrices[0], "b": other, "da": out, "axes": axes, "items": items}
+    arguments |= {"incoming": None if incoming is None else matrices[-2], "splits": plan.parts}
+    arguments |= {"cosine_ptr": cosine, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b, "dloss_ptr": dloss}
+    arguments |= {"dcosine_ptr": None if dcosine is None else dcosine.contiguous()}
+    arguments |= {"weight": beta / items if mean else beta}
+    arguments |= {"META": _meta(plan, axes, like, packed, centred, tile.m, tile.k, **blocks)}
+    grid = (items, -(-axes.M // tile.m), plan.parts)
     with device_of(a):
-        _launch.run(
-            kernels._gram_backward_kernel,
-            (items, -(-axes.M // tile.m), plan.parts),
-            {
-                "a": matrices[0],
-                "b": other,
-                "incoming": None if incoming is None else matrices[-2],
-                "da": out,
-                "axes": axes,
-                "cosine_ptr": cosine,
-                "stats_a_ptr": stats_a,
-                "stats_b_ptr": stats_b,
-                "dcosine_ptr": None if dcosine is None else dcosine.contiguous(),
-                "dloss_ptr": dloss,
-                "items": items,
-                "weight": beta / items if mean else beta,
-                "splits": plan.parts,
-                "META": _meta(
-                    plan,
-                    axes,
-                    like,
-                    packed,
-                    centred,
-                    tile.m,
-                    tile.k,
-                    EVEN_N=axes.M % tile.n == 0,
-                    EVEN_C=axes.K % tile.c == 0,
-                    BLOCK=plan.block,
-                    WHOLE=tile.n >= axes.M,
-                    BLOCK_N=tile.n,
-                    BLOCK_C=tile.c,
-                ),
-            },
-            tile.warps,
-            tile.stages,
-            registers,
-        )
+        _launch.run(kernels._gram_backward_kernel, grid, arguments, tile.warps, tile.stages, registers)
     return da if out.ptr is da else da.copy_(out.ptr)
 
 
