@@ -142,8 +142,8 @@ def test_modes_are_those_meant() -> None:
     assert modes == ["stored", "stored", "direct", "dual", "dual"]
     uneven = config.plan(1, 9, 72, False, 90, 4)
     assert (-(-72 // 16)) % uneven.splits
-    assert (-(-72 // 16)) % uneven.parts
-    assert config.plan(2, 33, 35, False, 90, 132).parts > 1
+    assert (-(-72 // 16)) % uneven.column_splits
+    assert config.plan(2, 33, 35, False, 90, 132).column_splits > 1
 
 
 LAYOUTS = {

@@ -54,7 +54,7 @@ def test_no_program_is_without_a_step(items: Any, rows: Any, columns: Any, half:
     m, k = (columns, rows) if option.mode == "dual" else (rows, columns)
     assert option.block == option.forward.m
     assert 1 <= option.splits <= -(-k // option.forward.k)
-    assert 1 <= option.parts <= -(-k // option.backward.c)
+    assert 1 <= option.column_splits <= -(-k // option.backward.c)
     assert pairs_of(m, option.block) * option.splits <= config.MOST_PARTS or option.mode != "stored"
     assert (
         option.backward.n >= m
@@ -72,4 +72,4 @@ def test_architecture_without_tiles_takes_those_of_the_next_lower_one(arch: int,
 
 def test_few_samples_share_their_sums_and_many_do_not() -> None:
     assert [plan(items, 64, 4096, True, 90, 132).splits for items in (1, 256)] == [64, 1]
-    assert plan(1, 512, 64, True, 90, 132).parts > plan(256, 512, 64, True, 90, 132).parts
+    assert plan(1, 512, 64, True, 90, 132).column_splits > plan(256, 512, 64, True, 90, 132).column_splits

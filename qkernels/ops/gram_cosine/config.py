@@ -135,9 +135,9 @@ class Plan(NamedTuple):
         mode: "stored", "direct" or "dual", see kernels.py.
         block: rows of a block of a symmetric matrix.
         forward: tile of the products.
-        splits: programs that share the sum of one block ("stored").
+        splits: number of programs that share the sum of a block ("stored").
         backward: tile of the derivative.
-        parts: programs that share the columns of the derivative.
+        column_splits: number of programs that share the columns of the derivative.
     """
 
     mode: str
@@ -145,7 +145,7 @@ class Plan(NamedTuple):
     forward: Tile
     splits: int
     backward: Tile
-    parts: int
+    column_splits: int
 
 
 def is_direct(rows: int, columns: int) -> bool:
@@ -223,23 +223,23 @@ def plan(
     splits = 1
     if mode == "stored":
         programs = items * (1 if packed else 2) * pairs_of(m, block)
-        part = programs * block * block * 4
+        size = programs * block * block * 4  # bytes of the parts of a split
         least, most = PARTS_BYTES
-        room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // part
-        wanted = -(-2 * multiprocessors // programs)
-        splits = max(1, min(wanted, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
+        room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // size
+        needed = -(-2 * multiprocessors // programs)
+        splits = max(1, min(needed, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
     tiles, chunks = items * -(-m // backward.m), -(-k // backward.c)
-    # Steps of one program, each of about the same time: the products over all k, which every part repeats
-    # (every chunk, if it does not store them), and its own.
+    # Steps of a program, each of about the same time: the products over all k, which every split of the columns repeats
+    # (and every chunk, unless they stay on chip), and those of its own columns.
     products = 0 if mode == "stored" else 2 * -(-k // backward.k)
     whole = m <= backward.n
 
-    def time(parts: int) -> tuple[int, int]:
-        waves, columns = -(-tiles * parts // multiprocessors), -(-chunks // parts)
-        return waves * (products * (1 if whole else columns) + columns), parts
+    def time(splits: int) -> tuple[int, int]:
+        waves, columns = -(-tiles * splits // multiprocessors), -(-chunks // splits)
+        return waves * (products * (1 if whole else columns) + columns), splits
 
-    parts = min(range(1, min(chunks, 64) + 1), key=time)
-    return Plan(mode, block, forward, splits, backward, parts)
+    column_splits = min(range(1, min(chunks, 64) + 1), key=time)
+    return Plan(mode, block, forward, splits, backward, column_splits)
 
 
 def _forward_tile(block: int, half: bool, arch: int) -> Tile:

@@ -128,12 +128,12 @@ def gradient(
     blocks = {"BLOCK": plan.block, "WHOLE": tile.n >= axes.M, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     blocks |= {"EVEN_N": axes.M % tile.n == 0, "EVEN_C": axes.K % tile.c == 0}
     arguments: dict[str, Any] = {"a": matrices[0], "b": other, "da": out, "axes": axes, "items": items}
-    arguments |= {"incoming": None if incoming is None else matrices[-2], "splits": plan.parts}
+    arguments |= {"incoming": None if incoming is None else matrices[-2], "splits": plan.column_splits}
     arguments |= {"cosine_ptr": cosine, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b, "dloss_ptr": dloss}
     arguments |= {"dcosine_ptr": None if dcosine is None else dcosine.contiguous()}
     arguments |= {"weight": beta / items if mean else beta}
     arguments |= {"META": _meta(plan, axes, like, packed, centred, tile.m, tile.k, **blocks)}
-    grid = (items, -(-axes.M // tile.m), plan.parts)
+    grid = (items, -(-axes.M // tile.m), plan.column_splits)
     with device_of(a):
         _launch.run(kernels._gram_backward_kernel, grid, arguments, tile.warps, tile.stages, registers)
     return da if out.ptr is da else da.copy_(out.ptr)
