@@ -56,11 +56,6 @@ class Window:
     def positions(self) -> int:
         return math.prod(self.kernel)
 
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """The geometry as compile-time constants."""
-        return {"KERNEL": self.kernel, "STRIDE": self.stride, "PADDING": self.padding, "DILATION": self.dilation}
-
 
 class Epilogue(NamedTuple):
     """The operations on a sum before it is written, in this order.
@@ -200,44 +195,16 @@ def weight_gradient(
     tile = plan.tile
     tiles_p, columns = _cdiv(p, tile.n), problem.blocks(plan.form, tile)
     grid = (tiles_p * (columns + with_bias), groups, plan.splits)
-    flat = q if problem.flat(plan.form, tile) else 0
+    kernel = kernels._hamilton_conv_dw_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_dw_kernel
+    options = {"NEGATIVE": NEGATIVE, "HAS_BIAS": with_bias, "SCALED": scale != 1}
+    sizes = {"batch": batch, "groups": groups, "P": p, "Q": q, "tiles_p": tiles_p, "tiles_q": _cdiv(q, tile.k)}
+    sizes |= zip(("y_h", "y_w", "x_h", "x_w"), (*geometry.y_size, *geometry.x_size), strict=True)
     with device_of(x):
-        _launch.run(
-            kernels._hamilton_conv_dw_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_dw_kernel,
-            grid,
-            {
-                "dy_ptr": operand(dy, plan.precision),
-                "x_ptr": operand(x, plan.precision),
-                "dw_ptr": dw,
-                "db_ptr": db if with_bias else dw,
-                **_shared(plan, grid, 4 * tile.n * tile.k, dw, tickets),
-                "batch": batch,
-                **dict(zip(("y_h", "y_w", "x_h", "x_w"), (*geometry.y_size, *geometry.x_size), strict=True)),
-                "groups": groups,
-                "P": p,
-                "Q": q,
-                "tiles_p": tiles_p,
-                "tiles_q": _cdiv(q, tile.k),
-                "splits": plan.splits,
-                "scale": scale,
-                "META": kernels.Meta(
-                    BLOCK_M=tile.m,
-                    BLOCK_N=tile.n,
-                    BLOCK_K=tile.k,
-                    FLAT=flat,
-                    EVEN_K=q % tile.k == 0,
-                    EVEN_N=p % tile.n == 0,
-                    NEGATIVE=NEGATIVE,
-                    SPLIT=plan.splits > 1,
-                    HAS_BIAS=with_bias,
-                    SCALED=scale != 1,
-                    **_products(plan, x),
-                    **geometry.geometry,
-                ),
-            },
-            tile.warps,
-            tile.stages,
-        )
+        arguments: dict[str, Any] = {"dy_ptr": operand(dy, plan.precision), "x_ptr": operand(x, plan.precision)}
+        arguments |= {"dw_ptr": dw, "db_ptr": db if with_bias else dw}
+        arguments |= _shared(plan, grid, 4 * tile.n * tile.k, dw, tickets) | {"scale": scale}
+        arguments |= sizes | {"META": _meta(problem, plan, x, geometry, **options)}
+        _launch.run(kernel, grid, arguments, tile.warps, tile.stages)
     return dw, db
 
 
@@ -259,17 +226,15 @@ def epilogue_gradient(
     assert like is not None
     out, block = _map(like, like.shape[1], size, dtype), ELEMENTWISE_BLOCK
     operands = {"dy_ptr": dy, "relu_ptr": relu_output, "dpooled_ptr": dpooled, "argmax_ptr": argmax}
+    sizes = {"size_h": out.shape[2], "size_w": out.shape[3], "channels": out.shape[1], "count": out.numel()}
     with device_of(out):
         _launch.run(
             kernels._hamilton_gradient_kernel,
             (_cdiv(out.numel(), block),),
             {
                 **{name: out if x is None else _dense(x) for name, x in operands.items()},
+                **sizes,
                 "out_ptr": out,
-                "size_h": out.shape[2],
-                "size_w": out.shape[3],
-                "channels": out.shape[1],
-                "count": out.numel(),
                 "scale": scale,
                 "HAS_DY": dy is not None,
                 "MASKED": relu_output is not None,
@@ -351,59 +316,59 @@ def _gather(
     delta = [-t * d // s if adjoint else d for t, d, s in zip(step, window.dilation, stride, strict=True)]
     # Maxima of tensor cores' products do not spill, but would take far more registers than they need.
     crowded = seed is not None or (pool and plan.precision == "ieee")
+    kernel = kernels._hamilton_conv_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_kernel
+    sizes = {"batch": out.shape[0], "groups": groups, "K": k, "N": n, "tiles_n": tiles_n}
+    sizes |= zip(("x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w"), (*x_size, *y_size, *grid), strict=True)
+    options = {
+        "NEGATIVE": NEGATIVE_ADJOINT if adjoint else NEGATIVE,
+        "STEP": (step[0], step[1]),
+        "DELTA": (delta[0], delta[1]),
+        "ADJOINT": adjoint,
+        "MAYBE_EMPTY": 0 in positions,
+        "HAS_BIAS": bias is not None,
+        "RELU": relu,
+        "POOL": pool,
+        "WRITE_MAP": y is not None,
+        "DROPOUT": seed is not None,
+        "MASKED": relu_output is not None,
+        # A mask of the sums themselves makes ptxas serialise the products (C7514); of scaled sums not.
+        "SCALED": scale != 1 or relu_output is not None,
+    }
     with device_of(x):
-        _launch.run(
-            kernels._hamilton_conv_q8_kernel if plan.form == "q8" else kernels._hamilton_conv_kernel,
-            programs,
-            {
-                "x_ptr": operand(x, plan.precision),
-                "weight": _weight_operand(packed.tiles, weight, window, adjoint, plan.precision),
-                "output": kernels.Output(
-                    out if y is None else y,
-                    out if pooled is None else pooled,
-                    out if argmax is None else argmax,
-                    out if bias is None else _aligned(bias.contiguous()),
-                    out if relu_output is None else _dense(relu_output),
-                    out if seed is None else seed,
-                ),
-                **_shared(plan, programs, 4 * tile.m * tile.n, out, packed.tickets),
-                "batch": out.shape[0],
-                **dict(zip(("x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w"), (*x_size, *y_size, *grid), strict=True)),
-                "groups": groups,
-                "K": k,
-                "N": n,
-                "tiles_n": tiles_n,
-                "splits": plan.splits,
-                "scale": scale,
-                "META": kernels.Meta(
-                    BLOCK_M=tile.m,
-                    BLOCK_N=tile.n,
-                    BLOCK_K=tile.k,
-                    FLAT=k if problem.flat(plan.form, tile) else 0,
-                    EVEN_K=k % tile.k == 0,
-                    EVEN_N=n % tile.n == 0,
-                    NEGATIVE=NEGATIVE_ADJOINT if adjoint else NEGATIVE,
-                    SPLIT=plan.splits > 1,
-                    STEP=(step[0], step[1]),
-                    DELTA=(delta[0], delta[1]),
-                    ADJOINT=adjoint,
-                    MAYBE_EMPTY=0 in positions,
-                    HAS_BIAS=bias is not None,
-                    RELU=relu,
-                    POOL=pool,
-                    WRITE_MAP=y is not None,
-                    DROPOUT=seed is not None,
-                    MASKED=relu_output is not None,
-                    # A mask of the sums themselves makes ptxas serialise the products (C7514); of scaled sums not.
-                    SCALED=scale != 1 or relu_output is not None,
-                    **_products(plan, x),
-                    **window.geometry,
-                ),
-            },
-            tile.warps,
-            tile.stages,
-            REGISTERS if crowded else 0,
+        output = kernels.Output(
+            out if y is None else y,
+            out if pooled is None else pooled,
+            out if argmax is None else argmax,
+            out if bias is None else _aligned(bias.contiguous()),
+            out if relu_output is None else _dense(relu_output),
+            out if seed is None else seed,
         )
+        arguments: dict[str, Any] = {"x_ptr": operand(x, plan.precision), "output": output, "scale": scale}
+        arguments |= {"weight": _weight_operand(packed.tiles, weight, window, adjoint, plan.precision)}
+        arguments |= _shared(plan, programs, 4 * tile.m * tile.n, out, packed.tickets)
+        arguments |= sizes | {"META": _meta(problem, plan, x, window, **options)}
+        _launch.run(kernel, programs, arguments, tile.warps, tile.stages, REGISTERS if crowded else 0)
+
+
+def _meta(problem: Problem, plan: Plan, x: Tensor, window: Window, **options: Any) -> kernels.Meta:
+    """The constants of a product's kernel; `options` are those of its direction and epilogue."""
+    tile, n, k = plan.tile, problem.n, problem.k
+    return kernels.Meta(
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        FLAT=k if problem.flat(plan.form, tile) else 0,
+        EVEN_K=k % tile.k == 0,
+        EVEN_N=n % tile.n == 0,
+        PRECISION="ieee" if plan.precision == "half" else plan.precision,
+        UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+        SPLIT=plan.splits > 1,
+        KERNEL=window.kernel,
+        STRIDE=window.stride,
+        PADDING=window.padding,
+        DILATION=window.dilation,
+        **options,
+    )
 
 
 def _weight_operand(tiles: Tensor, weight: Tensor, window: Window, adjoint: bool, precision: str) -> kernels.Weight:
@@ -415,24 +380,20 @@ def _weight_operand(tiles: Tensor, weight: Tensor, window: Window, adjoint: bool
     return kernels.Weight(tiles, count, rows * q, p * q, k, n)
 
 
-def _shared(plan: Plan, grid: tuple[int, ...], size: int, like: Tensor, tickets: Tensor | None) -> dict[str, Tensor]:
+def _shared(plan: Plan, grid: tuple[int, ...], size: int, like: Tensor, tickets: Tensor | None) -> dict[str, Any]:
     """Memory for parts of `size` elements and counters of arriving programs, if several share a sum."""
     if plan.splits == 1:
-        return {"partial_ptr": like, "ticket_ptr": like}
+        return {"partial_ptr": like, "ticket_ptr": like, "splits": 1}
     assert grid[0] * grid[1] <= config.MOST_TICKETS
     if tickets is None:
         tickets = like.new_zeros(config.MOST_TICKETS, dtype=torch.int32)
-    return {"partial_ptr": like.new_empty(math.prod(grid) * size, dtype=torch.float32), "ticket_ptr": tickets}
+    partial = _launch.float32(like, math.prod(grid) * size)
+    return {"partial_ptr": partial, "ticket_ptr": tickets, "splits": plan.splits}
 
 
 def _plan(problem: Problem, algorithm: str, x: Tensor) -> Plan:
     form, precision = algorithm.split("-")
     return config.plan(problem, form, precision, arch_of(x), multiprocessors_of(x))
-
-
-def _products(plan: Plan, x: Tensor) -> dict[str, Any]:
-    precision = "ieee" if plan.precision == "half" else plan.precision
-    return {"PRECISION": precision, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16}
 
 
 def _check_pixels(count: int) -> None:
