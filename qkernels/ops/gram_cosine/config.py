@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 # Tiles that compile into machine code without spills for every layout (tests/compile_only), by architecture and what
 # is multiplied: "half", or "single" for float32 and all that is centred. No GPU has chosen between them yet.
-FORWARD = {
+FORWARD: dict[int, dict[str, tuple[Tile, ...]]] = {
     80: {
         "half": (Tile(16, 16, 128, 0, 4, 3), Tile(32, 32, 64, 0, 4, 3), Tile(64, 64, 64, 0, 4, 2)),
         "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 2), Tile(64, 64, 16, 0, 4, 2)),
