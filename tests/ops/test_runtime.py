@@ -246,9 +246,13 @@ def test_environment_report() -> None:
         "qkernels.init",
         "qkernels.losses",
         "qkernels.nn",
+        "qkernels.ops._arch",
+        "qkernels.ops._strides",
+        "qkernels.ops.folded_rowwise.config",
         "qkernels.ops.gram_cosine.config",
         "qkernels.ops.hamilton_conv.config",
         "qkernels.runtime",
+        "qkernels.runtime.tolerances",
     ],
 )
 def test_examples_in_docstrings(module: str) -> None:
