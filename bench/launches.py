@@ -22,9 +22,10 @@ from bench.network import CLASSES, LEARNING_RATE
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, NetworkConfig, TrainingConfig
 from qat.data.rows import Rows
+from qat.models import SpeechClassifier
 from qat.models.vgg import INPUT, VGG16
 from qat.training.examples import Batch, Examples
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective
 from qat.training.steps import WARM, Steps, autocast
 from qkernels.runtime.recording import Launch, Recording, record
 

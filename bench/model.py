@@ -100,7 +100,7 @@ def _finished(
 
 def _planned(launch: Launch, arch: int) -> tuple[Problem, Plan]:
     """The product that a launch of the Hamilton kernels computes, and how."""
-    given, how = launch.arguments, launch.arguments["HOW"]
+    given, how = launch.arguments, launch.arguments["META"]
     kernel, n, k = ("dw", given["P"], given["Q"]) if "dw_ptr" in given else ("gather", given["N"], given["K"])
     if kernel == "dw":
         pixels, phases = given["batch"] * given["y_h"] * given["y_w"], 1
@@ -124,7 +124,7 @@ def _planned(launch: Launch, arch: int) -> tuple[Problem, Plan]:
 def _steps(launch: Launch) -> int:
     """Of the longest loop of a program, where the arguments tell."""
     given = launch.arguments
-    how = given.get("HOW")
+    how = given.get("META")
     block, size = getattr(how, "BLOCK_K", given.get("BLOCK_K")), given.get("K") or _named(given, "K")
     return math.ceil(size / block / given.get("splits", 1)) if block and size else 1
 

@@ -26,10 +26,11 @@ from bench.layers import COMPILED, concatenated
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
 from qat.data.rows import Rows
+from qat.models import SpeechClassifier
 from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, scaled, tap_name
 from qat.training.examples import Batch, Examples
 from qat.training.loop import train_epoch
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective
 from qat.training.steps import Steps, autocast
 
 CLASSES, LEARNING_RATE, CACHED = 4, 1e-5, "cached targets"

@@ -50,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for, and PyTorch with it: `qkernels.losses` needs none."""
+    """Imports a public name at its first use, and PyTorch with it, which `qkernels.losses` does not need."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("init", "losses", "nn", "reference"):

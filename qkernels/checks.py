@@ -1,7 +1,8 @@
-"""What the public functions and modules refuse: each check raises a ValueError that names argument, value and rule."""
+"""Checks of the arguments of public functions: each raises a ValueError that names argument, value and rule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ def option(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def pair(name: str, value: int | Pair, least: int) -> Pair:
-    """One number for both axes, or a pair, as a pair."""
+    """A pair, or one number for both axes, as a pair."""
     numbers = (value, value) if isinstance(value, int) else tuple(value)
     if len(numbers) != 2 or not all(isinstance(number, int) and number >= least for number in numbers):
         raise ValueError(f"{name} must be an integer >= {least} or a pair of them; got {value!r}")
@@ -43,7 +44,7 @@ def groups(count: int, quaternions: int) -> None:
 
 
 def quaternions(name: str, channels: int, groups: int = 1) -> int:
-    """Number of quaternions that real channels hold."""
+    """Number of quaternion channels in this number of real channels."""
     if groups < 1:
         raise ValueError(f"groups must be at least 1; got {groups}")
     if channels < 4 or channels % (4 * groups):
@@ -60,7 +61,7 @@ def channels(count: int, expected: int, formula: str) -> None:
 
 
 def features_of(x: Tensor, flatten: bool) -> int:
-    """Number of features that a linear map reads."""
+    """Number of input features of a linear map."""
     if flatten and (x.dim() != 4 or x.shape[1] % 4):
         raise ValueError(f"x must have shape [B, 4 Q, H, W] with flatten=True; got {tuple(x.shape)}")
     if x.dim() == 0:
@@ -73,7 +74,7 @@ def bias(value: Tensor | None, size: int) -> None:
         raise ValueError(f"bias must have shape ({size},); got {tuple(value.shape)}")
 
 
-def output_size(size: list[int], x: Tensor) -> None:
+def output_size(size: Sequence[int], x: Tensor) -> None:
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"the output would be empty, {size[0]} x {size[1]} pixels, for x of shape {tuple(x.shape)}")
 

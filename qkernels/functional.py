@@ -1,7 +1,8 @@
-"""The public functions: validation, autocast, and the choice of what computes them."""
+"""The public functions: they validate, cast under autocast, and choose the backend."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
@@ -12,7 +13,7 @@ from torch import Tensor
 from qkernels import checks, runtime
 from qkernels.checks import Pair
 from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
-from qkernels.ops._library import autocast_dtype
+from qkernels.ops._library import compute_dtype
 from qkernels.ops.aggregation import similarity
 from qkernels.ops.folded_rowwise import op as folded_op
 from qkernels.ops.folded_rowwise import reference as folded_reference
@@ -25,6 +26,7 @@ from qkernels.ops.hamilton_conv import reference as conv_reference
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
+from qkernels.runtime.precision import autocast_dtype
 
 ACTIVATIONS = (None, "relu")
 POOLS = (None, 2)
@@ -93,13 +95,13 @@ def hamilton_conv2d(
         weight: `[4, P, Q/groups, kh, kw]`, components r, i, j, k first.
         bias: `[4 P]`.
         stride, padding, dilation: pixels, one number or (vertical, horizontal).
-        groups: groups of the quaternion channels, each component alike.
+        groups: number of groups of the quaternion channels, the same for each component.
         activation: None or "relu".
         pool: None, or 2 for the maxima of 2x2 windows, as `torch.nn.functional.max_pool2d(y, 2)`.
         return_map: with a pool, return the map in front of it too.
-        x_is_relu: x is a ReLU's output, and the gradient by x goes through its mask, [x > 0], where it is written.
-        mask_gradient: False leaves the mask of this call's ReLU out of its backward. Every reader of y must then set
-            `x_is_relu`, or gradients are wrong. A chain of layers so applies each mask once, at no cost.
+        x_is_relu: x is the output of a ReLU, whose mask [x > 0] the gradient by x goes through as it is written.
+        mask_gradient: False leaves the mask of this call's ReLU out of its backward. Every layer that reads y must then
+            set `x_is_relu`, or gradients are wrong. In a chain of layers each mask is thus applied once, at no cost.
         packed: result of `pack_weights` for this weight, used on the Triton backend.
 
     Returns:
@@ -110,15 +112,13 @@ def hamilton_conv2d(
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.conv2d` does; on the Triton backend weight and bias are read as
-        they are, so that their gradients come in their own type. Saved for the backward: x, weight, and the output
-        where its ReLU's mask is needed; with a pool on the Triton backend, one byte for each of its outputs instead of
-        the map, and the packed weight. Differentiable to any order; on the Triton backend behind a ReLU or pool, and
-        with `x_is_relu`, to the first.
+        Casts under autocast as `torch.nn.functional.conv2d` does, except weight and bias on the Triton backend, whose
+        gradients have their own type. Saves for the backward x, weight, and the output if its ReLU's mask is needed;
+        with a pool on the Triton backend one byte per output instead of the map, and the packed weight. Differentiable
+        to any order; on the Triton backend only once behind a ReLU or pool and with `x_is_relu`.
 
-        On the Triton backend sums are in float32, results the same in every run, and float32 operands are multiplied
-        as such unless PyTorch's switch for convolutions allows tf32 (`torch.backends.cudnn.allow_tf32`, which PyTorch
-        sets by default), to which they are rounded.
+        The Triton backend sums in float32 and gives the same bits in every run. It rounds float32 operands to tf32 only
+        if PyTorch's switch for convolutions allows that (`torch.backends.cudnn.allow_tf32`, on by default).
 
     >>> x = torch.zeros(1, 4, 2, 2)
     >>> x[:, 2] = 1  # j
@@ -137,44 +137,24 @@ def hamilton_conv2d(
     checks.option("activation", activation, ACTIVATIONS)
     checks.option("pool", pool, POOLS)
     if return_map and not pool:
-        raise ValueError("return_map=True needs pool=2: without a pool the map is what is returned")
-    size = [
-        conv_reference.conv_output_size(*sizes)
-        for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
-    ]
-    checks.output_size([length // pool for length in size] if pool else size, x)
-    x, weight, bias, backend, how = _operands_of_layer("hamilton_conv2d", x, weight, bias)
+        raise ValueError("return_map=True needs pool=2: without a pool the map is the result itself")
+    size = conv_reference.conv_output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
+    checks.output_size([length // (pool or 1) for length in size], x)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv2d", x, weight, bias)
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
-    tiles, tickets = _packed(packed, x, weight, backend, how)
+    tiles, tickets = _packed(packed, x, weight, backend, algorithm)
+    computed_by = (runtime.operator_backend(backend), algorithm)
     if pool and backend == "triton":
-        computed = (runtime.operator_backend(backend), how)
-        pooled, _, y = conv_op.hamilton_conv2d_pool(
-            x, weight, bias, tiles, tickets, window, relu, return_map, x_is_relu, *computed
-        )
+        options = (window, relu, return_map, x_is_relu)
+        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, tiles, tickets, *options, *computed_by)
         return (y, pooled) if return_map else pooled
     if backend == "reference":
-        # A second ReLU changes no value, and masks the gradient.
-        y = conv_reference.hamilton_conv2d(
-            x.relu() if x_is_relu else x, weight, bias, stride, padding, dilation, groups
-        )
+        x = x.relu() if x_is_relu else x  # changes no value, and masks the gradient
+        y = conv_reference.hamilton_conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y.relu() if relu else y
     else:
-        masks = (x_is_relu, mask_gradient or bool(pool))
-        y = conv_op.hamilton_conv2d(
-            x,
-            weight,
-            bias,
-            tiles,
-            tickets,
-            None,
-            window,
-            relu,
-            0.0,
-            *masks,
-            x.dtype,
-            runtime.operator_backend(backend),
-            how,
-        )
+        layer = (window, relu, 0.0, x_is_relu, mask_gradient or bool(pool), x.dtype)
+        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
@@ -191,17 +171,17 @@ def hamilton_conv_transpose2d(
     groups: int = 1,
     dilation: int | Pair = 1,
 ) -> Tensor:
-    """Transposed quaternion convolution: the exact adjoint of `hamilton_conv2d` with that weight, plus bias.
+    """Transposed quaternion convolution: the exact adjoint of `hamilton_conv2d` with the same weight, plus bias.
 
-    As an adjoint it multiplies by the conjugate of the weight from the left; negate the components i, j, k of
-    the weight for the plain Hamilton product.
+    As an adjoint it multiplies from the left by the conjugate of the weight; negate its components i, j and k for the
+    plain Hamilton product.
 
     Args:
         x: `[B, 4 Q, H, W]`, channels planar `[r | i | j | k]`.
         weight: `[4, Q, P/groups, kh, kw]`.
         bias: `[4 P]`.
         stride, padding, output_padding, dilation: pixels, one number or (vertical, horizontal).
-        groups: groups of the quaternion channels, each component alike.
+        groups: number of groups of the quaternion channels, the same for each component.
 
     Returns:
         `[B, 4 P, Ho, Wo]`, dense NHWC on the Triton backend, else contiguous; Ho = (H - 1) stride - 2 padding +
@@ -225,19 +205,19 @@ def hamilton_conv_transpose2d(
                 f"output_padding must be smaller than stride or dilation; got {output_padding} "
                 f"with stride {stride} and dilation {dilation}"
             )
-    size = [
-        conv_reference.transposed_output_size(*sizes)
-        for sizes in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, output_padding, strict=True)
-    ]
+    kernel = weight.shape[3:]
+    size = conv_reference.transposed_output_size(x.shape[2:], kernel, stride, padding, dilation, output_padding)
     checks.output_size(size, x)
-    x, weight, bias, backend, how = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
     if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation
         )
     window = (*stride, *padding, *dilation, groups)
-    tiles, tickets = _packed(None, x, weight, backend, how)
-    return conv_op.hamilton_conv2d_dx(x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, how)
+    tiles, tickets = _packed(None, x, weight, backend, algorithm)
+    return conv_op.hamilton_conv2d_dx(
+        x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, algorithm
+    )
 
 
 def hamilton_linear(
@@ -261,11 +241,8 @@ def hamilton_linear(
         bias: `[4 N]`.
         activation: None or "relu".
         dropout: probability of zeroing an element of y; the others are divided by 1 - dropout.
-        flatten: x is maps `[B, 4 Q, H, W]`, Q H W = K, read as `torch.flatten(x, 1)` without copying them.
-        x_is_relu: x is a ReLU's output (behind any dropout), and the gradient by x goes through its mask, [x > 0],
-            where it is written.
-        mask_gradient: False leaves the mask of this call's ReLU out of its backward, as in `hamilton_conv2d`.
-        packed: result of `pack_weights` for this weight, used on the Triton backend.
+        flatten: read maps x `[B, 4 Q, H, W]`, Q H W = K, as `torch.flatten(x, 1)`, without a copy.
+        x_is_relu, mask_gradient, packed: as in `hamilton_conv2d`; a dropout may follow the ReLU of x.
         dtype: type of y, by default that of x (or autocast's).
 
     Returns:
@@ -275,11 +252,10 @@ def hamilton_linear(
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        Casts under autocast as `torch.nn.functional.linear` does, but for weight and bias on the Triton backend, as in
-        `hamilton_conv2d`. Differentiable to any order; on the Triton backend behind a ReLU, and with `x_is_relu`, to
-        the first. There float32 follows PyTorch's switch for matrix products (`torch.backends.cuda.matmul.allow_tf32`,
-        off by default), and ReLU and dropout are part of the kernel, whose random numbers are not PyTorch's, but seeded
-        by its generator.
+        Casts under autocast as `torch.nn.functional.linear` does, except weight and bias on the Triton backend.
+        Differentiable to any order; on the Triton backend only once behind a ReLU and with `x_is_relu`. There float32
+        follows PyTorch's switch for matrix products (`torch.backends.cuda.matmul.allow_tf32`, off by default), and ReLU
+        and dropout are part of the kernel, whose random numbers are its own, seeded by PyTorch's generator.
 
     (WASPAA 2023, section 2.1; Parcollet et al. 2019.)
     """
@@ -291,21 +267,20 @@ def hamilton_linear(
     checks.option("activation", activation, ACTIVATIONS)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
-    if flatten:  # on the Triton backend a convolution whose kernel is the whole map
+    if flatten:  # on the Triton backend this is a convolution whose kernel is as large as the map
         weight = weight.unflatten(2, (-1, *x.shape[2:]))
-    x, weight, bias, backend, how = _operands_of_layer("hamilton_linear", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_linear", x, weight, bias)
     relu, dtype = activation == "relu", dtype or x.dtype
     if backend == "triton":
-        if not flatten:  # of maps of one pixel
+        if not flatten:  # a convolution of maps of one pixel
             x, weight = x.reshape(math.prod(leading), features, 1, 1), weight[..., None, None]
-        tiles, tickets = _packed(packed, x, weight, backend, how)
-        # Where a dropout is fused, what the ReLU zeroes and what it zeroes have one mask.
+        tiles, tickets = _packed(packed, x, weight, backend, algorithm)
+        # A fused dropout and the ReLU have a common mask: both zero elements of y.
         fused = dropout if relu and dropout < 1 else 0.0
         seed = torch.randint(2**62, (1,), device=x.device) if fused else None
-        options = (relu, fused, x_is_relu, mask_gradient or fused != dropout)
-        y = conv_op.hamilton_conv2d(
-            x, weight, bias, tiles, tickets, seed, UNIT, *options, dtype, runtime.operator_backend(backend), how
-        )
+        layer = (UNIT, relu, fused, x_is_relu, mask_gradient or fused != dropout, dtype)
+        computed_by = (runtime.operator_backend(backend), algorithm)
+        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, seed, *layer, *computed_by)
         dropout = 0.0 if fused else dropout
     else:
         rows = x.reshape(math.prod(leading), features)
@@ -314,30 +289,30 @@ def hamilton_linear(
             y = linear_reference.hamilton_linear(rows.relu() if x_is_relu else rows, weight, bias)
             y = y.relu() if relu else y
         else:
-            masks = (x_is_relu, mask_gradient or dropout > 0)
-            y = linear_op.hamilton_linear(rows, weight, bias, relu, *masks, how)
+            mask_gradient = mask_gradient or dropout > 0
+            y = linear_op.hamilton_linear(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return y.to(dtype).view(*leading, 4 * weight.shape[1])
 
 
 class PackedWeight(NamedTuple):
-    """A weight as the Triton kernels read it, for maps of one type: made by `pack_weights`.
+    """A weight as the Triton kernels read it, for maps of one type: a result of `pack_weights`.
 
     Attributes:
         tiles: `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type.
         tickets: counters of the layer's kernels, zero before and after each launch.
-        how: form and precision of the products that the tiles are for.
+        algorithm: form and precision of the products that read the tiles.
     """
 
     tiles: Tensor
     tickets: Tensor
-    how: str
+    algorithm: str
 
 
 def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[PackedWeight | None]:
-    """Weights of several layers as the Triton kernels read them, in one launch for all of them.
+    """Weights of several layers as the Triton kernels read them, packed in one launch.
 
-    A layer without a packed weight packs its own. A packed weight is valid as long as the weight does not change.
+    A layer that gets no packed weight packs its own. A packed weight is valid as long as the weight does not change.
 
     Args:
         weights: for each layer the name of the public function that computes it, and its weight, `[4, P, Q, kh, kw]` or
@@ -345,39 +320,39 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
         x: the first layer's input; the inputs of the others have the same type and device.
 
     Returns:
-        One for each weight; None where its layer is not computed by the Triton backend.
+        The packed weights; None for a layer that the Triton backend does not compute.
 
     Raises:
-        ValueError: as the layers.
+        ValueError: as for the layers.
 
     (The signed tiles of `ops/hamilton_conv/kernels.py`.)
     """
-    wanted = autocast_dtype(x.device.type)
-    dtype = wanted if wanted and _casts(x) else x.dtype
+    dtype = _cast_dtype(x)
     plans = [runtime.plan_of(name, x, weight, dtype) for name, weight in weights]
-    chosen = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
+    on_triton = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
     packed: list[PackedWeight | None] = [None] * len(weights)
-    if chosen:
-        hows = [plans[i][1] for i in chosen]
-        plain = [weights[i][1].detach() for i in chosen]
-        tiles, tickets = conv_op.hamilton_pack(plain, " ".join(hows), dtype, runtime.operator_backend("triton"))
-        sizes = [packed_size(weights[i][1].numel(), how) for i, how in zip(chosen, hows, strict=True)]
-        for i, how, part, counters in zip(chosen, hows, tiles.split(sizes), tickets.split(MOST_TICKETS), strict=True):
-            packed[i] = PackedWeight(part, counters, how)
+    if on_triton:
+        algorithms = [plans[i][1] for i in on_triton]
+        plain = [weights[i][1].detach() for i in on_triton]
+        tiles, tickets = conv_op.hamilton_pack(plain, " ".join(algorithms), dtype, runtime.operator_backend("triton"))
+        parts = tiles.split([packed_size(w.numel(), a) for w, a in zip(plain, algorithms, strict=True)])
+        counters = tickets.split(MOST_TICKETS)
+        for i, *weight in zip(on_triton, parts, counters, algorithms, strict=True):
+            packed[i] = PackedWeight(*weight)
     return packed
 
 
 class GramTarget(NamedTuple):
-    """What the anti-transfer loss needs of the frozen features: made by `gram_target`, for any number of uses.
+    """Everything that the anti-transfer loss reads of the frozen features: a result of `gram_target`, reusable.
 
-    Both tensors have one entry per sample along one axis, so that samples can be stored, and picked by number.
+    Both tensors have one entry per sample along one axis, so that samples can be stored and selected by number.
 
     Attributes:
-        values: the features `[B, C, *spatial]`; or, where they are smaller, the upper triangles of their Gram matrices,
+        values: the features `[B, C, *spatial]`; or, if these are smaller, the upper triangles of their Gram matrices,
             row by row, `[B, rows (rows + 1) / 2]`, each multiplied by the square of its scale.
         stats: `[2, B]`, the squared norm of the scaled Gram matrix, and the scale, a power of two.
         packed: whether `values` are Gram matrices.
-        loss: the loss that they are for.
+        loss: the loss that the target is for.
     """
 
     values: Tensor
@@ -398,9 +373,8 @@ def gram_target(frozen: Tensor, *, loss: Loss | str = "gram-channel") -> GramTar
         loss: "gram-channel" or "gram-position", or a value of these; the others mix the samples of a batch.
 
     Returns:
-        The features themselves, detached and in their type, or packed Gram matrices (float32, summed in float64),
-        whichever takes less memory; and the statistics of both. The loss is that of the features, bit for bit where
-        they are kept, else within 1e-6.
+        The detached features or their packed Gram matrices (float32, summed in float64), whichever are smaller, with
+        their statistics. The loss equals that of the features, bit for bit or, with packed matrices, within 1e-6.
 
     Raises:
         ValueError: features or a loss that do not fit.
@@ -426,21 +400,21 @@ def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = 
     Args:
         a: `[B, C, *spatial]`, any strides.
         b: `[B, C, *spatial]`.
-        gram: whose matrix it is. "channel" (the paper's): F `[C, N]`, one per sample. "position": F `[N, C]`, one per
-            sample, which no rotation of the channels changes. "batch": one, F `[B, C N]`, over the samples.
-        centred: subtract from each column of F its mean over the rows; the batch's cosine is then linear CKA.
+        gram: "channel" (the paper's): F `[C, N]` of each sample. "position": F `[N, C]` of each sample, whose Gram
+            matrix no rotation of the channels changes. "batch": F `[B, C N]`, one for all samples.
+        centred: subtract from each column of F its mean over the rows; the cosine of "batch" is then linear CKA.
 
     Returns:
-        `[B]`, for "batch" a scalar, in [0, 1], in float32 (float64 for float64 features), under autocast too. Where a
-        matrix is all zero, cosine and gradient are 0; NaN gives NaN.
+        `[B]`, for "batch" a scalar, in [0, 1]; float32 (float64 for float64 features), under autocast too. If a matrix
+        is all zero, cosine and gradient are 0; NaN gives NaN.
 
     Raises:
         ValueError: shapes, types or options that do not fit.
 
     Notes:
-        The products of the rows or of the columns of F are summed, whichever are fewer: the three scalars that are
-        needed are the same. Features are scaled by a power of two first, so any size does. Saved for the backward: a,
-        b, five scalars an item. A second derivative needs the backend "reference".
+        The three scalars of the cosine follow from the products of the rows of F and from those of its columns; the
+        fewer ones are computed. A power of two scales the features first, so that they may have any size. Saves for the
+        backward a, b, and five scalars per cosine. A second derivative needs the backend "reference".
 
     >>> a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # G = I
     >>> gram_cosine(a, torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]))  # 1 / sqrt(2)
@@ -470,7 +444,7 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
         A scalar in [0, 1], differentiable by both.
 
     Raises:
-        ValueError: other numbers of samples, or types that do not fit.
+        ValueError: different numbers of samples, or types that do not fit.
 
     >>> a = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     >>> rotated = a @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
@@ -485,7 +459,7 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"b must have as many samples as a; got {b.shape[0]} and {a.shape[0]}")
     if a.shape != b.shape:
-        # Features of zero change no Gram matrix over the samples.
+        # Additional features that are zero change no Gram matrix over the samples.
         a, b = a.flatten(1), b.flatten(1)
         size = max(a.shape[1], b.shape[1])
         a, b = (torch.nn.functional.pad(x, (0, size - x.shape[1])) for x in (a, b))
@@ -501,28 +475,28 @@ def anti_transfer_loss(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Anti-transfer loss, by default beta cos^2 of the Gram matrices: the similarity to the frozen network's features.
+    """Anti-transfer loss: the similarity to the frozen network's features, by default beta cos^2 of Gram matrices.
 
     Args:
         trained: `[B, C, *spatial]`, features of the network in training.
         frozen: `[B, C, *spatial]`, features of the frozen network of the orthogonal task; or their `gram_target`.
-        loss: what is compared, and how: a value of the table in `qkernels.losses`, or the name of one.
+        loss: a loss of `qkernels.losses`, or its name.
         beta: weight of the loss; "folded-rowwise" applies it twice, as the released research code does.
-        reduction: "mean", "none" or "sum" over the batch; "mean" and "sum" of a loss that is one value per batch are
-            that value.
-        generator: source of randomness of aggregation "stochastic_pairwise"; by default PyTorch's own, of the features'
-            device. `torch.compile(fullgraph=True)` takes no other.
+        reduction: "mean", "none" or "sum" over the batch; a loss with one value per batch has that value for "mean" and
+            "sum".
+        generator: source of randomness of aggregation "stochastic_pairwise"; by default PyTorch's for the features'
+            device, the only one that `torch.compile(fullgraph=True)` takes.
 
     Returns:
         A scalar, or `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too.
 
     Raises:
-        ValueError: shapes, types or options that do not fit; reduction "none" of a loss that is one value per batch;
-            the target of another loss; a generator that nothing is drawn from.
+        ValueError: shapes, types or options that do not fit; reduction "none" for a loss with one value per batch; a
+            target of another loss; a generator for a loss that draws nothing.
 
     Notes:
-        A cosine with zeros is 0, and features of any size have one: the clamp of norms at 1e-8 is that of
-        "folded-rowwise" alone. "pairwise" is computed from the channels' sums, in the memory of the features.
+        The cosine with a vector of zeros is 0; only "folded-rowwise" clamps norms, at 1e-8. "pairwise" is computed from
+        sums over the channels and takes no more memory than the features.
 
     >>> f = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     >>> anti_transfer_loss(f, f, beta=0.5)
@@ -558,11 +532,10 @@ def anti_transfer_tap(
     beta: float = 1.0,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """The features, unchanged, and their anti-transfer loss: the gradients of both are added while they are computed.
+    """The unchanged features and their anti-transfer loss, with one pass for the sum of both gradients.
 
-    Feed the returned features to the next layer. Where the loss is the cosine of Gram matrices, the backward then reads
-    the incoming gradient and writes the sum in one pass, instead of writing the loss's gradient and adding it in a
-    second one.
+    Feed the returned features to the next layer. If the loss is the cosine of Gram matrices, its backward adds the
+    incoming gradient as it writes its own, which saves a pass over the features.
 
     Args:
         features: `[B, C, *spatial]`, features of the network in training.
@@ -572,11 +545,10 @@ def anti_transfer_tap(
         reduction: "mean" or "sum" over the batch.
 
     Returns:
-        (features, loss): a view of the features, and a scalar. Gradients of the loss may be scaled, accumulated or
-        absent.
+        (features, loss): a view of the features, and a scalar, which need not take part in the backward.
 
     Raises:
-        ValueError: as `anti_transfer_loss`.
+        ValueError: as for `anti_transfer_loss`.
 
     >>> features = torch.rand(2, 4, 3, 3, requires_grad=True)
     >>> same, loss = anti_transfer_tap(features, torch.rand(2, 4, 3, 3), beta=0.5)
@@ -593,7 +565,7 @@ def anti_transfer_tap(
 
 
 class _Tap(torch.autograd.Function):
-    """An identity on the first operand beside the loss; an operator of `torch.library` cannot return its input."""
+    """The first operand unchanged, and the loss: an operator of `torch.library` cannot return its input."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -634,7 +606,7 @@ def _operands(
 
 
 def _is_reference(a: Tensor, b: Tensor | GramTarget) -> bool:
-    """Whether the einsum definition computes it, which takes features, not their target."""
+    """Whether the einsum definition computes the cosine: of features, as it takes no targets."""
     return isinstance(b, Tensor) and runtime.backend_of("gram_cosine", a, b) == "reference"
 
 
@@ -652,56 +624,57 @@ def _packs(features: Tensor, gram: str) -> bool:
 
 
 def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    if autocast_dtype(a.device.type):
-        with torch.autocast(a.device.type, enabled=False):
-            return function(a, b, *args)
-    return function(a, b, *args)
+    dtype, device = compute_dtype(a, b), a.device.type
+    off = torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
+    with off:
+        return function(a.to(dtype), b.to(dtype), *args)
 
 
 def _operands_of_layer(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, str, str]:
-    """The operands as a layer reads them, its backend, and the form and precision of its products.
+    """The operands as a layer reads them, its backend, and the algorithm of its products.
 
-    Casts all but float64, as autocast does for torch's own convolutions; then all must be of one type and device. The
-    Triton kernels read parameters in their own type: there only x is cast, and made channels-last in the same pass.
+    Casts as autocast does for PyTorch's own convolutions; then all operands must have one type and device. The Triton
+    kernels read parameters in their own type: for them only x is cast, to channels-last in the same pass.
     """
-    wanted = autocast_dtype(x.device.type)
-    dtype = wanted if wanted and _casts(x) else x.dtype
-    backend, how = runtime.plan_of(name, x, weight, dtype)
-    maps = backend == "triton" and weight.dim() == 5  # not rows of features, however many dimensions those have
+    dtype, autocast = _cast_dtype(x), autocast_dtype(x.device.type) is not None
+    backend, algorithm = runtime.plan_of(name, x, weight, dtype)
+    maps = backend == "triton" and weight.dim() == 5  # rows of features may have any number of dimensions
     x = x.to(dtype, memory_format=torch.channels_last if maps else torch.preserve_format)
-    if wanted and backend != "triton":
-        weight = weight.to(wanted) if _casts(weight) else weight
-        bias = bias.to(wanted) if bias is not None and _casts(bias) else bias
+    if autocast and backend != "triton":
+        weight, bias = weight.to(_cast_dtype(weight)), None if bias is None else bias.to(_cast_dtype(bias))
     if not x.dtype.is_floating_point:
         raise ValueError(f"x must be of a floating-point type; got {x.dtype}")
     for label, other in (("weight", weight), ("bias", bias)):
-        if other is not None and other.dtype != x.dtype and (wanted is None or backend != "triton"):
+        if other is not None and other.dtype != x.dtype and not (autocast and backend == "triton"):
             raise ValueError(f"{label} must have the type of x; got {other.dtype} and {x.dtype}")
         if other is not None and other.device != x.device:
             raise ValueError(f"{label} must be on the device of x; got {other.device} and {x.device}")
-    return x, weight, bias, backend, how
+    return x, weight, bias, backend, algorithm
 
 
 def _packed(
-    packed: PackedWeight | None, x: Tensor, weight: Tensor, backend: str, how: str
+    packed: PackedWeight | None, x: Tensor, weight: Tensor, backend: str, algorithm: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Tiles and tickets for a layer; only the Triton backend has any."""
+    """Tiles and tickets for a layer; None on other backends than Triton."""
     if backend != "triton":
         return None, None
     if packed is None:
-        return conv_op.hamilton_pack([weight.detach()], how, x.dtype, runtime.operator_backend(backend))
-    if packed.how != how or packed.tiles.dtype != x.dtype or packed.tiles.numel() != packed_size(weight.numel(), how):
+        return conv_op.hamilton_pack([weight.detach()], algorithm, x.dtype, runtime.operator_backend(backend))
+    if (
+        packed.algorithm != algorithm
+        or packed.tiles.dtype != x.dtype
+        or packed.tiles.numel() != packed_size(weight.numel(), algorithm)
+    ):
         raise ValueError(
-            f"packed must be of this weight, for {x.dtype} and {how!r}; got {packed.tiles.numel()} elements for "
-            f"{packed.tiles.dtype} and {packed.how!r}"
+            f"packed must be of this weight, for {x.dtype} and {algorithm!r}; got {packed.tiles.numel()} elements for "
+            f"{packed.tiles.dtype} and {packed.algorithm!r}"
         )
     return packed.tiles, packed.tickets
 
 
-def _casts(x: Tensor) -> bool:
-    """Whether autocast casts a tensor of this type."""
-    return x.is_floating_point() and x.dtype != torch.float64
+def _cast_dtype(x: Tensor) -> torch.dtype:
+    """The type of x behind autocast, which leaves float64 and integers."""
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    return (autocast_dtype(x.device.type) if casts else None) or x.dtype

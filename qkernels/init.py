@@ -9,14 +9,14 @@ from torch import Tensor
 def quaternion_glorot_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Fills a weight with quaternions of sigma = 1 / sqrt(2 (fan_in + fan_out)), in place.
 
-    Modulus: chi with 4 degrees of freedom times sigma; phase: U(-pi, pi); imaginary direction: v / sqrt(|v|^2
-    + 1e-4) with v ~ U(-1, 1)^3. Mean squares: 2 sigma^2 for r, nearly 2/3 sigma^2 for each of i, j, k. The
-    direction is a projected cube, not quite isotropic: that is the law of the reference code, kept.
+    Modulus: chi with 4 degrees of freedom times sigma; phase: U(-pi, pi); imaginary direction: v / sqrt(|v|^2 + 1e-4)
+    with v ~ U(-1, 1)^3, as in the reference code, which projects a cube and is not quite isotropic. Mean squares:
+    2 sigma^2 for r, nearly 2/3 sigma^2 for each of i, j, k.
 
     Args:
         weight: `[4, out/4, in/4, *kernel]`; fan_in = in/4 * kernel area, fan_out = out/4 * kernel area. A
             transposed convolution's `[4, in/4, out/4, *kernel]` swaps the two fans, as in the reference code.
-        generator: source of randomness; it may live on another device than the weight.
+        generator: source of randomness; its device may differ from the weight's.
 
     Returns:
         The weight.

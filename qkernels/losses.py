@@ -1,8 +1,8 @@
 """The anti-transfer losses: one closed table, which configuration, functions, modules and tests read.
 
-A loss is a value: its class says what is compared, its fields are the options that it has. To add one, add its class
-here, its mathematics to `functional.anti_transfer_loss`, its literal version to `tests/ops/literal.py`, and a sentence
-to the help of `qat.config.AntiTransferConfig.loss`; the tests run over the table.
+A loss is a value: its class names the comparison, its fields are its options. To add a loss, add its class here, its
+mathematics to `functional.anti_transfer_loss`, its literal version to `tests/ops/literal.py`, and a sentence to the
+help of `qat.config.AntiTransferConfig.loss`; the tests run over the table.
 
 >>> loss_of("cka"), loss_of({"name": "folded-rowwise", "clamp": "product"})
 (CKA(), FoldedRowwise(clamp='product'))
@@ -18,14 +18,15 @@ from typing import Any, ClassVar, Literal, get_args
 
 
 class Loss:
-    """What all losses have.
+    """The base class of the losses.
 
     Attributes:
         name: its name in files and on the command line.
         summary: a few words for reports.
-        per_sample: the loss is a mean over samples, so that it has a value for each, processes can share a batch, and
-            the frozen features can be kept as a `GramTarget`; else it is one value of the whole batch.
-        rows: what the Gram matrix has rows for whose cosine is squared; None for any other loss.
+        per_sample: whether the loss is a mean over samples: then it has a value per sample, processes can share a
+            batch, and a `GramTarget` can replace the frozen features; otherwise it has one value per batch.
+        rows: the axis whose entries are rows of the Gram matrices, "channel", "position" or "batch"; None for losses
+            that are no squared cosine of Gram matrices.
     """
 
     name: ClassVar[str]
@@ -42,25 +43,25 @@ class Loss:
     @classmethod
     def options(cls) -> dict[str, tuple[Any, ...]]:
         """The allowed values of each option."""
-        kinds = {field.name: field.type for field in cls.__dataclass_fields__.values()}
-        return {option: (False, True) if kind is bool else get_args(kind) for option, kind in kinds.items()}
+        types = {field.name: field.type for field in cls.__dataclass_fields__.values()}
+        return {option: (False, True) if each is bool else get_args(each) for option, each in types.items()}
 
     @property
     def gram(self) -> tuple[str, bool] | None:
-        """The options of `gram_cosine`, where the loss is its square."""
+        """The options of `gram_cosine`, if the loss is its square."""
         return (self.rows, getattr(self, "centred", False)) if self.rows else None
 
     @property
     def takes_negative(self) -> bool:
-        """Whether features below 0 have a loss."""
+        """Whether the loss is defined for features below 0."""
         return getattr(self, "aggregation", None) != "mul_comp"
 
     def weight(self, beta: float) -> float:
-        """What the loss is multiplied by."""
+        """The factor of the loss."""
         return beta
 
     def plain(self) -> str | dict[str, Any]:
-        """The name, or a mapping of the name and the options that are not default: what `loss_of` takes."""
+        """The name, or a mapping with the name and the options that are not default, as `loss_of` takes them."""
         changed = self._changed()
         return {"name": self.name, **changed} if changed else self.name
 
@@ -86,7 +87,7 @@ class GramChannel(Loss):
 
 @dataclass(frozen=True)
 class GramPosition(Loss):
-    """The same of position x position matrices, which no rotation of the channels changes."""
+    """As `GramChannel` with position x position matrices, which no rotation of the channels changes."""
 
     name = "gram-position"
     summary = "one cosine per sample, over positions"
@@ -139,8 +140,9 @@ class CosSquared(Loss):
 
     Args:
         aggregation: "none"; "mean", "sum" or "max" over the channels; "mul_comp", the product over the channels of
-            (x + 1e-10)^0.001, of features >= 0; "pairwise", every channel of one map beside every one of the other;
-            "stochastic_pairwise", that of a random run of C // B channels (one for B = 1 and for B > C).
+            (x + 1e-10)^0.001, for features >= 0; "pairwise", all pairs of a channel of one map and a channel of the
+            other; "stochastic_pairwise", the pairs of a random run of C // B consecutive channels, the same for both
+            (one channel for B = 1 and for B > C).
     """
 
     name = "cos-squared"
@@ -161,22 +163,14 @@ class MseSigmoid(Loss):
     aggregation: Literal["none", "mean", "sum", "max", "mul_comp", "pairwise", "stochastic_pairwise", "gram"] = "none"
 
 
-_CLASSES: tuple[type[Loss], ...] = (
-    GramChannel,
-    GramPosition,
-    GramBatch,
-    CKA,
-    FoldedRowwise,
-    CosSquared,
-    MseSigmoid,
-)
-LOSSES: Mapping[str, type[Loss]] = {kind.name: kind for kind in _CLASSES}
+_CLASSES: tuple[type[Loss], ...] = (GramChannel, GramPosition, GramBatch, CKA, FoldedRowwise, CosSquared, MseSigmoid)
+LOSSES: Mapping[str, type[Loss]] = {loss.name: loss for loss in _CLASSES}
 """The table: the class of every loss, by name."""
-_DEFAULTS = {name: kind() for name, kind in LOSSES.items()}
+_DEFAULTS = {name: loss() for name, loss in LOSSES.items()}
 
 
 def loss_of(value: object) -> Loss:
-    """The loss that a value of the table, a name, or a mapping of `name` and options stands for.
+    """The loss for a value of the table, a name, or a mapping with `name` and options.
 
     Raises:
         ValueError: no such loss or option.

@@ -1,4 +1,4 @@
-"""Quaternion layers and the anti-transfer loss as modules: they hold parameters, `functional` computes."""
+"""Quaternion layers and the anti-transfer loss as modules, which hold parameters and call `functional`."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ INITS = {"glorot": quaternion_glorot_, "he": quaternion_he_}
 
 
 class _QuaternionLayer(nn.Module):
-    """A `weight`, a `bias` and their initialisation."""
+    """A layer's `weight` and `bias`, and their initialisation."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -52,14 +52,13 @@ class QuaternionConv2d(_QuaternionLayer):
         in_channels: real channels of the input, 4 per quaternion.
         out_channels: real channels of the output, 4 per quaternion.
         kernel_size, stride, padding, dilation: pixels, one number or (vertical, horizontal).
-        groups: groups of the quaternion channels.
+        groups: number of groups of the quaternion channels.
         bias: whether there is a real bias per output channel.
         activation: None or "relu".
         pool: None, or 2 for the maxima of 2x2 windows.
         init: "glorot" or "he" (`qkernels.init`).
         generator: source of randomness of the initialisation.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, in_channels, H, W]`; weight `[4, out_channels/4, in_channels/4/groups, kh, kw]`; bias
@@ -92,10 +91,8 @@ class QuaternionConv2d(_QuaternionLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        p, q = (
-            checks.quaternions("out_channels", out_channels, groups),
-            checks.quaternions("in_channels", in_channels, groups),
-        )
+        p = checks.quaternions("out_channels", out_channels, groups)
+        q = checks.quaternions("in_channels", in_channels, groups)
         checks.option("activation", activation, F.ACTIVATIONS)
         checks.option("pool", pool, F.POOLS)
         kernel = checks.pair("kernel_size", kernel_size, 1)
@@ -118,15 +115,8 @@ class QuaternionConv2d(_QuaternionLayer):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, " + _settings(
-            self,
-            kernel_size=None,
-            stride=(1, 1),
-            padding=(0, 0),
-            dilation=(1, 1),
-            groups=1,
-            activation=None,
-            pool=None,
+        return f"{self.in_channels}, {self.out_channels}, " + _changed(
+            self, kernel_size=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, activation=None, pool=None
         )
 
 
@@ -137,12 +127,11 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
         in_channels: real channels of the input, 4 per quaternion.
         out_channels: real channels of the output, 4 per quaternion.
         kernel_size, stride, padding, output_padding, dilation: pixels, one number or (vertical, horizontal).
-        groups: groups of the quaternion channels.
+        groups: number of groups of the quaternion channels.
         bias: whether there is a real bias per output channel.
         init: "glorot" or "he" (`qkernels.init`), whose fans are swapped here by the weight's shape.
         generator: source of randomness of the initialisation.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, in_channels, H, W]`; weight `[4, in_channels/4, out_channels/4/groups, kh, kw]`; bias
@@ -171,10 +160,8 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        p, q = (
-            checks.quaternions("out_channels", out_channels, groups),
-            checks.quaternions("in_channels", in_channels, groups),
-        )
+        p = checks.quaternions("out_channels", out_channels, groups)
+        q = checks.quaternions("in_channels", in_channels, groups)
         kernel = checks.pair("kernel_size", kernel_size, 1)
         super().__init__((4, q, p // groups, *kernel), out_channels, bias, init, generator, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
@@ -183,25 +170,12 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hamilton_conv_transpose2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.output_padding,
-            self.groups,
-            self.dilation,
+            x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, " + _settings(
-            self,
-            kernel_size=None,
-            stride=(1, 1),
-            padding=(0, 0),
-            output_padding=(0, 0),
-            groups=1,
-            dilation=(1, 1),
+        return f"{self.in_channels}, {self.out_channels}, " + _changed(
+            self, kernel_size=None, stride=(1, 1), padding=(0, 0), output_padding=(0, 0), groups=1, dilation=(1, 1)
         )
 
 
@@ -216,8 +190,7 @@ class QuaternionLinear(_QuaternionLayer):
         dropout: probability of zeroing an element of y in training.
         init: "he" or "glorot" (`qkernels.init`).
         generator: source of randomness of the initialisation.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[..., in_features]`; weight `[4, out_features/4, in_features/4]`; bias `[out_features]`;
@@ -246,7 +219,7 @@ class QuaternionLinear(_QuaternionLayer):
         checks.option("activation", activation, F.ACTIVATIONS)
         super().__init__((4, n, k), out_features, bias, init, generator, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        # None and not 0.0, which torch.compile would take for a number that may change.
+        # None instead of 0.0, which torch.compile would treat as a number that may change.
         self.activation, self.dropout = activation, dropout or None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,7 +227,7 @@ class QuaternionLinear(_QuaternionLayer):
         return F.hamilton_linear(x, self.weight, self.bias, activation=self.activation, dropout=dropout)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}" + _settings(self, ", ", activation=None, dropout=None)
+        return f"{self.in_features}, {self.out_features}" + _changed(self, ", ", activation=None, dropout=None)
 
 
 class QuaternionBatchNorm2d(nn.Module):
@@ -268,8 +241,7 @@ class QuaternionBatchNorm2d(nn.Module):
         num_features: real channels C, 4 per quaternion.
         eps: added to the variance.
         momentum: share of a batch in the running values.
-        device: device of the parameters.
-        dtype: type of the parameters.
+        device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, C, H, W]`; weight `[C/4]`, shared by the components, 1 at first; bias `[C]`, 0 at first;
@@ -324,20 +296,20 @@ class QuaternionBatchNorm2d(nn.Module):
 
 
 class AntiTransferLoss(nn.Module):
-    """`functional.anti_transfer_loss` with its options held.
+    """`functional.anti_transfer_loss` with fixed options.
 
     Args:
-        loss: what is compared, and how: a value of the table in `qkernels.losses`, or the name of one.
+        loss: a loss of `qkernels.losses`, or its name.
         beta: weight of the loss.
         reduction: "mean", "none" or "sum" over the batch.
         generator: source of randomness of aggregation "stochastic_pairwise".
 
     Shapes:
-        trained, frozen `[B, C, *spatial]` (or frozen a `GramTarget` of the same loss); loss scalar, or `[B]` for
+        trained, frozen `[B, C, *spatial]` (or a `GramTarget` of the same loss for `frozen`); loss scalar, or `[B]` for
         reduction "none"; float32 (float64 for float64 features), under autocast too.
 
     Raises:
-        ValueError: no such loss; reduction "none" of a loss that is one value per batch; features that do not fit.
+        ValueError: unknown loss; reduction "none" for a loss with one value per batch; features that do not fit.
 
     >>> from qkernels.losses import CosSquared
     >>> loss = AntiTransferLoss(CosSquared("mean"), beta=0.5)
@@ -368,8 +340,8 @@ class AntiTransferLoss(nn.Module):
         return f"{self.loss!r}, beta={self.beta}, reduction={self.reduction!r}"
 
 
-def _settings(module: nn.Module, prefix: str = "", **defaults: Any) -> str:
-    """The attributes that differ from their defaults, for `extra_repr`."""
+def _changed(module: nn.Module, prefix: str = "", **defaults: Any) -> str:
+    """The attributes that are not default, for `extra_repr`."""
     changed = [
         f"{key}={getattr(module, key)!r}" for key, default in defaults.items() if getattr(module, key) != default
     ]

@@ -1,8 +1,8 @@
-"""`python -m qkernels.tune`: searches launch settings on this machine's GPU, prints what it tried, writes the table.
+"""`python -m qkernels.tune`: searches for launch settings on this machine's GPU, prints each trial, writes the table.
 
-Nothing searches by itself: without a table the settings come from a model (`config.clocks`). The table holds, for each
-product of the quaternion VGG16 (WASPAA 2023) at the batch sizes asked for, the fastest plan of every form, and for
-each weight's shape the form whose plans are the fastest in sum. Copy it into the package to ship it, or name its
+Only this command searches: without a table the settings come from a model (`config.cost`). The table holds, for each
+product of the quaternion VGG16 (WASPAA 2023) at the given batch sizes, the fastest plan of every form, and for each
+weight's shape the form whose plans have the shortest total time. Copy it into the package to ship it, or name its
 folder in the environment variable QKERNELS_TABLES.
 """
 
@@ -30,18 +30,18 @@ from qkernels.ops.hamilton_conv.launch import Epilogue, Packed
 from qkernels.runtime.device import arch_of, multiprocessors_of
 
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-# Which forms a precision may take by itself, and how their products are computed.
-OPTIONS = {
+# The forms that may compute a precision, and the precision of their products.
+FORMS = {
     "half": [("signed", "half")],
     "tf32": [("signed", "tf32")],
     "ieee": [("signed", "ieee"), ("q8", "ieee"), ("signed", "tf32x3"), ("q8", "tf32x3")],
 }
-# Relative Frobenius errors against float64, of results in float32; a plan beyond them is refused.
+# Maximum relative Frobenius errors of float32 results against float64; plans with larger errors are rejected.
 TOLERANCES = {"half": 1e-5, "tf32": 6e-4, "ieee": 2e-6}
 
 
 class Layer(NamedTuple):
-    """Real channels, kernel size and side of the square map; kernels of odd size keep it, others have no padding."""
+    """Real channels, kernel size and side of the square map; odd kernels are padded to keep it, others are not."""
 
     channels_in: int
     channels_out: int
@@ -59,13 +59,13 @@ LAYERS = [
     Layer(256, 512, 3, 8),
     Layer(512, 512, 3, 8),
     Layer(512, 512, 3, 4),
-    Layer(512, 4096, 2, 2),  # the first linear layer, which reads maps
+    Layer(512, 4096, 2, 2),  # the first linear layer, on maps
     Layer(4096, 4096, 1, 1),
 ]
 
 
 class Product(NamedTuple):
-    """One product of a layer: its size, and what computes it, `(how, type of the result) -> result`."""
+    """One product of a layer: its size, a function (algorithm, type of the result) that computes it, the result."""
 
     name: str
     problem: Problem
@@ -74,7 +74,7 @@ class Product(NamedTuple):
 
 
 def products(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device | str) -> Iterator[Product]:
-    """Forward, data gradient and weight gradient of a layer, on random operands; weights are packed beforehand."""
+    """Forward, data gradient and weight gradient of a layer, on random operands, with packed weights."""
     p, q, kernel, side = layer.channels_out // 4, layer.channels_in // 4, layer.kernel, layer.side
     padding = kernel // 2 * (kernel % 2)
     window, positions, size, kernel_size = (1, 1, padding, padding, 1, 1, 1), kernel**2, [side] * 2, [kernel] * 2
@@ -91,27 +91,28 @@ def products(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device 
     weight, bias = draw(4, p, q, kernel, kernel), draw(4 * p)
 
     @functools.cache
-    def packed(how: str) -> Packed:
-        return Packed(*launch.pack([weight], [how], dtype))
+    def packed(algorithm: str) -> Packed:
+        return Packed(*launch.pack([weight], [algorithm], dtype))
 
+    dw = functools.partial(launch.weight_gradient, dy, x, kernel_size, window, True)
     yield Product(
         "forward",
         Problem("gather", batch * y_side**2, p, q, positions),
-        lambda how, to: launch.forward(x, weight, window, how, Epilogue(bias), packed(how), to),
+        lambda algorithm, to: launch.forward(x, weight, window, algorithm, Epilogue(bias), packed(algorithm), to),
         forms.forward(x.double(), weight.double(), bias.double(), window, "dense"),
     )
     yield Product(
         "dx",
         Problem("gather", batch * side**2, q, p, positions),
-        lambda how, to: launch.data_gradient(dy, weight, size, window, how, packed=packed(how), dtype=to),
+        lambda algorithm, to: launch.data_gradient(
+            dy, weight, size, window, algorithm, packed=packed(algorithm), dtype=to
+        ),
         forms.data_gradient(dy.double(), weight.double(), size, window, "dense"),
     )
     yield Product(
         "dw",
         Problem("dw", batch * y_side**2, p, q, positions),
-        lambda how, to: launch.weight_gradient(
-            dy, x, kernel_size, window, True, how, tickets=packed(how).tickets, dtype=to
-        )[0],
+        lambda algorithm, to: dw(algorithm, tickets=packed(algorithm).tickets, dtype=to)[0],
         forms.weight_gradient(dy.double(), x.double(), kernel_size, window, "dense"),
     )
 
@@ -123,16 +124,16 @@ def search(
     device: torch.device | str,
     time_of: Callable[[Callable[[], Any]], float],
     most: int,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Times the `most` plans that the model finds fastest, for every product and form.
+    """Times the `most` plans that are fastest by the model, for every product and form.
 
     Args:
-        layers, batches, precisions: which products; "half", "tf32" and "ieee" as in `config.Plan`.
-        device: where.
-        time_of: milliseconds of a call.
-        most: plans to try per product and form.
-        say: takes a line for each plan tried.
+        layers, batches, precisions: the products to search for; "half", "tf32" and "ieee" as in `config.Plan`.
+        device: device of the operands.
+        time_of: function that returns the milliseconds of a call.
+        most: maximum number of plans to try per product and form.
+        log: called with a line for each plan.
 
     Returns:
         The rows "plans" and "forms" of a table.
@@ -144,7 +145,7 @@ def search(
         for product in products(layer, batch, DTYPES[precision], device):
             name = f"{layer.channels_in}->{layer.channels_out} {layer.kernel}x{layer.kernel} on {layer.side}x"
             prefix = f"{name}{layer.side}, batch {batch}, {precision}, {product.name}: "
-            best = _fastest(product, precision, device, time_of, most, functools.partial(_say, say, prefix))
+            best = _fastest(product, precision, device, time_of, most, lambda line, start=prefix: log(start + line))  # type: ignore[misc]
             for form, (time, plan) in best.items():
                 times[weight][form].append(time)
                 row = {
@@ -168,39 +169,35 @@ def search(
     return {"forms": forms_of, "plans": list(plans.values())}
 
 
-def _say(say: Callable[[str], None], prefix: str, line: str) -> None:
-    say(prefix + line)
-
-
 def _fastest(
     product: Product,
-    asked: str,
+    precision: str,
     device: torch.device | str,
     time_of: Callable[[Callable[[], Any]], float],
     most: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, tuple[float, Plan]]:
-    """The fastest plan of each form that is accurate enough, with its milliseconds."""
+    """The fastest plan of each form, among those that are accurate enough, with its milliseconds."""
     probe = torch.empty(0, device=device)
     arch, multiprocessors = arch_of(probe), multiprocessors_of(probe)
     best: dict[str, tuple[float, Plan]] = {}
-    for form, precision in OPTIONS[asked]:
-        options = set(config.candidates(product.problem, form, precision, arch))
-        ranked = sorted(options, key=lambda plan: config.clocks(product.problem, plan, arch, multiprocessors))
-        how = f"{form}-{asked}"
+    for form, products in FORMS[precision]:
+        plans = set(config.candidates(product.problem, form, products, arch))
+        ranked = sorted(plans, key=lambda plan: config.cost(product.problem, plan, arch, multiprocessors).total)
+        algorithm = f"{form}-{precision}"
         for plan in ranked[:most]:
             tile, time = plan.tile, math.inf
             try:
                 with config.force(plan):
-                    result = product.run(how, torch.float32).double()
+                    result = product.run(algorithm, torch.float32).double()
                     error = ((result - product.exact).norm() / product.exact.norm()).item()
-                    if error <= TOLERANCES[asked]:
-                        time = time_of(functools.partial(product.run, how, None))
-                verdict = f"{f'{1e3 * time:.1f} us' if time < math.inf else 'refused'}, error {error:.1e}"
+                    if error <= TOLERANCES[precision]:
+                        time = time_of(functools.partial(product.run, algorithm, None))
+                verdict = f"{f'{1e3 * time:.1f} us' if time < math.inf else 'rejected'}, error {error:.1e}"
             except (_launch.KernelUnavailable, torch.OutOfMemoryError) as problem:
-                verdict = f"refused, {type(problem).__name__}"
-            say(
-                f"{form} {precision} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, "
+                verdict = f"rejected, {type(problem).__name__}"
+            log(
+                f"{form} {products} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, "
                 f"{plan.splits} splits: {verdict}"
             )
             if time < best.get(form, (math.inf, plan))[0]:
@@ -209,7 +206,7 @@ def _fastest(
 
 
 def write(table: dict[str, list[dict[str, Any]]], folder: Path, arch: int) -> Path:
-    """Writes the table of an architecture with where it comes from; whole or not at all."""
+    """Writes the table of an architecture and its provenance, whole or not at all."""
     provenance = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
@@ -232,7 +229,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qkernels.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[20, 256], help="batch sizes (default: 20 256)")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    parser.add_argument("--most", type=int, default=8, help="plans to try per product and form (default: 8)")
+    parser.add_argument(
+        "--most", type=int, default=8, help="maximum number of plans to try per product and form (default: 8)"
+    )
     parser.add_argument(
         "--out",
         type=Path,

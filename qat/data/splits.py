@@ -83,8 +83,7 @@ def folds(table: pd.DataFrame, seed: int, fold: int, count: int = 0, group: str 
 
     Shuffled groups are assigned round-robin to `count` folds; with as many folds as groups each fold is one group, in
     the order of their names. Fold `fold` is the test part, the next one (cyclically) the validation part, the others
-    are the
-    training part: every group is once in the test part and once in the validation part.
+    are the training part: every group is once in the test part and once in the validation part.
 
     Args:
         table: table with the column `group`.
@@ -130,7 +129,7 @@ PAPER_ACTORS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         {"train": ["03", "08", "09", "10", "11", "12", "13"], "validation": ["14", "15"], "test": ["16"]},
     ),
 }
-"""Which actors the released code trains, validates and tests on: a column and its values in each part. It counts 25
+"""The actors on which the released code trains, validates and tests: a column and its values in each part. It counts 25
 actors in RAVDESS, of which 18 are the training part, so that one is left for the test."""
 
 

@@ -1,4 +1,4 @@
-"""Prepared spectrograms on disk: every file decoded and transformed once, memory-mapped afterwards."""
+"""Prepared spectrograms on disk: every file is decoded and transformed once, then memory-mapped."""
 
 from __future__ import annotations
 

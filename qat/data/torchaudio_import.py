@@ -1,4 +1,4 @@
-"""The one place that imports torchaudio; everybody else takes it from here."""
+"""The only import of torchaudio; other modules import it from here."""
 
 import sys
 import types
@@ -6,11 +6,11 @@ import types
 try:
     import torchaudio
 except OSError:
-    # Beside a CPU build of torch, torchaudio 2.11's compiled extension asks for libc10_cuda.so and the whole package
-    # fails to import, although only forced_align and rnnt_loss live in there. A stub in its place leaves everything
-    # else (transforms, functional, datasets) working.
+    # With a CPU build of torch, torchaudio 2.11's compiled extension does not find libc10_cuda.so and the whole package
+    # fails to import, although only forced_align and rnnt_loss need it. With a stub in its place everything else
+    # (transforms, functional, datasets) works.
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-        del sys.modules[name]  # what the failed import left half-initialised
+        del sys.modules[name]  # half-initialised by the failed import
     _stub = types.ModuleType("torchaudio._extension")
     _stub.__path__ = []
     vars(_stub).update(

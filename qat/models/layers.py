@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Link(NamedTuple):
-    """How a quaternion layer shares work with its neighbours, see `qkernels.hamilton_conv2d`; real layers ignore it.
+    """Work that a quaternion layer shares with its neighbours, see `qkernels.hamilton_conv2d`; real layers ignore it.
 
     Args:
         x_is_relu: apply the mask of the ReLU before this layer to the gradient of its input.
@@ -44,9 +44,9 @@ class Layers:
         hidden: ``(in_features, out_features) -> (module, module)``: initialised linear layer and its ReLU, which is an
             identity if the layer includes it.
         head: ``(in_features, out_features) -> module``: last layer, real in every domain.
-        run: ``(module, x, activation, pool, tap, link) -> (y, pooled)``: convolution with activation ``"relu"`` or
-            ``None``. ``pooled`` is the output of a fused 2x2 max pool, if ``pool`` is set and the layer can fuse it,
-            else ``None``; y is then ``None`` unless ``tap`` is set.
+        run: ``(module, x, activation, pool, return_map, link) -> (y, pooled)``: convolution with activation
+            ``"relu"`` or ``None``. ``pooled`` is the output of a fused 2x2 max pool, if ``pool`` is set and the layer
+            can fuse it, else ``None``; y is then ``None`` unless ``return_map`` is set.
         run_hidden: ``(module, x, dropout, link, dtype) -> y``: hidden layer with ReLU and dropout, on features `[B, K]`
             or flattened maps `[B, C, H, W]`; ``dtype`` is the type of y, by default that of the computation.
         packed: ``(modules, maps, x) -> weights``: weights of convolutions and hidden layers in the kernels' layout; the
@@ -89,13 +89,13 @@ def _quaternion(init: str) -> Layers:
         x: Tensor,
         activation: str | None,
         pool: bool = False,
-        tap: bool = False,
+        return_map: bool = False,
         link: Link = UNLINKED,
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
         arguments = (x, module.weight, module.bias, 1, 1)
         options: dict[str, Any] = {"activation": activation, **link._asdict()}
-        if pool and tap:
+        if pool and return_map:
             return hamilton_conv2d(*arguments, pool=2, return_map=True, **options)
         y = hamilton_conv2d(*arguments, pool=2 if pool else None, **options)
         return (None, y) if pool else (y, None)
@@ -147,7 +147,7 @@ def _real(init: str) -> Layers:
         x: Tensor,
         activation: str | None,
         pool: bool = False,
-        tap: bool = False,
+        return_map: bool = False,
         link: Link = UNLINKED,
     ) -> tuple[Tensor, None]:
         y = module(x)

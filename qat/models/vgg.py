@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from qat.config import NetworkConfig
 from qat.models.layers import Link, layers_of
 from qkernels import PackedWeight, runtime
-from qkernels.ops._library import autocast_dtype
+from qkernels.runtime.precision import autocast_dtype
 
 Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps features `[B, C, H, W]` to the next layer's input, and to a value that is returned beside the logits."""
@@ -28,7 +28,7 @@ POOL_AFTER = tuple(i - LAYERS[:i].count("M") for i, layer in enumerate(LAYERS) i
 
 _DEPTH = {"input": 0} | {f"{kind}{n}": n for n in range(1, len(CHANNELS) + 1) for kind in ("conv", "relu")}
 _DEPTH |= {f"pool{k}": n for k, n in enumerate(POOL_AFTER, 1)}
-"""Number of convolutions before each feature map; among equal ones the last is what the next convolution reads."""
+"""Number of convolutions before each feature map; the next convolution reads the last map with the same number."""
 
 
 def tap_name(layer: int, position: str) -> str:
@@ -76,8 +76,8 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         channels, height, width = INPUT[config.domain]
-        # Packed weights of a frozen network by the weights' versions, kept with the weights so that their ids stay
-        # unique. No entry is ever dropped: a CUDA graph may read it.
+        # Packed weights of a frozen network by the weights' versions, stored with the weights so that their ids stay
+        # unique. Entries are never removed: a CUDA graph may read them.
         self._frozen: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):
@@ -122,7 +122,7 @@ class VGG16(nn.Module):
     def _packed(self, x: Tensor, convs: int, hidden: bool = False) -> list[PackedWeight | None]:
         """Weights of the first ``convs`` convolutions, and of the hidden layers, as the kernels read them.
 
-        They are packed in one launch; those of a frozen network are kept.
+        They are packed in one launch, for a frozen network only once.
         """
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
         weights = [module.weight for module in modules]
@@ -156,7 +156,7 @@ class VGG16(nn.Module):
         for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
             conv_name, relu_name = f"conv{n}", f"relu{n}"
             pool = n in POOL_AFTER and (last_pool or n < len(packed))
-            # Only the next convolution reads the output: the ReLU's mask is of no cost there.
+            # If only the next convolution reads the output, it applies the ReLU's mask at no cost.
             chained = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {conv_name, relu_name}
             link = Link(x_is_relu, not chained, weight)
             if conv_name in taps:

@@ -12,12 +12,13 @@ from torch import Tensor
 from qat.config import Experiment
 from qat.data.rows import Rows
 from qat.files import replacing, write_json
+from qat.models import SpeechClassifier
 from qat.models.layers import placed
 from qat.training import distributed
 from qat.training.data import LABEL_COLUMN, Data, class_targets, load_data
 from qat.training.embeddings import embeddings
 from qat.training.metrics import Metrics, metrics_for, probabilities
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective
 from qat.training.pretrained import Pretrained
 from qat.training.run import open_run, parameter_count
 from qat.training.steps import precision
@@ -39,17 +40,17 @@ def train_classifier(
         folder: run folder. It gets ``experiment.yaml``, ``split.json``, ``model.safetensors`` (self-contained:
             encoder, network, classes, normalisation), ``last.safetensors``, ``metrics.csv``, ``tensorboard/``,
             ``predictions.csv`` and, at the very end, ``result.json``.
-        resume: continue an interrupted run of the same experiment; a finished one is returned as it is.
+        resume: continue an interrupted run of the same experiment, or return the result of a finished one.
         quiet: no progress bars.
         name: name of the run in reports; runs that differ only in their seed share it. The folder's name by default.
-        profile: find out where a step's time goes: ``trace*.json`` and ``profile.txt`` in the folder, see
+        profile: profile some steps: ``trace*.json`` and ``profile.txt`` in the folder, see
             :class:`qat.training.profile.Profile`.
 
     Returns:
-        What ``result.json`` holds: metrics of every part, epochs, times, memory, versions.
+        The content of ``result.json``: metrics of every part, epochs, times, memory, versions.
 
     Raises:
-        ValueError: anything wrong with the settings, the corpus, a checkpoint or the folder.
+        ValueError: the settings, the corpus, a checkpoint or the folder do not fit.
     """
     with open_run(experiment, folder, resume=resume, quiet=quiet, name=name, profile=profile) as (run, finished):
         if finished is not None:
@@ -87,7 +88,7 @@ def train_classifier(
 
 
 def _output_names(classes: list[str], experiment: Experiment) -> list[str]:
-    """The names of all outputs of a network: the classes, then those that ``network.outputs`` adds."""
+    """The names of a network's outputs: the classes, then unused ones up to ``network.outputs``."""
     outputs = experiment.network.outputs
     if outputs is None:
         return classes

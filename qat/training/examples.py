@@ -1,4 +1,4 @@
-"""Batches of samples on the device; the next ones are read while it computes."""
+"""Batches of samples on the device; the next batches are read while it computes."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Batch:
     Args:
         loaded: tensors on the device: the sample ``numbers`` `[b]`, and the rows that are not resident there.
         samples: b, or 0 if a short last batch has no sample for this process, which then computes another's.
-        everyones: number of samples of the whole batch.
+        whole: number of samples of the whole batch.
     """
 
     loaded: dict[str, Tensor]
     samples: int
-    everyones: int
+    whole: int
 
 
 def batches(
@@ -123,7 +123,7 @@ def batches(
 
 @functools.cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all copies; high priority, which no stream has that computes and may be captured."""
+    """The stream of all copies, with high priority: no stream that computes, and may be captured, has it."""
     return torch.cuda.Stream(device, priority=-1)
 
 

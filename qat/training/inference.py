@@ -12,12 +12,13 @@ from qat.data.audio import load_audio
 from qat.data.rows import Rows
 from qat.data.spectrogram import cut, place_words, to_input, word_offsets
 from qat.data.store import prepare
+from qat.models import SpeechClassifier
 from qat.models.layers import placed
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, load_checkpoint
 from qat.training.data import Data, Spectrograms, class_targets, labelled, load_data, read_corpus
 from qat.training.metrics import Metrics, metrics_for, probabilities
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective
 from qat.training.run import evaluate_part
 from qat.training.steps import Steps, precision
 
@@ -71,7 +72,7 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFram
 
     Args:
         run: run folder or checkpoint.
-        files: audio files; one of several cuts gets their mean probability.
+        files: audio files; the probabilities of a file are means over its cuts.
         device: device to compute on.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The objectives: each turns a batch into a total loss, its parts and the outputs that metrics judge.
+"""The objectives, which compute from a batch a total loss, its parts and the outputs for the metrics.
 
-None reads a value back from the device, so that a step can be captured as a CUDA graph.
+They read no value back from the device, so that a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,59 +14,21 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from qat.anti_transfer import AntiTransfer
-from qat.config import NetworkConfig, RHEmoConfig
-from qat.models import VGG16, RHEmo, RHEmoEncoder
+from qat.config import RHEmoConfig
+from qat.models import RHEmo, SpeechClassifier
 from qat.models.rhemo import DIMENSIONS
-from qkernels.ops._library import autocast_dtype
+from qkernels.runtime.precision import autocast_dtype
 
 TERMS = ("emotion", *DIMENSIONS)
 """RH-Emo's supervised terms, in the order of its targets."""
 
 
 class Losses(NamedTuple):
-    """``total`` is minimised; ``parts`` are scalars for the log; ``outputs`` are what the metrics judge."""
+    """``total`` is minimised; ``parts`` are scalars for the log; metrics are computed from ``outputs``."""
 
     total: Tensor
     parts: dict[str, Tensor]
     outputs: Tensor
-
-
-class SpeechClassifier(nn.Module):
-    """From a normalised spectrogram `[B, 1, 512, 128]` to logits `[B, K]`: RH-Emo's encoder (or none), then VGG16.
-
-    Args:
-        config: the network; ``rhemo_mode`` says how the encoder runs.
-        num_classes: K.
-    """
-
-    def __init__(self, config: NetworkConfig, num_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = RHEmoEncoder() if config.embeds else None
-        self.embedding_scale: Tensor
-        self.register_buffer("embedding_scale", torch.ones(()))
-        self.net = VGG16(config, num_classes)
-        if self.encoder is not None and config.rhemo_mode != "trainable":
-            self.encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> SpeechClassifier:
-        super().train(mode)
-        if self.encoder is not None and self.config.rhemo_mode != "trainable":
-            self.encoder.train(self.config.rhemo_mode == "batch-statistics")
-        return self
-
-    def embed(self, spectrogram: Tensor) -> Tensor:
-        """What the VGG16 is given: `[B, 4, 64, 64]`, or the spectrogram itself in the real domain."""
-        if self.encoder is None:
-            return spectrogram
-        if self.config.rhemo_mode == "trainable":
-            return self.encoder(spectrogram) / self.embedding_scale
-        # Of frozen weights the embedding is the same in any precision, so that it can be kept.
-        with torch.no_grad(), torch.autocast(spectrogram.device.type, enabled=False):
-            return self.encoder(spectrogram) / self.embedding_scale
-
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        return self.net(self.embed(spectrogram))[0]
 
 
 class ClassificationObjective(nn.Module):
@@ -74,7 +36,7 @@ class ClassificationObjective(nn.Module):
 
     Args:
         classifier: the network that is trained.
-        anti_transfer: the term that pushes its features away from the twin's, if any.
+        anti_transfer: term that pushes its features away from the twin's, if any.
         embedded: whether inputs are embeddings already (frozen encoder, computed once).
         multi_label: whether targets are `[B, V]` of 0 and 1 instead of `[B]` class indices.
     """
@@ -119,7 +81,7 @@ class RHEmoObjective(nn.Module):
     Args:
         model: the network that is trained.
         config: weights of the terms.
-        annotated: the terms that have any annotation, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
+        annotated: terms with annotations, of ``emotion``, ``valence``, ``arousal`` and ``dominance``.
     """
 
     def __init__(self, model: RHEmo, config: RHEmoConfig, annotated: Collection[str] = TERMS) -> None:

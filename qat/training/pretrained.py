@@ -1,4 +1,4 @@
-"""Checkpoints that a training builds on: RH-Emo, the initial weights and the twin, and whether they fit."""
+"""The checkpoints that a training builds on, RH-Emo, initial weights and the twin, and checks that they fit."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 
 from qat.anti_transfer import AntiTransfer
 from qat.config import AnyExperiment, Experiment, to_plain
-from qat.models import VGG16, RHEmoEncoder
+from qat.models import VGG16, RHEmoEncoder, SpeechClassifier
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, load_checkpoint
 from qat.training.data import normalisation_kind
-from qat.training.objectives import SpeechClassifier
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Pretrained:
 
     @classmethod
     def load(cls, experiment: Experiment) -> Pretrained:
-        """Read and check them.
+        """Read and check the checkpoints.
 
         Raises:
-            ValueError: one is missing, of another kind or network, or was trained on other inputs.
+            ValueError: a checkpoint is missing, of another kind or network, or was trained on other inputs.
         """
         network, at = experiment.network, experiment.anti_transfer
         if network.rhemo_mode == "batch-statistics":
@@ -44,7 +43,7 @@ class Pretrained:
         if not at.loss.per_sample:
             distributed.require_one_process(f"anti_transfer.loss {at.loss.name}, which mixes the samples of a batch,")
         if network.embeds and network.rhemo is None:
-            raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is named")
+            raise ValueError(f"network.rhemo: the {network.domain} network needs a pretrained RH-Emo; none is set")
         pretrained = cls(
             experiment,
             load_checkpoint(network.rhemo, "rhemo") if network.embeds and network.rhemo else None,
@@ -69,7 +68,7 @@ class Pretrained:
             if self.initial.record["classes"] != classes or self.experiment.training.initial_head == "new":
                 source.classifier[-1] = classifier.net.classifier[-1]
             classifier.net.load_state_dict(source.state_dict())
-            # An encoder that was trained along there, and is trained here, is taken from there too.
+            # If both trainings train the encoder, it starts from that of the initial weights, too.
             modes = {self.experiment.network.rhemo_mode, self.initial.experiment.network.rhemo_mode}
             if classifier.encoder is not None and modes == {"trainable"}:
                 self.initial.load_into(classifier.encoder, "encoder")
@@ -113,7 +112,7 @@ def check_inputs(experiment: AnyExperiment, checkpoint: Checkpoint, setting: str
         setting: setting that names the checkpoint, for the error.
 
     Raises:
-        ValueError: it was trained on others.
+        ValueError: it was trained on other inputs.
     """
     own = to_plain(experiment.features) | {"normalisation": normalisation_kind(experiment)}
     record = checkpoint.record

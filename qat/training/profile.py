@@ -1,4 +1,4 @@
-"""Profile of training steps: a table of one page, and Chrome traces."""
+"""Profile of training steps: a one-page table, and Chrome traces."""
 
 from __future__ import annotations
 
@@ -60,13 +60,16 @@ class Profile:
         if self.pending:
             size = self.steps.config.batch
             log.warning(
-                "--profile: after the first %d, no %d steps of %d samples in a row to look at", WARM, COUNT, size
+                "--profile: after the first %d steps there were no %d consecutive steps of %d samples",
+                WARM,
+                COUNT,
+                size,
             )
 
     @contextlib.contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
         """Context of every training step. A short batch restarts the profile, so that profiled steps are equal."""
-        if batch.everyones < self.steps.config.batch:
+        if batch.whole < self.steps.config.batch:
             self._running.close()
             self._seen = 0
         elif self._wait:
@@ -136,7 +139,7 @@ def page(events: Sequence[Any], seconds: float, steps: Steps, *, captured: bool)
     return "\n".join(
         [
             f"A training step, {kind}: {whole:.3f} ms",
-            f"{device_name(steps.device)}; batch {config.batch}, {config.precision}; mean of {COUNT} steps, looked at",
+            f"{device_name(steps.device)}; batch {config.batch}, {config.precision}; mean of {COUNT} profiled steps",
             "",
             *([line("the GPU computes", total(work)), ""] if cuda else []),
             *(line(phase, spans[phase]) for phase in PHASES if phase in spans),

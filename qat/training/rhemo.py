@@ -1,4 +1,4 @@
-"""Training of RH-Emo, the autoencoder that gives the quaternion networks their inputs."""
+"""Training of RH-Emo, the autoencoder whose embeddings are the inputs of quaternion networks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def pretrain_rhemo(
 
 
 def _embedding_health(model: RHEmo, spectrograms: Spectrograms, samples: Tensor, device: torch.device) -> Metrics:
-    """Whether the autoencoder has learnt: the loss of the best constant, and the number of channels that vary."""
+    """Signs that the autoencoder has learnt: the loss of the best constant, and the number of channels that vary."""
     pixels, embeddings = [], []
     model.eval()
     with torch.no_grad():

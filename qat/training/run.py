@@ -1,4 +1,4 @@
-"""One training and its folder: opened, trained, evaluated, and recorded in ``result.json``."""
+"""A training and its run folder: it is opened, trained, evaluated, and recorded in ``result.json``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TrainingRun:
         metrics_of: MetricsOf,
         about: dict[str, Any],
     ) -> tuple[Metrics, dict[str, Tensor]]:
-        """Train until early stopping, load the state that was kept, and evaluate it on every part.
+        """Train until early stopping, load the saved state, and evaluate it on every part.
 
         Args:
             objective: loss to minimise; holds ``model``.
@@ -68,7 +68,7 @@ class TrainingRun:
             data: samples and parts.
             examples: source of the batches.
             metrics_of: metrics of a part's outputs and targets.
-            about: what the checkpoint's record holds beside settings, normalisation and files; at least ``kind``.
+            about: further entries of the checkpoint's record, at least ``kind``.
 
         Returns:
             The result for ``result.json``, and the outputs of every part.
@@ -121,7 +121,7 @@ class TrainingRun:
         """The record of the run's checkpoints; settings and parts are also written to files of their own."""
         files = {part: data.index["path"].iloc[numbers].unique().tolist() for part, numbers in data.parts.items()}
         settings = to_plain(self.experiment)
-        # A resumed run has written these already, and `fit` is yet to check that its recordings are the same.
+        # A resumed run has written these, and `fit` has not yet checked that its recordings are the same.
         if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
             write_json(self.folder / "split.json", files)
             write_text(self.folder / "experiment.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -133,10 +133,10 @@ class TrainingRun:
 def open_run(
     experiment: AnyExperiment, folder: Path, *, resume: bool, quiet: bool, name: str | None, profile: bool
 ) -> Iterator[tuple[TrainingRun, Metrics | None]]:
-    """A training in its folder, ready to start, and its result if this very training is finished already.
+    """A training in its folder, ready to start, and its result if this training is already finished.
 
     Raises:
-        ValueError: the folder holds a run of other settings, or one that is not to be resumed.
+        ValueError: the folder holds a run with other settings, or a run and ``resume`` is not set.
     """
     check_run(folder, experiment)
     finished = folder / "result.json"

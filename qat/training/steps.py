@@ -105,8 +105,8 @@ class Steps:
             self.optimizer.zero_grad()
             losses, _ = self._losses(self._wrapped, loaded)
             total = losses.total
-            if distributed.world_size() > 1:  # DDP averages over processes, whatever their shares
-                total = total * (batch.samples * distributed.world_size() / batch.everyones)
+            if distributed.world_size() > 1:  # DDP averages over processes, however large their shares
+                total = total * (batch.samples * distributed.world_size() / batch.whole)
             with record_function("backward"):
                 total.backward()
             with record_function("optimiser"):
@@ -128,7 +128,7 @@ class Steps:
             return losses.outputs.float(), targets
 
         outputs, targets = self._run("evaluate", step, batch.loaded)
-        # What a graph wrote is overwritten by its next replay.
+        # The next replay of a graph overwrites its results.
         return (outputs.clone(), targets.clone()) if self.graphs else (outputs, targets)
 
     def sums(self) -> dict[str, float]:
@@ -157,8 +157,8 @@ class Graphs:
     """Runs functions of tensors on a separate stream, from the fourth call of a kind on as a captured CUDA graph.
 
     The first calls compute like any other and capturing computes nothing, so the training is the same with and without.
-    Calls are of one kind if they have the same name and the same tensor sizes; a pass has two kinds where its last
-    batch is shorter.
+    Calls are of one kind if they have the same name and the same tensor sizes; a pass has two kinds if its last batch
+    is shorter.
     """
 
     def __init__(self) -> None:

@@ -3,17 +3,23 @@
 import traceback
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qkernels.runtime.device import arch_of
 from qkernels.runtime.recording import Launch, current_recording, flat_arguments
 
-# Of each build that failed, the reason: to try again would take as long every step.
+# Why a build failed; each is tried once, as another attempt would take as long in every step.
 _failed: dict[tuple[Any, ...], str] = {}
 
 
 class KernelUnavailable(RuntimeError):
-    """Triton cannot build a kernel, or the GPU not hold it: one line of which, with what settings, and why."""
+    """Triton cannot build a kernel, or it is too large for the GPU; the message is one line with settings and cause."""
+
+
+def float32(like: Tensor, *size: int) -> Tensor:
+    """A new float32 tensor on the device of another one."""
+    return like.new_empty(size, dtype=torch.float32)
 
 
 def run(
@@ -21,11 +27,12 @@ def run(
 ) -> None:
     """Launches `kernel` on the current stream of the current device; an empty grid launches nothing.
 
-    `registers` a thread may have, where that is not left to ptxas: it spills a few for one more block on a
-    multiprocessor.
+    Args:
+        registers: maximum number of registers of a thread; 0 leaves it to ptxas, which may spill a few so that a
+            multiprocessor holds one more block.
 
     Raises:
-        KernelUnavailable: it could not be built. What CUDA says of launches, this one or an earlier one, goes through.
+        KernelUnavailable: it could not be built. CUDA's errors, of this launch or an earlier one, pass unchanged.
     """
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
     if 0 in grid:
@@ -38,7 +45,7 @@ def run(
     try:
         kernel[grid](**arguments, **options)
     except Exception as error:
-        if not _is_of_a_build(error):
+        if not _is_build_error(error):
             raise
         build = _build(kernel, arguments, options)
         _failed[build] = _reason(error, *build)
@@ -46,18 +53,18 @@ def run(
 
 
 def _build(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> tuple[Any, ...]:
-    """What is compiled: kernel, settings, types of the tensors, architecture."""
-    fixed = kernel.fn.__annotations__  # tl.constexpr, and no others
-    settings = {name: value for name, value in arguments.items() if name in fixed} | options
+    """The key of a build: kernel, settings, types of the tensors, architecture."""
+    constants = kernel.fn.__annotations__  # only tl.constexpr arguments are annotated
+    settings = {name: value for name, value in arguments.items() if name in constants} | options
     tensors = [value for _, value in flat_arguments(arguments) if isinstance(value, Tensor)]
     types = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     return kernel.__name__, ", ".join(f"{name}={value}" for name, value in settings.items()), types, arch_of(tensors[0])
 
 
-def _is_of_a_build(error: Exception) -> bool:
-    """Whether the compiler raised it, or the one of the C code that launches, or a kernel is too large for the GPU.
+def _is_build_error(error: Exception) -> bool:
+    """Whether Triton's compiler or the C compiler of its launcher raised it, or a kernel is too large for the GPU.
 
-    The type does not tell: passes of the compiler raise RuntimeError, and so does a launch that finds the GPU broken.
+    The type does not tell: passes of the compiler raise RuntimeError, and so does a launch on a broken GPU.
     """
     import triton
 

@@ -3,38 +3,43 @@
 import contextlib
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkernels.ops._launch import KernelUnavailable
+from qkernels.runtime.precision import autocast_dtype
 
 
 def define(
     name: str,
-    *,
-    fake: Callable[..., Any],
+    fake: Callable[[Any], Any],
     save: Callable[..., None],
     backward: Callable[..., Any],
-    differentiable: tuple[str, ...] | None = None,
+    differentiable: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorator that turns a plain tensor function into the operator ``qkernels::name``.
 
     Args:
-        name: the operator's name.
-        fake: the function's result as empty tensors.
-        save: stores in `ctx` what `backward` needs; called as `save(ctx, inputs, output)`.
-        backward: gradients of the differentiable arguments; made of operators, so that it can be differentiated again.
-        differentiable: names of the arguments that `backward` gives gradients of, in its order; None for all.
+        name: name of the operator.
+        fake: `fake(inputs)` returns empty tensors like the results; `inputs` has the arguments as attributes.
+        save: `save(ctx, inputs, output)` stores in `ctx` the tensors that `backward` needs; `ctx.inputs` already holds
+            the arguments that are no tensors, as attributes.
+        backward: gradients of the differentiable arguments, computed by operators, so that they are differentiable too.
+        differentiable: names of the arguments that `backward` returns gradients of, in its order.
 
     Returns:
         The decorator.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        names = [*inspect.signature(function).parameters]
+
         @functools.wraps(function)
         def forward(*args: Any) -> Any:
             # The dispatcher leaves autocast on inside an operator: aten calls made here would be cast again.
@@ -45,37 +50,30 @@ def define(
                     return function(*args)
             return function(*args)
 
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            by_name = dict(zip(names, inputs, strict=True))
+            plain = {key: value for key, value in by_name.items() if not isinstance(value, Tensor)}
+            ctx.inputs = SimpleNamespace(**plain)
+            save(ctx, SimpleNamespace(**by_name), output)
+
+        def gradients(ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
+            by_name = dict(zip(differentiable, backward(ctx, *incoming), strict=True))
+            return tuple(by_name.get(key) for key in names)
+
         operator = torch.library.custom_op(f"qkernels::{name}", forward, mutates_args=())
-        operator.register_fake(fake)
-        derivative = backward if differentiable is None else _padded(backward, differentiable, function)
-        operator.register_autograd(derivative, setup_context=save)
+        operator.register_fake(lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))))
+        operator.register_autograd(gradients, setup_context=setup_context)
         return operator
 
     return decorate
 
 
-def _padded(
-    backward: Callable[..., Any], differentiable: tuple[str, ...], function: Callable[..., Any]
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    """`backward` as PyTorch wants it: a gradient for each argument of `function`, None for those without."""
-    places = {name: place for place, name in enumerate(inspect.signature(function).parameters)}
-    chosen = [places[name] for name in differentiable]
-
-    def padded(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        out: list[Tensor | None] = [None] * len(places)
-        for place, gradient in zip(chosen, backward(ctx, *gradients), strict=True):
-            out[place] = gradient
-        return tuple(out)
-
-    return padded
-
-
 @contextlib.contextmanager
 def or_plain(backend: str) -> Iterator[None]:
-    """Around `return` of what kernels compute: where one cannot be built, goes on behind the block, with one warning.
+    """Around the `return` of a kernel's result: if a kernel cannot be built, warns once and continues after the block.
 
     Args:
-        backend: the operator's: "auto", or "triton" for nothing else.
+        backend: the operator's: "auto", or "triton", which raises instead.
 
     Raises:
         ValueError: a kernel cannot be built, and the backend is "triton".
@@ -93,19 +91,17 @@ def or_plain(backend: str) -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast casts to on this type of device; None where it is off or unknown."""
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if a tensor has it."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-# Dynamo cannot trace the question before torch 2.12; the answer is the same for ever. As in _launch.py.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def power_of_two(x: Tensor) -> Tensor:
+    """For each row of x, the power of two that scales its largest |value| into [1, 2), within x's normal numbers."""
+    largest = x.flatten(1).abs().amax(1)
+    top = math.frexp(torch.finfo(x.dtype).max)[1]
+    exponent = torch.frexp(largest).exponent.clamp(3 - top, top - 1)
+    return torch.exp2((1 - exponent).to(x.dtype))
 
 
 def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
@@ -113,28 +109,11 @@ def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-def first_order_only(name: str) -> dict[str, Any]:
-    """`save` and `backward` of an operator that is the gradient of `name`, and has none itself."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            f"{name} has no second derivative; compute it under qkernels.set_backend('reference')"
-        )
-
-    return {"save": save, "backward": backward}
+def first_order_only(reason: str) -> dict[str, Any]:
+    """`save` and `backward` of an operator that is a gradient and not differentiable itself, for this reason."""
+    return {"save": lambda *_: None, "backward": lambda *_: refuse_second_derivative(reason)}
 
 
-def refuse_second_derivative(fused: bool) -> None:
-    """Raises where a product of the Triton kernels took a fused ReLU or pool along.
-
-    Raises:
-        NotImplementedError: there was one.
-    """
-    if fused:
-        raise NotImplementedError(
-            "the Triton kernels have no second derivative behind a fused ReLU or pool; compute it under "
-            "qkernels.set_backend('reference')"
-        )
+def refuse_second_derivative(reason: str) -> None:
+    """Raises NotImplementedError with this reason."""
+    raise NotImplementedError(f"{reason}; compute it under qkernels.set_backend('reference')")

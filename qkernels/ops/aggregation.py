@@ -1,4 +1,4 @@
-"""The research code's other ways to compare two feature maps, in plain PyTorch: an aggregation, then a distance.
+"""The research code's other comparisons of feature maps, in plain PyTorch: an aggregation, then a distance.
 
 Source: the code of Guizzo et al., "Anti-transfer learning for task invariance in convolutional neural networks for
 speech processing", 2021.
@@ -9,28 +9,21 @@ from torch import Tensor
 
 
 def similarity(
-    trained: Tensor,
-    frozen: Tensor,
-    aggregation: str,
-    distance: str,
-    generator: torch.Generator | None = None,
+    trained: Tensor, frozen: Tensor, aggregation: str, distance: str, generator: torch.Generator | None = None
 ) -> Tensor:
     """Distance of the aggregated maps.
 
     Args:
         trained: `[B, C, *spatial]`, float32 or float64, N positions.
         frozen: `[B, C, *spatial]`.
-        aggregation: "none", `[B, C, N]`; "mean", "sum" or "max" over the channels, `[B, 1, N]`; "mul_comp", the product
-            over the channels of (x + 1e-10)^0.001, `[B, 1, N]`, of features >= 0; "pairwise", every channel of
-            `trained` beside every one of `frozen`, `[B, 1, C C N]`; "stochastic_pairwise", that of a random run of
-            C // B consecutive channels, the same of both (one channel for B = 1 and for B > C); "gram", for
-            "mse-sigmoid" only, F F^T / (B C N) / 0.001 with F `[B C, N]`, the batch folded into the channels.
+        aggregation: as in `losses.CosSquared` and `losses.MseSigmoid`; "none" leaves `[B, C, N]`, "pairwise" gives
+            `[B, 1, C C N]`, the others over channels `[B, 1, N]`.
         distance: "cos-squared", the square of the mean of the absolute cosines along the last axis; "mse-sigmoid",
             -sigmoid(mean squared difference).
-        generator: source of randomness of "stochastic_pairwise"; None is PyTorch's own, of the features' device.
+        generator: source of randomness of "stochastic_pairwise"; None is PyTorch's for the features' device.
 
     Returns:
-        One scalar for the batch. A cosine with zeros is 0, with gradient 0; NaN gives NaN.
+        A scalar for the batch. The cosine with a vector of zeros is 0, with gradient 0; NaN gives NaN.
     """
     t, p = (x.flatten(2) if x.dim() > 2 else x[..., None] for x in (trained, frozen))
     compare = _mean_cosine if distance == "cos-squared" else _mean_square
@@ -73,15 +66,15 @@ def _mean_square(t: Tensor, p: Tensor) -> Tensor:
 
 
 def _mean_cosine_of_pairs(t: Tensor, p: Tensor) -> Tensor:
-    """sum_ij <t_i, p_j> = <sum_i t_i, sum_j p_j>, and the laid out maps' norms are sqrt(C) |t| and sqrt(C) |p|."""
-    sums = (_unit(x.flatten(1)).view_as(x).sum(1) for x in (t, p))
-    return (next(sums) * next(sums)).sum(-1).abs().mean() / t.shape[1]
+    """sum_ij <t_i, p_j> = <sum_i t_i, sum_j p_j>, and the paired maps' norms are sqrt(C) |t| and sqrt(C) |p|."""
+    sum_t, sum_p = (_unit(x.flatten(1)).view_as(x).sum(1) for x in (t, p))
+    return (sum_t * sum_p).sum(-1).abs().mean() / t.shape[1]
 
 
 def _mean_square_of_pairs(t: Tensor, p: Tensor) -> Tensor:
-    """The mean over i, j of |t_i - p_j|^2: the variances over the channels and the square between their means.
+    """The mean of |t_i - p_j|^2 over i, j: the variances over the channels plus the square between their means.
 
-    Sums of squares, which do not cancel where the maps are nearly equal.
+    These are sums of squares, which do not cancel if the maps are nearly equal.
     """
     mean_t, mean_p = (x.mean(1, keepdim=True) for x in (t, p))
     return _mean_square(t, mean_t) + _mean_square(p, mean_p) + _mean_square(mean_t, mean_p)
@@ -90,7 +83,7 @@ def _mean_square_of_pairs(t: Tensor, p: Tensor) -> Tensor:
 def _mean_square_of_grams(t: Tensor, p: Tensor) -> Tensor:
     """With S = T + P and D = T - P, T T^T - P P^T = (S D^T + D S^T) / 2: rounding is relative to D, not to T.
 
-    Where a sample has fewer positions N than the batch has channels, its square is summed over N x N matrices.
+    If a sample has fewer positions N than the batch has channels, its square is summed over N x N matrices.
     """
     scale = 1 / t.numel() / 0.001
     t, p = t.flatten(0, 1), p.flatten(0, 1)
@@ -104,7 +97,7 @@ def _mean_square_of_grams(t: Tensor, p: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| along the last axis, 0 where x is 0; of any size: squares of 1e-30 and 1e30 are no float32."""
+    """x / |x| along the last axis, 0 where x is 0; also for 1e-30 and 1e30, whose squares leave float32's range."""
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest == 0, 1, largest)
     norm = x.norm(dim=-1, keepdim=True)

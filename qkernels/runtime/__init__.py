@@ -1,9 +1,9 @@
-"""Which backend and which form compute an operator.
+"""The choice of the backend and the form that compute an operator.
 
-A setting belongs to the current thread; new threads start from the defaults. The environment variable
-QKERNELS_BACKEND sets the default backend of all threads. A backward pass takes what its forward took; but activation
-checkpointing on a GPU computes the forward again in a thread of autograd's own, where only the defaults hold. A device
-is queried only where a tensor lies on it.
+A setting holds for the current thread; new threads start with the defaults. The environment variable QKERNELS_BACKEND
+sets the default backend of all threads. A backward pass uses the settings of its forward, except under activation
+checkpointing on a GPU, which recomputes the forward in a thread of autograd, with the defaults. Only devices that hold
+tensors are queried.
 """
 
 import importlib.util
@@ -19,21 +19,14 @@ from torch import Tensor
 
 from qkernels.ops.gram_cosine.config import gram_form
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
-from qkernels.ops.hamilton_conv.config import cpu_form, how_of
+from qkernels.ops.hamilton_conv.config import algorithm_of, cpu_form
 from qkernels.runtime.device import INTERPRETED, arch_of, arch_of_device
 from qkernels.runtime.precision import precision_of
-from qkernels.runtime.recording import recorded
+from qkernels.runtime.recording import current_recording
 
 BACKENDS = ("auto", "reference", "triton")
 FORMS = ("auto", *KERNEL_FORMS)
-OPERATORS = (
-    "hamilton_conv2d",
-    "hamilton_conv_transpose2d",
-    "hamilton_linear",
-    "gram_cosine",
-    "anti_transfer_loss",
-)
-HAMILTON = OPERATORS[:3]
+OPERATORS = ("hamilton_conv2d", "hamilton_conv_transpose2d", "hamilton_linear", "gram_cosine", "anti_transfer_loss")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -47,8 +40,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 _DEFAULT_BACKEND = _one_of("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
 
 
-# threading.local and not a ContextVar: torch.compile traces and guards the former only. And no defaults in the class:
-# code that torch 2.11 compiles would see these for ever.
+# threading.local, as torch.compile does not trace and guard a ContextVar; without defaults in the class, which code
+# compiled by torch 2.11 would see for ever.
 class _Settings(threading.local):
     def __init__(self) -> None:
         self.backend, self.form = _DEFAULT_BACKEND, "auto"
@@ -58,7 +51,7 @@ _settings = _Settings()
 
 
 class _Restore:
-    """What a setter returns: used in a `with` statement, it restores the setting at the end."""
+    """Result of a setter: at the end of a `with` block it restores the setting."""
 
     def __init__(self, name: str, previous: str) -> None:
         self.name, self.previous = name, previous
@@ -73,12 +66,11 @@ class _Restore:
 
 
 def set_backend(backend: str) -> _Restore:
-    """Chooses what computes the operators, from now on or for a `with` block; for the current thread.
+    """Sets the backend of the current thread, from now on or for a `with` block.
 
     Args:
-        backend: "auto" takes the fastest that the tensors allow, and plain PyTorch, with one warning, in place of a
-            kernel that cannot be built; "reference" the einsum definition; "triton" the kernels, with an error where
-            there is none.
+        backend: "auto", the fastest one for the tensors, with plain PyTorch and one warning in place of a kernel that
+            cannot be built; "reference", the einsum definition; "triton", the kernels, or an error if there is none.
 
     Returns:
         A context manager that restores the previous backend.
@@ -97,17 +89,17 @@ def set_backend(backend: str) -> _Restore:
 
 
 def settings() -> tuple[str, str]:
-    """Backend and form that are set for the current thread."""
+    """The backend and the form of the current thread."""
     return _settings.backend, _settings.form
 
 
 def set_form(form: str) -> _Restore:
-    """Chooses how Hamilton products are computed, from now on or for a `with` block; for the current thread.
+    """Sets the form of Hamilton products in the current thread, from now on or for a `with` block.
 
     Args:
-        form: "auto" is a pure function of shape, type and architecture; "dense" expands the weight to a real one
-            (plain PyTorch only); "signed" takes the 16 component products as one (Triton only); "q8" takes the 8 of
-            the fast algorithm (of the Triton kernels, float32 without TF32 only). The reference backend ignores it.
+        form: "auto", a pure function of shape, type and architecture; "dense", one product with the weight expanded to
+            a real one (plain PyTorch only); "signed", the 16 component products as one (Triton only); "q8", the 8
+            products of the fast algorithm (on Triton for float32 without TF32 only). The reference backend ignores it.
 
     Returns:
         A context manager that restores the previous form.
@@ -121,18 +113,18 @@ def set_form(form: str) -> _Restore:
 
 
 def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = None) -> str:
-    """What would compute ``op(*args)`` under the present settings.
+    """The backend that would compute ``op(*args)`` with the present settings.
 
     Args:
         op: a public function of this package, or its name.
         args: its arguments, tensors first.
-        obstacle: why the kernels cannot compute it, where other arguments than these decide that.
+        obstacle: reason why the kernels cannot compute it, if that depends on other arguments.
 
     Returns:
         "reference" (einsum), "torch" (plain PyTorch) or "triton" (fused kernels).
 
     Raises:
-        ValueError: unknown operator, or the backend "triton" where it cannot be honoured.
+        ValueError: unknown operator, or the backend "triton" for something that it cannot compute.
     """
     _name_of(op)
     if _settings.backend == "reference":
@@ -145,36 +137,34 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
                 "or 'reference'"
             )
         return "triton"
-    # The interpreter is for tests: nobody is sent there unasked.
+    # The interpreter is for tests: "auto" never chooses it.
     return "torch" if obstacle or not args[0].is_cuda else "triton"
 
 
 def operator_backend(backend: str) -> str:
-    """What operators take for what `backend_of` says: "torch", "triton", or "auto" for Triton's kernels, and plain
-    PyTorch in place of those that cannot be built.
-    """
+    """The operators' `backend` for a result of `backend_of`: "auto" if plain PyTorch may replace Triton's kernels."""
     return "auto" if backend == "triton" and _settings.backend == "auto" else backend
 
 
 def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
-    """Why the Triton kernels cannot compute with these."""
+    """The reason why the Triton kernels cannot compute with these tensors, if any."""
     if not HAS_TRITON:
         return "the package triton is not installed"
     for tensor in (x, *rest):
         if tensor.dtype not in KERNEL_DTYPES:
             return f"the kernels compute float32, float16 and bfloat16, not {tensor.dtype}"
     if x.is_cuda and torch.version.hip:
-        return "the kernels are made for NVIDIA GPUs"
+        return "the kernels are for NVIDIA GPUs"
     if x.is_cuda:
         arch = arch_of_device(x.device)
         return None if arch >= 80 else f"the kernels need compute capability 8.0, and {x.device} has {arch / 10}"
-    if recorded() or (x.device.type == "cpu" and INTERPRETED):
+    if current_recording() or (x.device.type == "cpu" and INTERPRETED):
         return None
     return f"x is on {x.device}: the kernels run on CUDA devices, or in Triton's interpreter (TRITON_INTERPRET=1)"
 
 
 def form_of(op: str | Callable[..., Any], *args: Any) -> str:
-    """How ``op(*args)`` would be computed under the present settings.
+    """The form in which ``op(*args)`` would be computed with the present settings.
 
     Args:
         op: a public function of this package, or its name.
@@ -197,19 +187,19 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
 
 
 def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[str, str]:
-    """Backend for the operator of a Hamilton product, and how: the form, on the Triton backend with the precision.
+    """The backend of a Hamilton product and its algorithm: the form, on the Triton backend with the precision.
 
-    `dtype` is what x will be cast to. PyTorch's TF32 switches are read here, so that a backward multiplies as its
-    forward did; under `torch.compile` they are read when the function is compiled.
+    x will be cast to `dtype`. PyTorch's TF32 switches are read here, so that a backward multiplies as its forward;
+    `torch.compile` reads them when it compiles the function.
 
     Raises:
-        ValueError: as `backend_of` and `form_of`.
+        ValueError: as for `backend_of` and `form_of`.
     """
     backend, form = backend_of(name, x, weight), _settings.form
     if backend == "reference":
         return backend, "einsum"
     if backend == "triton":
-        return backend, _kernels_how(name, form, tuple(weight.shape), dtype, x.device)
+        return backend, _kernels_algorithm(name, form, tuple(weight.shape), dtype, x.device)
     if form == "signed":
         raise ValueError(
             f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
@@ -218,18 +208,17 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
     return backend, _automatic_form(name, x, weight, dtype) if form == "auto" else form
 
 
-def _kernels_how(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+def _kernels_algorithm(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
     precision = precision_of(dtype, "matmul" if name == "hamilton_linear" else "conv")
     _, p, q, *kernel = shape
-    return how_of(form, p, q, math.prod(kernel), precision, arch_of(device))
+    return algorithm_of(form, p, q, math.prod(kernel), precision, arch_of(device))
 
 
-_kernels_how._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see arch_of_device
+_kernels_algorithm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see arch_of_device
 
 
 def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
-    # Half types keep the operands as stored; q8 would have to widen them. On a GPU eight thin products only
-    # cost launches.
+    # q8 would have to widen half types; on a GPU its eight small products only cost launches.
     if x.device.type != "cpu" or dtype in (torch.float16, torch.bfloat16):
         return "dense"
     _, p, *columns = weight.shape

@@ -1,6 +1,7 @@
-"""`python -m qkernels.runtime`: what a bug report should say of the machine; --check says which kernels are right."""
+"""`python -m qkernels.runtime`: the machine as a bug report should describe it; --check: which kernels are right."""
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import platform
@@ -29,7 +30,7 @@ def _version(package: str) -> str:
 
 
 def cpu_name() -> str:
-    """Model of the processor."""
+    """Model name of the processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -38,31 +39,31 @@ def cpu_name() -> str:
 
 
 def driver_version() -> str:
-    """Of NVIDIA's driver."""
+    """Version of NVIDIA's driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return "not found"
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return found[0] if found else "unknown"
+    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return version[0] if version else "unknown"
 
 
 def compiler() -> str:
-    """The C compiler with which Triton builds what launches a kernel, as it looks for one itself."""
+    """The C compiler, found as Triton finds the one that builds its launchers."""
     named = os.environ.get("CC")
     path = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     if path:
         return f"ok, {path}"
-    what = f"CC={named} is not there" if named else "no gcc or clang"
+    problem = f"CC={named} is not there" if named else "no gcc or clang"
     return (
-        f"missing: {what}, and without one Triton cannot launch a kernel; install one (apt-get install gcc, conda "
+        f"missing: {problem}, and without one Triton cannot launch a kernel; install one (apt-get install gcc, conda "
         "install -c conda-forge gcc, on a cluster: module load gcc), or name it in CC"
     )
 
 
 def python_headers() -> str:
-    """What that compiler includes."""
-    # As Triton does: Debian's own scheme names a folder that holds none.
+    """Python's headers, which that compiler includes."""
+    # As in Triton: Debian's own scheme names a folder without headers.
     scheme = sysconfig.get_default_scheme()
     folder = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
     if (folder / "Python.h").is_file():
@@ -75,7 +76,7 @@ def python_headers() -> str:
 
 
 def triton_cache() -> str:
-    """The folder where Triton keeps what it compiled."""
+    """The folder of Triton's compiled kernels."""
     named = os.environ.get("TRITON_CACHE_DIR")
     home = os.environ.get("TRITON_HOME") or Path.home()
     folder = Path(named) if named else Path(home, ".triton", "cache")
@@ -92,7 +93,7 @@ def triton_cache() -> str:
 
 
 def report() -> dict[str, str]:
-    """Versions, processors, settings, and what Triton needs, as printed."""
+    """Versions, processors, settings, and the requirements of Triton, as printed."""
     gpus = [
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
         for i in range(torch.cuda.device_count())
@@ -112,17 +113,16 @@ def report() -> dict[str, str]:
         "Python headers": python_headers(),
         "Triton cache": triton_cache(),
         "QKERNELS_BACKEND": os.environ.get("QKERNELS_BACKEND", "not set"),
-        "backend": runtime._settings.backend,
-        "form": runtime._settings.form,
+        **dict(zip(("backend", "form"), runtime.settings(), strict=True)),
     }
 
 
-def check(path: Path | None = None, only: Callable[[str], bool] = lambda name: True) -> int:
-    """Says which kernels are right on this machine, and writes it to `path`; returns the exit code.
+def check(path: Path | None = None, select: Callable[[str], bool] = lambda name: True) -> int:
+    """Prints which kernels are right on this machine, writes it to `path`, and returns the exit code.
 
     Args:
-        path: JSON file to write, `{"environment": {...}, "kernels": {name: "right", or what is wrong}}`.
-        only: says which of them to check.
+        path: JSON file to write, `{"environment": {...}, "kernels": {name: "right" or the fault}}`.
+        select: whether a check, given its name, is run.
     """
     if reason := obstacle():
         print(f"the kernels cannot run: {reason}", flush=True)
@@ -130,28 +130,25 @@ def check(path: Path | None = None, only: Callable[[str], bool] = lambda name: T
     from qkernels.runtime import check as checks
 
     environment, start = report(), time.monotonic()
-    verdicts = checks.run(_say, only)
-    _say(checks.summary(verdicts, time.monotonic() - start))
+    say = functools.partial(print, flush=True)
+    verdicts = checks.run(say, select)
+    say(checks.summary(verdicts, time.monotonic() - start))
     try:
         if path:
             checks.write(path, environment, verdicts)
     except OSError as error:
-        _say(f"the verdicts cannot be written to {path}: {error.strerror}")
+        say(f"the verdicts cannot be written to {path}: {error.strerror}")
         return CANNOT_RUN
     return ALL_RIGHT if set(verdicts.values()) <= {checks.RIGHT} else NOT_ALL_RIGHT
 
 
 def obstacle() -> str | None:
-    """Why no kernel can run here."""
+    """The reason why no kernel can run here, if any."""
     place = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
     reason = runtime._obstacle(place)
     if reason and runtime.HAS_TRITON and not place.is_cuda:
         return "PyTorch sees no GPU; with TRITON_INTERPRET=1 they are checked in Triton's interpreter, on a CPU"
     return reason
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="check every kernel against float64 on this GPU; exit code 0: all are right, 1: not, 2: none can run",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="of --check: write the verdicts there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: JSON file for the verdicts")
     options = parser.parse_args(arguments)
     if options.json and not options.check:
         parser.error("--json needs --check")

@@ -1,8 +1,8 @@
 """Whether the kernels are right on this GPU, with its driver and this Triton: `python -m qkernels.runtime --check`.
 
-Every form, type and direction once, on small shapes, against float64; and again and again, which must give the same
-bits. New memory is NaN meanwhile, so that what a kernel does not write shows. On a GPU several processes share the
-checks: most of the time goes into compiling, and a kernel that breaks its process ends no other check.
+Every form, type and direction on small shapes, compared with float64, and repeated, which must give the same bits. New
+memory is filled with NaN, so that elements that a kernel does not write are found. On a GPU several processes share the
+checks: most of the time is compilation, and a kernel that breaks its process ends no other check.
 
 In Triton's interpreter (TRITON_INTERPRET=1) the shapes are tiny and the checks run in this process.
 """
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkernels import algebra
 from qkernels.ops.folded_rowwise import launch as folded
 from qkernels.ops.folded_rowwise.reference import folded_rowwise
 from qkernels.ops.gram_cosine import launch as gram
@@ -41,27 +40,27 @@ from qkernels.runtime.device import INTERPRETED, arch_of, multiprocessors_of
 from qkernels.runtime.tolerances import LARGEST_ERROR, LOSS_TOLERANCES, tolerance
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
-# By its name: precision, form, and what the launch functions take for them.
-HOWS = {
-    "bf16": ("bf16", "signed", "signed-half"),
-    "fp16": ("fp16", "signed", "signed-half"),
-    "tf32": ("tf32", "signed", "signed-tf32"),
-    "float32": ("float32", "signed", "signed-ieee"),
-    "float32 q8": ("float32", "q8", "q8-ieee"),
+TYPES = ("bf16", "fp16", "float32")  # of features and gradients, for which tf32 is float32
+# The products of each check's name: the precision, and the algorithm as the launch functions take it.
+PRODUCTS = {
+    "bf16": ("bf16", "signed-half"),
+    "fp16": ("fp16", "signed-half"),
+    "tf32": ("tf32", "signed-tf32"),
+    "float32": ("float32", "signed-ieee"),
+    "float32 q8": ("float32", "q8-ieee"),
 }
 REPEATS, INTERPRETED_REPEATS = 20, 2
-# Sums of few terms: the tables' figures are of layers, and these are their tests' for layers of one channel.
+# The tolerances are for whole layers; sums of few terms vary more (as in the tests of layers with one channel).
 SLACK = 1.5
-# Triton's interpreter cuts float32 off where hardware rounds it to bfloat16: errors are twice as large.
-CUT = 2.0
+# Triton's interpreter truncates float32 to bfloat16 where hardware rounds it, which doubles the error.
+TRUNCATION = 2.0
 DROPOUT = 0.5
 BETA = 0.7
 DLOSS = 1e3  # brings gradients of float16 out of its subnormal numbers
 MOST_PROCESSES = 16
-# For one check, its compilation included, and for the start of a process: what takes longer hangs.
+# Limits for a check with its compilation, and for the start of a process; beyond them it counts as hung.
 KERNEL_SECONDS, START_SECONDS = 60.0, 120.0
 RIGHT = "right"
-POISON: Any = torch.utils.deterministic
 
 Results = dict[str, Tensor]
 
@@ -71,7 +70,7 @@ class Check(NamedTuple):
 
     Attributes:
         run: computes them.
-        exact: the right results for those of `run`; it may replace some of these by what is easier to compare.
+        exact: computes the right results from those of `run`, some of which it may replace by what is compared instead.
         allowed: maximum relative Frobenius error of each; 0: equal.
     """
 
@@ -86,7 +85,7 @@ class Layer(NamedTuple):
     Attributes:
         q, p: quaternion channels of input and output.
         window: stride, padding, dilation and groups, as launch functions take them.
-        splits: programs that share a sum; 0: as planned.
+        splits: number of programs that share a sum; 0: as planned.
     """
 
     batch: int
@@ -96,6 +95,18 @@ class Layer(NamedTuple):
     kernel: tuple[int, int] = (3, 3)
     window: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 1)
     splits: int = 0
+
+    @property
+    def is_linear(self) -> bool:
+        return self.size == (1, 1)
+
+    @property
+    def y_size(self) -> tuple[int, int]:
+        return conv.Window.of(self.size, self.kernel, self.window).y_size
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * math.prod(self.y_size)
 
 
 ONE_PIXEL = (1, 1, 0, 0, 1, 1, 1)
@@ -127,157 +138,125 @@ DIRECTIONS = {
     "linear": ("forward", "dx", "dw"),
 }
 FEW_CHANNELS = ("first", "decoder")  # form q8 has no tiles for them
-# Samples, channels, spatial sizes; "packed" has a target that was computed before.
-FEATURES = {
-    "stored": (3, 100, 14, 9),
-    "packed": (3, 64, 14, 9),
-    "direct": (2, 160, 14, 12),
-    "dual": (3, 160, 6, 5),
-}
+# Samples, channels, spatial sizes; "packed" compares with a `gram_target`.
+FEATURES = {"stored": (3, 100, 14, 9), "packed": (3, 64, 14, 9), "direct": (2, 160, 14, 12), "dual": (3, 160, 6, 5)}
 TINY_FEATURES = {"stored": (2, 18, 5, 4), "packed": (2, 9, 5, 3), "direct": (1, 130, 12, 11), "dual": (2, 35, 3, 5)}
 FOLDED_FEATURES, TINY_FOLDED_FEATURES = (2, 140, 8, 7), (2, 20, 3, 4)
 
 
 def checks(tiny: bool) -> dict[str, Callable[[torch.device], Check]]:
-    """Functions that draw a check's operands, by name, which begins with the operators that the kernel belongs to."""
+    """The checks by name, as functions that draw the operands; a name begins with the operators that use the kernel."""
     by_name: dict[str, Callable[[torch.device], Check]] = {}
     layers = TINY if tiny else LAYERS
-    for how in HOWS:
-        by_name[f"conv, linear pack {how}"] = functools.partial(_pack, layers["deep"], layers["odd"], how)
-    for precision in PRECISIONS:
-        if precision != "tf32":  # of the same type as float32
-            by_name[f"conv, linear epilogue's gradient {precision}"] = functools.partial(
-                _epilogue_gradient, layers["first"], precision
-            )
-    for (name, layer), how in itertools.product(layers.items(), HOWS):
-        if name in FEW_CHANNELS and "q8" in how:
+    for products in PRODUCTS:
+        by_name[f"conv, linear pack {products}"] = functools.partial(_pack, layers["deep"], layers["odd"], products)
+    for dtype in TYPES:
+        draw: Callable[..., Check] = functools.partial(_epilogue_gradient, layers["first"], dtype)
+        by_name[f"conv, linear epilogue's gradient {dtype}"] = draw
+    for (name, layer), products in itertools.product(layers.items(), PRODUCTS):
+        if name in FEW_CHANNELS and "q8" in products:
             continue
         for direction in DIRECTIONS[name]:
-            shown = f"linear {direction} {how}" if name == "linear" else f"conv {direction}, {name}, {how}"
-            draw = {"forward": _forward, "pool": _pool, "dx": _dx, "dw": _dw, "transposed": _transposed}[direction]
-            by_name[shown] = functools.partial(_of_layer, draw, layer, direction, how)
-    half_and_full = [precision for precision in PRECISIONS if precision != "tf32"]
-    for (mode, shape), precision in itertools.product((TINY_FEATURES if tiny else FEATURES).items(), half_and_full):
-        for backward in (False, True):
-            name = f"gram {'backward' if backward else 'forward'}, {mode}, {precision}"
-            by_name[name] = functools.partial(_gram, shape, mode == "packed", backward, precision)
-    for precision, backward in itertools.product(half_and_full, (False, True)):
-        name = f"folded-rowwise {'backward' if backward else 'forward'}, {precision}"
-        shape = TINY_FOLDED_FEATURES if tiny else FOLDED_FEATURES
-        by_name[name] = functools.partial(_folded, shape, backward, precision)
+            shown = f"linear {direction} {products}" if layer.is_linear else f"conv {direction}, {name}, {products}"
+            by_name[shown] = functools.partial(_layer, layer, direction, products)
+    losses = [
+        (f"gram {{}}, {mode}", functools.partial(_gram, shape, mode == "packed"))
+        for mode, shape in (TINY_FEATURES if tiny else FEATURES).items()
+    ]
+    losses.append(("folded-rowwise {}", functools.partial(_folded, TINY_FOLDED_FEATURES if tiny else FOLDED_FEATURES)))
+    for (name, draw), dtype, direction in itertools.product(losses, TYPES, ("forward", "backward")):
+        by_name[f"{name.format(direction)}, {dtype}"] = functools.partial(draw, direction == "backward", dtype)
     return by_name
 
 
-def _is_linear(layer: Layer) -> bool:
-    return layer.size == (1, 1)
-
-
-def _of_layer(
-    draw: Callable[[Layer, str, torch.device], Check], layer: Layer, direction: str, how: str, device: torch.device
-) -> Check:
-    check = draw(layer, how, device)
-
-    def run() -> Results:
-        with _planned(layer, direction, how, device):
-            return check.run()
-
-    return check._replace(run=run)
-
-
-@contextlib.contextmanager
-def _planned(layer: Layer, direction: str, how: str, device: torch.device) -> Iterator[None]:
-    """The planned tile, but as many programs that share a sum as the layer says."""
-    if not layer.splits:
-        yield
-        return
-    place = torch.empty(0, device=device)
-    y_size = conv.Window.of(layer.size, layer.kernel, layer.window).y_size
-    pixels, positions = layer.batch * math.prod(y_size), math.prod(layer.kernel)
-    n, k = (layer.q, layer.p) if direction == "dx" else (layer.p, layer.q)
-    epilogue = direction == "pool" or (direction == "forward" and _is_linear(layer))
-    problem = Problem("dw" if direction == "dw" else "gather", pixels, n, k, positions, epilogue=epilogue)
-    form, precision = HOWS[how][2].split("-")
-    plan = config.plan(problem, form, precision, arch_of(place), multiprocessors_of(place))
-    with config.force(replace(plan, splits=layer.splits)):
-        yield
-
-
 class Operands(NamedTuple):
-    """Of a layer: maps of the type that is asked for, parameters in float32, as in training under autocast."""
+    """Operands of a layer: maps of the products' type and parameters in float32, as in training under autocast."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor
     dy: Tensor
     packed: conv.Packed
+    algorithm: str
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """In float64."""
         return self.x.double(), self.weight.double(), self.bias.double(), self.dy.double()
 
 
-def _operands(layer: Layer, how: str, device: torch.device) -> Operands:
-    precision, _, kernels = HOWS[how]
-    dtype, groups = PRECISIONS[precision], layer.window[6]
-    y_size = conv.Window.of(layer.size, layer.kernel, layer.window).y_size
-    fan_in, pixels = 4 * layer.q // groups * math.prod(layer.kernel), layer.batch * math.prod(y_size)
+def _layer(layer: Layer, direction: str, products: str, device: torch.device) -> Check:
+    draw = {"forward": _forward, "pool": _pool, "dx": _dx, "dw": _dw, "transposed": _transposed}[direction]
+    precision, algorithm = PRODUCTS[products]
+    dtype = PRECISIONS[precision]
+    fan_in = 4 * layer.q // layer.window[6] * math.prod(layer.kernel)
     x = _map((layer.batch, 4 * layer.q, *layer.size), dtype, device)
-    dy = _map((layer.batch, 4 * layer.p, *y_size), dtype, device, pixels**-0.25)
-    weight = torch.randn(4, layer.p, layer.q // groups, *layer.kernel, device=device) / math.sqrt(fan_in)
-    weight = weight.to(dtype).float()  # how packing rounds is a check of its own
-    bias = torch.randn(4 * layer.p, device=device)
+    dy = _map((layer.batch, 4 * layer.p, *layer.y_size), dtype, device, layer.pixels**-0.25)
+    weight = _weight(layer, device) / math.sqrt(fan_in)
+    weight = weight.to(dtype).float()  # packing, which rounds, has a check of its own
     # Packed once for all repeats, so that counters must be left as zeros.
-    return Operands(x, weight, bias, dy, conv.Packed(*conv.pack([weight], [kernels], dtype)))
+    packed = conv.Packed(*conv.pack([weight], [algorithm], dtype))
+    operands = Operands(x, weight, torch.randn(4 * layer.p, device=device), dy, packed, algorithm)
+    check = draw(layer, operands, functools.partial(_allowed, precision))
+
+    def run() -> Results:
+        with _splits(layer, direction, algorithm, device):
+            return check.run()
+
+    return check._replace(run=run)
+
+
+@contextlib.contextmanager
+def _splits(layer: Layer, direction: str, algorithm: str, device: torch.device) -> Iterator[None]:
+    """Plans the layer with the number of splits that it says, if any."""
+    if not layer.splits:
+        yield
+        return
+    place = torch.empty(0, device=device)
+    n, k = (layer.q, layer.p) if direction == "dx" else (layer.p, layer.q)
+    epilogue = direction == "pool" or (direction == "forward" and layer.is_linear)
+    kernel, positions = "dw" if direction == "dw" else "gather", math.prod(layer.kernel)
+    problem = Problem(kernel, layer.pixels, n, k, positions, epilogue=epilogue)
+    form, precision = algorithm.split("-")
+    plan = config.plan(problem, form, precision, arch_of(place), multiprocessors_of(place))
+    with config.force(replace(plan, splits=layer.splits)):
+        yield
 
 
 def _map(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    x = scale * torch.randn(*shape, device=device)
-    return x.to(dtype, memory_format=torch.channels_last)
+    return (scale * torch.randn(*shape, device=device)).to(dtype, memory_format=torch.channels_last)
 
 
-def _allowed(result: str, how: str, widened: bool = False) -> float:
-    precision, *_ = HOWS[how]
+def _weight(layer: Layer, device: torch.device) -> Tensor:
+    return torch.randn(4, layer.p, layer.q // layer.window[6], *layer.kernel, device=device)
+
+
+def _allowed(precision: str, result: str, widened: bool = False) -> float:
     half = precision in ("bf16", "fp16")
-    cut = CUT if INTERPRETED and precision == "bf16" and not widened else 1.0
-    return SLACK * cut * tolerance(result, precision, widened and half)
+    truncation = TRUNCATION if INTERPRETED and precision == "bf16" and not widened else 1.0
+    return SLACK * truncation * tolerance(result, precision, widened and half)
 
 
-def _pack(first: Layer, second: Layer, how: str, device: torch.device) -> Check:
+def _pack(first: Layer, second: Layer, products: str, device: torch.device) -> Check:
     """Two weights in one launch, with counters."""
-    precision, form, kernels = HOWS[how]
-    dtype = PRECISIONS[precision]
-    weights = [torch.randn(4, x.p, x.q // x.window[6], *x.kernel, device=device) for x in (first, second)]
+    precision, algorithm = PRODUCTS[products]
+    dtype, weights = PRECISIONS[precision], [_weight(layer, device) for layer in (first, second)]
 
     def run() -> Results:
-        tiles, tickets = conv.pack(weights, [kernels] * 2, dtype)
+        tiles, tickets = conv.pack(weights, [algorithm] * 2, dtype)
         return {"tiles": tiles, "tickets": tickets}
 
     def exact(actual: Results) -> Results:
-        parts = []
-        for weight in weights:
-            if form == "q8":  # the scale of its sums is the product's
-                each = algebra.weight_products(weight.double())
-                each[:4] /= algebra.WEIGHT_SCALES[0]
-            else:
-                each = torch.cat([weight, -weight])
-            tiles = each.flatten(3).permute(0, 3, 1, 2)  # [tile, position, rows, Q]
-            parts += [tiles.flatten(), *([tiles.mT.flatten()] if precision == "tf32" else [])]
-        whole = torch.cat(parts)
-        whole = _tf32(whole) if precision == "tf32" else whole if form == "q8" else whole.to(dtype)
-        return {"tiles": whole.double(), "tickets": torch.zeros(2 * config.MOST_TICKETS, device=device).double()}
+        tiles = torch.cat([forms.pack(weight, algorithm, dtype) for weight in weights])
+        return {"tiles": tiles.double(), "tickets": torch.zeros(2 * config.MOST_TICKETS, device=device).double()}
 
-    # What is only copied and rounded is so to the bit, but for the interpreter's way with bfloat16.
-    cut = INTERPRETED and precision == "bf16"
-    return Check(run, exact, {"tiles": _allowed("y", how) if cut or form == "q8" else 0.0, "tickets": 0.0})
-
-
-def _tf32(x: Tensor) -> Tensor:
-    """float32 to the nearest tf32, ties away from zero."""
-    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    # Values that are only copied and rounded are equal, except where the interpreter truncates.
+    truncated = INTERPRETED and precision == "bf16"
+    allowed = _allowed(precision, "y") if truncated or algorithm.startswith("q8") else 0.0
+    return Check(run, exact, {"tiles": allowed, "tickets": 0.0})
 
 
 def _epilogue_gradient(layer: Layer, precision: str, device: torch.device) -> Check:
-    """Behind ReLU, pool and tap."""
+    """Behind a ReLU, a pool and a returned map."""
     dtype = PRECISIONS[precision]
     dy = _map((layer.batch, 4 * layer.p, *layer.size), dtype, device)
     half = [length // 2 for length in layer.size]
@@ -294,44 +273,41 @@ def _epilogue_gradient(layer: Layer, precision: str, device: torch.device) -> Ch
         odd = (0, layer.size[1] % 2, 0, layer.size[0] % 2)
         return {"dy": 2 * dy.double() * (relu > 0) + F.pad(routed, odd)}
 
-    return Check(run, exact, {"dy": _allowed("dx", precision)})
+    return Check(run, exact, {"dy": _allowed(precision, "dx")})
 
 
-def _forward(layer: Layer, how: str, device: torch.device) -> Check:
-    """Bias and ReLU; of a linear map dropout, too."""
-    kernels, o = HOWS[how][2], _operands(layer, how, device)
-    linear = _is_linear(layer)
-    seed = torch.randint(2**62, (1,), device=device) if linear else None
-    epilogue = Epilogue(o.bias, True, seed, 1 / (1 - DROPOUT) if linear else 1.0)
+def _forward(layer: Layer, o: Operands, allowed: Callable[..., float]) -> Check:
+    """Bias and ReLU; for a linear map dropout, too."""
+    seed = torch.randint(2**62, (1,), device=o.x.device) if layer.is_linear else None
+    epilogue = Epilogue(o.bias, True, seed, 1 / (1 - DROPOUT) if layer.is_linear else 1.0)
 
     def run() -> Results:
-        return {"y": conv.forward(o.x, o.weight, layer.window, kernels, epilogue, o.packed)}
+        return {"y": conv.forward(o.x, o.weight, layer.window, o.algorithm, epilogue, o.packed)}
 
     def exact(actual: Results) -> Results:
         x, weight, bias, _ = o.exact()
         y = forms.forward(x, weight, bias, layer.window, "dense").relu() * epilogue.scale
-        if not linear:
+        if not layer.is_linear:
             return {"y": y}
-        # Which ones are zeroed is chance; that about half are is not.
-        actual["kept"] = ((actual["y"] > 0).sum() / (y > 0).sum())[None]
-        return {"y": y * (actual["y"] > 0), "kept": torch.full_like(actual["kept"], 1 - DROPOUT).double()}
+        # Which elements are zeroed is random; their share is about one half.
+        actual["share"] = ((actual["y"] > 0).sum() / (y > 0).sum())[None]
+        return {"y": y * (actual["y"] > 0), "share": torch.full_like(actual["share"], 1 - DROPOUT).double()}
 
-    return Check(run, exact, {"y": _allowed("y", how), "kept": 0.5})
+    return Check(run, exact, {"y": allowed("y"), "share": 0.5})
 
 
-def _pool(layer: Layer, how: str, device: torch.device) -> Check:
-    """Bias, ReLU, pool, and a tap of the map in front of it."""
-    kernels, o = HOWS[how][2], _operands(layer, how, device)
+def _pool(layer: Layer, o: Operands, allowed: Callable[..., float]) -> Check:
+    """Bias, ReLU, pool, and the map in front of it."""
 
     def run() -> Results:
         epilogue = Epilogue(o.bias, True)
-        pooled, argmax, y = conv.forward_pool(o.x, o.weight, layer.window, kernels, epilogue, o.packed, True)
+        pooled, argmax, y = conv.forward_pool(o.x, o.weight, layer.window, o.algorithm, epilogue, o.packed, True)
         return {"y": y, "pooled": pooled, "argmax": argmax}
 
     def exact(actual: Results) -> Results:
         x, weight, bias, _ = o.exact()
         y = forms.forward(x, weight, bias, layer.window, "dense").relu()
-        # Where the argmax is, in the kernel's own map, of which the maxima are; 4 if there is nothing above 0.
+        # The value at the argmax in the kernel's own map must be the maximum; 4 stands for nothing above 0.
         pooled, argmax = actual["pooled"].double(), actual["argmax"]
         height, width = (2 * length for length in pooled.shape[2:])
         windows = actual["y"].double()[..., :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
@@ -340,59 +316,46 @@ def _pool(layer: Layer, how: str, device: torch.device) -> Check:
         actual["argmax"] = maxima.where(argmax < 4, -1)
         return {"y": y, "pooled": F.max_pool2d(y, 2), "argmax": pooled.where(pooled > 0, -1)}
 
-    return Check(run, exact, {"y": _allowed("y", how), "pooled": _allowed("y", how), "argmax": 0.0})
+    return Check(run, exact, {"y": allowed("y"), "pooled": allowed("y"), "argmax": 0.0})
 
 
-def _dx(layer: Layer, how: str, device: torch.device) -> Check:
-    """Through the mask of the ReLU that x is behind; of a linear map scaled, too."""
-    kernels, o = HOWS[how][2], _operands(layer, how, device)
-    scale = 2.0 if _is_linear(layer) else 1.0
+def _dx(layer: Layer, o: Operands, allowed: Callable[..., float]) -> Check:
+    """Through the mask of the ReLU in front of x; for a linear map scaled, too."""
+    epilogue = Epilogue(scale=2.0 if layer.is_linear else 1.0, relu_output=o.x)
 
     def run() -> Results:
-        epilogue = Epilogue(scale=scale, relu_output=o.x)
-        return {"dx": conv.data_gradient(o.dy, o.weight, layer.size, layer.window, kernels, epilogue, o.packed)}
+        return {"dx": conv.data_gradient(o.dy, o.weight, layer.size, layer.window, o.algorithm, epilogue, o.packed)}
 
     def exact(actual: Results) -> Results:
         x, weight, _, dy = o.exact()
-        return {"dx": scale * (x > 0) * forms.data_gradient(dy, weight, layer.size, layer.window, "dense")}
+        return {"dx": epilogue.scale * (x > 0) * forms.data_gradient(dy, weight, layer.size, layer.window, "dense")}
 
-    return Check(run, exact, {"dx": _allowed("dx", how)})
+    return Check(run, exact, {"dx": allowed("dx")})
 
 
-def _transposed(layer: Layer, how: str, device: torch.device) -> Check:
-    """A layer of its own, with a bias."""
-    kernels, o = HOWS[how][2], _operands(layer, how, device)
-    bias = torch.randn(4 * layer.q, device=device)
+def _transposed(layer: Layer, o: Operands, allowed: Callable[..., float]) -> Check:
+    """The transposed convolution as a layer, with a bias."""
+    bias = torch.randn(4 * layer.q, device=o.x.device)
 
     def run() -> Results:
         epilogue = Epilogue(bias)
-        return {"y": conv.data_gradient(o.dy, o.weight, layer.size, layer.window, kernels, epilogue, o.packed)}
+        return {"y": conv.data_gradient(o.dy, o.weight, layer.size, layer.window, o.algorithm, epilogue, o.packed)}
 
     def exact(actual: Results) -> Results:
         _, weight, _, dy = o.exact()
         y = forms.data_gradient(dy, weight, layer.size, layer.window, "dense")
         return {"y": y + bias.double().view(-1, 1, 1)}
 
-    return Check(run, exact, {"y": _allowed("y", how)})
+    return Check(run, exact, {"y": allowed("y")})
 
 
-def _dw(layer: Layer, how: str, device: torch.device) -> Check:
-    """Of weight and bias; of a linear map scaled, too."""
-    kernels, o = HOWS[how][2], _operands(layer, how, device)
-    scale = 2.0 if _is_linear(layer) else 1.0
+def _dw(layer: Layer, o: Operands, allowed: Callable[..., float]) -> Check:
+    """By weight and bias; for a linear map scaled, too."""
+    scale = 2.0 if layer.is_linear else 1.0
 
     def run() -> Results:
-        dw, db = conv.weight_gradient(
-            o.dy,
-            o.x,
-            layer.kernel,
-            layer.window,
-            True,
-            kernels,
-            scale=scale,
-            tickets=o.packed.tickets,
-            dtype=torch.float32,
-        )
+        options: dict[str, Any] = {"scale": scale, "tickets": o.packed.tickets, "dtype": torch.float32}
+        dw, db = conv.weight_gradient(o.dy, o.x, layer.kernel, layer.window, True, o.algorithm, **options)
         return {"dw": dw, "db": db}
 
     def exact(actual: Results) -> Results:
@@ -400,19 +363,20 @@ def _dw(layer: Layer, how: str, device: torch.device) -> Check:
         dw = forms.weight_gradient(dy, x, layer.kernel, layer.window, "dense")
         return {"dw": scale * dw, "db": scale * dy.sum((0, 2, 3))}
 
-    return Check(run, exact, {name: _allowed(name, how, True) for name in ("dw", "db")})
+    return Check(run, exact, {"dw": allowed("dw", True), "db": allowed("db", True)})
 
 
 def _features(shape: Sequence[int], precision: str, device: torch.device) -> list[Tensor]:
-    """Of two networks, behind a ReLU, the second near the first."""
+    """Features of two networks, behind a ReLU, the second near the first."""
     a = torch.randn(*shape, device=device).relu()
     b = (a + 0.5 * torch.randn_like(a)).relu()
     return [x.to(PRECISIONS[precision], memory_format=torch.channels_last) for x in (a, b)]
 
 
-def _loss_allowed(precision: str) -> tuple[float, float]:
+def _loss_allowed(precision: str) -> dict[str, float]:
     value, gradient = LOSS_TOLERANCES[precision]
-    return value, SLACK * gradient * (CUT if INTERPRETED and precision == "bf16" else 1.0)
+    truncation = TRUNCATION if INTERPRETED and precision == "bf16" else 1.0
+    return {"loss": value, "da": SLACK * gradient * truncation}
 
 
 def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, device: torch.device) -> Check:
@@ -428,7 +392,7 @@ def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, de
         loss = BETA * cosine.square().mean()
         return cosine.detach(), loss.detach(), torch.autograd.grad(DLOSS * loss, exact_a)[0]
 
-    # Of the gradient's size, or it would hide the gradient's errors.
+    # As large as the gradient, whose errors it would hide otherwise.
     incoming = (torch.randn(*shape, device=device) * differentiated()[2].std()).to(a.dtype)
 
     def run() -> Results:
@@ -442,8 +406,8 @@ def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, de
         cosine, loss, da = differentiated()
         return {"da": da + incoming} if backward else {"cosine": cosine, "loss": loss[None]}
 
-    value, gradient = _loss_allowed(precision)
-    return Check(run, exact, {"cosine": value, "loss": 2 * value, "da": gradient})
+    allowed = _loss_allowed(precision)
+    return Check(run, exact, {"cosine": allowed["loss"], "loss": 2 * allowed["loss"], "da": allowed["da"]})
 
 
 def _folded(shape: Sequence[int], backward: bool, precision: str, device: torch.device) -> Check:
@@ -461,40 +425,40 @@ def _folded(shape: Sequence[int], backward: bool, precision: str, device: torch.
         loss = BETA * folded_rowwise(exact_a, b.double())
         return {"da": torch.autograd.grad(DLOSS * loss, exact_a)[0]} if backward else {"loss": loss.detach()[None]}
 
-    value, gradient = _loss_allowed(precision)
-    return Check(run, exact, {"loss": value, "da": gradient})
+    return Check(run, exact, _loss_allowed(precision))
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """New tensors hold NaN, or the largest whole number."""
-    before = torch.are_deterministic_algorithms_enabled(), POISON.fill_uninitialized_memory
+    """New tensors are filled with NaN, or the largest integer."""
+    fill: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), fill.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    POISON.fill_uninitialized_memory = True
+    fill.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        POISON.fill_uninitialized_memory = before[1]
+        fill.fill_uninitialized_memory = before[1]
 
 
 def verdict_of(name: str, draw: Callable[[torch.device], Check], device: torch.device, repeats: int) -> str:
-    """ "right", or "wrong: " or "failed: " and why, in one line."""
+    """ "right", or "wrong: " or "failed: " and the reason, in one line."""
     torch.manual_seed(zlib.crc32(name.encode()))
     try:
         check = draw(device)
         with poisoned():
             first = check.run()
-            others = {result: torch.zeros((), dtype=torch.int64, device=device) for result in first}
+            unequal = {result: torch.zeros((), dtype=torch.int64, device=device) for result in first}
             for _ in range(repeats - 1):
                 for result, value in check.run().items():
-                    others[result] += (value != first[result]).any()
+                    unequal[result] += (value != first[result]).any()
         actual = dict(first)
         problems = list(_errors(actual, check.exact(actual), check.allowed))
         if not problems:
-            problems = [f"{x} has other bits in {n} of {repeats - 1} repeats" for x, n in others.items() if n]
+            problems = [f"{x} has other bits in {n} of {repeats - 1} repeats" for x, n in unequal.items() if n]
     except Exception as error:  # whatever a compiler, a driver or PyTorch raises
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         return f"failed: {type(error).__name__}: {why}"
@@ -509,8 +473,8 @@ def _errors(actual: Results, exact: Results, allowed: dict[str, float]) -> Itera
         elif unwritten := int((~value.isfinite()).sum()):
             yield f"{unwritten} of {value.numel()} values of {name} are not finite, or were not written"
         elif allowed[name] == 0:
-            if others := int((value != right).sum()):
-                yield f"{others} of {value.numel()} values of {name} are others"
+            if wrong := int((value != right).sum()):
+                yield f"{wrong} of {value.numel()} values of {name} are wrong"
         else:
             error, rms = value - right, right.square().mean().sqrt()
             frobenius = (error.norm() / right.norm()).item()
@@ -520,28 +484,28 @@ def _errors(actual: Results, exact: Results, allowed: dict[str, float]) -> Itera
                 yield f"{name} has an error of {worst:.1e}, and {allowed[name]:.1e} is allowed"
 
 
-def run(say: Callable[[str], None], only: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+def run(log: Callable[[str], None], select: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
     """The verdict on each kernel, on the present GPU, or in Triton's interpreter.
 
     Args:
-        say: takes a line for each, as soon as it is found.
-        only: says which of the names to check.
+        log: called with a line for each verdict as soon as there is one.
+        select: whether a check, given its name, is run.
     """
     tiny = INTERPRETED or not torch.cuda.is_available()
     device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
     repeats = INTERPRETED_REPEATS if tiny else REPEATS
-    every = checks(tiny)
-    names = [name for name in every if only(name)]
+    by_name = checks(tiny)
+    names = [name for name in by_name if select(name)]
     verdicts: dict[str, str] = {}
 
-    def found(name: str, verdict: str) -> None:
+    def record(name: str, verdict: str) -> None:
         verdicts[name] = verdict
-        kind, _, why = verdict.partition(": ")
-        say(f"{kind:6} {name}{': ' if why else ''}{why}")
+        outcome, _, why = verdict.partition(": ")
+        log(f"{outcome:6} {name}{': ' if why else ''}{why}")
 
-    left = names if tiny else list(_shared_out(names, device, repeats, found))
-    for name in left:
-        found(name, verdict_of(name, every[name], device, repeats))
+    unchecked = names if tiny else _check_in_processes(names, device, repeats, record)
+    for name in unchecked:
+        record(name, verdict_of(name, by_name[name], device, repeats))
     return {name: verdicts[name] for name in names}
 
 
@@ -553,12 +517,12 @@ class _Worker:
         self.process = context.Process(target=_work, args=(theirs, str(device), repeats), daemon=True)
         self.process.start()
         theirs.close()
-        self.name: str | None = None  # of what it is at; None until it is ready
-        self.until = time.monotonic() + START_SECONDS
+        self.name: str | None = None  # of the check that it runs; None until it is ready
+        self.deadline = time.monotonic() + START_SECONDS
 
-    def give(self, name: str) -> None:
-        self.name, self.until = name, time.monotonic() + KERNEL_SECONDS
-        with contextlib.suppress(OSError):  # it has died: what it is at fails
+    def start(self, name: str) -> None:
+        self.name, self.deadline = name, time.monotonic() + KERNEL_SECONDS
+        with contextlib.suppress(OSError):  # it has died, so that this check fails
             self.pipe.send(name)
 
     def end(self) -> None:
@@ -567,11 +531,11 @@ class _Worker:
         self.pipe.close()
 
 
-def _shared_out(
-    names: Sequence[str], device: torch.device, repeats: int, found: Callable[[str, str], None]
-) -> Iterator[str]:
-    """Has processes check these kernels; gives back those for which there was none."""
-    # A server that has imported all, and has asked no device anything, is forked for each process.
+def _check_in_processes(
+    names: Sequence[str], device: torch.device, repeats: int, record: Callable[[str, str], None]
+) -> list[str]:
+    """Runs these checks in several processes; returns those for which no process could be started."""
+    # The server, which has imported everything and has not touched a device, is forked for each process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     waiting = list(reversed(names))
@@ -587,38 +551,38 @@ def _shared_out(
                     except (EOFError, OSError):
                         worker.process.join()
                         answer = f"failed: its process ended with code {worker.process.exitcode}", False
-                elif time.monotonic() > worker.until:
+                elif time.monotonic() > worker.deadline:
                     answer = f"failed: no result after {KERNEL_SECONDS:.0f} s", False
                 else:
                     continue
-                verdict, goes_on = answer
+                verdict, usable = answer
                 if worker.name is not None:
-                    found(worker.name, verdict)
-                if goes_on and waiting:
-                    worker.give(waiting.pop())
+                    record(worker.name, verdict)
+                if usable and waiting:
+                    worker.start(waiting.pop())
                     continue
                 workers.remove(worker)
                 worker.end()
-                # Of one that broke at a kernel another takes the place; one that never began would fail again.
-                if not goes_on and worker.name is not None and waiting:
+                # A process that a kernel broke is replaced; one that never became ready would fail again.
+                if not usable and worker.name is not None and waiting:
                     workers.append(_Worker(context, device, repeats))
     finally:
         for worker in workers:
             worker.end()
-    yield from reversed(waiting)
+    return waiting[::-1]
 
 
 def _work(pipe: Connection, device: str, repeats: int) -> None:
-    """Answers each name with its verdict, and whether this process can go on; first of all that it has begun."""
+    """Says that it is ready; then answers each name with its verdict, and whether this process is still usable."""
     place = torch.device(device)
     torch.set_num_threads(1)
     torch.zeros(1, device=place)
-    every = checks(tiny=False)
+    by_name = checks(tiny=False)
     pipe.send(("", True))
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # who asks has gone
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the parent has ended
         while True:
             name = pipe.recv()
-            verdict = verdict_of(name, every[name], place, repeats)
+            verdict = verdict_of(name, by_name[name], place, repeats)
             pipe.send((verdict, _is_sound(place)))
 
 
@@ -631,14 +595,14 @@ def _is_sound(device: torch.device) -> bool:
 
 
 def summary(verdicts: dict[str, str], seconds: float) -> str:
-    """One line."""
-    bad = [name for name, verdict in verdicts.items() if verdict != RIGHT]
-    count = f"{len(verdicts) - len(bad)} of {len(verdicts)} kernels are right, checked in {seconds:.0f} s"
-    return f"{count}; not {', not '.join(bad)}" if bad else count
+    """The outcome in one line."""
+    wrong = [name for name, verdict in verdicts.items() if verdict != RIGHT]
+    count = f"{len(verdicts) - len(wrong)} of {len(verdicts)} kernels are right, checked in {seconds:.0f} s"
+    return f"{count}; not {', not '.join(wrong)}" if wrong else count
 
 
 def write(path: Path, environment: dict[str, str], verdicts: dict[str, str]) -> None:
-    """The outcome as JSON, whole or not at all."""
+    """Writes the outcome as JSON, whole or not at all."""
     draft = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

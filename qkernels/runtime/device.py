@@ -1,4 +1,4 @@
-"""What kernels are planned for: the one place that asks about the device."""
+"""The device that kernels are planned for: the only module that queries it."""
 
 import contextlib
 import functools
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from qkernels.runtime.recording import current_recording
 
-# Triton decides when a kernel is defined.
+# Triton reads this variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter computes nothing that depends on the architecture; it takes the settings of this one.
+# The interpreter, whose results do not depend on the architecture, takes the settings of this one.
 INTERPRETED_ARCH = 90
-# Streaming multiprocessors of A100, H100 and H200, B200: where no device is there to be asked.
+# Streaming multiprocessors of A100, H100 and H200, B200, for plans without a device.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of `x` the current one: Triton launches there."""
+    """Context in which the device of `x` is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def arch_of(place: Tensor | torch.device) -> int:
-    """Compute capability that kernels on a tensor or device are planned for, as 10 major + minor."""
+    """Compute capability that kernels for a tensor or device are planned for, as 10 major + minor."""
     if recording := current_recording():
         return recording.arch
     device = place.device if isinstance(place, Tensor) else place
@@ -35,7 +35,7 @@ def multiprocessors_of(x: Tensor) -> int:
     """Number of streaming multiprocessors of the device of `x`."""
     if x.is_cuda:
         return _properties(x.device)[1]
-    return MULTIPROCESSORS[max(known for known in MULTIPROCESSORS if known <= arch_of(x))]
+    return MULTIPROCESSORS[max(arch for arch in MULTIPROCESSORS if arch <= arch_of(x))]
 
 
 def arch_of_device(device: torch.device) -> int:
@@ -43,7 +43,7 @@ def arch_of_device(device: torch.device) -> int:
     return _properties(device)[0]
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import all of Dynamo here.
+# As torch.compiler.assume_constant_result, which would import all of Dynamo here.
 arch_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -80,7 +80,7 @@ def test_kernels(
     arch: Any, mode: Any, size: Any, dtype: Any, layout: Any, centred: Any, packed: Any, tmp_path: Path
 ) -> None:
     launches = recorded(arch, SHAPES[mode][size], dtype, layout, centred, packed)
-    assert mode == launches[-1].arguments["HOW"].MODE
+    assert mode == launches[-1].arguments["META"].MODE
     problems = {
         entry.kernel.__name__: found
         for entry in launches
@@ -92,7 +92,7 @@ def test_kernels(
 def test_every_tile_is_among_the_cases() -> None:
     taken = set()
     for arch, mode, size, dtype, *_ in (case.values for case in cases()):
-        entry = recorded(arch, SHAPES[mode][size], dtype, "NHWC", False, False)[-1].arguments["HOW"]
+        entry = recorded(arch, SHAPES[mode][size], dtype, "NHWC", False, False)[-1].arguments["META"]
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C")
         taken.add((arch, mode, dtype, tuple(getattr(entry, name) for name in names)))
     for arch, table in config.BACKWARD.items():

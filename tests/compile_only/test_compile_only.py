@@ -209,7 +209,7 @@ def test_every_launch_of_a_step(at_layer: Any, batch: Any, precision: Any, tmp_p
     entries = distinct(step_launches(case))
     problems, kinds = [], set()
     for entry in entries:
-        name, how = entry.kernel.__name__, entry.arguments.get("HOW")
+        name, how = entry.kernel.__name__, entry.arguments.get("META")
         kinds.add(name)
         usage = compile_launch(entry, 90, tmp_path)
         hamilton = name.startswith("_hamilton_conv")

@@ -27,8 +27,8 @@ pytest.importorskip("triton")
 from qkernels.ops.hamilton_conv import launch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
-# How the kernels can compute each of them.
-HOWS = {
+# The algorithms of the kernels for each of them.
+ALGORITHMS = {
     "bf16": ("signed-half",),
     "fp16": ("signed-half",),
     "tf32": ("signed-tf32",),
@@ -78,10 +78,10 @@ class Problem:
 
     @property
     def y_size(self):
-        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, self.output_padding, strict=True)
+        geometry = self.size, self.kernel, self.stride, self.padding, self.dilation
         if self.kind == "transposed":
-            return tuple(transposed_output_size(*axis) for axis in axes)
-        return tuple(conv_output_size(*axis[:-1]) for axis in axes)
+            return transposed_output_size(*geometry, self.output_padding)
+        return conv_output_size(*geometry)
 
     @property
     def shapes(self):
@@ -137,19 +137,19 @@ def as_convolution(operands):
     return Operands(nhwc(x[..., None, None]), weight[..., None, None], bias, nhwc(dy[..., None, None]))
 
 
-def kernel_results(problem, operands, how, dtype=None):
+def kernel_results(problem, operands, algorithm, dtype=None):
     """y, dx, dw and, where a kernel sums it, db of the kernels, all of `dtype`."""
     x, weight, bias, dy = as_convolution(operands) if problem.kind == "linear" else operands
     window, kernel, epilogue = problem.window, problem.kernel, launch.Epilogue(bias)
     dtype = dtype or x.dtype
     if problem.kind == "transposed":
-        y = launch.data_gradient(x, weight, problem.y_size, window, how, epilogue, dtype=dtype)
-        dx = launch.forward(dy, weight, window, how, dtype=dtype)
-        dw, _ = launch.weight_gradient(x, dy, kernel, window, False, how, dtype=dtype)
+        y = launch.data_gradient(x, weight, problem.y_size, window, algorithm, epilogue, dtype=dtype)
+        dx = launch.forward(dy, weight, window, algorithm, dtype=dtype)
+        dw, _ = launch.weight_gradient(x, dy, kernel, window, False, algorithm, dtype=dtype)
         return {"y": y, "dx": dx, "dw": dw}
-    y = launch.forward(x, weight, window, how, epilogue, dtype=dtype)
-    dx = launch.data_gradient(dy, weight, problem.size, window, how, dtype=dtype)
-    dw, db = launch.weight_gradient(dy, x, kernel, window, True, how, dtype=dtype)
+    y = launch.forward(x, weight, window, algorithm, epilogue, dtype=dtype)
+    dx = launch.data_gradient(dy, weight, problem.size, window, algorithm, dtype=dtype)
+    dw, db = launch.weight_gradient(dy, x, kernel, window, True, algorithm, dtype=dtype)
     if problem.kind == "linear":
         y, dx, dw = y.flatten(1), dx.flatten(1), dw.flatten(2)
     return {"y": y, "dx": dx, "dw": dw, "db": db}

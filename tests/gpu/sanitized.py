@@ -8,27 +8,32 @@ from qkernels.ops.hamilton_conv import launch
 CONV = problems.Problem("odd", "conv", 2, 17, 20, (6, 5), (3, 3), padding=(1, 1))
 GROUPED = problems.Problem("strided", "conv", 1, 6, 4, (9, 8), (4, 2), (3, 2), (1, 0), (1, 1), 2)
 RUNS = [
-    *((CONV, how, precision) for precision, hows in problems.HOWS.items() if precision != "fp16" for how in hows),
+    *(
+        (CONV, algorithm, precision)
+        for precision, algorithms in problems.ALGORITHMS.items()
+        if precision != "fp16"
+        for algorithm in algorithms
+    ),
     (GROUPED, "signed-half", "bf16"),
     (GROUPED, "q8-ieee", "float32"),
 ]
 
 
-def run(problem, operands, how):
+def run(problem, operands, algorithm):
     """Products of a plain layer, and of one with a ReLU, a pool and a tap, behind another's ReLU."""
     x, weight, bias, dy = operands
     window = problem.window
-    problems.kernel_results(problem, operands, how)
-    pooled, argmax, y = launch.forward_pool(x, weight, window, how, launch.Epilogue(bias, True), None, True)
+    problems.kernel_results(problem, operands, algorithm)
+    pooled, argmax, y = launch.forward_pool(x, weight, window, algorithm, launch.Epilogue(bias, True), None, True)
     gradient = launch.epilogue_gradient(dy, y, pooled, argmax, problem.y_size, 1.0, dy.dtype)
-    launch.data_gradient(gradient, weight, problem.size, window, how, launch.Epilogue(relu_output=x))
-    launch.weight_gradient(gradient, x, problem.kernel, window, True, how)
+    launch.data_gradient(gradient, weight, problem.size, window, algorithm, launch.Epilogue(relu_output=x))
+    launch.weight_gradient(gradient, x, problem.kernel, window, True, algorithm)
 
 
 def main():
-    for problem, how, precision in RUNS:
+    for problem, algorithm, precision in RUNS:
         operands = problem.operands(problems.PRECISIONS[precision], "gaussian", problems.SEED, torch.device("cpu"))
-        run(problem, problems.Operands(*(tensor.cuda() for tensor in operands)), how)
+        run(problem, problems.Operands(*(tensor.cuda() for tensor in operands)), algorithm)
     torch.cuda.synchronize()
     print("all kernels ran")
 

@@ -11,7 +11,7 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import HOWS, PRECISIONS, VGG16, Problem, poisoned
+from problems import ALGORITHMS, PRECISIONS, VGG16, Problem, poisoned
 
 from bench.warm import compile_all
 from qkernels.ops.hamilton_conv import launch, op
@@ -23,40 +23,42 @@ from qkernels.runtime.tolerances import tolerance
 LAYERS = [VGG16[1], VGG16[5], VGG16[8]]
 ODD = Problem("odd", "conv", 3, 17, 20, (9, 7), (3, 3), padding=(1, 1))
 CASES = [
-    *((layer, precision, HOWS[precision][-1]) for layer in LAYERS for precision in ("bf16", "float32")),
-    *((ODD, precision, how) for precision, hows in HOWS.items() for how in hows),
+    *((layer, precision, ALGORITHMS[precision][-1]) for layer in LAYERS for precision in ("bf16", "float32")),
+    *((ODD, precision, algorithm) for precision, algorithms in ALGORITHMS.items() for algorithm in algorithms),
 ]
 # ReLU, pool, and a tap of the map in front of the pool.
 EPILOGUES = {"relu": (True, False, False), "pool": (False, True, False), "relu pool": (True, True, False),
              "pool tap": (False, True, True), "relu pool tap": (True, True, True)}  # fmt: skip
 
 
-def results(problem, operands, how, epilogue):
+def results(problem, operands, algorithm, epilogue):
     """Outputs, gradients (that by x goes through the mask of x, as if it were a ReLU's output), the pool's gradient."""
     x, weight, bias, dy = operands
     relu, pool, tap = EPILOGUES[epilogue]
     found, dpooled, argmax = {}, None, None
     if pool:
-        pooled, argmax, y = launch.forward_pool(x, weight, problem.window, how, Epilogue(bias, relu), None, tap)
+        pooled, argmax, y = launch.forward_pool(x, weight, problem.window, algorithm, Epilogue(bias, relu), None, tap)
         # Half of dy everywhere, but of its own values.
         dpooled = dy[:, :, 1::2, 1::2].flip(0).contiguous(memory_format=torch.channels_last)
         found = {"pooled": pooled, "argmax": argmax}
     else:
-        y = launch.forward(x, weight, problem.window, how, Epilogue(bias, relu))
+        y = launch.forward(x, weight, problem.window, algorithm, Epilogue(bias, relu))
     if tap or not pool:
         found["y"] = y
     of_map = dy if "y" in found else None, y if relu and "y" in found else None
     gradient = launch.epilogue_gradient(*of_map, dpooled, argmax, problem.y_size, 1.0, dy.dtype)
-    found["dx"] = launch.data_gradient(gradient, weight, problem.size, problem.window, how, Epilogue(relu_output=x))
-    found["dw"], found["db"] = launch.weight_gradient(gradient, x, problem.kernel, problem.window, True, how)
+    found["dx"] = launch.data_gradient(
+        gradient, weight, problem.size, problem.window, algorithm, Epilogue(relu_output=x)
+    )
+    found["dw"], found["db"] = launch.weight_gradient(gradient, x, problem.kernel, problem.window, True, algorithm)
     return found, dpooled
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(arch):
     with record(arch) as recording:
-        for (problem, precision, how), epilogue in itertools.product(CASES, EPILOGUES):
-            results(problem, problem.meta(PRECISIONS[precision]), how, epilogue)
+        for (problem, precision, algorithm), epilogue in itertools.product(CASES, EPILOGUES):
+            results(problem, problem.meta(PRECISIONS[precision]), algorithm, epilogue)
     compile_all(recording.launches)
 
 
@@ -85,14 +87,14 @@ def check(precision, actual, exact):
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize(
-    ("problem", "precision", "how"), CASES, ids=[f"{p.name} {t} {h} seed {problems.SEED}" for p, t, h in CASES]
+    ("problem", "precision", "algorithm"), CASES, ids=[f"{p.name} {t} {h} seed {problems.SEED}" for p, t, h in CASES]
 )
-def test_epilogue(problem, precision, how, epilogue, device):
+def test_epilogue(problem, precision, algorithm, epilogue, device):
     seed = problems.seed_of(problem.name, precision)
     operands = problem.operands(PRECISIONS[precision], "gaussian", seed, device)
     relu, pool, _ = EPILOGUES[epilogue]
     with poisoned():
-        actual, dpooled = results(problem, operands, how, epilogue)
+        actual, dpooled = results(problem, operands, algorithm, epilogue)
 
     exact_y = problems.exact_results(problem, operands)["y"]
     exact = {"y": exact_y.relu() if relu else exact_y}
@@ -123,8 +125,8 @@ def test_operator_differentiates_pool_and_map(tap, device):
     epilogue = "relu pool tap" if tap else "relu pool"
     expected, dpooled = results(ODD, operands, "signed-half", epilogue)
     inputs = [tensor.requires_grad_() for tensor in operands[:3]]
-    how = (ODD.window, True, tap, True, "triton", "signed-half")
-    pooled, argmax, y = op.hamilton_conv2d_pool(*inputs, None, None, *how)
+    options = (ODD.window, True, tap, True, "triton", "signed-half")
+    pooled, argmax, y = op.hamilton_conv2d_pool(*inputs, None, None, *options)
     assert torch.equal(argmax, expected["argmax"])
     outputs, gradients = ((pooled, y), (dpooled, operands.dy)) if tap else ((pooled,), (dpooled,))
     actual = torch.autograd.grad(outputs, inputs, gradients)
@@ -133,8 +135,11 @@ def test_operator_differentiates_pool_and_map(tap, device):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 0.3])
-@pytest.mark.parametrize(("precision", "how"), [(name, how) for name, hows in HOWS.items() for how in hows])
-def test_linear_relu_and_dropout(precision, how, dropout, device):
+@pytest.mark.parametrize(
+    ("precision", "algorithm"),
+    [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms],
+)
+def test_linear_relu_and_dropout(precision, algorithm, dropout, device):
     """Both have one mask; what a dropout leaves is multiplied, and so is the gradient."""
     problem, scale = VGG16[10], 1 / (1 - dropout)
     operands = problem.operands(PRECISIONS[precision], "gaussian", problems.seed_of(problem.name, precision), device)
@@ -142,13 +147,13 @@ def test_linear_relu_and_dropout(precision, how, dropout, device):
     window, seed = problem.window, torch.tensor([problems.SEED], device=device)
     dropped = (seed, scale) if dropout else (None, 1.0)
     with poisoned():
-        y = launch.forward(x, weight, window, how, Epilogue(bias, True, *dropped))
-        plain = launch.forward(x, weight, window, how, Epilogue(bias, True))
-        again = launch.forward(x, weight, window, how, Epilogue(bias, True, *dropped))
-        other = launch.forward(x, weight, window, how, Epilogue(bias, True, seed + 1, scale))
+        y = launch.forward(x, weight, window, algorithm, Epilogue(bias, True, *dropped))
+        plain = launch.forward(x, weight, window, algorithm, Epilogue(bias, True))
+        again = launch.forward(x, weight, window, algorithm, Epilogue(bias, True, *dropped))
+        other = launch.forward(x, weight, window, algorithm, Epilogue(bias, True, seed + 1, scale))
         gradient = launch.epilogue_gradient(dy, y, None, None, (1, 1), scale, dy.dtype)
-        dx = launch.data_gradient(gradient, weight, (1, 1), window, how)
-        dw, db = launch.weight_gradient(gradient, x, (1, 1), window, True, how)
+        dx = launch.data_gradient(gradient, weight, (1, 1), window, algorithm)
+        dw, db = launch.weight_gradient(gradient, x, (1, 1), window, True, algorithm)
     assert torch.equal(y, again)
     assert torch.equal(y, other) == (dropout == 0)
     share = ((y == 0) & (plain > 0)).sum() / (plain > 0).sum()

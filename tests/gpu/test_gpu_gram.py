@@ -44,11 +44,11 @@ def compiled(arch):
             a, b = (
                 torch.empty(3, *shape, dtype=dtype, device="meta").contiguous(memory_format=layout) for _ in range(2)
             )
-            how = (gram, centred, 1.0, True)
-            cosine, loss, *rest = launch.forward(a, b, None, False, *how, True)
-            launch.gradient(cosine, None, None, cosine, a, b, *rest, 0, False, *how)
+            algorithm = (gram, centred, 1.0, True)
+            cosine, loss, *rest = launch.forward(a, b, None, False, *algorithm, True)
+            launch.gradient(cosine, None, None, cosine, a, b, *rest, 0, False, *algorithm)
             if gram == "channel" and not centred and nhwc:
-                launch.gradient(None, loss, a, cosine, a, b, *rest, 0, False, *how)
+                launch.gradient(None, loss, a, cosine, a, b, *rest, 0, False, *algorithm)
     compile_all(recording.launches)
 
 

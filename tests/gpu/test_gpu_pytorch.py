@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed
 import torch.nn.functional as F
-from problems import HOWS, PRECISIONS, nhwc
+from problems import ALGORITHMS, PRECISIONS, nhwc
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -196,11 +196,14 @@ def test_activation_checkpointing(net, device):
     assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize(("precision", "how"), [(name, how) for name, hows in HOWS.items() for how in hows])
-def test_nan_reaches_the_outputs_that_read_it(precision, how, device):
+@pytest.mark.parametrize(
+    ("precision", "algorithm"),
+    [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms],
+)
+def test_nan_reaches_the_outputs_that_read_it(precision, algorithm, device):
     x, weight, bias = conv_operands(device, PRECISIONS[precision])
     x[1, 5, 4, 4] = float("nan")
-    with qkernels.set_form(how.partition("-")[0]), switched(precision):
+    with qkernels.set_form(algorithm.partition("-")[0]), switched(precision):
         y, pooled = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", pool=2, return_map=True)
     expected = F.max_pool2d(x[:, 5:6].isnan().float(), 3, stride=1, padding=1)
     assert torch.equal(y.isnan(), expected.bool().expand_as(y))
@@ -246,21 +249,21 @@ def test_more_than_2_to_the_31_elements(q, p, device):
         return torch.randn(shape, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
 
     x, dy = large(4 * q), large(4 * p)
-    window, how = (1, 1, 1, 1, 1, 1, 1), "signed-half"
+    window, algorithm = (1, 1, 1, 1, 1, 1, 1), "signed-half"
     assert max(x.numel(), dy.numel()) > 2**31
     weight = torch.randn(4, p, q, 3, 3, device=device, dtype=torch.bfloat16)
 
     def gradients(x, dy):
-        dx = launch.data_gradient(dy, weight, x.shape[2:], window, how)
-        return dx, launch.weight_gradient(dy, x, (3, 3), window, True, how, dtype=torch.float32)
+        dx = launch.data_gradient(dy, weight, x.shape[2:], window, algorithm)
+        return dx, launch.weight_gradient(dy, x, (3, 3), window, True, algorithm, dtype=torch.float32)
 
     def close(actual, expected, allowed):
         assert (actual.double() - expected.double()).norm() <= allowed * expected.double().norm()
 
     # What is compared was rounded twice, once here and once there.
     allowed = 2 * tolerance("y", "bf16")
-    y = launch.forward(x, weight, window, how)
-    close(y[-tail:], launch.forward(x[-tail:], weight, window, how), allowed)
+    y = launch.forward(x, weight, window, algorithm)
+    close(y[-tail:], launch.forward(x[-tail:], weight, window, algorithm), allowed)
     del y
     dx, sums = gradients(x, dy)
     close(dx[-tail:], gradients(x[-tail:], dy[-tail:])[0], allowed)

@@ -25,8 +25,8 @@ def compiled(arch):
     if TOOL is None:
         pytest.skip("compute-sanitizer is not installed")
     with record(arch) as recording:
-        for problem, how, precision in sanitized.RUNS:
-            sanitized.run(problem, problem.meta(problems.PRECISIONS[precision]), how)
+        for problem, algorithm, precision in sanitized.RUNS:
+            sanitized.run(problem, problem.meta(problems.PRECISIONS[precision]), algorithm)
     compile_all(recording.launches)
 
 

@@ -5,7 +5,7 @@ import itertools
 import problems
 import pytest
 import torch
-from problems import HOWS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned
+from problems import ALGORITHMS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned
 
 from bench.warm import compile_all
 from qkernels.runtime.recording import record
@@ -23,16 +23,16 @@ def combinations():
     for problem in VGG16 + REAL_MAPS + RHEMO:
         turn = next(turns)
         for precision in PRECISIONS:
-            hows = HOWS[precision]
-            chosen = hows if problem in VGG16 else (hows[turn % len(hows)],)
+            algorithms = ALGORITHMS[precision]
+            chosen = algorithms if problem in VGG16 else (algorithms[turn % len(algorithms)],)
             widths = (False, True) if problem in WIDENED and precision in ("bf16", "fp16") else (False,)
             yield problem, precision, next(distributions), list(itertools.product(chosen, widths))
         next(distributions)
     for n, problem in enumerate(RANDOM):
         for precision in ("bf16", "float32") if n % 2 else ("fp16", "tf32"):
             widened = precision in ("bf16", "fp16") and n % 4 > 1
-            how = HOWS[precision][n // 2 % len(HOWS[precision])]
-            yield problem, precision, next(distributions), [(how, widened)]
+            algorithm = ALGORITHMS[precision][n // 2 % len(ALGORITHMS[precision])]
+            yield problem, precision, next(distributions), [(algorithm, widened)]
         if n % 2:
             next(distributions)
 
@@ -43,18 +43,18 @@ COMBINATIONS = {
 }
 
 
-def results_of(problem, operands, how, widened):
+def results_of(problem, operands, algorithm, widened):
     if not widened:
-        return problems.kernel_results(problem, operands, how)
+        return problems.kernel_results(problem, operands, algorithm)
     wide = operands._replace(weight=operands.weight.float(), bias=operands.bias.float())
-    return problems.kernel_results(problem, wide, how, torch.float32)
+    return problems.kernel_results(problem, wide, algorithm, torch.float32)
 
 
 def launches(combinations, arch):
     with record(arch) as recording:
         for problem, precision, _, modes in combinations:
-            for how, widened in modes:
-                results_of(problem, problem.meta(PRECISIONS[precision]), how, widened)
+            for algorithm, widened in modes:
+                results_of(problem, problem.meta(PRECISIONS[precision]), algorithm, widened)
     return recording.launches
 
 
@@ -77,23 +77,27 @@ def test_error_against_float64(combination, device):
     operands = problem.operands(PRECISIONS[precision], distribution, seed, device)
     exact = problems.exact_results(problem, operands)
     found = []
-    for how, widened in modes:
+    for algorithm, widened in modes:
         with poisoned():
-            results = results_of(problem, operands, how, widened)
+            results = results_of(problem, operands, algorithm, widened)
         for name, actual in results.items():
             assert actual.dtype == (torch.float32 if widened else operands.x.dtype)
             allowed = problem.slack * tolerance(name, precision, widened)
             found += [
-                f"{name}, {how}, {actual.dtype}: {what}" for what in problems.violations(actual, exact[name], allowed)
+                f"{name}, {algorithm}, {actual.dtype}: {what}"
+                for what in problems.violations(actual, exact[name], allowed)
             ]
     assert not found, "\n".join([str(problem), *found])
 
 
-@pytest.mark.parametrize(("precision", "how"), [(name, how) for name, hows in HOWS.items() for how in hows])
+@pytest.mark.parametrize(
+    ("precision", "algorithm"),
+    [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms],
+)
 @pytest.mark.parametrize("problem", [VGG16[1], VGG16[4], VGG16[8], VGG16[10], RHEMO[0]], ids=lambda p: p.name)
-def test_two_runs_give_the_same_bits(problem, precision, how, device):
+def test_two_runs_give_the_same_bits(problem, precision, algorithm, device):
     operands = problem.operands(PRECISIONS[precision], "gaussian", problems.seed_of(problem.name), device)
-    first, second = (problems.kernel_results(problem, operands, how) for _ in range(2))
+    first, second = (problems.kernel_results(problem, operands, algorithm) for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
 

@@ -12,12 +12,12 @@ from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, NetworkConfig, RHEmoConfig, TrainingConfig
 from qat.data.rows import Rows
 from qat.data.spectrogram import word_offsets
-from qat.models import VGG16, RHEmo
+from qat.models import VGG16, RHEmo, SpeechClassifier
 from qat.models.layers import placed
 from qat.training import loop
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from qat.training.examples import Examples
-from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective
 from qat.training.profile import Profile
 from qat.training.steps import WARM, Steps, precision
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: Any) -> None:
     # Triton decides when a kernel is defined, so a process is one or the other.
     if os.environ.get("TRITON_INTERPRET") != "1":
         skip = pytest.mark.skip(reason="needs TRITON_INTERPRET=1: `make test` runs it")
@@ -20,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def switches():
+def switches() -> Any:
     """float32 is float32, whatever PyTorch's defaults; the switches as they were afterwards."""
     torch.manual_seed(0)
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
@@ -33,7 +34,7 @@ def switches():
 
 
 @pytest.fixture(autouse=True)
-def poison():
+def poison() -> Any:
     """Uninitialised memory is NaN (255 in bytes): an output that no program writes, or that is read before, shows."""
     saved = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -44,7 +45,7 @@ def poison():
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Addresses lie in one of a launch's tensors, no two programs write the same one, counters end at zero."""
     from interpreted import MemoryCheck
 
@@ -52,7 +53,7 @@ def memory(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def tiles(monkeypatch):
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Launch settings for the interpreter; `tiles.style` and `tiles.splits` can be set by a test."""
     from interpreted import Tiles
 

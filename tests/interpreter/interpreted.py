@@ -4,9 +4,11 @@ The interpreter runs one program after the other in NumPy, and a step of a kerne
 tiles made to measure.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -49,7 +51,7 @@ class Tiles:
         splits: programs that share one sum, or as many as have a step.
     """
 
-    def __init__(self, monkeypatch: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.style: str | Tile = "whole"
         self.splits = 1
         monkeypatch.setattr(config, "plan", self.plan)
@@ -96,7 +98,7 @@ class MemoryCheck:
         backwards: the last program comes first.
     """
 
-    def __init__(self, monkeypatch: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counted: list[str] = []
         self.backwards = False
         self.launches = 0
@@ -131,14 +133,14 @@ class MemoryCheck:
         size = interpreter.interpreter_builder.grid_dim
         self._place(*(n - 1 - i for n, i in zip(size, index, strict=True)) if self.backwards else index)
 
-    def patch(self, function: Any) -> Any:
+    def patch(self, function: Callable[..., Any]) -> Any:
         languages = tuple(name for name, value in function.__globals__.items() if value in (tl, tl.core))
         if languages in self.patched:
             return None
         self.patched.add(languages)
         return self._patch(function)
 
-    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> np.ndarray:
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> Any:
         self._check("reads", pointers[mask], np.dtype(dtype).itemsize)
         return self._load(pointers, mask, other, dtype)
 
@@ -147,7 +149,9 @@ class MemoryCheck:
         self.written.append(pointers[mask].ravel())
         return self._store(pointers, value, mask)
 
-    def atomic_rmw(self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any) -> np.ndarray:
+    def atomic_rmw(
+        self, op: Callable[..., Any], pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any
+    ) -> Any:
         assert value.dtype.kind == "i", f"{self.kernel} adds {value.dtype} in any order"
         self._check("counts", pointers[mask], value.itemsize)
         self.counted.append(self.kernel)
@@ -210,6 +214,6 @@ def cut(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.view(torch.int32) & -0x10000).view(torch.float32).to(dtype) if dtype == torch.bfloat16 else x.to(dtype)
 
 
-def multiplied(x: torch.Tensor, how: str) -> torch.Tensor:
+def multiplied(x: torch.Tensor, algorithm: str) -> torch.Tensor:
     """An operand as the products take it, in float64."""
-    return to_tf32(x) if how.endswith("tf32") else x.double()
+    return to_tf32(x) if algorithm.endswith("tf32") else x.double()

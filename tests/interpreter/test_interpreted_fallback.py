@@ -1,5 +1,7 @@
 """One of an operator's kernels cannot be built: what plain PyTorch leaves serves the others, and the reverse."""
 
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -22,27 +24,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:Triton .* cannot build:RuntimeWa
 class Failing:
     """In place of a kernel: it is too large for the GPU."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel: Any) -> None:
         self.fn, self.__name__ = kernel.fn, kernel.__name__
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: Any) -> None:
         raise triton.OutOfResources(300_000, 232_448, "shared memory")
 
 
 @pytest.fixture
-def fail(monkeypatch):
+def fail(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Takes a kernel away."""
     monkeypatch.setattr(_launch, "_failed", {})
     monkeypatch.setattr(_library, "_warned", set())
 
-    def fail(module, name):
+    def fail(module: Any, name: str) -> None:
         monkeypatch.setattr(module, name, Failing(getattr(module, name)))
 
     return fail
 
 
 @pytest.fixture
-def blocks_of_16(monkeypatch):
+def blocks_of_16(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(config, "BLOCK", dict.fromkeys(config.BLOCK, 16))
     monkeypatch.setattr(config, "_forward_tile", lambda block, *_: Tile(block, block, 16, 0, 4, 1))
     monkeypatch.setattr(config, "_backward_tile", lambda n, *_: Tile(16, n, 32, 16, 4, 1))
@@ -63,7 +65,9 @@ GRAM = {
 
 @pytest.mark.parametrize("missing", ["forward", "backward"])
 @pytest.mark.parametrize(("shape", "scale", "packed", "forward"), GRAM.values(), ids=GRAM)
-def test_gram_cosine(shape, scale, packed, forward, missing, fail, blocks_of_16):
+def test_gram_cosine(
+    shape: tuple[int, ...], scale: Any, packed: Any, forward: Any, missing: str, fail: Any, blocks_of_16: Any
+) -> None:
     fail(gram_kernels, forward if missing == "forward" else "_gram_backward_kernel")
     a, b = (scale * (torch.rand(shape) + 0.1) for _ in range(2))
     a, b = a.requires_grad_(), b.requires_grad_(not packed)
@@ -84,7 +88,9 @@ def test_gram_cosine(shape, scale, packed, forward, missing, fail, blocks_of_16)
 @pytest.mark.parametrize("scale", [1.0, 3e-4])
 @pytest.mark.parametrize("missing", ["_folded_rows_kernel", "_folded_gradient_kernel"])
 @pytest.mark.parametrize("shape", [(3, 30, 4, 4), (2, 37, 4, 5)], ids=str)
-def test_folded_rowwise(shape, missing, scale, dtype, fail):
+def test_folded_rowwise(
+    shape: tuple[int, int, int, int], missing: str, scale: float, dtype: torch.dtype, fail: Any
+) -> None:
     fail(folded_kernels, missing)
     a, b = ((scale * (torch.randn(shape).relu() + 0.01)).to(dtype).requires_grad_() for _ in range(2))
     with qkernels.set_backend("reference"):

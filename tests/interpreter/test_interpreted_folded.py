@@ -1,5 +1,7 @@
 """The kernels of the released code's loss in the interpreter, against its materialised definition in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from interpreted import DTYPES, assert_accurate
@@ -20,23 +22,23 @@ BETA = 32.0
 
 
 @pytest.fixture(autouse=True)
-def triton_backend():
+def triton_backend() -> Any:
     with qkernels.set_backend("triton"):
         yield
 
 
-def features(shape, dtype=torch.float32):
+def features(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Any:
     return [torch.randn(shape).relu().add(0.01).to(dtype) for _ in range(2)]
 
 
-def run(inputs, clamp="each", beta=BETA):
+def run(inputs: Any, clamp: str = "each", beta: Any = BETA) -> Any:
     """The loss and its gradients by both operands."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     loss = anti_transfer_loss(*inputs, beta=beta, loss=FoldedRowwise(clamp))
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def check(inputs, clamp="each", tolerance=None):
+def check(inputs: Any, clamp: str = "each", tolerance: Any = None) -> None:
     with qkernels.set_backend("reference"):
         exact = run([x.double() for x in inputs], clamp)
     loss, *gradients = run(inputs, clamp)
@@ -48,7 +50,7 @@ def check(inputs, clamp="each", tolerance=None):
 
 @all_shapes
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_value_and_gradients(shape, dtype, memory):
+def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, memory: Any) -> None:
     check(features(shape, dtype))
     # The forward's four, and three for each gradient.
     assert memory.launches == 4 + 3 + 3
@@ -57,7 +59,7 @@ def test_value_and_gradients(shape, dtype, memory):
 @all_clamps
 # All norms free, some of them clamped, all of them.
 @pytest.mark.parametrize("scale", [1.0, 3e-4, 1e-5])
-def test_clamps(clamp, scale):
+def test_clamps(clamp: str, scale: float) -> None:
     shape = SHAPES["one"]
     spread = torch.logspace(-1.5, 1.5, shape[1]).view(1, -1, 1, 1)
     trained, frozen = features(shape)
@@ -66,7 +68,7 @@ def test_clamps(clamp, scale):
 
 @all_clamps
 @pytest.mark.parametrize("scales", [(1e-3, 1e-3), (1e-15, 1e-3), (1e10, 1e10), (1e15, 1e-15)], ids=str)
-def test_features_of_any_size(clamp, scales):
+def test_features_of_any_size(clamp: str, scales: tuple[float, float]) -> None:
     inputs = [x * scale for x, scale in zip(features(SHAPES["two"]), scales, strict=True)]
     with qkernels.set_backend("reference"):
         exact = run([x.double() for x in inputs], clamp)
@@ -87,7 +89,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_any_layout_is_read_in_place(view, monkeypatch):
+def test_any_layout_is_read_in_place(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = features(SHAPES["two"])
     expected = run(inputs)
     # Each operand in a layout of its own.
@@ -97,14 +99,14 @@ def test_any_layout_is_read_in_place(view, monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(run(moved), expected, strict=True))
 
 
-def test_what_no_two_strides_reach_is_copied():
+def test_what_no_two_strides_reach_is_copied() -> None:
     inputs = features((2, 20, 2, 3, 2))
     expected = run(inputs)
     moved = [x.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2) for x in inputs]
     assert all(torch.equal(*pair) for pair in zip(run(moved), expected, strict=True))
 
 
-def test_64_bit_offsets_give_the_same(monkeypatch):
+def test_64_bit_offsets_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = features(SHAPES["two"])
     expected = run(inputs)
     monkeypatch.setattr(launch, "_last", lambda _: 2**31)
@@ -112,7 +114,7 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
 
 
 @all_clamps
-def test_dead_channels(clamp):
+def test_dead_channels(clamp: str) -> None:
     inputs = features(SHAPES["one"])
     inputs[0][0, 1], inputs[1][1, 2], inputs[0][1, 0], inputs[1][1, 0] = 0, 0, 0, 0
     check(inputs, clamp)
@@ -123,14 +125,14 @@ def test_dead_channels(clamp):
 @all_clamps
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_nan_is_not_silenced(clamp, bad):
+def test_nan_is_not_silenced(clamp: str, bad: Any) -> None:
     a, b = features(SHAPES["one"])
     a[0, 1, 1] = bad
     for inputs in ((a, b), (b, a), (a, torch.zeros_like(b))):
         assert all(x.isnan().any() for x in run(inputs, clamp))
 
 
-def test_frozen_features_cost_no_launch(memory):
+def test_frozen_features_cost_no_launch(memory: Any) -> None:
     trained, frozen = features(SHAPES["one"])
     expected = run((trained, frozen))
     trained.requires_grad_()
@@ -141,14 +143,14 @@ def test_frozen_features_cost_no_launch(memory):
     assert torch.equal(run((trained, frozen))[1], expected[1])
 
 
-def test_more_rows_than_the_splits_have_steps(monkeypatch):
+def test_more_rows_than_the_splits_have_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "MOST_SPLITS", 4)
     assert config.splits_of(111) == 4
     check(features((3, 37, 4, 4)))
 
 
 @all_clamps
-def test_opcheck(clamp):
+def test_opcheck(clamp: str) -> None:
     a, b = (x.requires_grad_() for x in features(SHAPES["two"]))
     torch.library.opcheck(torch.ops.qkernels.folded_rowwise, (a, b, clamp, 0.5, "triton"))
     a, b = a.detach(), b.detach()
@@ -166,7 +168,7 @@ def test_opcheck(clamp):
         ((3, 16, 4, 4), (torch.float64,) * 2, "compute float32, float16 and bfloat16"),
     ],
 )
-def test_what_the_kernels_do_not_compute(shape, types, message):
+def test_what_the_kernels_do_not_compute(shape: tuple[int, int, int, int], types: Any, message: str) -> None:
     trained, frozen = (torch.ones(shape, dtype=dtype) for dtype in types)
     with pytest.raises(ValueError, match=message):
         anti_transfer_loss(trained, frozen, loss="folded-rowwise")

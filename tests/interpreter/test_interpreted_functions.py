@@ -1,11 +1,13 @@
 """The public functions on the Triton backend: autograd, layouts, autocast, compilation, all against the reference."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
-from interpreted import FORMS, OF_ONE_ELEMENT, TOLERANCE, assert_accurate, cut
+from interpreted import FORMS, OF_ONE_ELEMENT, TOLERANCE, Tiles, assert_accurate, cut
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
@@ -23,7 +25,7 @@ FEW = 4 * OF_ONE_ELEMENT * TOLERANCE[torch.float32]  # of one element: atol and 
 
 
 @pytest.fixture(autouse=True)
-def backend(memory):
+def backend(memory: Any) -> Any:
     """The Triton backend; a test that launched no kernel tests nothing."""
     with qkernels.set_backend("triton"):
         yield
@@ -33,33 +35,33 @@ def backend(memory):
 all_forms = pytest.mark.parametrize("form", FORMS)
 
 
-def operands(case, dtype=torch.float32, requires_grad=False):
+def operands(case: Any, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Any:
     batch, q, p, height, width, kernel, *_, groups = case
     shapes = (batch, 4 * q, height, width), (4, p, q // groups, *kernel), (4 * p,)
     return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
 
 
-def reference(function, *args, **kwargs):
+def reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with qkernels.set_backend("reference"):
         return function(*args, **kwargs)
 
 
-def exactly(tensors):
+def exactly(tensors: Any) -> Any:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-def close(actual, exact):
+def close(actual: Any, exact: Any) -> None:
     for value, truth in zip(actual, exact, strict=True):
         torch.testing.assert_close(value.double(), truth.double(), rtol=FEW, atol=FEW)
 
 
-def as_tuple(value):
+def as_tuple(value: Any) -> Any:
     return value if isinstance(value, tuple) else (value,)
 
 
 @all_forms
 @pytest.mark.parametrize(("activation", "pool", "tap"), EPILOGUES)
-def test_convolution_equals_the_reference(form, activation, pool, tap):
+def test_convolution_equals_the_reference(form: str, activation: Any, pool: Any, tap: Any) -> None:
     """Values and all gradients; which case goes with which epilogue is rotated."""
     index = EPILOGUES.index((activation, pool, tap)) + FORMS.index(form)
     case = list(CASES.values())[index % len(CASES)]
@@ -83,12 +85,12 @@ DECODER = [((2, 1), (1, 0)), ((2, 1), (1, 0)), ((2, 2), (1, 1))]
 
 
 @all_forms
-def test_decoder_of_rh_emo(form):
+def test_decoder_of_rh_emo(form: str) -> None:
     """Its three transposed convolutions in a row, of one quaternion channel each."""
     x = torch.randn(2, 4, 2, 3, requires_grad=True)
     layers = [(torch.randn(4, 1, 1, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)) for _ in DECODER]
 
-    def decode(x, layers):
+    def decode(x: torch.Tensor, layers: Any) -> Any:
         for (weight, bias), (stride, output_padding) in zip(layers, DECODER, strict=True):
             x = hamilton_conv_transpose2d(x, weight, bias, stride, 1, output_padding).tanh()
         return x
@@ -105,7 +107,7 @@ def test_decoder_of_rh_emo(form):
     close(gradients, torch.autograd.grad(expected.sum(), exact))
 
 
-def test_transposed_groups_and_unequal_window():
+def test_transposed_groups_and_unequal_window() -> None:
     x, weight, bias = torch.randn(2, 16, 3, 2), torch.randn(4, 4, 1, 2, 3), torch.randn(8)
     arguments = ((2, 3), (0, 1), (1, 0), 2, (1, 2))
     tensors = [t.requires_grad_() for t in (x, weight, bias)]
@@ -120,7 +122,7 @@ def test_transposed_groups_and_unequal_window():
 @all_forms
 @pytest.mark.parametrize("leading", [(), (5,), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_linear_equals_the_reference(form, leading, activation):
+def test_linear_equals_the_reference(form: str, leading: Any, activation: str | None) -> None:
     tensors = [torch.randn(*leading, 12), torch.randn(4, 5, 3), torch.randn(20)]
     exact = exactly(tensors)
     tensors = [t.requires_grad_() for t in tensors]
@@ -134,7 +136,7 @@ def test_linear_equals_the_reference(form, leading, activation):
     close(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, exact, dy.double()))
 
 
-def test_ties_at_zero_are_torchs():
+def test_ties_at_zero_are_torchs() -> None:
     """A ReLU at exactly 0 passes no gradient, a pool gives all of it to the first of equal pixels."""
     # Windows: equal positives; zeros only; the maximum last; negatives only.
     x = torch.zeros(1, 4, 2, 8)
@@ -154,7 +156,7 @@ def test_ties_at_zero_are_torchs():
                 assert torch.equal(value, truth)
 
 
-def test_nan_reaches_what_it_would_in_torch():
+def test_nan_reaches_what_it_would_in_torch() -> None:
     """Through the convolution, a ReLU and a pool; where there is none, nothing is NaN."""
     x, weight, bias = operands(CASE)
     x[1, 0, 2, 1] = float("nan")
@@ -171,11 +173,11 @@ def test_nan_reaches_what_it_would_in_torch():
 class Calls(TorchDispatchMode):
     """The names of this package's operators, in the order of their calls."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.names = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "qkernels":
             self.names.append(func._schema.name.rpartition("hamilton_")[2].removeprefix("conv2d_"))
         return func(*args, **(kwargs or {}))
@@ -183,8 +185,8 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3))[:-1])
 @pytest.mark.parametrize("name", ["conv", "pool", "linear"])
-def test_frozen_operands_cost_nothing_and_change_nothing(needed, name):
-    def function(*tensors):
+def test_frozen_operands_cost_nothing_and_change_nothing(needed: Any, name: str) -> None:
+    def function(*tensors: Any) -> Any:
         if name == "linear":
             return (hamilton_linear(*tensors, activation="relu"),)
         tap = name == "pool"
@@ -212,7 +214,7 @@ def test_frozen_operands_cost_nothing_and_change_nothing(needed, name):
 
 
 @pytest.mark.parametrize("relu", [True, False])
-def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
+def test_gradient_of_the_tap_of_the_pool_or_of_both(relu: bool) -> None:
     options = {"activation": "relu" if relu else None, "pool": 2, "return_map": True}
     tensors = operands(CASES["grouped"], requires_grad=True)
     exact = exactly(tensors)
@@ -234,10 +236,10 @@ def test_gradient_of_the_tap_of_the_pool_or_of_both(relu):
 @pytest.mark.parametrize(
     "options", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2, "return_map": True}], ids=str
 )
-def test_expanded_and_strided_gradients(options):
+def test_expanded_and_strided_gradients(options: Any) -> None:
     tensors = operands(CASE, requires_grad=True)
 
-    def gradients(dy):
+    def gradients(dy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         outputs = as_tuple(hamilton_conv2d(*tensors, *CASE[6:], **options))
         return torch.autograd.grad(outputs, tensors, [dy(y) for y in outputs])
 
@@ -253,7 +255,7 @@ def test_expanded_and_strided_gradients(options):
     close(torch.autograd.grad(sum(t.sum() for t in y), tensors), expected)
 
 
-def test_expanded_and_strided_gradients_of_the_linear_map():
+def test_expanded_and_strided_gradients_of_the_linear_map() -> None:
     tensors = [torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)]
     tensors = [t.requires_grad_() for t in tensors]
     y = hamilton_linear(*tensors, activation="relu")
@@ -264,7 +266,7 @@ def test_expanded_and_strided_gradients_of_the_linear_map():
 
 @all_forms
 @pytest.mark.parametrize("kernel", [(2, 2), (1, 1)])
-def test_operands_of_any_stride_are_left_alone(form, kernel):
+def test_operands_of_any_stride_are_left_alone(form: str, kernel: tuple[int, int]) -> None:
     x, weight, bias = operands((*CASE[:5], kernel, *CASE[6:]))
     strided_x = (
         x.to(memory_format=torch.channels_last),
@@ -295,7 +297,7 @@ def test_operands_of_any_stride_are_left_alone(form, kernel):
                 assert torch.equal(tensor, value)
 
 
-def test_linear_operands_of_any_stride():
+def test_linear_operands_of_any_stride() -> None:
     x, weight, bias = torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12)
     expected = hamilton_linear(x, weight, bias)
     for strided in (x.t().contiguous().t(), x.repeat(1, 2)[:, :8], x.repeat_interleave(2, 1)[:, ::2]):
@@ -304,11 +306,11 @@ def test_linear_operands_of_any_stride():
     assert torch.equal(expanded, expected[:1].expand(3, 12))
 
 
-def test_empty_batch(memory, monkeypatch):
+def test_empty_batch(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no pixel: nothing is launched but for the weights. The gradients of weight and bias are zeros."""
     run, launched = memory._run, []
 
-    def spy(kernel, grid, *rest):
+    def spy(kernel: Any, grid: Any, *rest: Any) -> None:
         launched.extend([kernel.fn.__name__] if 0 not in grid else [])
         run(kernel, grid, *rest)
 
@@ -330,7 +332,7 @@ def test_empty_batch(memory, monkeypatch):
     assert set(launched) == {"_hamilton_pack_kernel"}
 
 
-def second_order(function, tensors):
+def second_order(function: Callable[..., Any], tensors: Any) -> Any:
     """Gradients of a scalar made of the gradients, by everything."""
     y = function(*tensors)
     torch.manual_seed(1)
@@ -341,7 +343,7 @@ def second_order(function, tensors):
 
 
 @pytest.mark.parametrize("name", ["conv", "transposed", "linear"])
-def test_second_derivatives_equal_the_reference(name):
+def test_second_derivatives_equal_the_reference(name: str) -> None:
     window = CASES["strided"][6:]
     function, tensors = {
         "conv": (lambda *t: hamilton_conv2d(*t, *window), operands(CASES["strided"])),
@@ -375,14 +377,16 @@ FUSED = {
 
 
 @pytest.mark.parametrize("function", FUSED.values(), ids=FUSED)
-def test_second_derivative_behind_an_epilogue_says_where_it_is(function):
+def test_second_derivative_behind_an_epilogue_says_where_it_is(function: Callable[..., Any]) -> None:
     x = torch.randn(1, 8, 2, 2, requires_grad=True)
     (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"no second derivative behind.*set_backend\('reference'\)"):
         gradient.square().sum().backward()
 
 
-def chain(x, layers, linked, dropout=0.0, flatten=True, packed=(None,) * 5):
+def chain(
+    x: torch.Tensor, layers: Any, linked: Any, dropout: float = 0.0, flatten: bool = True, packed: Any = (None,) * 5
+) -> Any:
     """Three convolutions, the last of them pooled, and two linear maps; where `linked` each mask is applied once."""
     last, nothing = {"mask_gradient": False}, {}
     first, inner, end = (last, {"x_is_relu": True, **last}, {"x_is_relu": True}) if linked else (nothing,) * 3
@@ -395,7 +399,7 @@ def chain(x, layers, linked, dropout=0.0, flatten=True, packed=(None,) * 5):
     return hamilton_linear(x, *e, packed=packed[4], **end)
 
 
-def chained(dtype=torch.float32):
+def chained(dtype: torch.dtype = torch.float32) -> Any:
     """Operands of `chain`: maps of 4 x 5, 5 x 6, 4 x 6 and 2 x 2 pixels."""
     shapes = ((4, 3, 1, 2, 2), (4, 2, 3, 2, 1), (4, 2, 2, 1, 2), (4, 3, 8), (4, 2, 3))
     layers = [[torch.randn(shape), torch.randn(4 * shape[1]).abs()] for shape in shapes]
@@ -403,7 +407,7 @@ def chained(dtype=torch.float32):
     return torch.randn(2, 4, 4, 5).to(dtype).requires_grad_(), layers
 
 
-def packed_of(x, layers, flatten=True):
+def packed_of(x: torch.Tensor, layers: Any, flatten: bool = True) -> Any:
     weights = [layer[0] for layer in layers]
     weights[3] = weights[3].unflatten(2, (-1, 2, 2)) if flatten else weights[3]
     names = ["hamilton_conv2d"] * 3 + ["hamilton_linear"] * 2
@@ -411,12 +415,12 @@ def packed_of(x, layers, flatten=True):
 
 
 @pytest.mark.parametrize(("form", "dtype"), [(f, torch.float32) for f in FORMS] + [("auto", torch.bfloat16)])
-def test_a_chain_of_layers_is_the_plain_one_bit_for_bit(form, dtype):
+def test_a_chain_of_layers_is_the_plain_one_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     """With its masks at the gradients by the ReLUs' outputs, where they are free, and weights packed in one launch."""
     x, layers = chained(dtype)
     leaves = [x, *itertools.chain(*layers)]
 
-    def run(**options):
+    def run(**options: Any) -> Any:
         with qkernels.set_form(form), Calls() as calls:
             y = chain(x, layers, **options)
             gradients = torch.autograd.grad(y.square().sum(), leaves)
@@ -439,7 +443,7 @@ def test_a_chain_of_layers_is_the_plain_one_bit_for_bit(form, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_flattened_maps(dtype):
+def test_flattened_maps(dtype: torch.dtype) -> None:
     """Maps as they are, and torch.flatten's copy: of either layout, gradients as the maps."""
     weight, bias = torch.randn(4, 3, 12).to(dtype).requires_grad_(), torch.randn(12).to(dtype).requires_grad_()
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -455,18 +459,18 @@ def test_flattened_maps(dtype):
         assert runs[0][1].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_packed_is_refused_where_it_does_not_fit():
+def test_packed_is_refused_where_it_does_not_fit() -> None:
     """Of another size, type, form or precision; plain PyTorch needs none, and ignores it."""
     x, layers = chained()
     packed = packed_of(x, layers)
     (weight, bias), _, (other, _), *_ = layers
-    assert [p.how for p in packed] == ["signed-ieee"] * 5
+    assert [p.algorithm for p in packed] == ["signed-ieee"] * 5
     assert packed[0].tiles.shape == (2 * weight.numel(),)
     message = "packed must be of this weight, for torch.float32 and 'signed-ieee'; got"
     with pytest.raises(ValueError, match=f"{message} {2 * other.numel()} elements for torch.float32 and 'signed-ieee'"):
         hamilton_conv2d(x, weight, bias, packed=packed[2])
     for unlike in (
-        packed[0]._replace(how="q8-ieee"),
+        packed[0]._replace(algorithm="q8-ieee"),
         packed[0]._replace(tiles=packed[0].tiles.half()),
     ):
         with pytest.raises(ValueError, match=message):
@@ -485,18 +489,22 @@ def test_packed_is_refused_where_it_does_not_fit():
     assert pack_weights([], x) == []
 
 
-def test_weights_are_packed_for_the_type_of_the_maps():
+def test_weights_are_packed_for_the_type_of_the_maps() -> None:
     """Under autocast as without it; half as many bytes, each weight in its own form, its own counters."""
     x, weights = torch.randn(1, 4, 3, 3), [("hamilton_conv2d", torch.randn(4, 2, 1, 1, 1))] * 2
     with torch.autocast("cpu", torch.float16):
         packed = pack_weights(weights, x)
         y = hamilton_conv2d(x, weights[0][1], packed=packed[1])
         assert torch.equal(y, hamilton_conv2d(x, weights[0][1]))
-    assert [(p.tiles.dtype, p.how) for p in packed] == [(torch.float16, "signed-half")] * 2
+    assert [(p.tiles.dtype, p.algorithm) for p in packed] == [(torch.float16, "signed-half")] * 2
     assert packed[0].tickets.data_ptr() != packed[1].tickets.data_ptr()
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     kinds = pack_weights([weights[0], ("hamilton_linear", torch.randn(4, 2, 1)), weights[0]], x)
-    assert [(p.tiles.numel(), p.how) for p in kinds] == [(16, "signed-ieee"), (32, "signed-tf32"), (16, "signed-ieee")]
+    assert [(p.tiles.numel(), p.algorithm) for p in kinds] == [
+        (16, "signed-ieee"),
+        (32, "signed-tf32"),
+        (16, "signed-ieee"),
+    ]
     assert torch.equal(kinds[2].tiles, kinds[0].tiles)
 
 
@@ -504,12 +512,12 @@ RATE = 0.4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout(dtype):
+def test_dropout(dtype: torch.dtype) -> None:
     """Seeded by PyTorch's generator, other elements every time; the gradient goes where values went."""
     x, weight, bias = (t.to(dtype) for t in (torch.randn(64, 8), torch.randn(4, 10, 2), torch.randn(40)))
     tensors = [t.requires_grad_() for t in (x, weight, bias)]
 
-    def run(**options):
+    def run(**options: Any) -> Any:
         torch.manual_seed(3)
         return hamilton_linear(*tensors, activation="relu", **options)
 
@@ -529,7 +537,7 @@ def test_dropout(dtype):
         assert_accurate(value, expected, tolerance)
 
 
-def test_dropout_in_a_chain():
+def test_dropout_in_a_chain() -> None:
     """Left to the next layer, the mask is that of what the dropout kept; the scale stays with the layer."""
     x, layers = chained()
     leaves, runs = [x, *itertools.chain(*layers)], []
@@ -543,7 +551,7 @@ def test_dropout_in_a_chain():
         assert torch.equal(packed, linked)
 
 
-def test_dropout_that_is_not_fused():
+def test_dropout_that_is_not_fused() -> None:
     """Without a ReLU, which alone tells what was dropped, and of everything."""
     x, weight, bias = torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12).requires_grad_()
     y, plain = hamilton_linear(x, weight, bias, dropout=RATE), hamilton_linear(x, weight, bias)
@@ -560,7 +568,7 @@ def test_dropout_that_is_not_fused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_type_of_a_linear_map(dtype):
+def test_type_of_a_linear_map(dtype: torch.dtype) -> None:
     """What a head of few outputs wants of half maps, without a kernel that only casts."""
     tensors = [t.to(dtype).requires_grad_() for t in (torch.randn(3, 8), torch.randn(4, 3, 2), torch.randn(12))]
     y = hamilton_linear(*tensors, dtype=torch.float32)
@@ -583,7 +591,7 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize(("options", "allowed"), IN_PLACE.values(), ids=IN_PLACE)
-def test_in_place_successors(options, allowed):
+def test_in_place_successors(options: Any, allowed: Any) -> None:
     """What the backward reads must not change: PyTorch says so; the rest may."""
     tensors = operands(CASE, requires_grad=True)
     expected = torch.autograd.grad((2 * hamilton_conv2d(*tensors, **options)).sum(), tensors)
@@ -597,10 +605,10 @@ def test_in_place_successors(options, allowed):
 
 
 @pytest.mark.parametrize("options", [{"activation": "relu"}, {"activation": "relu", "pool": 2}], ids=str)
-def test_checkpointing_changes_nothing(options):
+def test_checkpointing_changes_nothing(options: Any) -> None:
     tensors = operands(CASE, requires_grad=True)
 
-    def function(*tensors):
+    def function(*tensors: Any) -> Any:
         return hamilton_conv2d(*tensors, **options)
 
     plain = torch.autograd.grad(function(*tensors).square().sum(), tensors)
@@ -610,7 +618,7 @@ def test_checkpointing_changes_nothing(options):
 
 
 @pytest.mark.parametrize("name", ["conv", "pool", "transposed", "linear"])
-def test_autocast_casts_maps_and_leaves_parameters(name):
+def test_autocast_casts_maps_and_leaves_parameters(name: str) -> None:
     """Gradients of parameters come in their own type, float32, without ever being rounded to the maps'."""
     function, tensors = {
         "conv": (lambda *t: hamilton_conv2d(*t, activation="relu"), operands(CASE)),
@@ -647,7 +655,7 @@ WINDOW = [2, 1, 1, 0, 1, 1, 1]
 HOW = ("triton", "signed-ieee")
 
 
-def samples():
+def samples() -> Any:
     """Arguments of each operator, with every kind of epilogue."""
     x, weight, bias = operands((2, 1, 2, 4, 3, (2, 1), None, None, None, 1), requires_grad=True)
     packed = OPS.hamilton_pack([weight.detach()], HOW[1], x.dtype, HOW[0])
@@ -678,24 +686,24 @@ def samples():
     yield "conv2d_dw", (dy, x, None, [2, 1], WINDOW, False, 1.5, torch.float16, *HOW)
 
 
-def opcheck(*checks):
+def opcheck(*checks: Any) -> None:
     for name, arguments in samples():
         torch.library.opcheck(getattr(OPS, f"hamilton_{name}"), arguments, test_utils=checks)
 
 
-def test_opcheck():
+def test_opcheck() -> None:
     opcheck("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @pytest.mark.slow
-def test_opcheck_of_compilation():
+def test_opcheck_of_compilation() -> None:
     opcheck("test_aot_dispatch_dynamic")
 
 
-def test_layout_is_the_fakes():
+def test_layout_is_the_fakes() -> None:
     """Compiled code believes the fake: sizes, types and strides, channels_last or not."""
 
-    def on_meta(value):
+    def on_meta(value: Any) -> Any:
         if isinstance(value, list):
             return [on_meta(part) for part in value]
         return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
@@ -708,18 +716,18 @@ def test_layout_is_the_fakes():
 
 
 class Net(torch.nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = qkernels.nn.QuaternionConv2d(4, 8, (1, 2), padding=1, activation="relu", pool=2)
         self.up = qkernels.nn.QuaternionConvTranspose2d(8, 4, (2, 1), (2, 1))
         self.linear = qkernels.nn.QuaternionLinear(4, 8, activation="relu")
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.linear(self.up(self.conv(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(dynamic):
+def test_compiles_to_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
     net = Net()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -734,11 +742,11 @@ def test_compiles_to_one_graph(dynamic):
     assert counter.frame_count == 1
 
 
-def test_tap_compiles_to_one_graph():
+def test_tap_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     x, weight, bias = operands(CASE, requires_grad=True)
 
-    def function(x, weight, bias):
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         return hamilton_conv2d(x, weight, bias, activation="relu", pool=2, return_map=True)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -750,13 +758,13 @@ def test_tap_compiles_to_one_graph():
     close(torch.autograd.grad(outputs, (x, weight, bias), dys), torch.autograd.grad(expected, (x, weight, bias), dys))
 
 
-def test_chain_compiles_to_one_graph():
+def test_chain_compiles_to_one_graph() -> None:
     """With its weights packed inside of it, and a dropout, whose seed PyTorch draws."""
     torch._dynamo.reset()
     x, layers = chained()
     leaves = [x, *itertools.chain(*layers)]
 
-    def function(x, layers):
+    def function(x: torch.Tensor, layers: Any) -> Any:
         return chain(x, layers, True, RATE, packed=packed_of(x, layers))
 
     compiled, runs = torch.compile(function, fullgraph=True, backend="aot_eager"), []
@@ -767,7 +775,7 @@ def test_chain_compiles_to_one_graph():
     close(*runs)
 
 
-def test_uninitialised_memory_is_poisoned():
+def test_uninitialised_memory_is_poisoned() -> None:
     """What the fixture `poison` promises of the two ways in which the launchers allocate."""
     like = hamilton_linear(torch.ones(1, 4), torch.ones(4, 1, 1))
     assert torch.empty(3).isnan().all()
@@ -777,7 +785,7 @@ def test_uninitialised_memory_is_poisoned():
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_two_runs_are_bitwise_equal(splits, tiles):
+def test_two_runs_are_bitwise_equal(splits: int, tiles: Tiles) -> None:
     tiles.splits = splits
     runs = []
     for _ in range(2):
@@ -789,7 +797,7 @@ def test_two_runs_are_bitwise_equal(splits, tiles):
         assert torch.equal(first, second)
 
 
-def test_settings_of_the_backend(memory):
+def test_settings_of_the_backend(memory: Any) -> None:
     """What an explicit request computes, and that nobody is sent into the interpreter unasked."""
     x, weight, _ = operands(CASE)
     hamilton_linear(torch.ones(1, 4), torch.ones(4, 1, 1))

@@ -1,6 +1,7 @@
 """The Gram cosine's kernels in the interpreter, against materialised Gram matrices in float64."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ SHAPES = {
 QUICK = ("stored, pairs, splits", "direct", "dual, blocks")
 
 
-def quick(names, *others):
+def quick(names: Any, *others: Any) -> Any:
     """All shapes; those that are not among these names, or with another value, only when slow."""
     for name, shape in SHAPES.items():
         for values in itertools.product(*others):
@@ -40,7 +41,7 @@ def quick(names, *others):
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch):
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Small tiles, and fewer rows in memory; a program's rows of a matrix are on chip as a whole."""
     monkeypatch.setattr(config, "BLOCK", dict.fromkeys(config.BLOCK, 16))
     # Parts that do not share steps and chunks evenly.
@@ -55,13 +56,17 @@ def kernels(monkeypatch):
 
 
 @pytest.fixture
-def chunked(monkeypatch):
+def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program has room for its rows of a whole matrix."""
     monkeypatch.setattr(config, "_backward_tile", lambda n, *_: Tile(16, 16, 32, 32, 4, 1))
     config.plan.cache_clear()
 
 
-def features(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+def features(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Any:
     """As after a ReLU, each sample of its own size, the second operand near the first one."""
     size = torch.rand(shape[0], *[1] * (len(shape) - 1)) + 0.5
     a = torch.randn(shape).relu() * size
@@ -69,16 +74,16 @@ def features(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
     return [x.to(dtype).to(memory_format=memory_format).requires_grad_() for x in (a, b)]
 
 
-def expected(a, b, gram="channel", centred=False):
+def expected(a: torch.Tensor, b: torch.Tensor, gram: str = "channel", centred: bool = False) -> Any:
     with qkernels.set_backend("reference"):
         return gram_cosine(a, b, gram=gram, centred=centred)
 
 
-def doubles(*tensors):
+def doubles(*tensors: Any) -> Any:
     return [x.detach().double().requires_grad_() for x in tensors]
 
 
-def check(a, b, gram="channel", centred=False):
+def check(a: torch.Tensor, b: torch.Tensor, gram: str = "channel", centred: bool = False) -> None:
     """Cosine and both gradients, for a gradient of the cosine and one of the loss."""
     exact_a, exact_b = doubles(a, b)
     exact = expected(exact_a, exact_b, gram, centred)
@@ -107,37 +112,38 @@ def check(a, b, gram="channel", centred=False):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_modes_and_types(shape, dtype):
+def test_modes_and_types(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(*features(shape, dtype, torch.channels_last))
 
 
 @pytest.mark.parametrize(("shape", "dtype", "centred"), [*quick(QUICK, [torch.bfloat16, torch.float32], [False, True])])
-def test_blocks_of_columns_at_a_time(shape, dtype, centred, chunked):
-    check(*features(shape, dtype), centred=centred)
+def test_blocks_of_columns_at_a_time(shape: tuple[int, ...], dtype: torch.dtype, centred: bool, chunked: Any) -> None:
+    a, b = features(shape, dtype)
+    check(a, b, centred=centred)
     a, b = (x.detach() for x in features(shape, dtype))
     check_target(a.requires_grad_(), b)
 
 
 @pytest.mark.parametrize("gram", ["position", "batch"])
 @pytest.mark.parametrize("shape", [(3, 9, 5, 7), (3, 20, 2, 3), (20, 5, 3, 2), (40, 6, 3, 3), (20, 3, 2, 2)], ids=str)
-def test_other_grams(gram, shape):
+def test_other_grams(gram: str, shape: tuple[int, int, int, int]) -> None:
     check(*features(shape), gram)
 
 
 @pytest.mark.parametrize("gram", config.GRAMS)
 @pytest.mark.parametrize("shape", [(5, 9, 5, 7), (4, 35, 3, 5), (3, 33, 5, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_centred(gram, shape, dtype):
+def test_centred(gram: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check(*features(shape, dtype), gram, True)
 
 
-def test_modes_are_those_meant():
+def test_modes_are_those_meant() -> None:
     modes = [config.mode_of(c, h * w) for _, c, h, w in SHAPES.values()]
     assert modes == ["stored", "stored", "direct", "dual", "dual"]
     uneven = config.plan(1, 9, 72, False, 90, 4)
     assert (-(-72 // 16)) % uneven.splits
-    assert (-(-72 // 16)) % uneven.parts
-    assert config.plan(2, 33, 35, False, 90, 132).parts > 1
+    assert (-(-72 // 16)) % uneven.column_splits
+    assert config.plan(2, 33, 35, False, 90, 132).column_splits > 1
 
 
 LAYOUTS = {
@@ -154,21 +160,21 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("layout_a", "layout_b"), [*zip(LAYOUTS, [*[*LAYOUTS][1:], "NCHW"], strict=True)])
 @pytest.mark.parametrize("gram", config.GRAMS)
-def test_layouts(layout_a, layout_b, gram):
+def test_layouts(layout_a: Any, layout_b: Any, gram: str) -> None:
     for shape in ((2, 6, 5, 7), (2, 18, 3, 4)):
         a, b = features(shape)
         check(LAYOUTS[layout_a](a.detach()).requires_grad_(), LAYOUTS[layout_b](b.detach()).requires_grad_(), gram)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4), (2, 5, 3, 2, 2), (1, 1, 1, 1), (1, 17, 1, 1), (1, 1, 3, 7)])
-def test_any_number_of_positions(shape):
+def test_any_number_of_positions(shape: tuple[int, ...]) -> None:
     for gram in config.GRAMS:
         check(*features(shape), gram)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 6, 5, 7), (2, 18, 3, 4)], ids=str)
-def test_tap_adds_to_the_incoming_gradient(layout, shape):
+def test_tap_adds_to_the_incoming_gradient(layout: Any, shape: tuple[int, int, int, int]) -> None:
     a, b = features(shape)
     incoming = LAYOUTS[layout](torch.randn(shape))
     same, loss = anti_transfer_tap(a, b, beta=3.0)
@@ -179,7 +185,7 @@ def test_tap_adds_to_the_incoming_gradient(layout, shape):
     assert_accurate(actual, torch.autograd.grad(exact, exact_a)[0] + incoming.double(), TOLERANCE[torch.float32])
 
 
-def test_unused_outputs_of_the_tap():
+def test_unused_outputs_of_the_tap() -> None:
     a, b = features((2, 6, 5, 7))
     same, loss = anti_transfer_tap(a, b)
     (alone,) = torch.autograd.grad(loss, a, retain_graph=True)
@@ -189,12 +195,12 @@ def test_unused_outputs_of_the_tap():
 
 
 @pytest.mark.parametrize(("shape", "gram", "centred"), [*quick(SHAPES, ["channel", "position"], [False, True])])
-def test_targets(shape, gram, centred):
+def test_targets(shape: tuple[int, ...], gram: str, centred: bool) -> None:
     a, b = (x.detach() for x in features(shape))
     check_target(a.requires_grad_(), b, gram, centred)
 
 
-def check_target(a, b, gram="channel", centred=False):
+def check_target(a: torch.Tensor, b: torch.Tensor, gram: str = "channel", centred: bool = False) -> None:
     target = gram_target(b, loss=GramChannel(centred) if gram == "channel" else GramPosition(centred))
     losses = [anti_transfer_loss(a, frozen, loss=target.loss, beta=0.5) for frozen in (b, target)]
     gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
@@ -206,13 +212,13 @@ def check_target(a, b, gram="channel", centred=False):
         assert torch.equal(*gradients)
 
 
-def test_targets_are_packed_and_not():
+def test_targets_are_packed_and_not() -> None:
     shapes = [*SHAPES.values()]
     assert [gram_target(torch.rand(shape)).packed for shape in shapes] == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize(("shape", "size"), [*quick(QUICK, [1e-30, 1e30, 1e-10, 1e10])])
-def test_float32_of_any_size(shape, size):
+def test_float32_of_any_size(shape: tuple[int, ...], size: Any) -> None:
     """And each sample of another, with the second operand's going the other way."""
     a, b = (x.detach() for x in features(shape))
     sizes = size ** torch.linspace(1, 0.5, shape[0]).view(-1, 1, 1, 1)
@@ -223,14 +229,14 @@ def test_float32_of_any_size(shape, size):
 @pytest.mark.parametrize(
     ("shape", "kind"), [*quick(QUICK[:2], [(torch.float16, 1e-4, 6e3), (torch.bfloat16, 1e-30, 1e30)])]
 )
-def test_half_types_of_any_size(shape, kind):
+def test_half_types_of_any_size(shape: tuple[int, ...], kind: Any) -> None:
     dtype, *sizes = kind
     for size_a, size_b in itertools.product(sizes, repeat=2):
         a, b = (x.detach() * size for x, size in zip(features(shape), (size_a, size_b), strict=True))
         check_extreme(a.to(dtype), b.to(dtype))
 
 
-def check_extreme(a, b):
+def check_extreme(a: torch.Tensor, b: torch.Tensor) -> None:
     """Against the plain operator in float64, which scales too; the gradient is brought near 1."""
     a.requires_grad_()
     exact_a, exact_b = doubles(a, b)
@@ -245,7 +251,7 @@ def check_extreme(a, b):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
-def test_dead_parts_of_features_do_not_hide_the_rest(size):
+def test_dead_parts_of_features_do_not_hide_the_rest(size: float) -> None:
     """Whole splits, blocks and samples are zero; the rest is as small or as large as float32 can be."""
     for shape in ((3, 18, 6, 7), (3, 33, 6, 7), (3, 35, 5, 4)):
         a, b = (x.detach() for x in features(shape))
@@ -265,7 +271,7 @@ def test_dead_parts_of_features_do_not_hide_the_rest(size):
 @pytest.mark.parametrize(
     ("shape", "bad", "other_is_dead"), [*quick(QUICK, [float("nan"), float("inf")], [True, False])]
 )
-def test_nan_is_not_silenced(bad, shape, other_is_dead):
+def test_nan_is_not_silenced(bad: Any, shape: tuple[int, ...], other_is_dead: Any) -> None:
     a, b = (x.detach() for x in features((2, *shape[1:])))
     a[0, 1, 1, 1] = bad
     if other_is_dead:
@@ -282,14 +288,14 @@ def test_nan_is_not_silenced(bad, shape, other_is_dead):
 
 @pytest.mark.parametrize("shape", [SHAPES[name] for name in QUICK], ids=QUICK)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_mixed_types(shape, dtype):
+def test_mixed_types(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """As if the half type were float32: tiles, and the other operand's size."""
     a, b = features(shape)
     check(a.detach().to(dtype).requires_grad_(), b)
     check_extreme(a.detach().to(dtype), b.detach() * 1e-25)
 
 
-def test_nearly_orthogonal_features():
+def test_nearly_orthogonal_features() -> None:
     """A cosine that is all but 0 leaves one of the two terms of the gradient."""
     for shape in SHAPES.values():
         a, b = torch.zeros(2, *shape[1:]), torch.zeros(2, *shape[1:])
@@ -297,14 +303,14 @@ def test_nearly_orthogonal_features():
         check((a + 1e-3 * torch.rand_like(a)).requires_grad_(), (b + 1e-3 * torch.rand_like(b)).requires_grad_())
 
 
-def test_empty_batch():
+def test_empty_batch() -> None:
     empty = torch.zeros(0, 3, 4, requires_grad=True)
     gram_cosine(empty, empty).sum().backward()
     assert anti_transfer_loss(empty, empty, reduction="sum") == 0
     assert anti_transfer_loss(empty, empty).isnan()
 
 
-def test_inputs_and_their_neighbours_stay(memory):
+def test_inputs_and_their_neighbours_stay(memory: Any) -> None:
     for shape in SHAPES.values():
         a, b = features(shape)
         before = a.detach().clone(), b.detach().clone()
@@ -316,7 +322,7 @@ def test_inputs_and_their_neighbours_stay(memory):
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 7), (2, 18, 3, 4)], ids=str)
-def test_opcheck(shape):
+def test_opcheck(shape: tuple[int, int, int, int]) -> None:
     a, b = features(shape)
     how = (False, "channel", False, 0.5, True)
     torch.library.opcheck(operator, (a, b, None, *how, True, "triton"))

@@ -1,6 +1,7 @@
 """Every kernel, form and type over odd geometries, against the definition in float64."""
 
 import itertools
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from interpreted import DTYPES, KINDS, TOLERANCE, assert_accurate, cut, in_nan, multiplied, to_tf32
+from interpreted import DTYPES, KINDS, TOLERANCE, Tiles, assert_accurate, cut, in_nan, multiplied, to_tf32
 from triton.runtime import interpreter
 
 from qkernels import algebra
@@ -47,66 +48,68 @@ POOLED = {
 QUICK = 3  # kinds of each case
 
 
-def square(cases, quick=QUICK):
-    """(case, how, type, splits, style, bias): a Latin square of kinds, splits and styles; other kinds are slow."""
+def square(cases: Any, quick: Any = QUICK) -> Any:
+    """(case, algorithm, type, splits, style, bias): a Latin square of kinds, splits, styles; other kinds are slow."""
     parameters = []
     for i, (name, case) in enumerate(cases.items()):
-        for f, (how, dtype) in enumerate(KINDS):
+        for f, (algorithm, dtype) in enumerate(KINDS):
             splits, style, biased = 1 + (i + 2 * f) % 3, ("whole", "cut")[(i + f) % 2], (i // 2 + f) % 2 == 0
-            values = (case, how, dtype, splits, style, biased)
-            id = f"{name}-{how}-{str(dtype)[6:]}-{splits} splits-{style}{'-bias' * biased}"
+            values = (case, algorithm, dtype, splits, style, biased)
+            id = f"{name}-{algorithm}-{str(dtype)[6:]}-{splits} splits-{style}{'-bias' * biased}"
             marks = [] if (f + i) % len(KINDS) < quick else [pytest.mark.slow]
             parameters.append(pytest.param(*values, id=id, marks=marks))
     return parameters
 
 
-def window7(case):
+def window7(case: Any) -> Any:
     """The last five of a case as launch functions take them."""
     return (*case[6], *case[7], *case[8], case[9])
 
 
-def operands(case, dtype):
+def operands(case: Any, dtype: torch.dtype) -> Any:
     batch, q, p, height, width, kernel, *_, groups = case
     x = in_nan(torch.randn(batch, 4 * q, height, width).to(dtype))
     return x, torch.randn(4, p, q // groups, *kernel).to(dtype), torch.randn(4 * p).to(dtype)
 
 
-def definition(x, weight, bias, case, how):
+def definition(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, case: Any, algorithm: str) -> Any:
     """Exact operands that want gradients, and what they give in front of an epilogue."""
-    leaves = [t.requires_grad_() for t in (multiplied(x, how), multiplied(weight, how), bias.double())]
+    leaves = [t.requires_grad_() for t in (multiplied(x, algorithm), multiplied(weight, algorithm), bias.double())]
     return leaves, reference.hamilton_conv2d(*leaves, *case[6:])
 
 
-def zeroed(x):
+def zeroed(x: torch.Tensor) -> Any:
     """What a ReLU could have given: about half of it zeros."""
     return in_nan(torch.randn(x.shape).to(x.dtype).relu())
 
 
-def check_products(case, how, dtype, splits, style, biased, tiles):
+def check_products(
+    case: Any, algorithm: str, dtype: torch.dtype, splits: int, style: str, biased: Any, tiles: Tiles
+) -> None:
     """The three products with the epilogues that layers use; one packed weight and its counters serve all of them."""
     tiles.splits, tiles.style = splits, style
     x, weight, bias = operands(case, dtype)
     window, kernel = window7(case), case[5]
     bias = bias if biased else torch.zeros_like(bias)
-    leaves, exact = definition(x, weight, bias, case, how)
-    packed = Packed(*launch.pack([weight], [how], dtype))
-    y = launch.forward(x, weight, window, how, Epilogue(bias if biased else None, relu=True), packed)
+    leaves, exact = definition(x, weight, bias, case, algorithm)
+    packed = Packed(*launch.pack([weight], [algorithm], dtype))
+    y = launch.forward(x, weight, window, algorithm, Epilogue(bias if biased else None, relu=True), packed)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_accurate(y, exact.detach().relu(), TOLERANCE[dtype])
     dy = torch.randn(y.shape).to(dtype)
-    dx, dw, db = torch.autograd.grad(exact, leaves, multiplied(dy, how))
+    dx, dw, db = torch.autograd.grad(exact, leaves, multiplied(dy, algorithm))
     # A transposed convolution may have a bias of its own; a gradient is scaled, and goes through the mask of a ReLU.
     shift, scale, of_relu = torch.randn(x.shape[1]).to(dtype), 1.0 if style == "whole" else 1.25, zeroed(x)
     if biased:
         epilogue, expected = Epilogue(shift, scale=scale), (dx + shift.double().view(-1, 1, 1)) * scale
     else:
         epilogue, expected = Epilogue(scale=scale, relu_output=of_relu), dx * scale * (of_relu > 0)
-    actual = launch.data_gradient(in_nan(dy), weight, x.shape[2:], window, how, epilogue, packed)
+    actual = launch.data_gradient(in_nan(dy), weight, x.shape[2:], window, algorithm, epilogue, packed)
     assert actual.dtype == dtype
     assert_accurate(actual, expected, TOLERANCE[dtype])
     options = {"scale": scale, "tickets": packed.tickets}
-    actual, actual_bias = launch.weight_gradient(in_nan(dy), x, kernel, window, biased, how, **options)
+    actual, actual_bias = launch.weight_gradient(in_nan(dy), x, kernel, window, biased, algorithm, **options)
     assert_accurate(actual, dw * scale, TOLERANCE[dtype])
     if biased:
         assert_accurate(actual_bias, db * scale, TOLERANCE[dtype])
@@ -115,38 +118,42 @@ def check_products(case, how, dtype, splits, style, biased, tiles):
     assert not packed.tickets.any()
 
 
-@pytest.mark.parametrize(("case", "how", "dtype", "splits", "style", "biased"), square(CASES))
-def test_products_equal_the_definition(case, how, dtype, splits, style, biased, tiles):
-    check_products(case, how, dtype, splits, style, biased, tiles)
+@pytest.mark.parametrize(("case", "algorithm", "dtype", "splits", "style", "biased"), square(CASES))
+def test_products_equal_the_definition(
+    case: Any, algorithm: str, dtype: torch.dtype, splits: int, style: str, biased: Any, tiles: Tiles
+) -> None:
+    check_products(case, algorithm, dtype, splits, style, biased, tiles)
 
 
-def test_large_kernel(tiles):
+def test_large_kernel(tiles: Tiles) -> None:
     """11x11, positions far outside of the map, the whole sum in one kernel's few steps."""
     case = (1, 1, 1, 5, 4, (11, 11), (1, 1), (5, 5), (1, 1), 1)
     check_products(case, "signed-ieee", torch.float32, 2, Tile(32, 4, 128, 4, 1), True, tiles)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["signed-ieee", "q8-ieee"])
-def test_large_kernel_position_by_position(how, tiles):
+@pytest.mark.parametrize("algorithm", ["signed-ieee", "q8-ieee"])
+def test_large_kernel_position_by_position(algorithm: str, tiles: Tiles) -> None:
     case = (1, 1, 2, 12, 13, (11, 11), (1, 1), (5, 5), (1, 1), 1)
-    check_products(case, how, torch.float32, 3, Tile(256, 4, 1, 4, 1), True, tiles)
+    check_products(case, algorithm, torch.float32, 3, Tile(256, 4, 1, 4, 1), True, tiles)
 
 
-@pytest.mark.parametrize(("how", "dtype"), KINDS)
+@pytest.mark.parametrize(("algorithm", "dtype"), KINDS)
 @pytest.mark.parametrize("style", ["whole", "cut"])
-def test_parts_are_added_in_their_order_whoever_comes_last(how, dtype, style, tiles, memory):
+def test_parts_are_added_in_their_order_whoever_comes_last(
+    algorithm: str, dtype: torch.dtype, style: str, tiles: Tiles, memory: Any
+) -> None:
     """The last program to arrive adds the parts of a shared sum: backwards that is the first one."""
     case = (1, 3, 2, 5, 4, (2, 1), (1, 1), (1, 0), (1, 1), 1)
     tiles.splits, tiles.style = 3, style
     x, weight, bias = operands(case, dtype)
     dy = torch.randn(1, 8, 6, 4).to(dtype)
 
-    def products():
+    def products() -> Any:
         memory.counted.clear()
-        yield launch.forward(x, weight, window7(case), how, Epilogue(bias))
-        yield launch.data_gradient(dy, weight, x.shape[2:], window7(case), how)
-        yield from launch.weight_gradient(dy, x, case[5], window7(case), True, how)
+        yield launch.forward(x, weight, window7(case), algorithm, Epilogue(bias))
+        yield launch.data_gradient(dy, weight, x.shape[2:], window7(case), algorithm)
+        yield from launch.weight_gradient(dy, x, case[5], window7(case), True, algorithm)
 
     forwards = list(products())
     assert len(set(memory.counted)) == 2
@@ -155,7 +162,7 @@ def test_parts_are_added_in_their_order_whoever_comes_last(how, dtype, style, ti
         assert torch.equal(value, expected)
 
 
-def unpooled(dpooled, argmax, size):
+def unpooled(dpooled: Any, argmax: Any, size: Any) -> Any:
     """The gradient of a map of that size, one position of the windows at a time."""
     gradient = torch.zeros(*dpooled.shape[:2], *size, dtype=torch.float64)
     height, width = (2 * n for n in dpooled.shape[2:])
@@ -168,7 +175,7 @@ def unpooled(dpooled, argmax, size):
 EPILOGUES = [(True, False), (True, True), (False, True), (False, False)]
 
 
-def pooled_square():
+def pooled_square() -> Any:
     """`square` of the pooled cases with (relu, return_map), one of them for each; the others are slow."""
     parameters = []
     for i, parameter in enumerate(square(POOLED, len(KINDS))):
@@ -179,16 +186,28 @@ def pooled_square():
     return parameters
 
 
-@pytest.mark.parametrize(("case", "how", "dtype", "splits", "style", "biased", "relu", "return_map"), pooled_square())
-def test_pooled_products_equal_the_definition(case, how, dtype, splits, style, biased, relu, return_map, tiles):
+@pytest.mark.parametrize(
+    ("case", "algorithm", "dtype", "splits", "style", "biased", "relu", "return_map"), pooled_square()
+)
+def test_pooled_products_equal_the_definition(
+    case: Any,
+    algorithm: str,
+    dtype: torch.dtype,
+    splits: int,
+    style: str,
+    biased: Any,
+    relu: Any,
+    return_map: Any,
+    tiles: Tiles,
+) -> None:
     """The maxima, which pixel each is of, and the map."""
     tiles.splits, tiles.style = splits, style
     x, weight, bias = operands(case, dtype)
     bias = bias if biased else torch.zeros_like(bias)
-    _, exact = definition(x, weight, bias, case, how)
+    _, exact = definition(x, weight, bias, case, algorithm)
     exact = exact.detach().relu() if relu else exact.detach()
     epilogue = Epilogue(bias if biased else None, relu)
-    pooled, argmax, y = launch.forward_pool(x, weight, window7(case), how, epilogue, None, return_map)
+    pooled, argmax, y = launch.forward_pool(x, weight, window7(case), algorithm, epilogue, None, return_map)
     tolerance = TOLERANCE[dtype]
     assert_accurate(pooled, torch.nn.functional.max_pool2d(exact, 2), tolerance)
     assert argmax.dtype == torch.uint8
@@ -212,13 +231,13 @@ OPTIONS = list(itertools.product([False, True], repeat=4))
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("how", ["signed-ieee", "q8-ieee"])
-def test_every_epilogue(how, splits, tiles):
+@pytest.mark.parametrize("algorithm", ["signed-ieee", "q8-ieee"])
+def test_every_epilogue(algorithm: str, splits: int, tiles: Tiles) -> None:
     """Bias, ReLU, scale and mask in every combination, in this order; the mask lets pass what NaN hides."""
     tiles.splits = splits
     case = (1, 2, 1, 2, 3, (1, 2), (1, 1), (0, 0), (1, 1), 1)
     x, weight, bias = operands(case, torch.float32)
-    _, plain = definition(x, weight, torch.zeros_like(bias), case, how)
+    _, plain = definition(x, weight, torch.zeros_like(bias), case, algorithm)
     of_relu = zeroed(plain.float())
     of_relu[0, 1, 0, 0] = torch.nan
     for biased, relu, scaled, masked in OPTIONS:
@@ -227,23 +246,23 @@ def test_every_epilogue(how, splits, tiles):
         expected = expected * (0.75 if scaled else 1)
         expected = torch.where((of_relu <= 0) & masked, 0, expected)
         epilogue = Epilogue(bias if biased else None, relu, None, 0.75 if scaled else 1.0, of_relu if masked else None)
-        y = launch.forward(x, weight, window7(case), how, epilogue)
+        y = launch.forward(x, weight, window7(case), algorithm, epilogue)
         assert_accurate(y, expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize(("how", "dtype"), KINDS[:3])
-def test_dropout(how, dtype, tiles):
+@pytest.mark.parametrize(("algorithm", "dtype"), KINDS[:3])
+def test_dropout(algorithm: str, dtype: torch.dtype, tiles: Tiles) -> None:
     """Which elements are zeroed depends on the seed and the element alone, not on who computes it."""
     case = (2, 1, 6, 20, 20, (1, 1), (1, 1), (0, 0), (1, 1), 1)
     x, weight, bias = operands(case, dtype)
     bias = bias.abs() + 20  # nothing but the dropout makes zeros
-    _, exact = definition(x, weight, bias, case, how)
+    _, exact = definition(x, weight, bias, case, algorithm)
     exact, rate = exact.detach(), 0.3
     assert exact.min() > 0
 
-    def dropped(seed):
+    def dropped(seed: Any) -> Any:
         epilogue = Epilogue(bias, relu=True, seed=torch.tensor([seed]), scale=1 / (1 - rate))
-        return launch.forward(x, weight, window7(case), how, epilogue)
+        return launch.forward(x, weight, window7(case), algorithm, epilogue)
 
     y = dropped(5)
     kept = y > 0
@@ -256,7 +275,7 @@ def test_dropout(how, dtype, tiles):
         assert (part - (1 - rate)).abs().max() < 5 * (rate * (1 - rate) * part.numel() / count) ** 0.5
     assert torch.equal(dropped(5), y)
 
-    def assert_independent(one, other):
+    def assert_independent(one: Any, other: Any) -> None:
         expected = rate**2 + (1 - rate) ** 2
         agreeing = (one == other).double().mean().item()
         assert abs(agreeing - expected) < 4 * (expected * (1 - expected) / one.numel()) ** 0.5
@@ -272,24 +291,26 @@ def test_dropout(how, dtype, tiles):
 
 
 @pytest.mark.parametrize(("style", "splits"), [("whole", 1), ("cut", 3)])
-@pytest.mark.parametrize(("how", "dtype"), [("signed-half", torch.float16), ("signed-half", torch.bfloat16)])
-def test_float32_parameters_and_results_of_half_maps(how, dtype, style, splits, tiles):
+@pytest.mark.parametrize(("algorithm", "dtype"), [("signed-half", torch.float16), ("signed-half", torch.bfloat16)])
+def test_float32_parameters_and_results_of_half_maps(
+    algorithm: str, dtype: torch.dtype, style: str, splits: int, tiles: Tiles
+) -> None:
     """As under autocast: the weight is rounded once, the bias never, and what is written as float32 is not rounded."""
     tiles.splits, tiles.style = splits, style
     case = (1, 6, 5, 4, 5, (1, 2), (1, 1), (0, 1), (1, 1), 1)
     x, weight, bias = operands(case, torch.float32)
     x = in_nan(x.to(dtype))
-    leaves, exact = definition(x, cut(weight, dtype), bias, case, how)
-    y = launch.forward(x, weight, window7(case), how, Epilogue(bias))
+    leaves, exact = definition(x, cut(weight, dtype), bias, case, algorithm)
+    y = launch.forward(x, weight, window7(case), algorithm, Epilogue(bias))
     assert y.dtype == dtype
     assert_accurate(y, exact.detach(), TOLERANCE[dtype])
     dy = torch.randn(y.shape).to(dtype)
     dx, dw, db = torch.autograd.grad(exact, leaves, dy.double())
     to = torch.float32
     values = (
-        launch.forward(x, weight, window7(case), how, Epilogue(bias), dtype=to),
-        launch.data_gradient(dy, weight, x.shape[2:], window7(case), how, dtype=to),
-        *launch.weight_gradient(dy, x, case[5], window7(case), True, how, dtype=to),
+        launch.forward(x, weight, window7(case), algorithm, Epilogue(bias), dtype=to),
+        launch.data_gradient(dy, weight, x.shape[2:], window7(case), algorithm, dtype=to),
+        *launch.weight_gradient(dy, x, case[5], window7(case), True, algorithm, dtype=to),
     )
     for value, truth in zip(values, (exact.detach(), dx, dw, db), strict=True):
         assert value.dtype == to
@@ -298,7 +319,7 @@ def test_float32_parameters_and_results_of_half_maps(how, dtype, style, splits, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(5, 7), (4, 2)], ids=str)
-def test_gradient_in_front_of_an_epilogue(size, dtype):
+def test_gradient_in_front_of_an_epilogue(size: tuple[int, int], dtype: torch.dtype) -> None:
     """Of the map and of the maxima of its windows, alone and together, masked, scaled, in another type."""
     shape, half = (3, 12, *size), (3, 12, size[0] // 2, size[1] // 2)
     dy, dpooled = (in_nan(torch.randn(s).to(dtype)) for s in (shape, half))
@@ -320,7 +341,7 @@ def test_gradient_in_front_of_an_epilogue(size, dtype):
             assert torch.equal(actual, cut(expected, to))
 
 
-def test_gradient_of_more_than_one_block():
+def test_gradient_of_more_than_one_block() -> None:
     """Any layout is read, and all of a map is written."""
     dy, of_relu = torch.randn(3, 24, 5, 9), torch.randn(5, 9, 24, 3).permute(3, 2, 0, 1)
     assert dy.numel() > 3 * launch.ELEMENTWISE_BLOCK
@@ -330,9 +351,9 @@ def test_gradient_of_more_than_one_block():
     assert launch.operand(actual, "ieee") is actual
 
 
-def packed_by_pytorch(weight, how, dtype):
+def packed_by_pytorch(weight: torch.Tensor, algorithm: str, dtype: torch.dtype) -> Any:
     """`[tile, position, rows, Q]`, and for tf32 once more as `[tile, position, Q, rows]`, in a row."""
-    form, precision = how.split("-")
+    form, precision = algorithm.split("-")
     quaternions = weight.reshape(*weight.shape[:3], -1).permute(0, 3, 1, 2).double()
     if form == "q8":
         hadamard = torch.tensor(algebra.HADAMARD, dtype=torch.float64)
@@ -355,20 +376,20 @@ PACKED = {
 
 @pytest.mark.parametrize("weights_type", ["float32", "maps"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_weights(dtype, weights_type):
+def test_packed_weights(dtype: torch.dtype, weights_type: str) -> None:
     """Several weights in one launch, of any size and stride; exact but for the sums of q8; and zeros to count with."""
     shapes = ((4, 3, 5, 2, 3), (4, 40, 30, 1, 1), (4, 1, 1), (4, 7, 2, 3, 3))
     weights = [torch.randn(shape) for shape in shapes]
     weights[0] = torch.randn(4, 3, 5, 3, 2).mT
     weights = [w.to(dtype if weights_type == "maps" else torch.float32) for w in weights]
     for first in range(4):  # each place for each form
-        hows = PACKED[dtype][first:] + PACKED[dtype][:first]
-        tiles, tickets = launch.pack(weights, hows, dtype)
+        algorithms = PACKED[dtype][first:] + PACKED[dtype][:first]
+        tiles, tickets = launch.pack(weights, algorithms, dtype)
         assert tiles.dtype == dtype
-        sizes = [config.packed_size(w.numel(), how) for w, how in zip(weights, hows, strict=True)]
-        for actual, weight, how in zip(tiles.split(sizes), weights, hows, strict=True):
-            tolerance = 1e-6 if how.startswith("q8") else 0
-            expected = packed_by_pytorch(weight, how, dtype)
+        sizes = [config.packed_size(w.numel(), algorithm) for w, algorithm in zip(weights, algorithms, strict=True)]
+        for actual, weight, algorithm in zip(tiles.split(sizes), weights, algorithms, strict=True):
+            tolerance = 1e-6 if algorithm.startswith("q8") else 0
+            expected = packed_by_pytorch(weight, algorithm, dtype)
             torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
         assert tickets.shape == (4 * config.MOST_TICKETS,)
         assert not tickets.any()
@@ -376,7 +397,7 @@ def test_packed_weights(dtype, weights_type):
             break
 
 
-def test_interpreter_cuts_bfloat16_off():
+def test_interpreter_cuts_bfloat16_off() -> None:
     """Why bounds of bfloat16 are doubled: here it is the upper 16 bits of a float32, on hardware a rounded one."""
     values = np.array([1 + 2**-8 + 2**-9, 1 + 2**-7 - 2**-20, -1 - 2**-8 - 2**-10], np.float32)
     handle = interpreter.TensorHandle(values, tl.float32)
@@ -385,7 +406,7 @@ def test_interpreter_cuts_bfloat16_off():
     assert torch.from_numpy(values).bfloat16().tolist() == [1 + 2**-7, 1 + 2**-7, -1 - 2**-7]
 
 
-def test_memory_check_finds_what_it_should(memory):
+def test_memory_check_finds_what_it_should(memory: Any) -> None:
     memory.kernel, memory.tensors = "kernel", [(100, 200, "x_ptr")]
     memory._check("reads", np.array([100, 196], np.uint64), 4)
     for addresses in ([96], [100, 198]):
@@ -394,7 +415,7 @@ def test_memory_check_finds_what_it_should(memory):
 
 
 @st.composite
-def geometries(draw):
+def geometries(draw: Any) -> Any:
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     q, p = (groups * draw(st.integers(1, 6)) for _ in range(2))
     axes = []
@@ -416,5 +437,5 @@ def geometries(draw):
     st.sampled_from(["whole", "cut"]),
     st.booleans(),
 )
-def test_random_geometries(tiles, case, kind, splits, style, biased):
+def test_random_geometries(tiles: Tiles, case: Any, kind: Any, splits: int, style: str, biased: Any) -> None:
     check_products(case, *kind, splits, style, biased, tiles)

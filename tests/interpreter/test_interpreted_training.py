@@ -1,5 +1,7 @@
 """A whole network trained by the kernels and by plain PyTorch from the same seed."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from qat.models import vgg
 STEPS = 10
 
 
-def losses(backend):
+def losses(backend: Any) -> Any:
     """Ten steps of Adam on random crops, with fresh parameters."""
     torch.manual_seed(0)
     net = vgg.VGG16(NetworkConfig(width=1 / 8, dropout=0, init="he"), 4)
@@ -29,7 +31,7 @@ def losses(backend):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_training_curve_is_that_of_plain_pytorch(monkeypatch, memory):
+def test_training_curve_is_that_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch, memory: Any) -> None:
     """VGG16 at width 1/8 on crops of 16x16, batch 4, float32, without the last pool: the map is one pixel by then."""
     monkeypatch.setattr(vgg, "POOL_AFTER", (2, 4, 7, 10))
     monkeypatch.setattr(vgg, "INPUT", {"quaternion": (4, 32, 32)})

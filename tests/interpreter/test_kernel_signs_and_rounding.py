@@ -1,11 +1,13 @@
 """The kernels' unrolled signs against the one table, and what tf32 does to operands."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreted import assert_accurate, to_tf32
+from interpreted import Tiles, assert_accurate, to_tf32
 from triton.runtime import interpreter
 
 import qkernels
@@ -26,13 +28,13 @@ STYLES = {"flat": ("signed-ieee", Tile(16, 4, 8, 4, 1)), "blocks": ("signed-ieee
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("style", STYLES)
-def test_all_unit_products(style, splits, tiles):
+def test_all_unit_products(style: str, splits: int, tiles: Tiles) -> None:
     """16 products of units through the convolution, its adjoint and the weight gradient, as one sum or split."""
-    (how, tiles.style), tiles.splits = STYLES[style], splits
+    (algorithm, tiles.style), tiles.splits = STYLES[style], splits
     # Row b of the weight is the unit b; image c is the unit c. The second position lies on zeros.
     weight = torch.eye(4).view(4, 4, 1, 1, 1).repeat(1, 1, 1, 1, 2)
     x = torch.nn.functional.pad(torch.eye(4).view(4, 4, 1, 1), (0, 1))
-    y = launch.forward(x, weight, UNIT, how).view(4, 4, 4)  # [image, component, row]
+    y = launch.forward(x, weight, UNIT, algorithm).view(4, 4, 4)  # [image, component, row]
     for b in range(4):
         for c in range(4):
             expected = torch.zeros(4)
@@ -40,7 +42,7 @@ def test_all_unit_products(style, splits, tiles):
             assert y[c, :, b].tolist() == expected.tolist()
     # <dy, w x> seen from x: the unit b is a column now, dy the unit a.
     dy = torch.eye(4).view(4, 4, 1, 1)
-    dx = launch.data_gradient(dy, weight.transpose(1, 2), [1, 2], UNIT, how)
+    dx = launch.data_gradient(dy, weight.transpose(1, 2), [1, 2], UNIT, algorithm)
     for b in range(4):
         for a in range(4):
             expected = torch.zeros(4)
@@ -48,7 +50,7 @@ def test_all_unit_products(style, splits, tiles):
             assert dx.view(4, 4, 4, 2)[a, :, b, 0].tolist() == expected.tolist()
     # Seen from w, over two images of which the second is empty: row a of dy is the unit a, column c of x the unit c.
     x = torch.stack([torch.eye(4), torch.zeros(4, 4)]).view(2, 16, 1, 1).repeat(16, 1, 1, 1) / 16
-    dw, _ = launch.weight_gradient(x * 16, x, [1, 1], UNIT, False, how)
+    dw, _ = launch.weight_gradient(x * 16, x, [1, 1], UNIT, False, algorithm)
     for a in range(4):
         for c in range(4):
             expected = torch.zeros(4)
@@ -62,11 +64,11 @@ def _rounding_kernel(x_ptr, y_ptr, PRECISION: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(y_ptr + at, kernels._rounded(tl.load(x_ptr + at), PRECISION))
 
 
-def run(x, y, precision):
+def run(x: torch.Tensor, y: torch.Tensor, precision: str) -> None:
     _launch.run(_rounding_kernel, (1,), {"x_ptr": x, "y_ptr": y, "PRECISION": precision, "BLOCK": len(x)})
 
 
-def bits(*values):
+def bits(*values: Any) -> Any:
     return torch.tensor(values, dtype=torch.int64).to(torch.int32).view(torch.float32)
 
 
@@ -90,7 +92,7 @@ ROUNDED = [
 ]
 
 
-def test_rounding_to_tf32():
+def test_rounding_to_tf32() -> None:
     x = bits(*(value for value, _ in ROUNDED))
     y = torch.empty_like(x)
     run(x, y, "tf32")
@@ -99,7 +101,7 @@ def test_rounding_to_tf32():
     assert torch.equal(y, x)
 
 
-def test_rounding_keeps_nan():
+def test_rounding_keeps_nan() -> None:
     # The second one would become -0 by the addition alone.
     x = bits(0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001)
     y = torch.empty_like(x)
@@ -108,12 +110,12 @@ def test_rounding_keeps_nan():
 
 
 @pytest.fixture
-def operands_of_products(monkeypatch):
+def operands_of_products(monkeypatch: pytest.MonkeyPatch) -> Any:
     """(precision, whether tf32 holds both operands) of each product."""
     seen = []
     create_dot = interpreter.InterpreterBuilder.create_dot
 
-    def spy(self, a, b, acc, precision, most):
+    def spy(self: Any, a: Any, b: Any, acc: Any, precision: Any, most: Any) -> Any:
         parts = [operand.data for operand in (a, b)]
         fits = all(part.dtype == np.float32 and not (part.view(np.uint32) & 0x1FFF).any() for part in parts)
         seen.append((precision.name, fits))
@@ -123,12 +125,12 @@ def operands_of_products(monkeypatch):
     return seen
 
 
-def allow(kind, allowed):
+def allow(kind: Any, allowed: Any) -> None:
     switch = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
     switch.fp32_precision = "tf32" if allowed else "ieee"
 
 
-def results(kind, form, between=lambda: None):
+def results(kind: Any, form: str, between: Any = lambda: None) -> Any:
     """Output and gradients of an operator on random operands, and these; `between` its forward and its backward."""
     torch.manual_seed(0)
     kernel = (1, 2) if kind == "conv" else ()
@@ -142,7 +144,7 @@ def results(kind, form, between=lambda: None):
         return [y, *torch.autograd.grad(y, operands, dy)], (x, weight, bias, dy)
 
 
-def exact(kind, x, weight, bias, dy):
+def exact(kind: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dy: torch.Tensor) -> Any:
     function = reference.hamilton_conv2d if kind == "conv" else qkernels.reference.hamilton_linear
     x, weight, bias = (t.detach().double().requires_grad_() for t in (x, weight, bias))
     y = function(x, weight, bias)
@@ -150,7 +152,7 @@ def exact(kind, x, weight, bias, dy):
 
 
 @pytest.mark.parametrize("kind", ["conv", "matmul"])
-def test_tf32_operands_are_rounded_where_the_switch_allows_it(kind, operands_of_products):
+def test_tf32_operands_are_rounded_where_the_switch_allows_it(kind: str, operands_of_products: Any) -> None:
     """Products are exact here, so the result is that of the rounded operands; each kind follows its own switch.
 
     A backward multiplies as its forward did, whatever the switch says by then.
@@ -174,7 +176,7 @@ def test_tf32_operands_are_rounded_where_the_switch_allows_it(kind, operands_of_
 
 
 @pytest.mark.parametrize("kind", ["conv", "matmul"])
-def test_no_tf32_sums_of_components(kind):
+def test_no_tf32_sums_of_components(kind: str) -> None:
     """q8 adds components: tensor cores would cut the low bits of the sums off."""
     allow(kind, True)
     with pytest.raises(ValueError, match="form 'q8' of the Triton kernels is for float32 operands without TF32"):

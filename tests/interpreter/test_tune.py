@@ -1,6 +1,8 @@
 """The search for launch settings, with a clock that the test winds, and the table that it writes."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,23 +12,23 @@ from qkernels.ops.hamilton_conv import config
 
 
 @pytest.fixture(autouse=True)
-def tiles():
+def tiles() -> None:
     """The search forces plans of its own: `config.plan` stays."""
 
 
 @pytest.fixture
-def forget():
+def forget() -> Any:
     yield
     config._table.cache_clear()
     config._best.cache_clear()
 
 
-def test_search_and_table(tmp_path, monkeypatch, forget):
+def test_search_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: Any) -> None:
     """The first option takes 1 ms, each later one more; the third product of q8 is too wrong to be taken."""
     clock = itertools.count(1)
     products = tune.products
 
-    def spoilt(*args):
+    def spoilt(*args: Any) -> Any:
         for product in products(*args):
             yield product._replace(exact=-product.exact) if product.name == "dw" else product
 
@@ -37,7 +39,7 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
     assert {(row["form"], row["problem"][0]) for row in table["plans"]} == set(
         itertools.product(("signed", "q8"), ("gather", "dw"))
     )
-    assert len(lines) == 3 * len(tune.OPTIONS["ieee"])
+    assert len(lines) == 3 * len(tune.FORMS["ieee"])
     assert lines[0].startswith("8->8 1x1 on 1x1, batch 2, ieee, forward: signed ieee ")
 
     assert tune.write(table, tmp_path, 90) == tmp_path / "sm_90.json"
@@ -51,13 +53,13 @@ def test_search_and_table(tmp_path, monkeypatch, forget):
     assert (plan.precision, plan.tile) == (row["precision"], config.Tile(*row["tile"]))
 
     monkeypatch.setattr(tune, "products", spoilt)
-    refused = tune.search(*arguments)
-    assert all(row["problem"][0] == "gather" for row in refused["plans"])
-    assert sum("refused" in line for line in lines) == len(tune.OPTIONS["ieee"])
+    rejected = tune.search(*arguments)
+    assert all(row["problem"][0] == "gather" for row in rejected["plans"])
+    assert sum("rejected" in line for line in lines) == len(tune.FORMS["ieee"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(capsys):
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         tune.main(["--batch", "20"])
     assert ended.value.code == 2

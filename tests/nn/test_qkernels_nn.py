@@ -1,6 +1,7 @@
 """Modules, their initialisation, and the batch norm against a naive formula."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from qkernels.nn import (
 )
 
 
-def test_modules_call_their_function():
+def test_modules_call_their_function() -> None:
     x = torch.randn(2, 8, 7, 6)
     conv = QuaternionConv2d(8, 16, (3, 2), 2, 1, (1, 2), 2, activation="relu")
     expected = F.hamilton_conv2d(x, conv.weight, conv.bias, 2, 1, (1, 2), 2, activation="relu")
@@ -63,7 +64,7 @@ def test_modules_call_their_function():
         (QuaternionLinear(8, 12), (4, 3, 2)),
     ],
 )
-def test_one_weight_and_a_zero_bias(layer, weight):
+def test_one_weight_and_a_zero_bias(layer: Any, weight: tuple[int, ...]) -> None:
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
         "weight": weight,
         "bias": (layer.bias.shape[0],),
@@ -72,7 +73,7 @@ def test_one_weight_and_a_zero_bias(layer, weight):
     assert layer.weight.std() > 0
 
 
-def test_layers_without_bias_and_on_meta():
+def test_layers_without_bias_and_on_meta() -> None:
     for layer in (
         QuaternionConv2d(4, 8, 3, bias=False, device="meta"),
         QuaternionConvTranspose2d(4, 8, 3, bias=False, device="meta"),
@@ -84,7 +85,7 @@ def test_layers_without_bias_and_on_meta():
     assert QuaternionLinear(4, 8, bias=False)(torch.ones(1, 4)).shape == (1, 8)
 
 
-def test_representations_show_what_is_not_default():
+def test_representations_show_what_is_not_default() -> None:
     assert repr(QuaternionConv2d(4, 8, 3)) == "QuaternionConv2d(4, 8, kernel_size=(3, 3))"
     assert repr(QuaternionConv2d(4, 8, 3, 2, 1, bias=False, activation="relu")) == (
         "QuaternionConv2d(4, 8, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), activation='relu', bias=False)"
@@ -123,7 +124,7 @@ def test_representations_show_what_is_not_default():
         (lambda: QuaternionBatchNorm2d(4)(torch.ones(0, 4, 2, 2)), "x must not be empty in training"),
     ],
 )
-def test_bad_arguments(build, message):
+def test_bad_arguments(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -135,7 +136,7 @@ def test_bad_arguments(build, message):
         (quaternion_he_, 1 / math.sqrt(2 * 60 * 6)),
     ],
 )
-def test_law_of_the_initialisation(fill, sigma):
+def test_law_of_the_initialisation(fill: Any, sigma: Any) -> None:
     weight = fill(torch.empty(4, 50, 60, 2, 3), torch.Generator().manual_seed(3)).double()
     n = weight[0].numel()
     squares = weight.square().flatten(1).mean(1) / sigma**2
@@ -156,7 +157,7 @@ def test_law_of_the_initialisation(fill, sigma):
     assert v.pow(4).mean().item() == pytest.approx(0.1802, abs=0.003)
 
 
-def test_transposed_convolution_swaps_the_fans():
+def test_transposed_convolution_swaps_the_fans() -> None:
     """The fan_in of its he initialisation is out/4 kh kw, by its weight's shape: 9, sigma 0.236 for the decoder."""
     layer = QuaternionConvTranspose2d(400, 40, 3, generator=torch.Generator().manual_seed(0))
     assert layer.weight.square().sum(0).mean().item() == pytest.approx(4 / (2 * 10 * 9), rel=0.05)
@@ -164,7 +165,7 @@ def test_transposed_convolution_swaps_the_fans():
     assert conv.weight.square().sum(0).mean().item() == pytest.approx(4 / (2 * 100 * 9), rel=0.05)
 
 
-def test_defaults_of_the_initialisation():
+def test_defaults_of_the_initialisation() -> None:
     for layer, fill in (
         (QuaternionConv2d(8, 16, 3), quaternion_glorot_),
         (QuaternionLinear(8, 16), quaternion_he_),
@@ -175,8 +176,8 @@ def test_defaults_of_the_initialisation():
         assert torch.equal(layer.weight, expected)
 
 
-def test_generator_determines_the_weights():
-    def build(seed):
+def test_generator_determines_the_weights() -> None:
+    def build(seed: Any) -> Any:
         return QuaternionConv2d(8, 8, 3, generator=torch.Generator().manual_seed(seed)).weight
 
     torch.manual_seed(0)
@@ -192,7 +193,14 @@ def test_generator_determines_the_weights():
     assert quaternion_he_(torch.empty(4, 2, 2, dtype=torch.bfloat16)).isfinite().all()
 
 
-def naive_batch_norm(x, weight, bias, mean=None, var=None, eps=1e-5):
+def naive_batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: Any = None,
+    var: Any = None,
+    eps: float = 1e-5,
+) -> Any:
     """Component by component, as in the reference code."""
     components = x.chunk(4, dim=1)
     means = [c.mean() for c in components] if mean is None else mean
@@ -203,14 +211,14 @@ def naive_batch_norm(x, weight, bias, mean=None, var=None, eps=1e-5):
     return y + bias.view(-1, 1, 1), torch.stack(list(means)), var
 
 
-def batch_norm(channels=12):
+def batch_norm(channels: int = 12) -> Any:
     norm = QuaternionBatchNorm2d(channels, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     return norm
 
 
-def test_batch_norm_in_training():
+def test_batch_norm_in_training() -> None:
     norm, x = batch_norm(), torch.randn(3, 12, 4, 5, dtype=torch.float64) * 3 + torch.arange(12).view(12, 1, 1)
     expected, mean, var = naive_batch_norm(x, norm.weight, norm.bias)
     torch.testing.assert_close(norm(x), expected)
@@ -219,7 +227,7 @@ def test_batch_norm_in_training():
     assert gradcheck(norm, x[:1, :, :2, :2].clone().requires_grad_())
 
 
-def test_batch_norm_in_evaluation():
+def test_batch_norm_in_evaluation() -> None:
     norm, x = batch_norm(), torch.randn(3, 12, 4, 5, dtype=torch.float64, requires_grad=True)
     norm.running_mean.copy_(torch.randn(4))
     norm.running_var.fill_(2.5)
@@ -234,7 +242,7 @@ def test_batch_norm_in_evaluation():
     assert all(t.grad.abs().sum() > 0 for t in (x, norm.weight, norm.bias))
 
 
-def test_batch_norm_parameters_and_types():
+def test_batch_norm_parameters_and_types() -> None:
     norm = QuaternionBatchNorm2d(8)
     shapes = {name: tuple(t.shape) for name, t in norm.state_dict().items()}
     assert shapes == {"weight": (2,), "bias": (8,), "running_mean": (4,), "running_var": (1,)}
@@ -246,7 +254,7 @@ def test_batch_norm_parameters_and_types():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_compiles(training):
+def test_batch_norm_compiles(training: bool) -> None:
     torch._dynamo.reset()
     norm, other, x = QuaternionBatchNorm2d(8), QuaternionBatchNorm2d(8), torch.randn(2, 8, 3, 3)
     compiled = torch.compile(norm.train(training), fullgraph=True, backend="aot_eager")
@@ -254,7 +262,7 @@ def test_batch_norm_compiles(training):
     torch.testing.assert_close(norm.running_mean, other.running_mean)
 
 
-def test_state_survives_a_round_trip():
+def test_state_survives_a_round_trip() -> None:
     net, twin = (torch.nn.Sequential(QuaternionConv2d(4, 8, 3), QuaternionBatchNorm2d(8)) for _ in range(2))
     x = torch.randn(2, 4, 6, 6)
     net(x)

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ every_gram_loss = pytest.mark.parametrize("loss", GRAMS, ids=repr)
 SEED = 7
 
 
-def features(shape, dtype=torch.float64, requires_grad=False, loss=None):
+def features(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float64, requires_grad: bool = False, loss: Loss = None
+) -> Any:
     """As after a ReLU: non-negative, so that Gram matrices are similar and gradients nearly cancel; not all alike."""
     # The sigmoid of a mean square of Grams of numbers near 1 is 1, without gradient.
     size = 0.02 if getattr(loss, "aggregation", None) == "gram" else 1
@@ -24,14 +28,16 @@ def features(shape, dtype=torch.float64, requires_grad=False, loss=None):
     return [(size * x).requires_grad_(requires_grad) for x in maps]
 
 
-def computed(loss, a, b, function=anti_transfer_loss, **options):
+def computed(
+    loss: Loss, a: torch.Tensor, b: torch.Tensor, function: Callable[..., Any] = anti_transfer_loss, **options: Any
+) -> Any:
     """The loss; what is drawn has always the same seed."""
     if getattr(loss, "aggregation", None) == "stochastic_pairwise":
         options["generator"] = torch.Generator().manual_seed(SEED)
     return function(a, b, loss=loss, **options)
 
 
-def literal(loss: Loss, a, b, channels=None):
+def literal(loss: Loss, a: torch.Tensor, b: torch.Tensor, channels: Any = None) -> Any:
     """Of a loss that is a mean over samples, the values of all of them."""
     if options := gram_options(loss):
         return cosine(a, b, *options) ** 2
@@ -46,14 +52,14 @@ def literal(loss: Loss, a, b, channels=None):
     return (sum(cosines) / len(cosines)) ** 2
 
 
-def gram_options(loss):
+def gram_options(loss: Loss) -> Any:
     """Whose Gram matrix it is, and whether of centred columns, as the loss's name and fields say it."""
     if loss.name == "cka":
         return "batch", True
     return (loss.name.removeprefix("gram-"), getattr(loss, "centred", False)) if "gram-" in loss.name else None
 
 
-def cosine(a, b, gram="channel", centred=False):
+def cosine(a: torch.Tensor, b: torch.Tensor, gram: str = "channel", centred: bool = False) -> Any:
     """Sample by sample, with the Gram matrices in memory: centred H G H, H = I - 1 1^T / rows."""
     values = []
     for sample_a, sample_b in zip(*([x] if gram == "batch" else x for x in (a, b)), strict=True):
@@ -68,17 +74,17 @@ def cosine(a, b, gram="channel", centred=False):
     return values[0] if gram == "batch" else torch.stack(values)
 
 
-def rows_of(shape, gram):
+def rows_of(shape: tuple[int, ...], gram: str) -> Any:
     return {"channel": shape[1], "position": math.prod(shape[2:]), "batch": shape[0]}[gram]
 
 
-def is_zero(loss, shape):
+def is_zero(loss: Loss, shape: tuple[int, ...]) -> Any:
     """Whether nothing is left of features of this shape: a single row less its mean."""
     gram, centred = gram_options(loss) or (None, False)
     return centred and rows_of(shape, gram) == 1
 
 
-def folded(a, b, clamp):
+def folded(a: torch.Tensor, b: torch.Tensor, clamp: str) -> Any:
     """The released code step by step (its quirks included), row by row."""
     grams = []
     for f in (a, b):
@@ -93,7 +99,7 @@ def folded(a, b, clamp):
     return (sum(cosines) / len(cosines)) ** 2
 
 
-def maps(a, b, aggregation, channels=None):
+def maps(a: torch.Tensor, b: torch.Tensor, aggregation: Any, channels: Any = None) -> Any:
     """Both maps as rows along the last axis, laid out as the research code lays them out."""
     a, b = (x.reshape(x.shape[0], x.shape[1], -1) for x in (a, b))
     if channels is not None:
@@ -119,7 +125,7 @@ def maps(a, b, aggregation, channels=None):
     return aggregated
 
 
-def run_of_channels(seed, samples, channels):
+def run_of_channels(seed: Any, samples: Any, channels: Any) -> Any:
     """The channels that "stochastic_pairwise" draws with this seed."""
     length = max(1, channels // samples) if samples > 1 else 1
     start = torch.randint(channels - length + 1, (1,), generator=torch.Generator().manual_seed(seed)).item()

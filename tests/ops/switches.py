@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import traceback
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ SETTINGS = [
 ]
 
 
-def read():
+def read() -> Any:
     """All that either API tells; the old one raises where the new one was used."""
     values = [getattr(*each) for each in (*LEVELS, (BACKENDS.cudnn.rnn, "fp32_precision"))]
     for old in (*(lambda each=each: getattr(*each) for each in OLD), torch.get_float32_matmul_precision):
@@ -39,7 +40,7 @@ def read():
     return values
 
 
-def behaviour():
+def behaviour() -> Any:
     """What is read now, and once an upper level is set to something else: who follows it, and who does not."""
     readings = [read()]
     for place in (BACKENDS, BACKENDS.cudnn):
@@ -49,11 +50,11 @@ def behaviour():
     return readings
 
 
-def precisions():
-    return {precision_of(torch.float32, kind) for kind in ("conv", "matmul")}
+def precisions() -> Any:
+    return {precision_of(torch.float32, operation) for operation in ("conv", "matmul")}
 
 
-def after(settings, precision):
+def after(settings: Any, precision: str) -> Any:
     for (place, name), value in settings:
         setattr(place, name, value)
     if precision:
@@ -67,7 +68,7 @@ def after(settings, precision):
     return behaviour()
 
 
-def forked(*arguments):
+def forked(*arguments: Any) -> Any:
     """`repr` of what `after` returns, or its traceback."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -85,7 +86,7 @@ def forked(*arguments):
     return result
 
 
-def main():
+def main() -> None:
     tried = 0
     for count in (0, 1, 2):
         for settings in itertools.permutations(SETTINGS, count):

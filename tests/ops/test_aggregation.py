@@ -3,12 +3,13 @@
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from literal import SEED, computed, features, literal, run_of_channels
 
-from qkernels.losses import CosSquared, MseSigmoid
+from qkernels.losses import CosSquared, Loss, MseSigmoid
 from qkernels.nn import AntiTransferLoss
 
 COSINES = [CosSquared(aggregation) for aggregation in CosSquared.options()["aggregation"]]
@@ -16,13 +17,13 @@ every_cosine = pytest.mark.parametrize("loss", [loss for loss in COSINES if loss
 
 
 @every_cosine
-def test_absolute_cosines_of_any_sign(loss):
+def test_absolute_cosines_of_any_sign(loss: Loss) -> None:
     t, p = features((3, 4, 5))
     t[0], p[1] = -t[0], -p[1]
     torch.testing.assert_close(computed(loss, t, p), literal(loss, t, p))
 
 
-def test_a_product_over_channels_takes_no_negative_features():
+def test_a_product_over_channels_takes_no_negative_features() -> None:
     t, p = features((3, 4, 5))
     assert computed(CosSquared("mul_comp"), -t, p).isnan()  # a power of a negative number
 
@@ -36,7 +37,7 @@ def test_a_product_over_channels_takes_no_negative_features():
         (MseSigmoid("gram"), (1, 2, 32, 32)),  # N is 512 B C
     ],
 )
-def test_memory_is_that_of_the_features(loss, shape):
+def test_memory_is_that_of_the_features(loss: Loss, shape: tuple[int, int, int, int]) -> None:
     t, p = features(shape, torch.float32, requires_grad=True)
     with torch.profiler.profile(profile_memory=True) as profile:
         computed(loss, t, p).backward()
@@ -52,7 +53,7 @@ def test_memory_is_that_of_the_features(loss, shape):
         (MseSigmoid("gram"), (2, 64, 4), 30, 3e-3),
     ],
 )
-def test_nearly_equal_maps_do_not_cancel(loss, shape, size, noise):
+def test_nearly_equal_maps_do_not_cancel(loss: Loss, shape: tuple[int, int, int], size: int, noise: float) -> None:
     """In float32, where a difference of squares would be wrong by 6e-8 size^2, for "gram" by 6e-8 size^4."""
     base = torch.rand(shape)[:, :1].expand(shape) + size
     t, p = base.clone().requires_grad_(), base + noise * torch.randn(shape)
@@ -65,10 +66,10 @@ def test_nearly_equal_maps_do_not_cancel(loss, shape, size, noise):
 
 
 @pytest.mark.parametrize("kind", [CosSquared, MseSigmoid])
-def test_a_seed_reproduces_the_channels(kind):
+def test_a_seed_reproduces_the_channels(kind: Any) -> None:
     t, p = features((4, 32, 3, 3))
 
-    def losses(generator=None):
+    def losses(generator: torch.Generator = None) -> Any:
         loss = AntiTransferLoss(kind("stochastic_pairwise"), generator=generator)
         return [loss(t, p).item() for _ in range(20)]
 
@@ -83,7 +84,7 @@ def test_a_seed_reproduces_the_channels(kind):
     assert losses(torch.Generator().manual_seed(1)) != own
 
 
-def test_every_run_of_channels_is_drawn():
+def test_every_run_of_channels_is_drawn() -> None:
     t, p = features((3, 12, 5))
     loss = AntiTransferLoss(CosSquared("stochastic_pairwise"))
     possible = [literal(loss.loss, t, p, slice(i, i + 4)).item() for i in range(9)]
@@ -93,7 +94,7 @@ def test_every_run_of_channels_is_drawn():
     assert {match[0] for match in matches} == set(range(9))  # of 300, one of 9 is missed once in 2e14
 
 
-def test_a_generator_travels_with_the_module():
+def test_a_generator_travels_with_the_module() -> None:
     t, p = features((2, 32, 5))
     loss = AntiTransferLoss(CosSquared("stochastic_pairwise"), generator=torch.Generator().manual_seed(SEED))
     loss(t, p)
@@ -104,7 +105,7 @@ def test_a_generator_travels_with_the_module():
 
 
 @every_cosine
-def test_cosines_of_any_size_in_float32(loss):
+def test_cosines_of_any_size_in_float32(loss: Loss) -> None:
     for scale in (1e-30, 1.0, 1e30):
         base = features((2, 4, 6), torch.float32)
         t, p = (base[0] * scale).requires_grad_(), base[1] / scale
@@ -116,7 +117,7 @@ def test_cosines_of_any_size_in_float32(loss):
 
 
 @every_cosine
-def test_dead_features_have_cosine_and_gradient_0(loss):
+def test_dead_features_have_cosine_and_gradient_0(loss: Loss) -> None:
     for dead in ("t", "p", "tp"):
         t, p = features((2, 3, 8))
         for name in dead:

@@ -4,6 +4,8 @@ import os
 import sys
 import sysconfig
 import types
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,30 +14,30 @@ from qkernels.runtime.device import INTERPRETED
 
 
 @pytest.fixture
-def bare(monkeypatch):
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program is found."""
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CC", raising=False)
 
 
-def executable(path):
+def executable(path: Path) -> Any:
     path.touch(0o755)
     return path
 
 
-def test_no_compiler(bare):
+def test_no_compiler(bare: Any) -> None:
     assert environment.report()["C compiler"].startswith("missing: no gcc or clang")
     assert "apt-get install gcc" in environment.compiler()
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
-def test_the_compilers_that_triton_takes(name, bare, tmp_path, monkeypatch):
+def test_the_compilers_that_triton_takes(name: str, bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = executable(tmp_path / name)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.compiler() == f"ok, {path}"
 
 
-def test_named_compiler(bare, tmp_path, monkeypatch):
+def test_named_compiler(bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton takes that of CC, there or not."""
     executable(tmp_path / "gcc")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -45,7 +47,7 @@ def test_named_compiler(bare, tmp_path, monkeypatch):
     assert environment.compiler() == f"ok, {mine}"
 
 
-def test_no_headers(tmp_path, monkeypatch):
+def test_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     found = environment.report()["Python headers"]
     assert found.startswith(f"missing: no {tmp_path / 'Python.h'}")
@@ -54,7 +56,7 @@ def test_no_headers(tmp_path, monkeypatch):
     assert environment.python_headers() == f"ok, {tmp_path}"
 
 
-def test_cache(tmp_path, monkeypatch):
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named, or under a home; it need not be there yet, and asking makes nothing."""
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path / "home"))
@@ -64,28 +66,28 @@ def test_cache(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_cache_is_where_triton_has_it(monkeypatch):
+def test_the_cache_is_where_triton_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = pytest.importorskip("triton").knobs
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     assert str(knobs.cache.dir) in environment.triton_cache()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder that not even root may write to")
-def test_cache_that_cannot_be_written(monkeypatch):
+def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/kernels")
     found = environment.report()["Triton cache"]
     assert found.startswith("unusable: nothing can be written in /proc")
     assert "TRITON_CACHE_DIR" in found
 
 
-def test_cache_that_cannot_be_executed(tmp_path, monkeypatch):
+def test_cache_that_cannot_be_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_flag=os.ST_NOEXEC))
     assert environment.triton_cache().startswith(f"unusable: nothing can be executed in {tmp_path}")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
-def test_no_gpu(tmp_path, capsys, monkeypatch):
+def test_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert environment.main(["--check", "--json", str(tmp_path / "check.json")]) == environment.CANNOT_RUN
     *_, last = capsys.readouterr().out.splitlines()
@@ -94,7 +96,7 @@ def test_no_gpu(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_check(capsys):
+def test_without_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert environment.main([]) == 0
     assert "C compiler" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):

@@ -2,6 +2,9 @@
 
 import re
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,18 +24,18 @@ CUDA_ERROR = "Triton Error [CUDA]: an illegal memory access was encountered"
 
 
 @triton.jit
-def _asserting_kernel(x_ptr, M, BLOCK: tl.constexpr):
+def _asserting_kernel(x_ptr, M, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     tl.static_assert(BLOCK == 1, "no such block")
 
 
 @triton.jit
-def _misassembled_kernel(x_ptr, M, BLOCK: tl.constexpr):
+def _misassembled_kernel(x_ptr, M, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     value = tl.inline_asm_elementwise("nonsense $0, $1;", "=r,r", [tl.arange(0, BLOCK)], tl.int32, True, 1)
     tl.store(x_ptr + tl.arange(0, BLOCK), value)
 
 
 @triton.jit
-def _copying_kernel(x_ptr, M, BLOCK: tl.constexpr):
+def _copying_kernel(x_ptr, M, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     at = x_ptr + tl.arange(0, BLOCK)
     tl.store(at, tl.load(at))
 
@@ -40,14 +43,14 @@ def _copying_kernel(x_ptr, M, BLOCK: tl.constexpr):
 class Compiled:
     """A kernel whose launch compiles it for a GPU that is not there, as Triton's own does, and then raises `error`."""
 
-    def __init__(self, kernel, error=None):
+    def __init__(self, kernel: Any, error: Any = None) -> None:
         self.kernel, self.error, self.launches = kernel, error, 0
         self.fn, self.__name__ = kernel.fn, kernel.__name__
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: Any) -> Any:
         return self.launch
 
-    def launch(self, *, num_warps, num_stages, **arguments):
+    def launch(self, *, num_warps: Any, num_stages: Any, **arguments: Any) -> None:
         self.launches += 1
         source = triton.compiler.ASTSource(
             fn=self.kernel,
@@ -62,36 +65,36 @@ class Compiled:
 class Failing:
     """In place of a kernel of ours: its launch raises."""
 
-    def __init__(self, kernel, error):
+    def __init__(self, kernel: Any, error: Any) -> None:
         self.error, self.launches, self.fn, self.__name__ = error, 0, kernel.fn, kernel.__name__
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: Any) -> None:
         self.launches += 1
         raise self.error
 
 
 @pytest.fixture(autouse=True)
-def nothing_failed_yet(monkeypatch, tmp_path):
+def nothing_failed_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_launch, "_failed", {})
     monkeypatch.setattr(_library, "_warned", set())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def run(kernel, block=32, size=5):
+def run(kernel: Any, block: int = 32, size: int = 5) -> None:
     _launch.run(kernel, (1,), {"x_ptr": torch.zeros(block, dtype=torch.int32), "M": size, "BLOCK": block})
 
 
 @pytest.fixture
-def no_passes(monkeypatch):
+def no_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's passes fail as those of Triton 3.6.0 did on two kernels of ours (isOpBefore)."""
 
-    def fail(*_):
+    def fail(*_: Any) -> None:
         raise RuntimeError("PassManager::run failed")
 
     monkeypatch.setattr("triton.backends.nvidia.compiler.CUDABackend.make_ttgir", fail)
 
 
-def named(text, name, reason):
+def named(text: Any, name: str, reason: str) -> Any:
     """Whether it is one line of what could not be had, from whom and why."""
     version, settings = re.escape(triton.__version__), "BLOCK=32, num_warps=4, num_stages=1"
     return re.fullmatch(rf"Triton {version} cannot build {name} for sm_90 and int32 with {settings}: {reason}", text)
@@ -104,7 +107,7 @@ def named(text, name, reason):
         (_misassembled_kernel, "PTXASError: Internal Triton PTX codegen error"),
     ],
 )
-def test_a_failed_build_is_named_and_not_tried_again(kernel, reason):
+def test_a_failed_build_is_named_and_not_tried_again(kernel: Any, reason: str) -> None:
     compiled = Compiled(kernel)
     for size in (5, 5, 6):
         with pytest.raises(_launch.KernelUnavailable) as error:
@@ -115,23 +118,23 @@ def test_a_failed_build_is_named_and_not_tried_again(kernel, reason):
         run(compiled, 64)
 
 
-def test_failed_passes_are_a_failed_build(no_passes):
+def test_failed_passes_are_a_failed_build(no_passes: Any) -> None:
     with pytest.raises(_launch.KernelUnavailable) as error:
         run(Compiled(_copying_kernel))
     assert named(str(error.value), "_copying_kernel", "RuntimeError: PassManager::run failed")
 
 
-def test_too_much_for_the_gpu_is_a_failed_build():
+def test_too_much_for_the_gpu_is_a_failed_build() -> None:
     with pytest.raises(_launch.KernelUnavailable) as error:
         run(Compiled(_copying_kernel, OutOfResources(300_000, 232_448, "shared memory")))
     assert named(str(error.value), "_copying_kernel", "OutOfResources: out of resource: shared memory, .*")
 
 
-def test_a_missing_c_compiler_is_a_failed_build(monkeypatch):
+def test_a_missing_c_compiler_is_a_failed_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/bin/false")
 
     class Launcher(Compiled):
-        def launch(self, **_):
+        def launch(self, **_: Any) -> None:
             triton.runtime.build.compile_module_from_src("int x;", "launcher")
 
     with pytest.raises(_launch.KernelUnavailable) as error:
@@ -140,7 +143,7 @@ def test_a_missing_c_compiler_is_a_failed_build(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError(CUDA_ERROR), torch.OutOfMemoryError("no memory"), ValueError("x")])
-def test_errors_of_a_launch_go_through(error):
+def test_errors_of_a_launch_go_through(error: Any) -> None:
     compiled = Compiled(_copying_kernel, error)
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
@@ -149,7 +152,7 @@ def test_errors_of_a_launch_go_through(error):
     assert compiled.launches == 2
 
 
-def features(*shape):
+def features(*shape: Any) -> Any:
     return torch.rand(shape, requires_grad=True), torch.rand(shape)
 
 
@@ -165,12 +168,12 @@ all_losses = pytest.mark.parametrize(("shape", "loss"), LOSSES.values(), ids=LOS
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Those of the losses fail with `error` (default: they are too large), on tensors that look as if on a GPU."""
     from qkernels.ops.folded_rowwise import kernels as folded
     from qkernels.ops.gram_cosine import kernels as gram
 
-    def fail(error=None):
+    def fail(error: Any = None) -> Any:
         error = error or OutOfResources(300_000, 232_448, "shared memory")
         failing = {}
         for module in (gram, folded):
@@ -179,7 +182,7 @@ def kernels(monkeypatch):
                 monkeypatch.setattr(module, name, failing[name])
         return failing
 
-    def backend_of(*_, **__):
+    def backend_of(*_: Any, **__: Any) -> Any:
         return "reference" if runtime._settings.backend == "reference" else "triton"
 
     monkeypatch.setattr(runtime, "backend_of", backend_of)
@@ -187,7 +190,9 @@ def kernels(monkeypatch):
 
 
 @all_losses
-def test_plain_pytorch_computes_in_their_place(shape, loss, kernels):
+def test_plain_pytorch_computes_in_their_place(
+    shape: tuple[int, ...], loss: Callable[..., torch.Tensor], kernels: Any
+) -> None:
     kernels()
     a, b = features(*shape)
     with warnings.catch_warnings(record=True) as caught:
@@ -213,7 +218,9 @@ def test_plain_pytorch_computes_in_their_place(shape, loss, kernels):
 
 
 @all_losses
-def test_triton_that_was_asked_for_is_an_error_of_one_line(shape, loss, kernels):
+def test_triton_that_was_asked_for_is_an_error_of_one_line(
+    shape: tuple[int, ...], loss: Callable[..., torch.Tensor], kernels: Any
+) -> None:
     kernels()
     with (
         qkernels.set_backend("triton"),
@@ -225,7 +232,7 @@ def test_triton_that_was_asked_for_is_an_error_of_one_line(shape, loss, kernels)
 
 
 @all_losses
-def test_a_broken_gpu_stays_an_error(shape, loss, kernels):
+def test_a_broken_gpu_stays_an_error(shape: tuple[int, ...], loss: Callable[..., torch.Tensor], kernels: Any) -> None:
     failing = kernels(RuntimeError(CUDA_ERROR))
     a, b = features(*shape)
     for _ in range(2):
@@ -237,7 +244,7 @@ def test_a_broken_gpu_stays_an_error(shape, loss, kernels):
 @pytest.mark.filterwarnings("ignore:Triton .* cannot build:RuntimeWarning")
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("rows", [9, 70, 130])
-def test_gram_operator_keeps_its_shapes(rows, both, kernels):
+def test_gram_operator_keeps_its_shapes(rows: int, both: bool, kernels: Any) -> None:
     """Those that `torch.compile` was promised: the kernels'."""
     kernels()
     a, b = (torch.rand(2, rows, 12, 12, requires_grad=needed) for needed in (True, both))
@@ -246,7 +253,7 @@ def test_gram_operator_keeps_its_shapes(rows, both, kernels):
 
 @pytest.mark.filterwarnings("ignore:Triton .* cannot build:RuntimeWarning")
 @pytest.mark.parametrize("positions", [(3, 3), (4, 4), (5, 5), (8, 8)])
-def test_folded_operator_keeps_its_shapes(positions, kernels):
+def test_folded_operator_keeps_its_shapes(positions: tuple[int, int], kernels: Any) -> None:
     kernels()
     a, b = (torch.rand(3, 50, *positions, requires_grad=True) for _ in range(2))
     torch.library.opcheck(folded_rowwise, (a, b, "each", 0.7, "auto"))
@@ -255,7 +262,7 @@ def test_folded_operator_keeps_its_shapes(positions, kernels):
         torch.library.opcheck(folded_rowwise_da, (loss, b, a, *rest, 1, 0.7, "auto"))
 
 
-def test_weights_that_cannot_be_packed(monkeypatch):
+def test_weights_that_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers' first kernel: in plain PyTorch, or an error, as the layer's backend says."""
     from qkernels.ops.hamilton_conv import forms
     from qkernels.ops.hamilton_conv import kernels as conv
@@ -270,7 +277,7 @@ def test_weights_that_cannot_be_packed(monkeypatch):
         torch.ops.qkernels.hamilton_pack([weight], "signed-ieee", weight.dtype, "triton")
 
 
-def test_what_operators_take_for_a_backend():
+def test_what_operators_take_for_a_backend() -> None:
     assert runtime.operator_backend("triton") == "auto"
     assert runtime.operator_backend("torch") == "torch"
     with qkernels.set_backend("triton"):

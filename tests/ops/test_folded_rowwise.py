@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import literal
 import pytest
@@ -20,34 +22,34 @@ all_forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
 all_clamps = pytest.mark.parametrize("clamp", ["each", "product"])
 
 
-def features(shape, dtype=torch.float64, requires_grad=False):
+def features(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Any:
     """As after a ReLU: non-negative, so that Gram matrices are similar and gradients nearly cancel."""
     return [torch.randn(shape, dtype=dtype).relu().add(0.01).requires_grad_(requires_grad) for _ in range(2)]
 
 
-def loss_of(trained, frozen, clamp="each", beta=1.0):
+def loss_of(trained: torch.Tensor, frozen: torch.Tensor, clamp: str = "each", beta: float = 1.0) -> Any:
     return anti_transfer_loss(trained, frozen, loss=FoldedRowwise(clamp), beta=beta)
 
 
-def with_gradients(function, inputs, *args):
+def with_gradients(function: Callable[..., Any], inputs: Any, *args: Any) -> Any:
     inputs = [x.detach().requires_grad_() for x in inputs]
     value = function(*inputs, *args)
     return value.detach(), *torch.autograd.grad(value, inputs)
 
 
-def exact_of(inputs, clamp="each", beta=1.0):
+def exact_of(inputs: Any, clamp: str = "each", beta: float = 1.0) -> Any:
     """Value and gradients of the definition, in float64."""
     with qkernels.set_backend("reference"):
         return with_gradients(loss_of, [x.double() for x in inputs], clamp, beta)
 
 
-def error(actual, exact):
+def error(actual: Any, exact: Any) -> Any:
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 @all_forms
 @all_clamps
-def test_it_is_the_released_code(shape, clamp):
+def test_it_is_the_released_code(shape: tuple[int, ...], clamp: str) -> None:
     for scale in (1.0, 3e-4, 1e-7):
         trained, frozen = scale * torch.randn(2, *shape, dtype=torch.float64)
         frozen[0, 1] = 0
@@ -57,7 +59,7 @@ def test_it_is_the_released_code(shape, clamp):
                 assert loss_of(trained, frozen, clamp, 1.5).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_two_clamps_differ_for_small_features():
+def test_the_two_clamps_differ_for_small_features() -> None:
     a, b = features((2, 3, 2, 2))
     each, product = (loss_of(1e-4 * a, 1e-4 * b, clamp) for clamp in ("each", "product"))
     assert product < 0.5 * each
@@ -65,7 +67,7 @@ def test_the_two_clamps_differ_for_small_features():
 
 @all_forms
 @all_clamps
-def test_values_and_gradients_equal_materialised_grams(shape, clamp):
+def test_values_and_gradients_equal_materialised_grams(shape: tuple[int, ...], clamp: str) -> None:
     for scale in (1.0, 2e-4, 1e-6):  # all norms free, some of them clamped, all of them
         trained, frozen = features(shape)
         # Rows of several sizes, so that the bound lies between them.
@@ -78,7 +80,7 @@ def test_values_and_gradients_equal_materialised_grams(shape, clamp):
 
 
 @all_clamps
-def test_gradcheck(clamp):
+def test_gradcheck(clamp: str) -> None:
     for shape in (*FORMS.values(), (4, 3), (1, 1, 1, 1), (1, 9, 4)):
         inputs = features(shape, requires_grad=True)
         assert gradcheck(lambda a, b: loss_of(a, b, clamp, 1.5), inputs)
@@ -86,7 +88,7 @@ def test_gradcheck(clamp):
 
 @all_forms
 @pytest.mark.parametrize("panel", [1, 4, 100])
-def test_forms_of_the_same_shape_agree(shape, panel, monkeypatch):
+def test_forms_of_the_same_shape_agree(shape: tuple[int, ...], panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = features(shape)
     monkeypatch.setattr("qkernels.ops.folded_rowwise.forms.panel_rows", lambda *_: panel)
     results = []
@@ -97,7 +99,7 @@ def test_forms_of_the_same_shape_agree(shape, panel, monkeypatch):
         torch.testing.assert_close(row, gram, rtol=1e-9, atol=1e-14)
 
 
-def test_form_is_the_one_with_fewer_operations():
+def test_form_is_the_one_with_fewer_operations() -> None:
     batch, layers = 20, {1: (64, 4096), 5: (256, 256), 8: (512, 64), 11: (512, 16)}
     rows = {n: batch * channels for n, (channels, _) in layers.items()}
     assert [is_row_form(rows[n], positions) for n, (_, positions) in layers.items()] == [False, True, True, True]
@@ -110,7 +112,7 @@ class Largest(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -120,7 +122,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", [(4, 100, 5, 5), (4, 100, 15, 15)], ids=["row", "gram"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_of_the_size_of_a_gram_matrix_is_allocated(shape, dtype, monkeypatch):
+def test_nothing_of_the_size_of_a_gram_matrix_is_allocated(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("qkernels.ops.folded_rowwise.forms.panel_rows", lambda *_: 20)
     rows, positions = 400, shape[2] * shape[3]
     a, b = features(shape, dtype, requires_grad=True)
@@ -138,7 +142,7 @@ def test_nothing_of_the_size_of_a_gram_matrix_is_allocated(shape, dtype, monkeyp
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
 @all_forms
-def test_frozen_features_get_no_gradient(shape, needed):
+def test_frozen_features_get_no_gradient(shape: tuple[int, ...], needed: tuple[bool, bool]) -> None:
     inputs = features(shape)
     both = with_gradients(loss_of, inputs)[1:]
     for tensor, need in zip(inputs, needed, strict=True):
@@ -149,7 +153,7 @@ def test_frozen_features_get_no_gradient(shape, needed):
 
 
 @all_forms
-def test_any_strides_untouched_inputs_and_expanded_gradients(shape):
+def test_any_strides_untouched_inputs_and_expanded_gradients(shape: tuple[int, ...]) -> None:
     batch, channels, height, width = shape
     inputs = features((batch, channels, height, 2 * width))
     halves = [x[..., ::2].contiguous() for x in inputs]
@@ -175,7 +179,7 @@ def test_any_strides_untouched_inputs_and_expanded_gradients(shape):
 
 @all_forms
 @all_clamps
-def test_float32_of_any_size(shape, clamp):
+def test_float32_of_any_size(shape: tuple[int, ...], clamp: str) -> None:
     """Scaled rows of 1e-24 have squares of 1e-48, which float32 does not hold; and those of 1e20 none either."""
     for scales in ((1e-3, 1e-3), (1e-12, 1e-3), (1e10, 1e10), (1e25, 1e-25), (1e-25, 1e25)):
         inputs = [x * scale for x, scale in zip(features(shape, torch.float32), scales, strict=True)]
@@ -189,7 +193,7 @@ def test_float32_of_any_size(shape, clamp):
 
 @all_forms
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types(shape, dtype):
+def test_half_types(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in features(shape)]
     loss, *gradients = with_gradients(loss_of, inputs)
     assert loss.dtype == torch.float32
@@ -205,7 +209,7 @@ def test_half_types(shape, dtype):
 
 @all_forms
 @all_clamps
-def test_dead_channels_give_zero_and_no_gradient(shape, clamp):
+def test_dead_channels_give_zero_and_no_gradient(shape: tuple[int, ...], clamp: str) -> None:
     for scale in (1.0, 1e-6):
         inputs = [scale * x for x in features(shape)]
         inputs[0][0, 1], inputs[1][1, 2], inputs[0][1, 0], inputs[1][1, 0] = 0, 0, 0, 0
@@ -221,7 +225,7 @@ def test_dead_channels_give_zero_and_no_gradient(shape, clamp):
 
 @all_forms
 @all_clamps
-def test_nan_is_not_silenced(shape, clamp):
+def test_nan_is_not_silenced(shape: tuple[int, ...], clamp: str) -> None:
     cases = ((1.0, False), (1e-9, False), (1.0, True))
     for bad, (scale, other_is_dead) in itertools.product((math.nan, math.inf), cases):
         a, b = [scale * x for x in features(shape)]
@@ -233,7 +237,7 @@ def test_nan_is_not_silenced(shape, clamp):
             assert all(x.isnan().any() for x in gradients)
 
 
-def test_empty_batch_has_no_mean():
+def test_empty_batch_has_no_mean() -> None:
     for backend in ("auto", "reference"):
         with qkernels.set_backend(backend):
             loss, *gradients = with_gradients(loss_of, [torch.zeros(0, 3, 4)] * 2)
@@ -242,7 +246,7 @@ def test_empty_batch_has_no_mean():
 
 
 @all_forms
-def test_second_derivative_says_where_it_is(shape):
+def test_second_derivative_says_where_it_is(shape: tuple[int, ...]) -> None:
     a, b = features(shape, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss_of(a, b), a, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"no second derivative.*set_backend\('reference'\)"):
@@ -254,7 +258,7 @@ def test_second_derivative_says_where_it_is(shape):
 
 
 @all_forms
-def test_backward_under_autocast_computes_in_float32(shape):
+def test_backward_under_autocast_computes_in_float32(shape: tuple[int, ...]) -> None:
     a, b = features(shape, torch.float32, requires_grad=True)
     loss = loss_of(a, b)
     expected = torch.autograd.grad(loss, (a, b), retain_graph=True)
@@ -266,7 +270,7 @@ def test_backward_under_autocast_computes_in_float32(shape):
 
 @all_forms
 @all_clamps
-def test_opcheck(shape, clamp):
+def test_opcheck(shape: tuple[int, ...], clamp: str) -> None:
     a, b = features(shape, torch.float32, requires_grad=True)
     torch.library.opcheck(torch.ops.qkernels.folded_rowwise, (a, b, clamp, 0.5, "torch"))
     a, b = a.detach(), b.detach()

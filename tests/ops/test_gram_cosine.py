@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -23,7 +24,7 @@ every_gram = pytest.mark.parametrize(
 
 
 @every_gram
-def test_values_and_gradients_equal_materialised_grams(gram, centred):
+def test_values_and_gradients_equal_materialised_grams(gram: str, centred: bool) -> None:
     for shape in SHAPES:
         a, b = features(shape, requires_grad=True)
         cosine = gram_cosine(a, b, gram=gram, centred=centred)
@@ -41,14 +42,14 @@ def test_values_and_gradients_equal_materialised_grams(gram, centred):
 
 
 @every_gram
-def test_gradcheck(gram, centred):
+def test_gradcheck(gram: str, centred: bool) -> None:
     for shape in ((2, 3, 4), (3, 4, 2), (4, 3), (2, 2, 3, 1)):
         inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         assert gradcheck(lambda a, b: gram_cosine(a, b, gram=gram, centred=centred), inputs)
 
 
 @every_gram
-def test_forms_of_the_same_shape_agree(monkeypatch, gram, centred):
+def test_forms_of_the_same_shape_agree(monkeypatch: pytest.MonkeyPatch, gram: str, centred: bool) -> None:
     for shape in ((2, 5, 3, 2), (3, 2, 7), (4, 3, 3)):
         a, b = features(shape, requires_grad=True)
         results = []
@@ -59,7 +60,7 @@ def test_forms_of_the_same_shape_agree(monkeypatch, gram, centred):
         torch.testing.assert_close(*results)
 
 
-def test_form_is_the_smaller_of_every_gram():
+def test_form_is_the_smaller_of_every_gram() -> None:
     sizes = ((4, 3, 8), (4, 8, 3), (40, 3, 8))
     assert [gram_form(gram, *size) for gram in GRAMS for size in sizes] == [
         *("channel", "position", "channel"),
@@ -68,7 +69,7 @@ def test_form_is_the_smaller_of_every_gram():
     ]
 
 
-def test_form_is_the_smaller_matrix():
+def test_form_is_the_smaller_matrix() -> None:
     assert [gram_form("channel", 20, *sizes) for sizes in ((64, 4096), (512, 16), (8, 8))] == [
         "channel",
         "position",
@@ -78,7 +79,7 @@ def test_form_is_the_smaller_matrix():
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
-def test_frozen_features_get_no_gradient(needed):
+def test_frozen_features_get_no_gradient(needed: tuple[bool, bool]) -> None:
     a, b = features((2, 3, 4))
     for tensor, need in zip((a, b), needed, strict=True):
         tensor.requires_grad_(need)
@@ -90,7 +91,7 @@ def test_frozen_features_get_no_gradient(needed):
 
 
 @st.composite
-def feature_maps(draw):
+def feature_maps(draw: Any) -> Any:
     shape = draw(st.tuples(*(st.integers(1, n) for n in (4, 6, 3, 3))))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     a, b = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -101,13 +102,13 @@ properties = hypothesis.settings(max_examples=60)
 drawn_options = st.fixed_dictionaries({"gram": st.sampled_from(GRAMS), "centred": st.booleans()})
 
 
-def rotation(size, generator):
+def rotation(size: Any, generator: torch.Generator) -> Any:
     return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
 
 
 @properties
 @hypothesis.given(feature_maps(), drawn_options)
-def test_cosine_lies_between_0_and_1_and_is_1_for_equals(maps, options):
+def test_cosine_lies_between_0_and_1_and_is_1_for_equals(maps: Any, options: Any) -> None:
     a, b, _ = maps
     cosine = gram_cosine(a, b, **options)
     assert (cosine >= 0).all()
@@ -119,7 +120,7 @@ def test_cosine_lies_between_0_and_1_and_is_1_for_equals(maps, options):
 
 @properties
 @hypothesis.given(feature_maps(), drawn_options)
-def test_cosine_ignores_a_common_order_of_the_rows(maps, options):
+def test_cosine_ignores_a_common_order_of_the_rows(maps: Any, options: Any) -> None:
     a, b, generator = maps
     gram, cosine = options["gram"], gram_cosine(a, b, **options)
     order = torch.randperm(rows_of(a.shape, gram), generator=generator)
@@ -134,7 +135,7 @@ def test_cosine_ignores_a_common_order_of_the_rows(maps, options):
 
 @properties
 @hypothesis.given(feature_maps(), drawn_options)
-def test_cosine_ignores_order_and_rotation_of_the_columns_of_either(maps, options):
+def test_cosine_ignores_order_and_rotation_of_the_columns_of_either(maps: Any, options: Any) -> None:
     a, b, generator = maps
     cosine = gram_cosine(a, b, **options)
     shape, positions, features = a.shape, a[0, 0].numel(), a[0].numel()
@@ -154,21 +155,22 @@ def test_cosine_ignores_order_and_rotation_of_the_columns_of_either(maps, option
 
 @properties
 @hypothesis.given(feature_maps(), drawn_options, st.floats(-140, 140), st.floats(-140, 140))
-def test_cosine_ignores_scale(maps, options, log_a, log_b):
+def test_cosine_ignores_scale(maps: Any, options: Any, log_a: Any, log_b: Any) -> None:
     a, b, _ = maps
     torch.testing.assert_close(gram_cosine(a * 10**log_a, b * -(10**log_b), **options), gram_cosine(a, b, **options))
 
 
 @every_gram
-def test_only_a_centred_cosine_ignores_what_is_added_to_all_rows(gram, centred):
+def test_only_a_centred_cosine_ignores_what_is_added_to_all_rows(gram: str, centred: bool) -> None:
     a, b = features((3, 4, 5))
     row = torch.randn(a[:1].shape if gram == "batch" else a[:, :1].shape if gram == "channel" else a[..., :1].shape)
-    same = torch.allclose(*(gram_cosine(x, b, gram=gram, centred=centred) for x in (a, a + row)), rtol=1e-9)
+    first, second = (gram_cosine(x, b, gram=gram, centred=centred) for x in (a, a + row))
+    same = torch.allclose(first, second, rtol=1e-9)
     assert same == centred
 
 
 @every_gram
-def test_float32_of_any_size(gram, centred):
+def test_float32_of_any_size(gram: str, centred: bool) -> None:
     for scale, shape in itertools.product((1e-30, 1e-10, 1e10, 1e30), ((2, 3, 8), (2, 8, 3))):
         a, b = features(shape, torch.float32)
         big = (a * scale).requires_grad_(), (b / scale).requires_grad_()
@@ -183,7 +185,7 @@ def test_float32_of_any_size(gram, centred):
             assert ((actual.double() - truth).norm() / truth.norm()).item() < 1e-4
 
 
-def test_subnormal_and_largest_floats():
+def test_subnormal_and_largest_floats() -> None:
     a, b = features((2, 3, 8), torch.float32)
     tiny, huge = a * 1e-40, b / b.amax() * torch.finfo(torch.float32).max
     expected = materialised(tiny.double(), huge.double()).float()
@@ -191,7 +193,7 @@ def test_subnormal_and_largest_floats():
 
 
 @pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, (1e-6, 6e4)), (torch.bfloat16, (1e-30, 1e30))])
-def test_half_types_neither_overflow_nor_vanish(dtype, scales):
+def test_half_types_neither_overflow_nor_vanish(dtype: torch.dtype, scales: tuple[float, float]) -> None:
     a, b = features((3, 6, 40), torch.float32)
     a, b = (t / t.amax((1, 2), keepdim=True) for t in (a, b))
     for scale_a, scale_b in itertools.product(scales, repeat=2):
@@ -201,7 +203,7 @@ def test_half_types_neither_overflow_nor_vanish(dtype, scales):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradient_terms_are_combined_before_rounding(dtype):
+def test_gradient_terms_are_combined_before_rounding(dtype: torch.dtype) -> None:
     """With nearly equal features the two terms cancel; rounded one by one they would leave noise of the type's eps."""
     a = torch.rand(2, 4, 30).add(1).to(dtype)
     b = (a.float() * (1 + 0.02 * torch.randn(a.shape))).to(dtype).requires_grad_()
@@ -215,7 +217,7 @@ def test_gradient_terms_are_combined_before_rounding(dtype):
 
 @every_gram
 @pytest.mark.parametrize("shape", [(3, 2, 4), (3, 4, 2)])
-def test_dead_features_give_zero_and_no_gradient(gram, centred, shape):
+def test_dead_features_give_zero_and_no_gradient(gram: str, centred: bool, shape: tuple[int, int, int]) -> None:
     a, b = features(shape, requires_grad=True)
     with torch.no_grad():
         if gram == "batch":
@@ -241,7 +243,7 @@ def test_dead_features_give_zero_and_no_gradient(gram, centred, shape):
 
 
 @every_gram
-def test_nan_is_not_silenced(gram, centred):
+def test_nan_is_not_silenced(gram: str, centred: bool) -> None:
     shapes = ((2, 2, 5), (2, 5, 2))
     for bad, other_is_dead, shape in itertools.product((math.nan, math.inf), (False, True), shapes):
         a, b = features(shape)
@@ -257,14 +259,14 @@ def test_nan_is_not_silenced(gram, centred):
         assert torch.autograd.grad(gram_cosine(a, b, **options).sum(), a)[0][0].isnan().any()
 
 
-def test_empty_batch():
+def test_empty_batch() -> None:
     empty = torch.zeros(0, 3, 4, requires_grad=True)
     assert gram_cosine(empty, empty).shape == (0,)
     assert anti_transfer_loss(empty, empty, reduction="sum").item() == 0
     gram_cosine(empty, empty).sum().backward()
 
 
-def test_second_derivative_says_where_it_is():
+def test_second_derivative_says_where_it_is() -> None:
     a, b = features((2, 3, 4), requires_grad=True)
     (gradient,) = torch.autograd.grad(gram_cosine(a, b).sum(), a, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"no second derivative.*set_backend\('reference'\)"):
@@ -275,7 +277,7 @@ def test_second_derivative_says_where_it_is():
     assert a.grad.isfinite().all()
 
 
-def test_backward_under_autocast_computes_in_float32():
+def test_backward_under_autocast_computes_in_float32() -> None:
     a, b = features((2, 8, 20), torch.float32, requires_grad=True)
     cosine = gram_cosine(a, b).sum()
     expected = torch.autograd.grad(cosine, (a, b), retain_graph=True)
@@ -287,7 +289,7 @@ def test_backward_under_autocast_computes_in_float32():
 
 @pytest.mark.parametrize("shape", [(2, 3, 8), (2, 8, 3)])
 @every_gram
-def test_opcheck(shape, gram, centred):
+def test_opcheck(shape: tuple[int, int, int], gram: str, centred: bool) -> None:
     a, b = features(shape, torch.float32, requires_grad=True)
     options = (False, gram, centred, 0.5, True)
     torch.library.opcheck(torch.ops.qkernels.gram_cosine, (a, b, None, *options, True, "torch"))
@@ -297,10 +299,10 @@ def test_opcheck(shape, gram, centred):
     torch.library.opcheck(torch.ops.qkernels.gram_cosine_da, (*gradients, cosine, a, b, *rest, 0, *options, "torch"))
 
 
-def textbook_cka(a, b):
+def textbook_cka(a: torch.Tensor, b: torch.Tensor) -> Any:
     """|A^T B|^2 / (|A^T A| |B^T B|) of centred columns, row by row in Python."""
     a, b = (x.reshape(len(x), -1) - sum(x.reshape(len(x), -1)) / len(x) for x in (a, b))
-    products = [sum(torch.outer(u, v) for u, v in zip(x, y, strict=True)) for x, y in ((a, b), (a, a), (b, b))]
+    products: list[Any] = [sum(map(torch.outer, x, y)) for x, y in ((a, b), (a, a), (b, b))]
     return (products[0] ** 2).sum() / (products[1].norm() * products[2].norm())
 
 
@@ -308,7 +310,7 @@ def textbook_cka(a, b):
     ("shape_a", "shape_b"),
     [((6, 4), (6, 4)), ((5, 3), (5, 8)), ((9, 3), (9, 2)), ((5, 2, 3, 2), (5, 4)), ((4, 3, 5), (4, 3, 5))],
 )
-def test_linear_cka_is_the_textbook_formula(shape_a, shape_b):
+def test_linear_cka_is_the_textbook_formula(shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
     a, b = (torch.randn(shape, dtype=torch.float64).add(1).requires_grad_() for shape in (shape_a, shape_b))
     value, expected = linear_cka(a, b), textbook_cka(a, b)
     torch.testing.assert_close(value, expected)
@@ -320,7 +322,7 @@ def test_linear_cka_is_the_textbook_formula(shape_a, shape_b):
 
 @properties
 @hypothesis.given(st.integers(2, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
-def test_linear_cka_ignores_rotation_scale_and_translation(samples, width_a, width_b, seed):
+def test_linear_cka_ignores_rotation_scale_and_translation(samples: Any, width_a: Any, width_b: Any, seed: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(samples, n, dtype=torch.float64, generator=generator) for n in (width_a, width_b))
     value = linear_cka(a, b)
@@ -331,7 +333,7 @@ def test_linear_cka_ignores_rotation_scale_and_translation(samples, width_a, wid
     torch.testing.assert_close(linear_cka(moved, a), torch.ones_like(value))
 
 
-def test_linear_cka_types_and_one_sample():
+def test_linear_cka_types_and_one_sample() -> None:
     a, b = torch.randn(6, 4), torch.randn(6, 5)
     for dtype in (torch.bfloat16, torch.float16):
         value = linear_cka(a.to(dtype), b)
@@ -351,7 +353,7 @@ def test_linear_cka_types_and_one_sample():
         (torch.ones(3, 0), torch.ones(3, 0), "at least one channel"),
     ],
 )
-def test_bad_representations(a, b, message):
+def test_bad_representations(a: torch.Tensor, b: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear_cka(a, b)
 
@@ -369,6 +371,6 @@ F = torch.ones(2, 3, 4)
         (F, F.to("meta"), "b must be on the device of a; got meta and cpu"),
     ],
 )
-def test_bad_features(a, b, message):
+def test_bad_features(a: torch.Tensor, b: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gram_cosine(a, b)

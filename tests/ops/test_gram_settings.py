@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,7 +17,7 @@ REAL = [(64, 65536), (128, 16384), (256, 4096), (512, 1024), (512, 256)]
 ARCHS = tuple(config.BACKWARD)
 
 
-def test_modes():
+def test_modes() -> None:
     assert [mode_of(*sizes) for sizes in QUATERNION] == ["stored", "stored", "direct", "dual", "dual"]
     assert [mode_of(*sizes) for sizes in REAL] == ["stored", "stored", "direct", "direct", "dual"]
     assert [mode_of(512, 300, packed) for packed in (False, True)] == ["dual", "direct"]
@@ -25,7 +26,7 @@ def test_modes():
 
 @pytest.mark.parametrize(("shapes", "limit"), [(QUATERNION, 3e6), (REAL, 11e6)], ids=["quaternion", "real"])
 @pytest.mark.parametrize(("half", "arch"), [*itertools.product([True, False], ARCHS)])
-def test_memory_beside_features_at_batch_20(shapes, limit, half, arch):
+def test_memory_beside_features_at_batch_20(shapes: Any, limit: float, half: Any, arch: int) -> None:
     """Parts of Gram matrices, what is kept of them, and the sums of all programs."""
     for rows, columns in shapes:
         option = plan(20, rows, columns, half, arch, 132)
@@ -48,12 +49,12 @@ def test_memory_beside_features_at_batch_20(shapes, limit, half, arch):
     st.sampled_from(ARCHS),
     st.booleans(),
 )
-def test_no_program_is_without_a_step(items, rows, columns, half, arch, packed):
+def test_no_program_is_without_a_step(items: Any, rows: Any, columns: Any, half: Any, arch: int, packed: Any) -> None:
     option = plan(items, rows, columns, half, arch, 132, packed)
     m, k = (columns, rows) if option.mode == "dual" else (rows, columns)
     assert option.block == option.forward.m
     assert 1 <= option.splits <= -(-k // option.forward.k)
-    assert 1 <= option.parts <= -(-k // option.backward.c)
+    assert 1 <= option.column_splits <= -(-k // option.backward.c)
     assert pairs_of(m, option.block) * option.splits <= config.MOST_PARTS or option.mode != "stored"
     assert (
         option.backward.n >= m
@@ -64,11 +65,11 @@ def test_no_program_is_without_a_step(items, rows, columns, half, arch, packed):
 @pytest.mark.parametrize(
     ("arch", "known"), [(80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80), (75, 80)]
 )
-def test_architecture_without_tiles_takes_those_of_the_next_lower_one(arch, known):
+def test_architecture_without_tiles_takes_those_of_the_next_lower_one(arch: int, known: int) -> None:
     for sizes, half in itertools.product(QUATERNION, (True, False)):
         assert plan(20, *sizes, half, arch, 108) == plan(20, *sizes, half, known, 108)
 
 
-def test_few_samples_share_their_sums_and_many_do_not():
+def test_few_samples_share_their_sums_and_many_do_not() -> None:
     assert [plan(items, 64, 4096, True, 90, 132).splits for items in (1, 256)] == [64, 1]
-    assert plan(1, 512, 64, True, 90, 132).parts > plan(256, 512, 64, True, 90, 132).parts
+    assert plan(1, 512, 64, True, 90, 132).column_splits > plan(256, 512, 64, True, 90, 132).column_splits

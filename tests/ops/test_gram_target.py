@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import gradcheck
 
 import qkernels
 from qkernels import GramTarget, anti_transfer_loss, anti_transfer_tap, gram_target
-from qkernels.losses import CKA, FoldedRowwise, GramChannel, GramPosition
+from qkernels.losses import CKA, FoldedRowwise, GramChannel, GramPosition, Loss
 
 WITH_TARGET = [loss for loss in EVERY if loss.per_sample]
 every_loss_with_target = pytest.mark.parametrize("loss", WITH_TARGET, ids=repr)
@@ -22,12 +23,12 @@ every_loss_with_target = pytest.mark.parametrize("loss", WITH_TARGET, ids=repr)
 SHAPES = [(3, 4, 3, 5), (3, 9, 2, 2), (3, 5, 2, 2)]
 
 
-def features(shape, dtype=torch.float32, requires_grad=False):
+def features(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Any:
     maps = (torch.randn(shape, dtype=torch.float64).relu() + 0.1 * torch.rand(shape).double() for _ in range(2))
     return [x.to(dtype).requires_grad_(requires_grad) for x in maps]
 
 
-def relative(actual, exact):
+def relative(actual: Any, exact: Any) -> Any:
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
@@ -45,7 +46,9 @@ def relative(actual, exact):
         ((2, 5), GramPosition(), torch.float32, True),
     ],
 )
-def test_a_target_is_what_takes_less_memory(shape, loss, dtype, packed):
+def test_a_target_is_what_takes_less_memory(
+    shape: tuple[int, ...], loss: Loss, dtype: torch.dtype, packed: bool
+) -> None:
     frozen = features(shape, dtype, requires_grad=True)[0]
     target = gram_target(frozen, loss=loss)
     assert (target.packed, target.loss) == (packed, loss)
@@ -62,7 +65,7 @@ def test_a_target_is_what_takes_less_memory(shape, loss, dtype, packed):
 
 
 @every_loss_with_target
-def test_packed_values_are_scaled_gram_matrices(loss):
+def test_packed_values_are_scaled_gram_matrices(loss: Loss) -> None:
     for size in (1e-10, 1, 1e10):
         of_channels = loss.name == "gram-channel"
         frozen = features((19, 4, 20) if of_channels else (19, 20, 4))[0] * size
@@ -79,7 +82,7 @@ def test_packed_values_are_scaled_gram_matrices(loss):
 
 @every_loss_with_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_loss_and_gradient_of_a_target_are_those_of_its_features(loss, dtype):
+def test_loss_and_gradient_of_a_target_are_those_of_its_features(loss: Loss, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         trained, frozen = features(shape, dtype, requires_grad=True)
         target = gram_target(frozen, loss=loss)
@@ -102,7 +105,7 @@ def test_loss_and_gradient_of_a_target_are_those_of_its_features(loss, dtype):
 
 
 @every_loss_with_target
-def test_targets_of_some_samples(loss):
+def test_targets_of_some_samples(loss: Loss) -> None:
     for shape in SHAPES:
         trained, frozen = features((19, *shape[1:]))  # more than are packed at a time
         target, index = gram_target(frozen, loss=loss), torch.tensor([18, 3, 3, 0])
@@ -117,7 +120,7 @@ def test_targets_of_some_samples(loss):
 
 
 @every_loss_with_target
-def test_reductions_with_a_target(loss):
+def test_reductions_with_a_target(loss: Loss) -> None:
     for shape in SHAPES:
         trained, frozen = features(shape)
         target, options = gram_target(frozen, loss=loss), {"loss": loss, "beta": 0.3}
@@ -129,7 +132,7 @@ def test_reductions_with_a_target(loss):
 
 
 @every_loss_with_target
-def test_targets_of_any_size(loss):
+def test_targets_of_any_size(loss: Loss) -> None:
     options = {"loss": loss, "reduction": "none"}
     for scale, shape in itertools.product((1e-30, 1e-10, 1e10, 1e30), ((2, 3, 8), (2, 8, 3))):
         trained, frozen = features(shape)
@@ -139,7 +142,7 @@ def test_targets_of_any_size(loss):
 
 
 @every_loss_with_target
-def test_dead_and_broken_targets(loss):
+def test_dead_and_broken_targets(loss: Loss) -> None:
     for shape in ((3, 3, 8), (3, 8, 3)):
         trained, frozen = features(shape, requires_grad=True)
         with torch.no_grad():
@@ -151,7 +154,7 @@ def test_dead_and_broken_targets(loss):
         assert torch.autograd.grad(each[0], trained)[0][0].eq(0).all()
 
 
-def test_types_of_features_and_target_may_differ():
+def test_types_of_features_and_target_may_differ() -> None:
     trained, frozen = features((3, 4, 20), torch.float64)
     for shape in (slice(None), slice(0, 2)):  # packed, and not
         a, b = trained[..., shape].contiguous().requires_grad_(), frozen[..., shape].float()
@@ -164,7 +167,7 @@ def test_types_of_features_and_target_may_differ():
         torch.testing.assert_close(low, anti_transfer_loss(a.bfloat16(), b), rtol=1e-6, atol=0)
 
 
-def test_target_of_an_empty_batch():
+def test_target_of_an_empty_batch() -> None:
     trained = torch.zeros(0, 3, 8, requires_grad=True)
     for loss in WITH_TARGET:
         value = anti_transfer_loss(trained, gram_target(trained, loss=loss), loss=loss, reduction="sum")
@@ -195,14 +198,14 @@ PACKED, KEPT = gram_target(F), gram_target(F[..., :2])
         (F.long(), PACKED, {}, "must be of a floating-point type"),
     ],
 )
-def test_bad_targets(trained, frozen, options, message):
+def test_bad_targets(trained: torch.Tensor, frozen: torch.Tensor, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         anti_transfer_loss(trained, frozen, **options)
     with pytest.raises(ValueError, match=message):
         anti_transfer_tap(trained, frozen, **options)
 
 
-def test_bad_features_of_a_target():
+def test_bad_features_of_a_target() -> None:
     for loss in EVERY:
         if not loss.per_sample:
             with pytest.raises(
@@ -217,7 +220,7 @@ def test_bad_features_of_a_target():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @every_loss_with_target
-def test_opcheck_with_a_target(dtype, loss):
+def test_opcheck_with_a_target(dtype: torch.dtype, loss: Loss) -> None:
     for shape in (SHAPES[0], SHAPES[2]):
         trained, frozen = features(shape, dtype, requires_grad=True)
         target = gram_target(frozen.float(), loss=loss)
@@ -225,12 +228,12 @@ def test_opcheck_with_a_target(dtype, loss):
         torch.library.opcheck(torch.ops.qkernels.gram_cosine, operands)
 
 
-def frozen_of(kind, frozen, loss="gram-channel"):
+def frozen_of(kind: Any, frozen: torch.Tensor, loss: str = "gram-channel") -> Any:
     return gram_target(frozen, loss=loss) if kind == "target" else frozen
 
 
 @every_loss_with_target
-def test_tap_with_a_target_adds_the_gradient_of_the_loss_to_the_incoming_one(loss):
+def test_tap_with_a_target_adds_the_gradient_of_the_loss_to_the_incoming_one(loss: Loss) -> None:
     for shape, reduction in itertools.product(SHAPES, ("mean", "sum")):
         trained, frozen = features(shape, torch.float64, requires_grad=True)
         target, options = gram_target(frozen, loss=loss), {"loss": loss, "beta": 1.3, "reduction": reduction}
@@ -246,7 +249,7 @@ def test_tap_with_a_target_adds_the_gradient_of_the_loss_to_the_incoming_one(los
 
 
 @every_gram_loss
-def test_tap_with_one_of_both_unused(loss):
+def test_tap_with_one_of_both_unused(loss: Loss) -> None:
     trained, frozen = features((3, 4, 5), torch.float64, requires_grad=True)
     frozen = frozen.detach()
     own = torch.autograd.grad(anti_transfer_loss(trained, frozen, loss=loss), trained)[0]
@@ -262,7 +265,7 @@ def test_tap_with_one_of_both_unused(loss):
 
 @every_gram_loss
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
-def test_tap_takes_gradients_of_any_strides(loss, layout):
+def test_tap_takes_gradients_of_any_strides(loss: Loss, layout: str) -> None:
     trained, frozen = features((3, 4, 5), torch.float64, requires_grad=True)
     frozen = frozen.detach()
     own = torch.autograd.grad(anti_transfer_loss(trained, frozen, loss=loss), trained)[0]
@@ -278,7 +281,7 @@ def test_tap_takes_gradients_of_any_strides(loss, layout):
 
 
 @every_gram_loss
-def test_tap_gives_frozen_features_alone_their_gradient(loss):
+def test_tap_gives_frozen_features_alone_their_gradient(loss: Loss) -> None:
     trained, frozen = features((3, 4, 5), torch.float64, requires_grad=True)
     expected = torch.autograd.grad(anti_transfer_loss(trained, frozen, loss=loss), frozen)[0]
     # The trained network's tap is a constant.
@@ -287,7 +290,7 @@ def test_tap_gives_frozen_features_alone_their_gradient(loss):
 
 
 @every_loss_with_target
-def test_tap_gradcheck(loss):
+def test_tap_gradcheck(loss: Loss) -> None:
     trained, frozen = (torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_() for _ in range(2))
     assert gradcheck(lambda a, b: anti_transfer_tap(a, b, loss=loss, beta=1.7), (trained, frozen))
     target = gram_target(frozen.detach(), loss=loss)
@@ -296,7 +299,7 @@ def test_tap_gradcheck(loss):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["features", "target"])
-def test_tap_of_half_types_rounds_the_sum_once(dtype, kind):
+def test_tap_of_half_types_rounds_the_sum_once(dtype: torch.dtype, kind: str) -> None:
     trained, frozen = features((3, 4, 50), dtype, requires_grad=True)
     frozen = frozen_of(kind, frozen.detach())
     same, loss = anti_transfer_tap(trained, frozen)
@@ -313,7 +316,7 @@ def test_tap_of_half_types_rounds_the_sum_once(dtype, kind):
 
 
 @pytest.mark.parametrize("kind", ["features", "target"])
-def test_tap_under_autocast(kind):
+def test_tap_under_autocast(kind: str) -> None:
     trained, frozen = features((3, 4, 50), requires_grad=True)
     frozen = frozen_of(kind, frozen.detach())
     incoming, results = torch.randn(trained.shape), []
@@ -328,13 +331,13 @@ def test_tap_under_autocast(kind):
 
 
 @pytest.mark.parametrize("kind", ["features", "packed", "kept"])
-def test_tap_compiles_to_one_graph(kind):
+def test_tap_compiles_to_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     trained, frozen = features((2, 5, 7, 9) if kind != "kept" else (2, 130, 7, 9), requires_grad=True)
     frozen = frozen.detach() if kind == "features" else gram_target(frozen)
     assert kind == "features" or frozen.packed == (kind == "packed")
 
-    def step(x, frozen):
+    def step(x: torch.Tensor, frozen: torch.Tensor) -> Any:
         same, loss = anti_transfer_tap(x.relu(), frozen, beta=0.5)
         return (same * same).sum() + loss
 
@@ -390,7 +393,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_compute_the_gradient_of_one(tmp_path):
+def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
     """One cosine per sample: the mean over two processes' means is the batch's."""
     (tmp_path / "ddp.py").write_text(NET + DDP)
     environment = os.environ | {"PYTHONPATH": str(Path(qkernels.__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,8 @@
 """Convolution and its transpose: the definition against scalar arithmetic, every form against the definition."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,19 +30,19 @@ all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 all_forms = pytest.mark.parametrize("form", FORMS)
 
 
-def operands(case, dtype=torch.float64, requires_grad=False):
+def operands(case: Any, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Any:
     batch, q, p, height, width, kernel, *_, groups = case
     shapes = (batch, 4 * q, height, width), (4, p, q // groups, *kernel), (4 * p,)
     return [torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes]
 
 
-def window_of(case):
+def window_of(case: Any) -> Any:
     """As the operators take it."""
     stride, padding, dilation, groups = case[6:]
     return [*stride, *padding, *dilation, groups]
 
 
-def transposed_operands(case, dtype=torch.float64, requires_grad=False):
+def transposed_operands(case: Any, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Any:
     """Operands of the transposed convolution that maps back to the case's input, and the output padding it needs."""
     x, weight, _ = operands(case, dtype)
     y = hamilton_conv2d(x, weight, None, *case[6:])
@@ -54,21 +56,21 @@ def transposed_operands(case, dtype=torch.float64, requires_grad=False):
     return tensors, output_padding
 
 
-def transpose(y, weight, bias, case, output_padding):
+def transpose(y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, case: Any, output_padding: Any) -> Any:
     *_, stride, padding, dilation, groups = case
     return hamilton_conv_transpose2d(y, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
-def reference(function, *args, **kwargs):
+def reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with qkernels.set_backend("reference"):
         return function(*args, **kwargs)
 
 
-def relative_error(actual, exact):
+def relative_error(actual: Any, exact: Any) -> Any:
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
-def quaternion_product(p, q):
+def quaternion_product(p: Any, q: Any) -> Any:
     a, b, c, d = p
     e, f, g, h = q
     return (
@@ -79,7 +81,9 @@ def quaternion_product(p, q):
     )
 
 
-def scalar_convolution(x, weight, stride, padding, dilation, groups):
+def scalar_convolution(
+    x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> Any:
     """One quaternion product at a time, in Python numbers."""
     batch, channels, height, width = x.shape
     q, (_, p, group_q, kh, kw) = channels // 4, weight.shape
@@ -99,14 +103,14 @@ def scalar_convolution(x, weight, stride, padding, dilation, groups):
 
 
 @pytest.mark.parametrize("name", ["3x3", "4x2 strided", "depthwise"])
-def test_definition_is_quaternion_arithmetic(name):
+def test_definition_is_quaternion_arithmetic(name: str) -> None:
     case = CASES[name]
     x, weight, bias = operands(case)
     expected = scalar_convolution(x, weight, *case[6:]) + bias.view(-1, 1, 1)
     torch.testing.assert_close(reference(hamilton_conv2d, x, weight, bias, *case[6:]), expected)
 
 
-def test_definition_is_speechbrains_layer(speechbrain_layers):
+def test_definition_is_speechbrains_layer(speechbrain_layers: Any) -> None:
     layer = speechbrain_layers["q_CNN"].QConv2d(3, (3, 3), input_shape=[2, 7, 6, 8], padding="valid")
     weight = torch.stack([layer.r_weight, layer.i_weight, layer.j_weight, layer.k_weight])
     torch.nn.init.normal_(layer.bias)
@@ -119,7 +123,7 @@ def test_definition_is_speechbrains_layer(speechbrain_layers):
 @all_cases
 @all_forms
 @pytest.mark.parametrize(("with_bias", "activation"), [(False, None), (True, "relu")])
-def test_forms_equal_the_definition(case, form, with_bias, activation):
+def test_forms_equal_the_definition(case: Any, form: str, with_bias: bool, activation: str | None) -> None:
     x, weight, bias = operands(case, requires_grad=True)
     inputs = (x, weight, bias) if with_bias else (x, weight)
     arguments = (x, weight, bias if with_bias else None, *case[6:])
@@ -139,10 +143,10 @@ def test_forms_equal_the_definition(case, form, with_bias, activation):
 
 @all_cases
 @all_forms
-def test_derivatives_of_any_order(case, form):
+def test_derivatives_of_any_order(case: Any, form: str) -> None:
     x, weight, bias = operands(case, requires_grad=True)
 
-    def function(x, weight, bias):
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         with qkernels.set_form(form):
             return hamilton_conv2d(x, weight, bias, *case[6:], activation="relu")
 
@@ -151,10 +155,10 @@ def test_derivatives_of_any_order(case, form):
 
 
 @all_forms
-def test_gradcheck_of_every_entry(form):
+def test_gradcheck_of_every_entry(form: str) -> None:
     x, weight, bias = operands((1, 2, 2, 3, 3, (2, 2), (1, 1), (1, 0), (1, 1), 2)[:10], requires_grad=True)
 
-    def function(x, weight, bias):
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         with qkernels.set_form(form):
             return hamilton_conv2d(x, weight, bias, 1, (1, 0), 1, 2, activation="relu")
 
@@ -164,7 +168,7 @@ def test_gradcheck_of_every_entry(form):
 
 @all_cases
 @all_forms
-def test_transposed_is_the_adjoint(case, form):
+def test_transposed_is_the_adjoint(case: Any, form: str) -> None:
     x, weight, _ = operands(case)
     (y, _, bias), output_padding = transposed_operands(case)
     with qkernels.set_form(form):
@@ -179,10 +183,10 @@ def test_transposed_is_the_adjoint(case, form):
 
 @all_cases
 @all_forms
-def test_transposed_derivatives(case, form):
+def test_transposed_derivatives(case: Any, form: str) -> None:
     tensors, output_padding = transposed_operands(case, requires_grad=True)
 
-    def function(*tensors):
+    def function(*tensors: Any) -> Any:
         with qkernels.set_form(form):
             return transpose(*tensors, case, output_padding)
 
@@ -196,14 +200,14 @@ def test_transposed_derivatives(case, form):
         torch.testing.assert_close(actual, exact)
 
 
-def test_transposed_multiplies_by_the_conjugate():
+def test_transposed_multiplies_by_the_conjugate() -> None:
     x, weight = torch.randn(1, 4, 1, 1), torch.randn(4, 1, 1, 1, 1)
     conjugate = weight * torch.tensor([1.0, -1, -1, -1]).view(4, 1, 1, 1, 1)
     torch.testing.assert_close(hamilton_conv_transpose2d(x, weight), hamilton_conv2d(x, conjugate))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_transposed_output_size_is_torchs(stride):
+def test_transposed_output_size_is_torchs(stride: int) -> None:
     x, weight = torch.randn(1, 4, 4, 5), torch.randn(4, 1, 2, 3, 4)
     y = hamilton_conv_transpose2d(x, weight, None, stride, (1, 2), (stride - 1, 0), dilation=(2, 1))
     torch_y = torch.nn.functional.conv_transpose2d(
@@ -215,11 +219,11 @@ def test_transposed_output_size_is_torchs(stride):
 class Calls(TorchDispatchMode):
     """The names of this package's operators, in the order of their calls."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.names = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "qkernels":
             self.names.append(func._schema.name.removeprefix("qkernels::hamilton_conv2d"))
         return func(*args, **(kwargs or {}))
@@ -227,7 +231,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("needed", list(itertools.product([True, False], repeat=3))[:-1])
 @all_forms
-def test_frozen_operands_cost_nothing_and_change_nothing(needed, form):
+def test_frozen_operands_cost_nothing_and_change_nothing(needed: Any, form: str) -> None:
     x, weight, bias = operands(CASES["3x3"])
     with qkernels.set_form(form):
         full = [t.clone().requires_grad_() for t in (x, weight, bias)]
@@ -245,7 +249,7 @@ def test_frozen_operands_cost_nothing_and_change_nothing(needed, form):
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
-def test_frozen_operands_of_the_transposed(needed):
+def test_frozen_operands_of_the_transposed(needed: tuple[bool, bool]) -> None:
     (y, weight, _), output_padding = transposed_operands(CASES["grouped"])
     some = [t.requires_grad_(need) for t, need in zip((y, weight), needed, strict=True)]
     with Calls() as calls:
@@ -253,7 +257,7 @@ def test_frozen_operands_of_the_transposed(needed):
     assert calls.names == ["_dx"] + [""] * needed[0] + ["_dw"] * needed[1]
 
 
-def test_saves_only_what_the_backward_needs():
+def test_saves_only_what_the_backward_needs() -> None:
     x, weight, bias = operands(CASES["3x3"])
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -263,10 +267,10 @@ def test_saves_only_what_the_backward_needs():
 
 @all_forms
 @pytest.mark.parametrize("groups", [1, 2])
-def test_expanded_and_strided_gradients(form, groups):
+def test_expanded_and_strided_gradients(form: str, groups: int) -> None:
     x, weight, bias = operands((2, 2, 4, 5, 6, (3, 3), (1, 1), (1, 1), (1, 1), groups), requires_grad=True)
 
-    def gradients(dy):
+    def gradients(dy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         with qkernels.set_form(form):
             y = hamilton_conv2d(x, weight, bias, padding=1, groups=groups, activation="relu")
         return torch.autograd.grad(y, (x, weight, bias), dy(y))
@@ -284,7 +288,7 @@ def test_expanded_and_strided_gradients(form, groups):
 
 @all_forms
 @pytest.mark.parametrize("groups", [1, 2])
-def test_operands_of_any_stride(form, groups):
+def test_operands_of_any_stride(form: str, groups: int) -> None:
     x, weight, bias = operands((2, 2, 4, 5, 6, (3, 3), (1, 1), (1, 1), (1, 1), groups))
     with qkernels.set_form(form):
         y = hamilton_conv2d(x, weight, bias, padding=1, groups=groups)
@@ -301,7 +305,7 @@ def test_operands_of_any_stride(form, groups):
 
 
 @all_forms
-def test_empty_batch(form):
+def test_empty_batch(form: str) -> None:
     x, weight, bias = operands((0, 2, 3, 5, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1), requires_grad=True)
     with qkernels.set_form(form):
         y = hamilton_conv2d(x, weight, bias, padding=1, activation="relu")
@@ -318,7 +322,7 @@ def test_empty_batch(form):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 6e-4), (torch.bfloat16, 4.5e-3)]
 )
-def test_types_against_float64(form, dtype, tolerance):
+def test_types_against_float64(form: str, dtype: torch.dtype, tolerance: float) -> None:
     """Errors against the exact result of the operands as stored; bounds of one rounding of operands and result."""
     case = (3, 16, 8, 6, 7, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     tensors = [t.requires_grad_() for t in operands(case, dtype)]
@@ -339,7 +343,7 @@ def test_types_against_float64(form, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_definition_in_every_type(dtype):
+def test_definition_in_every_type(dtype: torch.dtype) -> None:
     x, weight, bias = operands(CASES["grouped"], dtype)
     exact = reference(hamilton_conv2d, x.double(), weight.double(), bias.double(), *CASES["grouped"][6:])
     actual = reference(hamilton_conv2d, x, weight, bias, *CASES["grouped"][6:])
@@ -349,7 +353,7 @@ def test_definition_in_every_type(dtype):
 
 @all_forms
 @pytest.mark.parametrize("name", ["3x3", "4x2 strided", "grouped"])
-def test_opcheck(form, name):
+def test_opcheck(form: str, name: str) -> None:
     case = CASES[name]
     x, weight, bias = operands(case, torch.float32, requires_grad=True)
     window = window_of(case)
@@ -369,7 +373,7 @@ def test_opcheck(form, name):
 
 @all_forms
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_weight_gradient_sums_the_bias_gradient_too(form, with_bias):
+def test_weight_gradient_sums_the_bias_gradient_too(form: str, with_bias: bool) -> None:
     x, weight, bias = operands(CASES["grouped"], requires_grad=True)
     y = reference(hamilton_conv2d, x, weight, bias, *CASES["grouped"][6:])
     dy = torch.randn_like(y)
@@ -383,7 +387,7 @@ def test_weight_gradient_sums_the_bias_gradient_too(form, with_bias):
 
 @all_forms
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_pool_is_torchs(form, activation):
+def test_pool_is_torchs(form: str, activation: str | None) -> None:
     """Of maps of odd size too; with the map in front of it where a tap is asked for, and the gradients of both."""
     x, weight, bias = operands((2, 2, 3, 6, 8, (2, 2), (1, 1), (0, 0), (1, 1), 1), requires_grad=True)
     tensors = (x, weight, bias)
@@ -410,7 +414,7 @@ def test_pool_is_torchs(form, activation):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_pool_and_tap_compile_to_one_graph(dynamic):
+def test_pool_and_tap_compile_to_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(hamilton_conv2d, fullgraph=True, dynamic=dynamic, backend=counter)
@@ -425,18 +429,18 @@ def test_pool_and_tap_compile_to_one_graph(dynamic):
 
 
 class Net(torch.nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = qkernels.nn.QuaternionConv2d(4, 8, 3, padding=1, activation="relu")
         self.up = qkernels.nn.QuaternionConvTranspose2d(8, 4, 3, 2, 1, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.up(self.conv(x))
 
 
 @all_forms
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(form, dynamic):
+def test_compiles_to_one_graph(form: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     net = Net().double()  # in float32 q8 differs with the memory layout, which a graph may choose
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -452,12 +456,12 @@ def test_compiles_to_one_graph(form, dynamic):
     assert counter.frame_count == 1
 
 
-def test_compiled_code_follows_the_settings():
+def test_compiled_code_follows_the_settings() -> None:
     torch._dynamo.reset()
     x, weight, _ = operands(CASES["3x3"], torch.float32)
     graphs = []
 
-    def record(graph, _):
+    def record(graph: Any, _: Any) -> Any:
         graphs.append(any("qkernels" in str(node.target) for node in graph.graph.nodes))
         return graph
 
@@ -470,7 +474,7 @@ def test_compiled_code_follows_the_settings():
 
 @all_forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_that_of_torch(form, dtype):
+def test_autocast_is_that_of_torch(form: str, dtype: torch.dtype) -> None:
     x, weight, bias = operands((2, 4, 4, 5, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1), torch.float32, requires_grad=True)
     with qkernels.set_form(form):
         with torch.autocast("cpu", dtype):
@@ -487,7 +491,7 @@ def test_autocast_is_that_of_torch(form, dtype):
 
 
 @all_forms
-def test_autocast_leaves_float64_alone(form):
+def test_autocast_leaves_float64_alone(form: str) -> None:
     x, weight, bias = operands(CASES["3x3"])
     with qkernels.set_form(form):
         y = hamilton_conv2d(x, weight, bias, padding=1)
@@ -496,7 +500,7 @@ def test_autocast_leaves_float64_alone(form):
 
 
 @all_forms
-def test_operator_itself_ignores_autocast(form):
+def test_operator_itself_ignores_autocast(form: str) -> None:
     x, weight, _ = operands(CASES["3x3"], torch.float32)
     plain = ([1, 1, 0, 0, 1, 1, 1], False, 0.0, False, True)
     arguments = (x, weight, None, None, None, None, *plain, torch.float32, "torch", form)
@@ -505,7 +509,7 @@ def test_operator_itself_ignores_autocast(form):
         assert torch.equal(torch.ops.qkernels.hamilton_conv2d(*arguments), y)
 
 
-def test_backward_under_autocast_keeps_its_types():
+def test_backward_under_autocast_keeps_its_types() -> None:
     x, weight, bias = operands(CASES["3x3"], torch.float32, requires_grad=True)
     outside = torch.autograd.grad(hamilton_conv2d(x, weight, bias, padding=1).sum(), (x, weight, bias))
     y = hamilton_conv2d(x, weight, bias, padding=1)
@@ -515,10 +519,10 @@ def test_backward_under_autocast_keeps_its_types():
         assert torch.equal(actual, exact)
 
 
-def test_checkpointing_changes_nothing():
+def test_checkpointing_changes_nothing() -> None:
     tensors = operands(CASES["3x3"], requires_grad=True)
 
-    def function(*tensors):
+    def function(*tensors: Any) -> Any:
         return hamilton_conv2d(*tensors, padding=1, activation="relu")
 
     plain = torch.autograd.grad(function(*tensors).square().sum(), tensors)
@@ -527,13 +531,13 @@ def test_checkpointing_changes_nothing():
         assert torch.equal(actual, exact)
 
 
-def test_meta_tensors_give_shapes():
+def test_meta_tensors_give_shapes() -> None:
     x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
     assert hamilton_conv2d(x, weight, stride=2).shape == (2, 20, 4, 4)
     assert [t.shape for t in hamilton_conv2d(x, weight, pool=2, return_map=True)] == [(2, 20, 7, 7), (2, 20, 3, 3)]
 
 
-def test_layout_of_the_triton_operators():
+def test_layout_of_the_triton_operators() -> None:
     """Their fakes promise dense NHWC, of a pool also its argmax and an empty map where there is no tap."""
     x, weight = torch.empty(2, 8, 9, 9, device="meta"), torch.empty(4, 5, 2, 3, 3, device="meta")
     window, ops, how = [1, 1, 0, 0, 1, 1, 1], torch.ops.qkernels, "signed-half"
@@ -568,13 +572,13 @@ def test_layout_of_the_triton_operators():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @all_forms
-def test_a_chain_applies_each_mask_once(form, backend):
+def test_a_chain_applies_each_mask_once(form: str, backend: str) -> None:
     """`x_is_relu` and `mask_gradient` move a ReLU's mask from one layer to the next, and change no gradient."""
     x, weight, bias = operands((2, 2, 3, 5, 6, (3, 3), None, None, None, 1), requires_grad=True)
     second, shift = (t.requires_grad_() for t in (torch.randn(4, 2, 3, 3, 3).double(), torch.randn(8).double()))
     tensors = (x, weight, bias, second, shift)
 
-    def chain(moved, **options):
+    def chain(moved: Any, **options: Any) -> Any:
         y = hamilton_conv2d(x, weight, bias, activation="relu", mask_gradient=not moved)
         assert (y == 0).any()
         return hamilton_conv2d(y, second, shift, padding=1, x_is_relu=moved, **options)
@@ -590,7 +594,7 @@ def test_a_chain_applies_each_mask_once(form, backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_each_end_of_a_chain_masks_by_itself(backend):
+def test_each_end_of_a_chain_masks_by_itself(backend: str) -> None:
     """The gradient by x goes through x's mask whatever made x; that of a ReLU not masked here is the linear map's."""
     x, weight, bias = operands(CASES["3x3"])
     x.relu_().requires_grad_()
@@ -606,7 +610,7 @@ def test_each_end_of_a_chain_masks_by_itself(backend):
             assert torch.equal(torch.autograd.grad(y, x, dy)[0], plain)
 
 
-def test_a_pool_masks_the_gradient_whatever_is_asked():
+def test_a_pool_masks_the_gradient_whatever_is_asked() -> None:
     """Its gradient is no product's operand, so that no layer behind it could mask it at no cost."""
     x, weight, bias = operands(CASES["3x3"], requires_grad=True)
     results = [
@@ -620,7 +624,7 @@ def test_a_pool_masks_the_gradient_whatever_is_asked():
 
 
 @pytest.mark.parametrize("p", [16, 32, 64, 128])
-def test_automatic_form_depends_on_the_shape_alone(p):
+def test_automatic_form_depends_on_the_shape_alone(p: int) -> None:
     """More channels never turn q8 back into dense, more pixels never dense into q8."""
     by_pixels = [cpu_form(p, p, 9, pixels) for pixels in (4096, 1024, 256, 64, 16)]
     assert by_pixels == sorted(by_pixels)
@@ -630,7 +634,7 @@ def test_automatic_form_depends_on_the_shape_alone(p):
     assert qkernels.form_of(hamilton_conv2d, x.bfloat16(), weight.bfloat16()) == "dense"
 
 
-def test_vgg_layers_take_the_measured_form():
+def test_vgg_layers_take_the_measured_form() -> None:
     """The committed bench/results/cpu_forms.csv: no layer of the full network is slower for the choice."""
     layers = [(4, 64, 64), (64, 64, 64), (64, 128, 32), (128, 128, 32), (128, 256, 16), (256, 256, 16)]
     layers += [(256, 512, 8), (512, 512, 8), (512, 512, 4)]
@@ -664,12 +668,12 @@ X, W = torch.zeros(1, 8, 5, 5), torch.zeros(4, 3, 2, 3, 3)
         ((X, W.to("meta")), "weight must be on the device of x; got meta and cpu"),
     ],
 )
-def test_bad_input(arguments, message):
+def test_bad_input(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hamilton_conv2d(*arguments)
 
 
-def test_bad_options():
+def test_bad_options() -> None:
     for pool in (0, 1, 3, (2, 2), "max"):
         with pytest.raises(ValueError, match="pool must be one of None, 2; got "):
             hamilton_conv2d(X, W, pool=pool)

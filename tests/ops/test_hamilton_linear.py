@@ -1,6 +1,7 @@
 """The linear map: the definition against scalar arithmetic, every form against the definition."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +18,18 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 all_forms = pytest.mark.parametrize("form", FORMS)
 
 
-def operands(case, dtype=torch.float64, requires_grad=False):
+def operands(case: Any, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Any:
     leading, k, n = case
     shapes = (*leading, 4 * k), (4, n, k), (4 * n,)
     return [torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes]
 
 
-def reference(*args, **kwargs):
+def reference(*args: Any, **kwargs: Any) -> Any:
     with qkernels.set_backend("reference"):
         return hamilton_linear(*args, **kwargs)
 
 
-def test_definition_is_quaternion_arithmetic():
+def test_definition_is_quaternion_arithmetic() -> None:
     (x, weight, bias), k, n = operands(((), 3, 2)), 3, 2
     y = bias.view(4, n).clone()
     for row in range(n):
@@ -42,7 +43,7 @@ def test_definition_is_quaternion_arithmetic():
     torch.testing.assert_close(reference(x, weight, bias), y.view(-1))
 
 
-def test_definition_is_speechbrains_layer(speechbrain_layers):
+def test_definition_is_speechbrains_layer(speechbrain_layers: Any) -> None:
     layer = speechbrain_layers["q_linear"].QLinear(n_neurons=3, input_shape=[2, 8])
     torch.nn.init.normal_(layer.bias)
     weight = torch.stack([layer.r_weight, layer.i_weight, layer.j_weight, layer.k_weight]).mT
@@ -53,7 +54,7 @@ def test_definition_is_speechbrains_layer(speechbrain_layers):
 @all_cases
 @all_forms
 @pytest.mark.parametrize(("with_bias", "activation"), [(False, None), (True, "relu")])
-def test_forms_equal_the_definition(case, form, with_bias, activation):
+def test_forms_equal_the_definition(case: Any, form: str, with_bias: bool, activation: str | None) -> None:
     x, weight, bias = operands(case, requires_grad=True)
     inputs = (x, weight, bias)[: 2 + with_bias]
     with qkernels.set_form(form):
@@ -68,10 +69,10 @@ def test_forms_equal_the_definition(case, form, with_bias, activation):
 
 
 @all_forms
-def test_derivatives_of_any_order(form):
+def test_derivatives_of_any_order(form: str) -> None:
     inputs = operands(((3,), 2, 2), requires_grad=True)
 
-    def function(*inputs):
+    def function(*inputs: Any) -> Any:
         with qkernels.set_form(form):
             return hamilton_linear(*inputs, activation="relu")
 
@@ -81,7 +82,7 @@ def test_derivatives_of_any_order(form):
 
 @all_forms
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
-def test_frozen_operands(form, needed):
+def test_frozen_operands(form: str, needed: tuple[bool, bool, bool]) -> None:
     tensors = operands(((3,), 2, 2))
     with qkernels.set_form(form):
         full = [t.clone().requires_grad_() for t in tensors]
@@ -96,7 +97,7 @@ def test_frozen_operands(form, needed):
 
 
 @all_forms
-def test_strides_and_expanded_gradients(form):
+def test_strides_and_expanded_gradients(form: str) -> None:
     x, weight, bias = operands(((4,), 3, 2), requires_grad=True)
     with qkernels.set_form(form):
         y = hamilton_linear(x, weight, bias)
@@ -109,7 +110,7 @@ def test_strides_and_expanded_gradients(form):
 
 
 @all_forms
-def test_empty_batch(form):
+def test_empty_batch(form: str) -> None:
     x, weight, bias = operands(((0,), 2, 3), requires_grad=True)
     with qkernels.set_form(form):
         y = hamilton_linear(x, weight, bias, activation="relu")
@@ -122,7 +123,7 @@ def test_empty_batch(form):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 6e-4), (torch.bfloat16, 4.5e-3)]
 )
-def test_types_against_float64(form, dtype, tolerance):
+def test_types_against_float64(form: str, dtype: torch.dtype, tolerance: float) -> None:
     tensors = operands(((20,), 40, 24), dtype, requires_grad=True)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     with qkernels.set_form(form):
@@ -137,7 +138,7 @@ def test_types_against_float64(form, dtype, tolerance):
 
 
 @all_forms
-def test_opcheck(form):
+def test_opcheck(form: str) -> None:
     x, weight, bias = operands(((3,), 2, 3), torch.float32, requires_grad=True)
     dy = torch.randn(3, 12, requires_grad=True)
     ops = torch.ops.qkernels
@@ -151,7 +152,7 @@ def test_opcheck(form):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @all_forms
-def test_a_chain_applies_each_mask_once(form, backend):
+def test_a_chain_applies_each_mask_once(form: str, backend: str) -> None:
     x, weight, bias = operands(((3,), 2, 4), requires_grad=True)
     second = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
     tensors = (x, weight, bias, second)
@@ -175,7 +176,7 @@ def test_a_chain_applies_each_mask_once(form, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @all_forms
-def test_flatten_is_torchs(form, backend):
+def test_flatten_is_torchs(form: str, backend: str) -> None:
     """Of maps in either layout; the gradient has the maps' shape."""
     maps = torch.randn(3, 8, 2, 5, dtype=torch.float64)
     _, weight, bias = operands(((3,), 20, 4))
@@ -193,7 +194,7 @@ def test_flatten_is_torchs(form, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_dropout_zeroes_a_share_and_scales_the_rest(backend, activation):
+def test_dropout_zeroes_a_share_and_scales_the_rest(backend: str, activation: str | None) -> None:
     x, weight, bias = operands(((400,), 8, 16), requires_grad=True)
     with qkernels.set_backend(backend):
         # The mask that a layer behind it could apply is not the dropout's.
@@ -212,10 +213,10 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(backend, activation):
         assert torch.equal(hamilton_linear(x, weight, activation=activation, dropout=1.0), torch.zeros_like(y))
 
 
-def test_dropout_follows_pytorchs_generator():
+def test_dropout_follows_pytorchs_generator() -> None:
     x, weight, _ = operands(((20,), 2, 4))
 
-    def seeded(seed):
+    def seeded(seed: Any) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return hamilton_linear(x, weight, dropout=0.5)
@@ -225,7 +226,7 @@ def test_dropout_follows_pytorchs_generator():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_type_of_the_result(backend):
+def test_type_of_the_result(backend: str) -> None:
     """And the gradients' types are still the operands'."""
     x, weight, bias = operands(((3,), 2, 4), torch.bfloat16, requires_grad=True)
     with qkernels.set_backend(backend):
@@ -239,7 +240,7 @@ def test_type_of_the_result(backend):
 
 @all_forms
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(form, dynamic):
+def test_compiles_to_one_graph(form: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     layer = qkernels.nn.QuaternionLinear(8, 12, activation="relu")
@@ -255,7 +256,7 @@ def test_compiles_to_one_graph(form, dynamic):
 
 
 @all_forms
-def test_autocast_is_that_of_torch(form):
+def test_autocast_is_that_of_torch(form: str) -> None:
     x, weight, bias = operands(((5,), 3, 2), torch.float32, requires_grad=True)
     with qkernels.set_form(form):
         with torch.autocast("cpu", torch.bfloat16):
@@ -276,7 +277,7 @@ def test_autocast_is_that_of_torch(form):
         (torch.ones(2, 8), torch.ones(4, 2, 2), torch.ones(2), r"bias must have shape \(8,\); got \(2,\)"),
     ],
 )
-def test_bad_input(x, weight, bias, message):
+def test_bad_input(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hamilton_linear(x, weight, bias)
 
@@ -290,12 +291,12 @@ def test_bad_input(x, weight, bias, message):
         ({"activation": "tanh"}, "activation must be one of None, 'relu'; got 'tanh'"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hamilton_linear(torch.ones(2, 8), torch.ones(4, 2, 2), **options)
 
 
-def test_flattened_maps_must_fit():
+def test_flattened_maps_must_fit() -> None:
     with pytest.raises(ValueError, match=r"x must have 24 = 4 \* weight.shape\[2\] channels; got 32"):
         hamilton_linear(torch.ones(2, 8, 2, 2), torch.ones(4, 2, 6), flatten=True)
     # 4 * 6 numbers, but 6 of them are no whole number of maps of 4 x 1.

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ CALLS = [
 all_calls = pytest.mark.parametrize(("op", "args"), CALLS, ids=[op.__name__ for op, _ in CALLS])
 
 
-def run(code, **environment):
+def run(code: Any, **environment: Any) -> Any:
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -44,7 +46,7 @@ def run(code, **environment):
 
 
 @all_calls
-def test_backend_and_form_of_each_operator(op, args):
+def test_backend_and_form_of_each_operator(op: Callable[..., Any], args: Any) -> None:
     forms = {"hamilton_linear": "q8", "gram_cosine": "channel", "anti_transfer_loss": "channel"}
     assert qkernels.backend_of(op, *args) == "torch"
     assert qkernels.form_of(op, *args) == forms.get(op.__name__, "dense")
@@ -57,7 +59,7 @@ all_products = pytest.mark.parametrize(("op", "args"), CALLS[:3], ids=[op.__name
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 lets the kernels run on a CPU")
 
 
-def refused(op, args, reason):
+def refused(op: Callable[..., Any], args: Any, reason: str) -> None:
     """An explicit request names what is in its way, whether something is computed or only asked."""
     with qkernels.set_backend("triton"):
         for call in (op, functools.partial(qkernels.backend_of, op), functools.partial(qkernels.form_of, op)):
@@ -69,24 +71,24 @@ def refused(op, args, reason):
 
 @all_calls
 @not_interpreted
-def test_triton_needs_a_gpu_or_the_interpreter(op, args):
+def test_triton_needs_a_gpu_or_the_interpreter(op: Callable[..., Any], args: Any) -> None:
     refused(op, args, r"x is on cpu: .* CUDA devices, or in Triton's interpreter \(TRITON_INTERPRET=1\)")
 
 
 @all_calls
-def test_triton_does_not_compute_float64(op, args):
+def test_triton_does_not_compute_float64(op: Callable[..., Any], args: Any) -> None:
     refused(op, [t.double() for t in args], "compute float32, float16 and bfloat16, not torch.float64")
 
 
 @all_calls
-def test_triton_must_be_installed(op, args, monkeypatch):
+def test_triton_must_be_installed(op: Callable[..., Any], args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "HAS_TRITON", False)
     refused(op, args, "the package triton is not installed")
 
 
 @all_products
 @not_interpreted
-def test_meta_tensors_run_nowhere_but_on_plain_pytorch(op, args):
+def test_meta_tensors_run_nowhere_but_on_plain_pytorch(op: Callable[..., Any], args: Any) -> None:
     meta = [t.to("meta") for t in args]
     assert qkernels.backend_of(op, *meta) == "torch"
     assert qkernels.form_of(op, *meta) == "dense"
@@ -100,7 +102,7 @@ def test_meta_tensors_run_nowhere_but_on_plain_pytorch(op, args):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("form", ["auto", "dense", "q8"])
 @all_calls
-def test_forced_forms(op, args, backend, form):
+def test_forced_forms(op: Callable[..., Any], args: Any, backend: str, form: str) -> None:
     """A forced form is reported, but by the reference, which has one, and by Gram cosines, which have their own."""
     default = {"hamilton_linear": "q8", "gram_cosine": "channel", "anti_transfer_loss": "channel"}.get(
         op.__name__, "dense"
@@ -112,7 +114,7 @@ def test_forced_forms(op, args, backend, form):
 
 
 @all_products
-def test_signed_needs_a_kernel(op, args):
+def test_signed_needs_a_kernel(op: Callable[..., Any], args: Any) -> None:
     with qkernels.set_form("signed"):
         with pytest.raises(ValueError, match=f"form 'signed' was asked for, but.* a Triton kernel.*{op.__name__}"):
             op(*args)
@@ -121,11 +123,11 @@ def test_signed_needs_a_kernel(op, args):
 
 
 @all_products
-def test_forms_of_the_kernels(op, args):
+def test_forms_of_the_kernels(op: Callable[..., Any], args: Any) -> None:
     """Asked for a GPU that is only planned for."""
     how = functools.partial(runtime.plan_of, op.__name__, *args)
 
-    def refuse(form, dtype, reason):
+    def refuse(form: str, dtype: torch.dtype, reason: str) -> None:
         with qkernels.set_form(form), pytest.raises(ValueError, match=f"form '{form}'.*{reason}"):
             how(dtype)
 
@@ -150,8 +152,8 @@ def test_forms_of_the_kernels(op, args):
     ("setter", "name", "values"),
     [(qkernels.set_backend, "backend", ("reference", "triton")), (qkernels.set_form, "form", ("dense", "q8"))],
 )
-def test_setters_are_functions_and_context_managers(setter, name, values):
-    def current():
+def test_setters_are_functions_and_context_managers(setter: Any, name: str, values: tuple[str, str]) -> None:
+    def current() -> Any:
         return getattr(runtime._settings, name)
 
     try:
@@ -170,7 +172,7 @@ def test_setters_are_functions_and_context_managers(setter, name, values):
         setter("auto")
 
 
-def test_setting_belongs_to_its_thread():
+def test_setting_belongs_to_its_thread() -> None:
     seen = []
     with qkernels.set_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(qkernels.backend_of(*CALLS[0][:1], *CONV)))
@@ -179,7 +181,7 @@ def test_setting_belongs_to_its_thread():
     assert seen == ["torch"]
 
 
-def test_backward_follows_its_forward():
+def test_backward_follows_its_forward() -> None:
     x = torch.randn(2, 8, requires_grad=True)
     with qkernels.set_form("q8"):
         y = qkernels.hamilton_linear(x, torch.randn(4, 3, 2))
@@ -197,20 +199,20 @@ def test_backward_follows_its_forward():
         (lambda: qkernels.form_of(torch.add, *CONV), "op must be one of .*; got 'add'"),
     ],
 )
-def test_bad_settings(call, message):
+def test_bad_settings(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
     assert runtime._settings.backend == runtime._settings.form == "auto"
 
 
-def test_environment_variable():
+def test_environment_variable() -> None:
     code = "import torch, qkernels; print(qkernels.backend_of('gram_cosine', torch.ones(1, 1), torch.ones(1, 1)))"
     assert run(code, QKERNELS_BACKEND="reference").stdout.strip() == "reference"
     error = run(code, QKERNELS_BACKEND="fast").stderr
     assert "QKERNELS_BACKEND must be one of auto, reference, triton; got 'fast'" in error
 
 
-def test_import_is_light():
+def test_import_is_light() -> None:
     """No Triton, no scientific stack, no device queried."""
     code = """
 import sys, torch
@@ -226,7 +228,7 @@ print(sorted(heavy & (set(sys.modules) - before) - {"triton"}), torch.cuda.is_in
     assert result.stdout.strip() == "[] False", result.stderr
 
 
-def test_environment_report():
+def test_environment_report() -> None:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "qkernels.runtime"], capture_output=True, text=True, timeout=120
     )
@@ -244,18 +246,22 @@ def test_environment_report():
         "qkernels.init",
         "qkernels.losses",
         "qkernels.nn",
+        "qkernels.ops._arch",
+        "qkernels.ops._strides",
+        "qkernels.ops.folded_rowwise.config",
         "qkernels.ops.gram_cosine.config",
         "qkernels.ops.hamilton_conv.config",
         "qkernels.runtime",
+        "qkernels.runtime.tolerances",
     ],
 )
-def test_examples_in_docstrings(module):
+def test_examples_in_docstrings(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0
     assert result.failed == 0
 
 
-def test_a_device_is_a_constant_to_the_compiler(monkeypatch):
+def test_a_device_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its properties are no type that Dynamo could trace."""
     torch._dynamo.reset()
     properties = types.SimpleNamespace(major=7, minor=5, multi_processor_count=40)
@@ -265,13 +271,13 @@ def test_a_device_is_a_constant_to_the_compiler(monkeypatch):
     assert compiled(torch.zeros(1)).item() == 75
 
 
-def test_gradients_go_to_the_arguments_they_are_named_for():
+def test_gradients_go_to_the_arguments_they_are_named_for() -> None:
     """Whatever stands between them, and in whatever order the backward gives them."""
 
     @_library.define(
         "named_gradients",
-        fake=lambda x, number, y, z: torch.empty_like(x),
-        save=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[2]),
+        fake=lambda inputs: torch.empty_like(inputs.x),
+        save=lambda ctx, inputs, output: ctx.save_for_backward(inputs.x, inputs.y),
         backward=lambda ctx, dy: (dy * ctx.saved_tensors[0], dy * ctx.saved_tensors[1]),
         differentiable=("y", "x"),
     )

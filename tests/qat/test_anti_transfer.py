@@ -3,6 +3,7 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from qat import anti_transfer
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, from_plain, to_plain
 from qat.config.parsing import instantiate, parser_of, prefix_errors
-from qat.models import VGG16, tap_name
-from qat.training.objectives import ClassificationObjective, SpeechClassifier
+from qat.models import VGG16, SpeechClassifier, tap_name
+from qat.training.objectives import ClassificationObjective
 from qkernels import anti_transfer_loss
 from qkernels.losses import CKA, LOSSES, CosSquared, FoldedRowwise, GramChannel, GramPosition, Loss, MseSigmoid
 
@@ -31,7 +32,7 @@ def squared_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack(values).mean()
 
 
-def computed(config: AntiTransferConfig, net: VGG16, twin: VGG16, x: torch.Tensor):
+def computed(config: AntiTransferConfig, net: VGG16, twin: VGG16, x: torch.Tensor) -> Any:
     """Loss and similarities from one forward pass."""
     term = AntiTransfer(config, twin)
     return term.total(net(x, term(x))[1])
@@ -45,7 +46,7 @@ def nets() -> tuple[VGG16, VGG16, torch.Tensor]:
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("layer", [1, 2, 7, 13])
-def test_loss_is_equation_1_at_the_named_features(nets, layer, position):
+def test_loss_is_equation_1_at_the_named_features(nets: Any, layer: int, position: str) -> None:
     net, twin, x = nets
     tap = tap_name(layer, position)
     loss, logged = computed(AntiTransferConfig(layers=[layer], beta=0.7, position=position), net, twin, x)
@@ -56,7 +57,7 @@ def test_loss_is_equation_1_at_the_named_features(nets, layer, position):
 
 @pytest.mark.parametrize("domain", ["quaternion", "real-on-embedding"])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_gradients_are_those_of_the_plain_loss_added_to_the_total(domain, position):
+def test_gradients_are_those_of_the_plain_loss_added_to_the_total(domain: str, position: str) -> None:
     """Layer 2 lies in front of a pool, layer 5 does not; in float64, where rounding hides nothing."""
     torch.manual_seed(3)
     net, twin = (VGG16(replace(TINY, domain=domain), 4).double() for _ in range(2))
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_the_plain_loss_added_to_the_total(domain, positi
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_several_layers_are_summed_with_their_betas_and_gradient_stays_below_the_deepest(nets):
+def test_several_layers_are_summed_with_their_betas_and_gradient_stays_below_the_deepest(nets: Any) -> None:
     net, twin, x = nets
     loss, logged = computed(AntiTransferConfig(layers=[7, 2], beta=[0.5, 3.0]), net, twin, x)
     expected = 0.5 * logged["similarity_7"].item() + 3 * logged["similarity_2"].item()
@@ -86,14 +87,14 @@ def test_several_layers_are_summed_with_their_betas_and_gradient_stays_below_the
     assert reached == [True] * 7 + [False] * 6
 
 
-def test_the_slice_convention_at_layer_1_is_the_baseline_in_disguise(nets):
+def test_the_slice_convention_at_layer_1_is_the_baseline_in_disguise(nets: Any) -> None:
     net, twin, x = nets
     loss, _ = computed(AntiTransferConfig(layers=[1], position="slice"), net, twin, x.requires_grad_(False))
     assert loss.item() == pytest.approx(1.0, rel=1e-6)
     assert not loss.requires_grad
 
 
-def test_twin_is_frozen_in_eval_mode_and_never_gets_a_gradient(nets):
+def test_twin_is_frozen_in_eval_mode_and_never_gets_a_gradient(nets: Any) -> None:
     net, twin, x = nets
     term = AntiTransfer(AntiTransferConfig(layers=[13]), twin).train()
     assert not any(module.training for module in twin.modules())
@@ -102,7 +103,7 @@ def test_twin_is_frozen_in_eval_mode_and_never_gets_a_gradient(nets):
     assert net.convs[0].weight.grad.any()
 
 
-def test_beta_0_only_monitors(nets):
+def test_beta_0_only_monitors(nets: Any) -> None:
     net, twin, x = nets
     loss, logged = computed(AntiTransferConfig(layers=[13], beta=0.0), net, twin, x)
     assert loss.item() == 0
@@ -111,7 +112,7 @@ def test_beta_0_only_monitors(nets):
 
 
 @pytest.mark.parametrize("loss", EVERY, ids=repr)
-def test_every_loss_and_its_gradient_reach_the_network(nets, loss):
+def test_every_loss_and_its_gradient_reach_the_network(nets: Any, loss: Loss) -> None:
     net, twin, x = nets
     x = 0.1 * x  # at larger distances the sigmoid is flat
     a, b = (network.features_at(x, ["relu5"])["relu5"] for network in (net, twin))
@@ -129,7 +130,7 @@ def test_every_loss_and_its_gradient_reach_the_network(nets, loss):
     assert net.convs[4].weight.grad.any()
 
 
-def test_clamp_of_folded_rowwise_reaches_the_loss(nets):
+def test_clamp_of_folded_rowwise_reaches_the_loss(nets: Any) -> None:
     """Where row norms are about 1e-8, clamping each or their product makes a difference."""
     net, twin, x = nets
     tiny = 1e-3 * net.features_at(x, ["relu7"])["relu7"]
@@ -142,7 +143,7 @@ def test_clamp_of_folded_rowwise_reaches_the_loss(nets):
     assert values[0] != pytest.approx(values[1], rel=0.01)
 
 
-def test_stochastic_pairwise_is_drawn_anew_each_time(nets):
+def test_stochastic_pairwise_is_drawn_anew_each_time(nets: Any) -> None:
     net, twin, x = nets
     config = AntiTransferConfig(layers=[5], loss=CosSquared("stochastic_pairwise"))
     torch.manual_seed(0)
@@ -152,7 +153,7 @@ def test_stochastic_pairwise_is_drawn_anew_each_time(nets):
     assert len(set(drawn)) > 1
 
 
-def test_total_loss_is_equation_2_and_its_parts_are_told_apart():
+def test_total_loss_is_equation_2_and_its_parts_are_told_apart() -> None:
     torch.manual_seed(1)
     classifier = SpeechClassifier(TINY, 4)
     twin = VGG16(TINY, 4)
@@ -169,14 +170,14 @@ def test_total_loss_is_equation_2_and_its_parts_are_told_apart():
     assert losses.total.item() == pytest.approx(cross_entropy.item() + expected.item(), rel=1e-5)
 
 
-def test_minimising_the_term_lowers_the_similarity():
+def test_minimising_the_term_lowers_the_similarity() -> None:
     torch.manual_seed(0)
     twin = VGG16(TINY, 4)
     net = VGG16(TINY, 4)
     net.load_state_dict(twin.state_dict())
     with torch.no_grad():  # at equality the loss is at its maximum, where the gradient is zero
         for parameter in net.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     term = AntiTransfer(AntiTransferConfig(layers=[5]), twin)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     x = torch.rand(4, 4, 64, 64)
@@ -191,12 +192,13 @@ def test_minimising_the_term_lowers_the_similarity():
     assert history[-1] < 0.5 * history[0]
 
 
-def step(term: AntiTransfer, net: VGG16, x: torch.Tensor, remembered: dict[str, torch.Tensor] | None = None):
+def step(term: AntiTransfer, net: VGG16, x: torch.Tensor, remembered: dict[str, torch.Tensor] | None = None) -> Any:
     """The loss and the gradient of the first convolution."""
     net.zero_grad()
     loss, _ = term.total(net(x, term(x, remembered))[1])
     loss.backward()
-    return loss.detach(), net.convs[0].weight.grad.clone()
+    first: Any = net.convs[0]
+    return loss.detach(), first.weight.grad.clone()
 
 
 WIDE = replace(TINY, width=0.0625)  # 32 channels of 16 positions at layer 13: Gram matrices would take more memory
@@ -215,7 +217,7 @@ WIDE = replace(TINY, width=0.0625)  # 32 channels of 16 positions at layer 13: G
         ({"layers": [7], "loss": MseSigmoid("max")}, None),
     ],
 )
-def test_what_is_remembered_is_what_the_twin_gives(settings, packed):
+def test_what_is_remembered_is_what_the_twin_gives(settings: Any, packed: bool | None) -> None:
     """Features to the bit; Gram matrices, summed in another order, to 1e-6."""
     torch.manual_seed(5)
     net, twin, data = VGG16(WIDE, 4), VGG16(WIDE, 7), torch.rand(9, 4, 64, 64)
@@ -254,11 +256,11 @@ def test_what_is_remembered_is_what_the_twin_gives(settings, packed):
     assert step(known, net, data[:2], unknown)[0].isnan()
 
 
-def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch):
+def test_a_larger_cache_than_allowed_lies_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     made = anti_transfer.empty_rows
 
-    def spying(like, count, device):
+    def spying(like: Any, count: Any, device: Any) -> Any:
         asked.append((tuple(like.shape[1:]), device))
         return made(like, count, device)
 
@@ -294,7 +296,7 @@ def as_saved_before(loss: Loss) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("loss", EVERY, ids=repr)
-def test_settings_are_read_back_as_they_are_and_were_saved(loss):
+def test_settings_are_read_back_as_they_are_and_were_saved(loss: Loss) -> None:
     config = AntiTransferConfig(layers=[2, 5], beta=[1.0, 0.5], loss=loss, random_twin=True)
     plain = json.loads(json.dumps(to_plain(config)))
     assert from_plain(AntiTransferConfig, plain) == config
@@ -305,7 +307,7 @@ def test_settings_are_read_back_as_they_are_and_were_saved(loss):
     assert from_plain(AntiTransferConfig, named | {"semantics": "paper", "clamp": "each"} | changed) == config
 
 
-def test_settings_of_no_loss_are_refused_by_name():
+def test_settings_of_no_loss_are_refused_by_name() -> None:
     for settings, message in (
         ({"loss": "median"}, "loss must be one of 'gram-channel', .*; got 'median'"),
         ({"loss": {"name": "cka", "clamp": "each"}}, "clamp: 'each' must be an option of loss 'cka'"),
@@ -317,14 +319,14 @@ def test_settings_of_no_loss_are_refused_by_name():
             from_plain(AntiTransferConfig, settings)
 
 
-def test_the_help_names_every_loss_and_its_options():
+def test_the_help_names_every_loss_and_its_options() -> None:
     text = inspect.getdoc(AntiTransferConfig)
     for kind in LOSSES.values():
         for word in (kind.name, *(str(v) for values in kind.options().values() for v in values if v is not False)):
             assert re.search(rf"\b{word}\b", text.replace("true", "True")), word
 
 
-def test_every_loss_is_parsed_from_files_and_the_command_line():
+def test_every_loss_is_parsed_from_files_and_the_command_line() -> None:
     parser = parser_of(Experiment)
     for loss in EVERY:
         text = loss.plain() if isinstance(loss.plain(), str) else yaml.safe_dump(loss.plain(), default_flow_style=True)
@@ -332,7 +334,8 @@ def test_every_loss_is_parsed_from_files_and_the_command_line():
             parser.parse_object({"anti_transfer": {"layers": [2], "loss": loss.plain()}}),
             parser.parse_args([f"--anti_transfer.loss={text}"]),
         ):
-            assert instantiate(parser, Experiment, parsed).anti_transfer == AntiTransferConfig(loss=loss)
+            experiment: Any = instantiate(parser, Experiment, parsed)
+            assert experiment.anti_transfer == AntiTransferConfig(loss=loss)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +348,7 @@ def test_every_loss_is_parsed_from_files_and_the_command_line():
         ("{name: folded-rowwise, clamp: both}", "clamp of loss .* must be one of 'each', 'product'; got 'both'"),
     ],
 )
-def test_bad_losses_are_refused_in_one_line(text, message):
+def test_bad_losses_are_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f'"anti_transfer.loss": .*{message}') as error, prefix_errors("plan.yaml"):
         parser_of(Experiment).parse_args([f"--anti_transfer.loss={text}"])
     assert "\n" not in str(error.value)

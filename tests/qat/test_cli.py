@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,20 +11,21 @@ from qat import cli
 from qat.commands import campaign, train
 from qat.commands.parser import instance
 from qat.config import Experiment, RHEmoExperiment
+from qat.data.manifest import Manifest
 from qat.training.checkpoint import load_checkpoint
 
 
-def run(capsys, *words: object) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     try:
         code = cli.main([str(word) for word in words])
     except SystemExit as stop:
-        code = stop.code
+        code = int(stop.code)
     out, err = capsys.readouterr()
     return code, out, err
 
 
 @pytest.fixture(scope="module")
-def options(corpus, cache, rhemo) -> list[object]:
+def options(corpus: Manifest, cache: Path, rhemo: Path) -> list[object]:
     return [
         "--corpus.name", "csv", "--corpus.folder", corpus.root / "tiny.csv", "--cache", cache, "--normalisation", "log",
         "--network.width", "0.01", "--network.init", "he", "--network.rhemo", rhemo, "--network.embedding_scale", "rms",
@@ -30,7 +33,9 @@ def options(corpus, cache, rhemo) -> list[object]:
     ]  # fmt: skip
 
 
-def test_from_a_corpus_to_predictions_by_commands_alone(corpus, cache, rhemo, options, tmp_path, capsys):
+def test_from_a_corpus_to_predictions_by_commands_alone(
+    corpus: Manifest, cache: Path, rhemo: Path, options: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     csv = corpus.root / "tiny.csv"
     code, out, _ = run(capsys, "corpus", "check", "csv", "--folder", csv, "--json")
     assert code == 0
@@ -75,7 +80,9 @@ def test_from_a_corpus_to_predictions_by_commands_alone(corpus, cache, rhemo, op
     assert len(json.loads(out)["summary"]) == len(pd.read_csv(tmp_path / "summary.csv")) == 4
 
 
-def test_settings_come_from_yaml_and_options_win(options, tmp_path, capsys):
+def test_settings_come_from_yaml_and_options_win(
+    options: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.yaml").write_text("split: {rule: speaker, seed: 3}\nanti_transfer: {beta: 0.5}\n")
     args = ["--config", tmp_path / "run.yaml", "--anti_transfer.beta", "0.25", "--out", tmp_path / "run"]
     parser, _ = cli.build_parser()
@@ -86,7 +93,7 @@ def test_settings_come_from_yaml_and_options_win(options, tmp_path, capsys):
     assert chosen.anti_transfer.betas == [1.0, 0.5]
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers() -> None:
     parser, _ = cli.build_parser()
     chosen = parser.instantiate(parser.parse_args(["train", "--out", "x"])).train
     assert instance(Experiment, chosen) == Experiment()
@@ -118,7 +125,9 @@ def test_defaults_are_the_papers():
         (["sing"], "'sing'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *words)
     assert code == 2
@@ -132,8 +141,10 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeyp
     ("words", "action", "resumes"),
     [(["train", "--out", "x"], (train, "run_train"), True), (["demo"], (campaign, "run_demo"), False)],
 )
-def test_interruption_is_told_and_has_its_own_exit_code(words, action, resumes, monkeypatch, capsys):
-    def interrupted(options):
+def test_interruption_is_told_and_has_its_own_exit_code(
+    words: list[str], action: Any, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(*action, interrupted)
@@ -143,7 +154,7 @@ def test_interruption_is_told_and_has_its_own_exit_code(words, action, resumes, 
     assert ("--resume" in err) == resumes
 
 
-def test_failed_training_exits_with_1(options, tmp_path, capsys):
+def test_failed_training_exits_with_1(options: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(
         capsys, "train", "--out", tmp_path / "run", *options, "--training.lr", "1e18", "--training.epochs", "5"
     )
@@ -151,7 +162,7 @@ def test_failed_training_exits_with_1(options, tmp_path, capsys):
     assert "lower training.lr" in err
 
 
-def test_doctor_and_corpus_list(capsys):
+def test_doctor_and_corpus_list(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0
     report = json.loads(out)
@@ -161,7 +172,9 @@ def test_doctor_and_corpus_list(capsys):
     assert "hedgewars" in out
 
 
-def test_corpus_check_tells_what_cannot_be_used(corpus, tmp_path, capsys):
+def test_corpus_check_tells_what_cannot_be_used(
+    corpus: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in corpus.table["path"][:3]:
         (tmp_path / path).write_bytes((corpus.root / path).read_bytes())
     corpus.table[:3].drop(columns=["checksum", "duration"]).to_csv(tmp_path / "some.csv", index=False)
@@ -174,7 +187,7 @@ def test_corpus_check_tells_what_cannot_be_used(corpus, tmp_path, capsys):
     assert "fewer than one window" in json.loads(out)["problems"][1]["problem"]
 
 
-def test_every_command_explains_itself(capsys):
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train"], ["pretrain", "rhemo"], ["demo"], ["corpus", "fetch"], ["predict"], ["prepare"]):
         code, out, _ = run(capsys, *words, "--help")
         assert code == 0

@@ -25,11 +25,11 @@ def resolve(name: str) -> object:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_on_the_way_from_wav_to_loss_exists(name):
+def test_every_name_on_the_way_from_wav_to_loss_exists(name: str) -> None:
     resolve(name)
 
 
-def test_the_page_names_the_whole_way():
+def test_the_page_names_the_whole_way() -> None:
     assert len(NAMES) > 30
     with pytest.raises(AttributeError):
         resolve("qat.training.loop.no_such_function")

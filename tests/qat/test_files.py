@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import filelock
@@ -14,7 +15,7 @@ import qat
 from qat.files import Busy, held, holder, make_once
 
 
-def hold(lock: Path) -> subprocess.Popen:
+def hold(lock: Path) -> subprocess.Popen[str]:
     """Another process that holds ``lock`` until it is killed."""
     code = f"""
 import pathlib, time
@@ -30,7 +31,7 @@ with held(pathlib.Path({str(lock)!r})):
     return process
 
 
-def test_a_lock_says_who_holds_it_and_ends_with_that_process(tmp_path):
+def test_a_lock_says_who_holds_it_and_ends_with_that_process(tmp_path: Path) -> None:
     lock = tmp_path / "run/.lock"
     other = hold(lock)
     with pytest.raises(Busy, match=rf"^process {other.pid} on \S+ \(since \d{{4}}-\d\d-\d\dT\S+\)$"), held(lock):
@@ -43,7 +44,9 @@ def test_a_lock_says_who_holds_it_and_ends_with_that_process(tmp_path):
         assert holder(lock).startswith(f"process {os.getpid()} on ")
 
 
-def test_threads_exclude_each_other_and_one_that_waits_says_so_and_goes_on(tmp_path, caplog):
+def test_threads_exclude_each_other_and_one_that_waits_says_so_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lock, order = tmp_path / ".lock", []
 
     def wait() -> None:
@@ -61,7 +64,7 @@ def test_threads_exclude_each_other_and_one_that_waits_says_so_and_goes_on(tmp_p
     assert f"{lock}: waiting for process {os.getpid()} on" in caplog.text
 
 
-def test_a_lock_is_free_again_after_an_error(tmp_path):
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), held(tmp_path / ".lock"):
         raise ZeroDivisionError
     with held(tmp_path / ".lock"):
@@ -69,7 +72,9 @@ def test_a_lock_is_free_again_after_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_named(
+    number: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
     message = f"{tmp_path}/.lock: cannot be locked ([Errno {number}] {os.strerror(number)}); use a folder on a file sys"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"), held(tmp_path / ".lock"):
@@ -81,7 +86,7 @@ def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
-def test_without_flock_the_lock_is_a_file(tmp_path, monkeypatch):
+def test_without_flock_the_lock_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Lustre without its mount option."""
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
     for _ in range(2):
@@ -91,7 +96,7 @@ def test_without_flock_the_lock_is_a_file(tmp_path, monkeypatch):
                 pass
 
 
-def test_holders_that_left_no_note(tmp_path):
+def test_holders_that_left_no_note(tmp_path: Path) -> None:
     refused = pytest.raises(Busy, match="has not said which")
     with filelock.FileLock(tmp_path / ".lock"), refused, held(tmp_path / ".lock"):
         pass

@@ -11,19 +11,19 @@ from qat.processes import process_map
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_results_come_in_order(workers):
+def test_results_come_in_order(workers: int) -> None:
     with process_map(workers, int) as run:
         assert list(run(pow, range(300), [2] * 300)) == [n * n for n in range(300)]
         processes = set(run(_process, range(8)))
     assert (processes == {os.getpid()}) == (workers == 0)
 
 
-def test_errors_come_through():
+def test_errors_come_through() -> None:
     with pytest.raises(ZeroDivisionError), process_map(1, int) as run:
         list(run(divmod, [1, 1], [1, 0]))
 
 
-def test_after_an_error_tasks_that_wait_are_dropped_and_those_that_run_are_waited_for(tmp_path):
+def test_after_an_error_tasks_that_wait_are_dropped_and_those_that_run_are_waited_for(tmp_path: Path) -> None:
     files = [tmp_path / str(n) for n in range(100)]
     with pytest.raises(ZeroDivisionError), process_map(2, int) as run:
         [1 / 0 for _ in run(_touch_slowly, files)]
@@ -33,13 +33,13 @@ def test_after_an_error_tasks_that_wait_are_dropped_and_those_that_run_are_waite
     assert len(list(tmp_path.iterdir())) == written
 
 
-def test_negative_workers():
+def test_negative_workers() -> None:
     with pytest.raises(ValueError, match="workers=-1 must not be negative"), process_map(-1, int):
         pass
 
 
 @pytest.mark.parametrize("from_file", [True, False])
-def test_a_script_without_a_main_guard_runs_once(tmp_path, from_file):
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path, from_file: bool) -> None:
     script = "\n".join(
         [
             "from qat.processes import process_map",

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_tap_runs():
+def test_the_tap_runs() -> None:
     names: dict[str, object] = {}
     exec(EXAMPLES[1], names)
     loss = names["loss"]
@@ -23,7 +24,7 @@ def test_the_tap_runs():
     assert 0 < loss.item() <= 1
 
 
-def test_the_example_runs():
+def test_the_example_runs() -> None:
     names: dict[str, object] = {}
     exec(EXAMPLES[0], names)
     loss, layer = names["loss"], names["layer"]
@@ -37,7 +38,7 @@ COMMANDS = [line for line in README.replace("\\\n", " ").splitlines() if line.st
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command, tmp_path, monkeypatch):
+def test_every_command_is_understood(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text("corpus: {name: csv, folder: my.csv}\n")
     parser, _ = cli.build_parser()
@@ -47,9 +48,9 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         assert (pretraining.corpus.name, pretraining.corpus.where) == ("csv", {"speaker": ["ann", "ben", "cem"]})
 
 
-def test_commands_were_found():
+def test_commands_were_found() -> None:
     assert len(COMMANDS) >= 5
 
 
-def test_nothing_is_left_to_fill_in():
+def test_nothing_is_left_to_fill_in() -> None:
     assert not re.findall(r"\b[A-Z]+_(?:TABLE|TIME)\b", README)

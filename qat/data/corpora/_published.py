@@ -67,10 +67,10 @@ def survey(
 
     Args:
         folder: folder of the corpus.
-        parse: function of a file: its name in the corpus and its row without `path`; or why it is not part of it.
+        parse: function of a file: its name in the corpus and its row without `path`; or the reason why it is none.
         published: counts of the complete corpus.
         names: function of the rows: names of all files of the complete corpus, if they are known.
-        endings: endings of the files to look at.
+        endings: endings of the files to compare.
     """
     survey = Survey()
     paths: dict[str, str] = {}

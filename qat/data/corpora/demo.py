@@ -1,9 +1,9 @@
-"""The demo corpus: synthesised speech, so small that it is made on the spot, and the same bytes on every run.
+"""The demo corpus: synthesised speech, generated in a short time with the same bytes in every run.
 
 eSpeak NG voices speak neutral sentences with four settings of rate, volume, pitch and pitch range that stand for
 emotions, each jittered by 12 %; the training voices also speak single words, for the word task. It is a corpus to try
-the method on, not evidence about human speech. eSpeak NG is used through the package `espeakng-loader` (GPL-3), and
-nothing of it is shipped here.
+the method on, not evidence about human speech. eSpeak NG comes with the package `espeakng-loader` (GPL-3); no part of
+it is shipped here.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def survey(folder: Path) -> _published.Survey:
 
     Returns:
         The survey, with one row per file: `speaker` is "f1" to "m3", `text` the code of the sentence ("b1"); further
-            `sex`.
+        `sex`.
     """
     return _published.survey(folder, _parse, PUBLISHED, _names)
 

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class Annotation(NamedTuple):
-    """What the annotators agreed on; valence, arousal and dominance are means, from 1 to 5."""
+    """Consensus of the annotators; valence, arousal and dominance are means, from 1 to 5."""
 
     emotion: str
     valence: float

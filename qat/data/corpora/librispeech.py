@@ -1,8 +1,7 @@
 """LibriSpeech with word alignments: single words by many readers, for the word task (Panayotov et al. 2015, CC BY 4.0).
 
-A row is a word: a segment of an utterance's file; no segments are written to disk. Times of the words come from either
-    of
-two published sets of forced alignments: the lists of SpeechVGG, or TextGrids.
+A row is a word: a segment of an utterance's file; no segments are written to disk. The times of the words come from a
+published set of forced alignments: the lists of SpeechVGG, or TextGrids.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which form computes the loss, and the kernels' settings: pure functions of shape and type.
+"""The form of the loss and the kernels' settings: pure functions of shape and type.
 
 Computed, not yet timed on a GPU: forms by their number of operations, settings so that 132 multiprocessors share the
 rows of a batch of 20 of the quaternion network's layers 8 to 13 (10240 rows of 64 or 16 positions).
@@ -7,19 +7,19 @@ rows of a batch of 20 of the quaternion network's layers 8 to 13 (10240 rows of 
 import torch
 
 PANEL_BYTES = 2**21
-# Kernels: the products of more positions do not fit one program.
+# Of the kernels: the products of more positions do not fit a program.
 MOST_POSITIONS = 64
 MOST_ROWS = 2**27  # steps of 16 rows, times 128 splits, are counted in 32 bits
 BLOCK_M, BLOCK_K, WARPS = 32, 16, 4
 PRODUCTS_BLOCK_M, PRODUCTS_BLOCK_C, PRODUCTS_WARPS = 16, 32, 4
-REGISTERS = 255  # all there are: ptxas by itself stops at 80, 128 or 168 and spills 8 bytes
+REGISTERS = 255  # the maximum: by itself ptxas stops at 80, 128 or 168 and spills 8 bytes
 MOST_SPLITS, SUM_BLOCK, LOSS_BLOCK = 128, 64, 1024
 
 
 def is_row_form(rows: int, positions: int) -> bool:
-    """Whether row sums come from the N x N products of the features; elsewhere from panels of the M x M Gram matrices.
+    """Whether row sums come from the N x N products of the features, or else from panels of the M x M Gram matrices.
 
-    Per matrix the first takes two products of M N N, the second one of M M N.
+    The first takes two products of M N N per matrix, the second a product of M M N.
 
     >>> is_row_form(10240, 64), is_row_form(1280, 65536)
     (True, False)
@@ -28,7 +28,7 @@ def is_row_form(rows: int, positions: int) -> bool:
 
 
 def panel_rows(rows: int, element_size: int) -> int:
-    """How many rows of an M x M matrix are held at a time.
+    """Number of rows of an M x M matrix that are computed at a time.
 
     >>> panel_rows(5120, 4)
     102
@@ -55,7 +55,7 @@ def products_stages(precision: str, arch: int) -> int:
 
 
 def splits_of(rows: int) -> int:
-    """How many programs share the rows of a product: as few as take no more steps each than MOST_SPLITS would.
+    """Number of programs that share the rows of a product: the fewest that take no more steps each than MOST_SPLITS do.
 
     >>> splits_of(10240), splits_of(100)
     (128, 7)
@@ -65,9 +65,9 @@ def splits_of(rows: int) -> int:
 
 
 def kernel_obstacle(rows: int, positions: int, trained: torch.dtype, frozen: torch.dtype) -> str | None:
-    """Why the kernels do not compute features of this shape and these types.
+    """The reason why the kernels do not compute features of this shape and these types, if any.
 
-    No size is named: `torch.compile` would take it for a constant.
+    It names no size, which `torch.compile` would treat as a constant.
 
     >>> kernel_obstacle(5120, 256, torch.float32, torch.float32)
     "the kernels of semantics 'folded-rowwise' take maps of at most 64 positions"

@@ -17,26 +17,22 @@ Fourth powers leave the range of float32, so each F is scaled by a power of two 
 That changes no cosine but where a norm is clamped; the bound is scaled instead, exactly.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from qkernels.ops._library import compute_dtype, power_of_two
 from qkernels.ops.folded_rowwise.config import is_row_form, panel_rows
 
 EPS = 1e-8
-
-
-def compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
 def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, factors, statistics and products, as `op.folded_rowwise` returns them."""
     dtype = compute_dtype(trained, frozen)
     t, p = _matrix(trained, dtype), _matrix(frozen, dtype)
-    scale_t, scale_p = _power_of_two(t), _power_of_two(p)
+    (scale_t,), (scale_p,) = power_of_two(t[None]), power_of_two(p[None])
     t, p = t * scale_t, p * scale_p
     if is_row_form(*t.shape):
         products = torch.stack([t.mT @ t, p.mT @ p, t.mT @ p])
@@ -56,7 +52,7 @@ def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple
 def gradient(
     dloss: Tensor, a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, products: Tensor, which: int, weight: float
 ) -> Tensor:
-    """Gradient by `a`, which is operand number `which` of the forward, `b` the other one."""
+    """The gradient by `a`, see `op.folded_rowwise_da`."""
     alpha, beta = factors[0, :, None], factors[1 + which, :, None]
     scale = stats[which]
     fa, fb = _matrix(a, factors.dtype) * scale, _matrix(b, factors.dtype) * stats[1 - which]
@@ -77,20 +73,20 @@ def gradient(
 
 
 def raw(products: Tensor, stats: Tensor, size: int) -> Tensor:
-    """Products as the kernels leave them: of features that are not scaled, and filled up with zeros."""
+    """Products as the kernels store them: of unscaled features, padded with zeros."""
     left, right = _scales(stats)
     room = size - products.shape[-1]
     return torch.nn.functional.pad(products / left / right, (0, room, 0, room))
 
 
 def scaled(products: Tensor, stats: Tensor, positions: int) -> Tensor:
-    """Products as `gradient` takes them, of what the kernels left."""
+    """The inverse of `raw`: products as `gradient` takes them."""
     left, right = _scales(stats)
     return products[:, :positions, :positions] * left * right
 
 
 def _scales(stats: Tensor) -> tuple[Tensor, Tensor]:
-    """Of both factors of each product."""
+    """The scales of both factors of each product."""
     t, p, _ = stats
     return torch.stack([t, p, t]).view(3, 1, 1), torch.stack([t, p, p]).view(3, 1, 1)
 
@@ -122,13 +118,6 @@ def _factors(
 
 def _matrix(features: Tensor, dtype: torch.dtype) -> Tensor:
     return features.reshape(features.shape[0] * features.shape[1], features.shape[2:].numel()).to(dtype)
-
-
-def _power_of_two(f: Tensor) -> Tensor:
-    """What brings the largest |value| into [1, 2), as far as the type's normal numbers reach."""
-    top = math.frexp(torch.finfo(f.dtype).max)[1]
-    exponent = torch.frexp(f.abs().amax()).exponent.clamp(3 - top, top - 1)
-    return torch.exp2((1 - exponent).to(f.dtype))
 
 
 def _row_sums(a: Tensor, b: Tensor) -> Tensor:

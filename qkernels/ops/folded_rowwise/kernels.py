@@ -1,14 +1,14 @@
 """The kernels of the row form, for at most 64 positions: all products of features, N x N, fit one program.
 
-F_t and F_p are matrices [m, n] of M rows, the (sample, channel), and N positions, (h, w). They are read where they lie,
-and all is computed in float32: half types are exact in tf32, so that their products take one product of tensor cores,
-and those with anything else the three of tf32x3, an error of 2^-20.
+F_t and F_p are matrices [m, n] of M rows, the (sample, channel), and N positions, (h, w). They are read in place, and
+everything is computed in float32: half types are exact in tf32, so that their products take one product of tensor
+cores, all others the three of tf32x3, with an error of 2^-20.
 
-The products F^T F of raw features must lie in the range of float32, which those of 1e-17 to 1e17 do. From there on each
-F is scaled by a power of two that brings the largest of F^T F near 1.
+The products F^T F of raw features must be in the range of float32, as those of 1e-17 to 1e17 are. After these products
+each F is scaled by a power of two that brings the largest of F^T F near 1.
 
 Letters: t trained, p frozen; a the operand that gets a gradient, b the other one.
-`do_not_specialize` names the sizes that change from call to call: one binary serves them all.
+`do_not_specialize` names the sizes that change from call to call: a binary serves them all.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of all operands."""
+    """Sizes of all operands."""
 
     M: Any
     N: Any
@@ -79,7 +79,7 @@ def _folded_products_kernel(
 ):  # fmt: skip
     """F_a^T F_a, F_b^T F_b and F_a^T F_b; WEIGHTED, of scaled features, F_b^T alpha F_a and F_a^T beta F_a.
 
-    One program owns one of `splits` parts of the rows and BLOCK_C columns of the products; its sums go to `partial`
+    A program computes BLOCK_C columns of the products over one of `splits` parts of the rows; its sums go to `partial`
     [split, product, n, n].
     """
     split = tl.program_id(0)
@@ -118,7 +118,7 @@ def _folded_products_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _folded_sum_kernel(partial_ptr, products_ptr, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of at most SPLITS parts of `size` elements; one program owns BLOCK elements."""
+    """The sum of at most SPLITS parts of `size` elements; a program adds BLOCK elements."""
     split = tl.arange(0, SPLITS)[:, None]
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.load(partial_ptr + split * size + element[None, :], mask=split < splits, other=0.0)
@@ -133,8 +133,8 @@ def _folded_rows_kernel(
 ):  # fmt: skip
     """Row sums of the Gram matrices, f (F^T F) f^T, the cosines, and their derivatives as `forms._factors` has them.
 
-    One program owns BLOCK_M rows; it writes their factors [3, M] and the sum of their |cosine| to `partial`. All
-    programs find the same scales; the first one stores them.
+    A program computes BLOCK_M rows; it writes their factors [3, M] and the sum of their |cosine| to `partial`. All
+    programs compute the same scales; the first one stores them.
     """
     program = tl.program_id(0)
     m, n = program * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -186,7 +186,7 @@ def _folded_rows_kernel(
 
 @triton.jit(do_not_specialize=["M", "programs"])
 def _folded_loss_kernel(partial_ptr, stats_ptr, loss_ptr, weight, M, programs, BLOCK: tl.constexpr):
-    """loss = weight mean^2, from each program's sum of |cosine|; one program."""
+    """loss = weight mean^2, from each program's sum of |cosine|, by a single program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, programs, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -204,7 +204,7 @@ def _folded_gradient_kernel(
 ):  # fmt: skip
     """alpha F_b (F_b^T F_a) + F_b (F_b^T alpha F_a) + 2 beta F_a (F_a^T F_a) + 2 F_a (F_a^T beta F_a), scaled back.
 
-    One program owns BLOCK_M rows. The four terms nearly cancel: they share one accumulator.
+    A program computes BLOCK_M rows. The four terms nearly cancel: they share one accumulator.
     """
     m, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     size: tl.constexpr = BLOCK_N * BLOCK_N

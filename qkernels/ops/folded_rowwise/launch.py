@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from qkernels.ops import _launch
+from qkernels.ops._strides import merged, two_levels
 from qkernels.ops.folded_rowwise import config, kernels
 from qkernels.ops.folded_rowwise.kernels import Features
 from qkernels.runtime.device import arch_of, device_of
 
-# Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
+# Precision of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
 
 
@@ -18,76 +19,42 @@ def forward(trained: Tensor, frozen: Tensor, clamp: str, weight: float) -> tuple
     """Loss, factors, statistics and workspace, as `op.folded_rowwise` returns them: four launches."""
     rows, block = trained.shape[0] * trained.shape[1], config.padded(trained.shape[2:].numel())
     programs = -(-rows // config.BLOCK_M)
-    factors, partial = _float32(trained, 3, rows), _float32(trained, programs)
-    loss, stats = _float32(trained), _float32(trained, 3)
-    # The features of half types are exact in tf32.
+    factors, partial = _launch.float32(trained, 3, rows), _launch.float32(trained, programs)
+    loss, stats = _launch.float32(trained), _launch.float32(trained, 3)
+    # Features of half types are exact in tf32.
     precision = PRECISION if trained.dtype == torch.float32 else "tf32"
-    arguments = _operands(t=trained, p=frozen)
+    arguments = _operands(t=trained, p=frozen) | _blocks(block)
     with device_of(trained):
         products = _products(trained, frozen, factors, stats, None, precision)
-        _launch.run(
-            kernels._folded_rows_kernel,
-            (programs,),
-            {
-                **arguments,
-                "products_ptr": products,
-                "factors_ptr": factors,
-                "stats_ptr": stats,
-                "partial_ptr": partial,
-                "CLAMP": clamp,
-                "PRECISION": PRECISION,
-                "BLOCK_M": config.BLOCK_M,
-                "BLOCK_N": block,
-                "BLOCK_K": config.BLOCK_K,
-            },
-            config.WARPS,
-            registers=config.REGISTERS,
-        )
-        _launch.run(
-            kernels._folded_loss_kernel,
-            (1,),
-            {
-                "partial_ptr": partial,
-                "stats_ptr": stats,
-                "loss_ptr": loss,
-                "weight": weight,
-                "M": rows,
-                "programs": programs,
-                "BLOCK": config.LOSS_BLOCK,
-            },
-        )
+        arguments |= {"products_ptr": products, "factors_ptr": factors, "stats_ptr": stats, "partial_ptr": partial}
+        arguments |= {"CLAMP": clamp}
+        _launch.run(kernels._folded_rows_kernel, (programs,), arguments, config.WARPS, registers=config.REGISTERS)
+        sums = {"partial_ptr": partial, "stats_ptr": stats, "loss_ptr": loss, "weight": weight}
+        sums |= {"M": rows, "programs": programs, "BLOCK": config.LOSS_BLOCK}
+        _launch.run(kernels._folded_loss_kernel, (1,), sums)
     return loss, factors, stats, products
 
 
 def gradient(
     dloss: Tensor, a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, workspace: Tensor, which: int, weight: float
 ) -> Tensor:
-    """Gradient by `a`, which is operand number `which` of the forward: three launches."""
+    """As `op.folded_rowwise_da`: three launches."""
     da = torch.empty_like(a)
-    operands = _operands(a=a, b=b, da=da)
+    arguments = _operands(a=a, b=b, da=da) | _blocks(workspace.shape[-1])
+    arguments |= {"products_ptr": workspace, "factors_ptr": factors, "stats_ptr": stats, "dloss_ptr": dloss}
+    programs = -(-factors.shape[1] // config.BLOCK_M)
     with device_of(a):
         weighted = _products(a, b, factors, stats, which, PRECISION)
-        _launch.run(
-            kernels._folded_gradient_kernel,
-            (-(-factors.shape[1] // config.BLOCK_M),),
-            {
-                **operands,
-                "products_ptr": workspace,
-                "weighted_ptr": weighted,
-                "factors_ptr": factors,
-                "stats_ptr": stats,
-                "dloss_ptr": dloss,
-                "weight": weight,
-                "WHICH": which,
-                "PRECISION": PRECISION,
-                "BLOCK_M": config.BLOCK_M,
-                "BLOCK_N": workspace.shape[-1],
-                "BLOCK_K": config.BLOCK_K,
-            },
-            config.WARPS,
-            registers=config.REGISTERS,
-        )
-    return da if operands["da"].ptr is da else da.copy_(operands["da"].ptr)
+        arguments |= {"weighted_ptr": weighted, "weight": weight, "WHICH": which}
+        _launch.run(kernels._folded_gradient_kernel, (programs,), arguments, config.WARPS, registers=config.REGISTERS)
+    out = arguments["da"].ptr
+    return da if out is da else da.copy_(out)
+
+
+def _blocks(block: int) -> dict[str, Any]:
+    """Constants of the kernels that compute rows."""
+    sizes = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": block, "BLOCK_K": config.BLOCK_K}
+    return {"PRECISION": PRECISION, **sizes}
 
 
 def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int | None, precision: str) -> Tensor:
@@ -95,48 +62,21 @@ def _products(a: Tensor, b: Tensor, factors: Tensor, stats: Tensor, which: int |
     block, splits = config.padded(a.shape[2:].numel()), config.splits_of(factors.shape[1])
     columns = min(config.PRODUCTS_BLOCK_C, block)
     shape = (3 if which is None else 2, block, block)
-    partial, products = _float32(a, splits, *shape), _float32(a, *shape)
-    _launch.run(
-        kernels._folded_products_kernel,
-        (splits, block // columns),
-        {
-            **_operands(a=a, b=b),
-            "factors_ptr": factors,
-            "stats_ptr": stats,
-            "partial_ptr": partial,
-            "splits": splits,
-            "WEIGHTED": which is not None,
-            "WHICH": which or 0,
-            "PRECISION": precision,
-            "BLOCK_M": config.PRODUCTS_BLOCK_M,
-            "BLOCK_N": block,
-            "BLOCK_C": columns,
-        },
-        config.PRODUCTS_WARPS,
-        config.products_stages(precision, arch_of(a)),
-        config.REGISTERS,
-    )
-    _launch.run(
-        kernels._folded_sum_kernel,
-        (products.numel() // config.SUM_BLOCK,),
-        {
-            "partial_ptr": partial,
-            "products_ptr": products,
-            "splits": splits,
-            "size": products.numel(),
-            "SPLITS": config.MOST_SPLITS,
-            "BLOCK": config.SUM_BLOCK,
-        },
-    )
+    partial, products = _launch.float32(a, splits, *shape), _launch.float32(a, *shape)
+    arguments = _operands(a=a, b=b) | {"factors_ptr": factors, "stats_ptr": stats, "partial_ptr": partial}
+    arguments |= {"splits": splits, "WEIGHTED": which is not None, "WHICH": which or 0, "PRECISION": precision}
+    arguments |= {"BLOCK_M": config.PRODUCTS_BLOCK_M, "BLOCK_N": block, "BLOCK_C": columns}
+    settings = (config.PRODUCTS_WARPS, config.products_stages(precision, arch_of(a)), config.REGISTERS)
+    _launch.run(kernels._folded_products_kernel, (splits, block // columns), arguments, *settings)
+    size = products.numel()
+    sums = {"partial_ptr": partial, "products_ptr": products, "splits": splits, "size": size}
+    sums |= {"SPLITS": config.MOST_SPLITS, "BLOCK": config.SUM_BLOCK}
+    _launch.run(kernels._folded_sum_kernel, (size // config.SUM_BLOCK,), sums)
     return products
 
 
-def _float32(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
-
-
 def _operands(**operands: Tensor) -> dict[str, Any]:
-    """All operands, which have one shape, and their sizes, as the kernels' arguments."""
+    """Operands of one shape, and their sizes, as the kernels' arguments."""
     first = next(iter(operands.values()))
     arguments: dict[str, Any] = {
         "M": first.shape[0] * first.shape[1],
@@ -153,16 +93,10 @@ def _last(x: Tensor) -> int:
 
 
 def _layout(features: Tensor) -> Features:
-    """All dimensions of a position become two, or one where their strides allow; what needs more is copied."""
-    levels = [(1, 0), (1, 0)]
-    for size, stride in zip(features.shape[2:], features.stride()[2:], strict=True):
-        width, step = levels[-1]
-        if width == 1 or step == size * stride:
-            levels[-1] = (width * size, stride)
-        elif size > 1:
-            levels.append((size, stride))
-    if len(levels) > 3:
+    """The dimensions of a position as two, h and w; a tensor whose strides do not allow that is copied."""
+    sample, channel, *spatial = zip(features.shape, features.stride(), strict=True)
+    (axis,) = merged([spatial])
+    if len(axis) > 2:
         return _layout(features.contiguous())
-    b, c = features.stride()[:2]
-    (_, h), (width, w) = levels[-2:]
-    return Features(features, b, c, h, w, width)
+    (_, h), (width, w) = two_levels(axis)
+    return Features(features, sample[1], channel[1], h, w, width)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def folded_rowwise(trained: Tensor, frozen: Tensor, clamp: str = "each", eps: float = 1e-8) -> Tensor:
-    """The similarity that the released code computes: the batch folded into the channels, one cosine per row.
+    """The released code's similarity: the batch folded into the channels, a cosine per row.
 
     F `[B C, H W]`, G = F F^T / (B C H W) / 0.001 `[B C, B C]`; the mean over rows of the absolute cosine,
     squared.
@@ -12,11 +12,11 @@ def folded_rowwise(trained: Tensor, frozen: Tensor, clamp: str = "each", eps: fl
     Args:
         trained: `[B, C, *spatial]`.
         frozen: `[B, C, *spatial]`.
-        clamp: "each" clamps each row's norm at `eps` (torch >= 1.12), "product" the product of both (torch
-        1.7). eps: the clamp; it acts on the scaled rows, so the scale of the features matters.
+        clamp: "each" clamps each row's norm at `eps` (torch >= 1.12), "product" the product of both (torch 1.7).
+        eps: lower bound of the norms of the scaled rows, so that the scale of the features matters.
 
     Returns:
-        One scalar for the batch; NaN for an empty one.
+        A scalar for the batch; NaN for an empty one.
     """
     rows = trained.shape[0] * trained.shape[1]
     positions = trained.shape[2:].numel()

@@ -1,8 +1,10 @@
-"""What is multiplied in a Gram cosine, and with which launch settings: pure functions of shape, type, architecture."""
+"""The products of a Gram cosine and their launch settings: pure functions of shape, type and architecture."""
 
 import functools
 import math
 from typing import NamedTuple
+
+from qkernels.ops._arch import tuned_arch
 
 GRAMS = ("channel", "position", "batch")
 
@@ -17,11 +19,11 @@ MOST_PARTS = 256  # pairs of blocks, times splits
 
 
 class Tile(NamedTuple):
-    """What a program works on.
+    """The part of a matrix that a program computes.
 
     Attributes:
         m: rows of a product; n: its columns.
-        k: elements summed in a step; c: columns of the derivative that are written in one.
+        k: elements summed in a step; c: columns of the derivative written in a step.
         warps, stages: warps of a program, depth of the software pipeline.
     """
 
@@ -35,7 +37,7 @@ class Tile(NamedTuple):
 
 # Tiles that compile into machine code without spills for every layout (tests/compile_only), by architecture and what
 # is multiplied: "half", or "single" for float32 and all that is centred. No GPU has chosen between them yet.
-FORWARD = {
+FORWARD: dict[int, dict[str, tuple[Tile, ...]]] = {
     80: {
         "half": (Tile(16, 16, 128, 0, 4, 3), Tile(32, 32, 64, 0, 4, 3), Tile(64, 64, 64, 0, 4, 2)),
         "single": (Tile(16, 16, 32, 0, 4, 2), Tile(32, 32, 32, 0, 4, 2), Tile(64, 64, 16, 0, 4, 2)),
@@ -136,9 +138,9 @@ class Plan(NamedTuple):
         mode: "stored", "direct" or "dual", see kernels.py.
         block: rows of a block of a symmetric matrix.
         forward: tile of the products.
-        splits: programs that share the sum of one block ("stored").
+        splits: number of programs that share the sum of a block ("stored").
         backward: tile of the derivative.
-        parts: programs that share the columns of the derivative.
+        column_splits: number of programs that share the columns of the derivative.
     """
 
     mode: str
@@ -146,16 +148,16 @@ class Plan(NamedTuple):
     forward: Tile
     splits: int
     backward: Tile
-    parts: int
+    column_splits: int
 
 
 def is_direct(rows: int, columns: int) -> bool:
-    """Whether of the matrices F F^T, rows x rows, and F^T F, columns x columns, the first is the smaller one."""
+    """Whether F F^T, rows x rows, is no larger than F^T F, columns x columns."""
     return rows <= columns
 
 
 def gram_form(gram: str, samples: int, channels: int, positions: int) -> str:
-    """Between what the products run whose squares are summed: "channel", "position", "batch" or "feature".
+    """The axis whose pairwise products are squared and summed: "channel", "position", "batch" or "feature".
 
     The cosine of the Gram matrices F F^T follows from the products F_a^T F_b, F_a^T F_a and F_b^T F_b too.
 
@@ -179,7 +181,7 @@ def sizes(gram: str, samples: int, channels: int, positions: int) -> tuple[int, 
 
 
 def mode_of(rows: int, columns: int, packed: bool = False) -> str:
-    """How the kernels compute it.
+    """The mode of the kernels, see kernels.py.
 
     >>> mode_of(64, 4096), mode_of(256, 256), mode_of(512, 64)
     ('stored', 'direct', 'dual')
@@ -190,7 +192,7 @@ def mode_of(rows: int, columns: int, packed: bool = False) -> str:
 
 
 def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool, arch: int) -> tuple[int, ...]:
-    """Of what the forward leaves to the derivative: blocks of a symmetric matrix per item, where they are stored."""
+    """Shape of the blocks of symmetric matrices that the forward stores for the derivative, if the mode stores any."""
     if mode_of(rows, columns, packed) != "stored":
         return (0,)
     block = block_of(rows, arch)
@@ -199,7 +201,7 @@ def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool
 
 def block_of(rows: int, arch: int) -> int:
     """Rows of a block: a power of two."""
-    return min(padded(rows), BLOCK[_known(arch)])
+    return min(padded(rows), BLOCK[tuned_arch(arch, BLOCK)])
 
 
 def pairs_of(rows: int, block: int) -> int:
@@ -224,50 +226,36 @@ def plan(
     splits = 1
     if mode == "stored":
         programs = items * (1 if packed else 2) * pairs_of(m, block)
-        part = programs * block * block * 4
+        size = programs * block * block * 4  # bytes of the parts of a split
         least, most = PARTS_BYTES
-        room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // part
-        wanted = -(-2 * multiprocessors // programs)
-        splits = max(1, min(wanted, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
+        room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // size
+        needed = -(-2 * multiprocessors // programs)
+        splits = max(1, min(needed, room, -(-k // forward.k), MOST_PARTS // pairs_of(m, block)))
     tiles, chunks = items * -(-m // backward.m), -(-k // backward.c)
-    # Steps of one program, each of about the same time: the products over all k, which every part repeats
-    # (every chunk, if it does not keep them), and its own.
+    # Steps of a program, each of about the same time: the products over all k, which every split of the columns repeats
+    # (and every chunk, unless they stay on chip), and those of its own columns.
     products = 0 if mode == "stored" else 2 * -(-k // backward.k)
     whole = m <= backward.n
 
-    def time(parts: int) -> tuple[int, int]:
-        waves, columns = -(-tiles * parts // multiprocessors), -(-chunks // parts)
-        return waves * (products * (1 if whole else columns) + columns), parts
+    def time(splits: int) -> tuple[int, int]:
+        waves, columns = -(-tiles * splits // multiprocessors), -(-chunks // splits)
+        return waves * (products * (1 if whole else columns) + columns), splits
 
-    parts = min(range(1, min(chunks, 64) + 1), key=time)
-    return Plan(mode, block, forward, splits, backward, parts)
+    column_splits = min(range(1, min(chunks, 64) + 1), key=time)
+    return Plan(mode, block, forward, splits, backward, column_splits)
 
 
 def _forward_tile(block: int, half: bool, arch: int) -> Tile:
-    table = FORWARD[_known(arch)]["half" if half else "single"]
+    table = FORWARD[tuned_arch(arch, FORWARD)]["half" if half else "single"]
     return next(tile for tile in table if tile.m == block)
 
 
 def _backward_tile(n: int, mode: str, half: bool, arch: int) -> Tile:
-    """The tile that keeps n rows on chip, or else the last one, which does not."""
-    *whole, chunked = BACKWARD[_known(arch)][mode, "half" if half else "single"]
+    """The first tile that keeps n rows on chip, or else the last one, which keeps none."""
+    *whole, chunked = BACKWARD[tuned_arch(arch, BACKWARD)][mode, "half" if half else "single"]
     return next((tile for tile in whole if tile.n >= n), chunked)
-
-
-def _known(arch: int) -> int:
-    """The architecture whose tiles serve: the nearest below; GeForce Blackwell has the shared memory of sm_80."""
-    return 80 if arch >= 120 else max((known for known in BACKWARD if known <= arch), default=80)
 
 
 def padded(rows: int) -> int:
     """Rows of a whole matrix on chip: a power of two that the tensor cores multiply."""
-    return max(_power_of_two(rows), 16)
-
-
-def _power_of_two(size: int) -> int:
-    """The least power of two that is not less.
-
-    >>> [_power_of_two(size) for size in (1, 5, 64)]
-    [1, 8, 64]
-    """
-    return 1 << math.ceil(math.log2(size))
+    return max(1 << math.ceil(math.log2(rows)), 16)

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from qkernels.ops import _launch
+from qkernels.ops._strides import Axis, merged, two_levels
 from qkernels.ops.gram_cosine import config, kernels
 from qkernels.ops.gram_cosine.config import Plan
-from qkernels.ops.gram_cosine.kernels import Axes, How, Matrix
+from qkernels.ops.gram_cosine.kernels import Axes, Matrix, Meta
 from qkernels.runtime.device import INTERPRETED, arch_of, device_of, multiprocessors_of
 
-# Of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
+# Precision of float32 operands, whatever PyTorch's switches: the gradient is a small difference.
 PRECISION = "tf32x3"
-# All there are: ptxas by itself stops at 72 or 128 and spills 8 bytes, of what is centred and of the last sums.
+# The maximum: by itself ptxas stops at 72 or 128 and spills 8 bytes of centred features and of the last sums.
 REGISTERS = 255
-
-Axis = list[tuple[int, int]]  # (size, stride) of dimensions, from the outermost one on
 
 
 def forward(
@@ -33,10 +32,9 @@ def forward(
     """As `op.gram_cosine`."""
     a, b = _same_type(a, b, packed)
     items, rows, columns = _sizes(a, gram)
-    shape = config.workspace_size(rows, columns, items, packed, both, arch_of(a))
-    cosine, loss, workspace, stats_a, stats_b = (
-        _floats(a, *size) for size in ((items,), (), shape, (2, items), (2, items))
-    )
+    size = config.workspace_size(rows, columns, items, packed, both, arch_of(a))
+    shapes: tuple[tuple[int, ...], ...] = ((items,), (), (2, items), (2, items), size)
+    cosine, loss, stats_a, stats_b, workspace = [_launch.float32(a, *shape) for shape in shapes]
     if items == 0:
         loss.fill_(torch.nan if mean else 0.0)
         return cosine, loss, stats_a, stats_b, workspace
@@ -44,89 +42,56 @@ def forward(
     matrices, axes = _view([a] if packed else [a, b], gram, packed)
     if centred:
         matrices = [_centred(x, gram) for x in matrices]
-    block, tile, pairs = plan.block, plan.forward, config.pairs_of(axes.M, plan.block)
-    operands: dict[str, Any] = {
-        "a": matrices[0],
-        "b": matrices[-1],
-        "axes": axes,
-        "pairs": pairs,
-        "HOW": _how(plan, axes, a, packed, centred, block, tile.k, ONE_BLOCK=pairs == 1),
-    }
-    results: dict[str, Any] = {
-        "known_ptr": b_stats if packed or plan.mode == "dual" else None,
-        "cosine_ptr": cosine,
-        "loss_ptr": loss,
-        "stats_a_ptr": stats_a,
-        "stats_b_ptr": stats_b,
-        "items": items,
-        "weight": beta / items if mean else beta,
-        "pairs": pairs,
-    }
-    registers = REGISTERS if centred else 0
+    tile, pairs = plan.forward, config.pairs_of(axes.M, plan.block)
+    meta = _meta(plan, axes, a, packed, centred, plan.block, tile.k, ONE_BLOCK=pairs == 1)
+    operands: dict[str, Any] = {"a": matrices[0], "b": matrices[-1], "axes": axes, "pairs": pairs, "META": meta}
+    results: dict[str, Any] = {"cosine_ptr": cosine, "loss_ptr": loss, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b}
+    results |= {"items": items, "weight": beta / items if mean else beta, "pairs": pairs}
+    results |= {"b_stats_ptr": b_stats if packed or plan.mode == "dual" else None}
+    settings = (tile.warps, tile.stages, REGISTERS if centred else 0)
     with device_of(a):
         if plan.mode == "stored":
-            count = 1 if packed else 2
-            parts = {
-                "gram_ptr": _floats(a, count, items, pairs, plan.splits, block, block),
-                "exponent_ptr": _floats(a, count, items, pairs, plan.splits),
-                "ticket_ptr": a.new_empty((), dtype=torch.int32),
-                "splits": plan.splits,
-            }
-            _launch.run(
-                kernels._gram_kernel,
-                (items, count * pairs, plan.splits),
-                operands | parts | {"items": items},
-                tile.warps,
-                tile.stages,
-                registers,
-            )
-            _launch.run(
-                kernels._gram_finish_kernel,
-                (items,),
-                results
-                | parts
-                | {
-                    "packed_ptr": b if packed else None,
-                    "difference_ptr": workspace,
-                    "M": axes.M,
-                    "BOTH": both,
-                    "BLOCKS": -(-axes.M // block),
-                    "BLOCK_M": block,
-                },
-                16 if block > 16 else 4,
-            )
-            return cosine, loss, stats_a, stats_b, workspace
-        programs = products = pairs
-        if plan.mode == "dual":
-            products = (-(-axes.M // block)) ** 2
-            programs = products + (pairs if b_stats is not None else 2 * pairs)
-        if packed:
-            operands["b"] = _items(b)
-        partial = _floats(a, items, programs, 6)
-        _launch.run(
-            kernels._gram_squares_kernel,
-            (items, programs),
-            operands | {"partial_ptr": partial},
-            tile.warps,
-            tile.stages,
-            registers,
-        )
-        _launch.run(
-            kernels._gram_cosine_kernel,
-            (1,),
-            results
-            | {
-                "partial_ptr": partial,
-                "programs": programs,
-                "products": products,
-                "PACKED": packed,
-                "DUAL": plan.mode == "dual",
-                "BLOCK_I": 16,
-                "BLOCK_P": 64,
-            },
-            registers=REGISTERS,
-        )
+            results |= {"packed_ptr": b if packed else None, "difference_ptr": workspace, "BOTH": both}
+            _stored(plan, operands, results, 1 if packed else 2, settings)
+        else:
+            operands["b"] = _items(b) if packed else operands["b"]
+            _squared(plan, operands, results, packed, settings)
     return cosine, loss, stats_a, stats_b, workspace
+
+
+def _stored(
+    plan: Plan, operands: dict[str, Any], results: dict[str, Any], matrices: int, settings: tuple[int, int, int]
+) -> None:
+    """Parts of one or two Gram matrices in memory, then everything that is computed from them: two launches."""
+    like, M = results["cosine_ptr"], operands["axes"].M
+    items, pairs, block = results["items"], results["pairs"], plan.block
+    parts = {
+        "gram_ptr": _launch.float32(like, matrices, items, pairs, plan.splits, block, block),
+        "exponent_ptr": _launch.float32(like, matrices, items, pairs, plan.splits),
+        "ticket_ptr": like.new_empty((), dtype=torch.int32),
+        "splits": plan.splits,
+    }
+    grid = (items, matrices * pairs, plan.splits)
+    _launch.run(kernels._gram_kernel, grid, operands | parts | {"items": items}, *settings)
+    blocks = {"M": M, "BLOCKS": -(-M // block), "BLOCK_M": block}
+    _launch.run(kernels._gram_finish_kernel, (items,), results | parts | blocks, 16 if block > 16 else 4)
+
+
+def _squared(
+    plan: Plan, operands: dict[str, Any], results: dict[str, Any], packed: bool, settings: tuple[int, int, int]
+) -> None:
+    """Sums of squares of each program's products, then the cosines: two launches."""
+    items, pairs, dual = results["items"], results["pairs"], plan.mode == "dual"
+    programs = products = pairs
+    if dual:
+        products = (-(-operands["axes"].M // plan.block)) ** 2
+        programs = products + (2 * pairs if results["b_stats_ptr"] is None else pairs)
+    partial = _launch.float32(results["cosine_ptr"], items, programs, 6)
+    operands["partial_ptr"] = partial
+    _launch.run(kernels._gram_squares_kernel, (items, programs), operands, *settings)
+    results |= {"partial_ptr": partial, "programs": programs, "products": products, "PACKED": packed, "DUAL": dual}
+    results |= {"BLOCK_I": 16, "BLOCK_P": 64}
+    _launch.run(kernels._gram_cosine_kernel, (1,), results, registers=REGISTERS)
 
 
 def gradient(
@@ -153,58 +118,31 @@ def gradient(
     items, *_ = _sizes(a, gram)
     like, b = _same_type(a, b, packed)
     plan, registers = _plan(like, gram, packed, centred), REGISTERS if centred else 0
-    centred = centred and plan.mode != "stored"  # its D does not ask for means
+    centred = centred and plan.mode != "stored"  # whose D needs no means
     operands = [like, *([] if packed else [b]), *([] if incoming is None else [incoming]), da]
     matrices, axes = _view(operands, gram, packed)
     if centred:
         matrices[: 1 if packed else 2] = [_centred(x, gram) for x in matrices[: 1 if packed else 2]]
     other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if packed else matrices[1]
     tile, out = plan.backward, matrices[-1]
+    blocks = {"BLOCK": plan.block, "WHOLE": tile.n >= axes.M, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
+    blocks |= {"EVEN_N": axes.M % tile.n == 0, "EVEN_C": axes.K % tile.c == 0}
+    arguments: dict[str, Any] = {"a": matrices[0], "b": other, "da": out, "axes": axes, "items": items}
+    arguments |= {"incoming": None if incoming is None else matrices[-2], "splits": plan.column_splits}
+    arguments |= {"cosine_ptr": cosine, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b, "dloss_ptr": dloss}
+    arguments |= {"dcosine_ptr": None if dcosine is None else dcosine.contiguous()}
+    arguments |= {"weight": beta / items if mean else beta}
+    arguments |= {"META": _meta(plan, axes, like, packed, centred, tile.m, tile.k, **blocks)}
+    grid = (items, -(-axes.M // tile.m), plan.column_splits)
     with device_of(a):
-        _launch.run(
-            kernels._gram_backward_kernel,
-            (items, -(-axes.M // tile.m), plan.parts),
-            {
-                "a": matrices[0],
-                "b": other,
-                "incoming": None if incoming is None else matrices[-2],
-                "da": out,
-                "axes": axes,
-                "cosine_ptr": cosine,
-                "stats_a_ptr": stats_a,
-                "stats_b_ptr": stats_b,
-                "dcosine_ptr": None if dcosine is None else dcosine.contiguous(),
-                "dloss_ptr": dloss,
-                "items": items,
-                "weight": beta / items if mean else beta,
-                "splits": plan.parts,
-                "HOW": _how(
-                    plan,
-                    axes,
-                    like,
-                    packed,
-                    centred,
-                    tile.m,
-                    tile.k,
-                    EVEN_N=axes.M % tile.n == 0,
-                    EVEN_C=axes.K % tile.c == 0,
-                    BLOCK=plan.block,
-                    WHOLE=tile.n >= axes.M,
-                    BLOCK_N=tile.n,
-                    BLOCK_C=tile.c,
-                ),
-            },
-            tile.warps,
-            tile.stages,
-            registers,
-        )
+        _launch.run(kernels._gram_backward_kernel, grid, arguments, tile.warps, tile.stages, registers)
     return da if out.ptr is da else da.copy_(out.ptr)
 
 
-def _how(
+def _meta(
     plan: Plan, axes: Axes, like: Tensor, packed: bool, centred: bool, block_m: int, block_k: int, **more: Any
-) -> How:
-    return How(
+) -> Meta:
+    return Meta(
         MODE=plan.mode,
         PACKED=packed,
         CENTRED=centred,
@@ -220,10 +158,6 @@ def _how(
         BLOCK_K=block_k,
         **more,
     )
-
-
-def _floats(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
 
 
 def _sizes(a: Tensor, gram: str) -> tuple[int, int, int]:
@@ -250,7 +184,7 @@ def _centred(x: Matrix, gram: str) -> Matrix:
 
 
 def _items(x: Tensor) -> Matrix:
-    """What is not a matrix [m, k], but lies together for each item."""
+    """A tensor that is no matrix [m, k]: its elements of each item are contiguous."""
     return Matrix(x, x, x.shape[1:].numel(), 0, 0, 0, 0)
 
 
@@ -264,17 +198,17 @@ def _view(tensors: list[Tensor], gram: str, packed: bool) -> tuple[list[Matrix],
     if _levels(axes) > 2:
         tensors = [x.contiguous() for x in tensors]
         axes = _axes(tensors, gram, dual, True)
-    items, m, k = ([_two_levels(axis) for axis in by_tensor] for by_tensor in axes)
+    items, m, k = ([two_levels(axis) for axis in by_tensor] for by_tensor in axes)
     matrices = [
-        Matrix(x, x, item[1][1] if given else 0, *(stride for _, stride in (*of_m, *of_k)))
-        for x, given, item, of_m, of_k in zip(tensors, axes[0], items, m, k, strict=True)
+        Matrix(x, x, item[1][1] if dims else 0, *(stride for _, stride in (*of_m, *of_k)))
+        for x, dims, item, of_m, of_k in zip(tensors, axes[0], items, m, k, strict=True)
     ]
     (outer_m, width_m), (outer_k, width_k) = ([size for size, _ in levels[0]] for levels in (m, k))
     return matrices, Axes(outer_m * width_m, outer_k * width_k, width_m, width_k)
 
 
 def _axes(tensors: list[Tensor], gram: str, dual: bool, channels_first: bool) -> list[list[Axis]]:
-    """Dimensions of the item, of m and of k, each of every tensor, as few as do for all of them."""
+    """Dimensions of the item, of m and of k, for every tensor, as few as fit all of them."""
     by_tensor = []
     for x in tensors:
         sample, channel, *spatial = zip(x.shape, x.stride(), strict=True)
@@ -286,30 +220,8 @@ def _axes(tensors: list[Tensor], gram: str, dual: bool, channels_first: bool) ->
             item, rows = [], [sample]
             columns = [channel, *spatial] if channels_first else [*spatial, channel]
         by_tensor.append((item, columns, rows) if dual else (item, rows, columns))
-    return [_merged([axes[number] for axes in by_tensor]) for number in range(3)]
+    return [merged([axes[number] for axes in by_tensor]) for number in range(3)]
 
 
 def _levels(axes: list[list[Axis]]) -> int:
     return max(len(axis[0]) for axis in axes)
-
-
-def _merged(axes: list[Axis]) -> list[Axis]:
-    """The same axis of several tensors with the fewest dimensions that all of them have."""
-    out: list[Axis] = [[] for _ in axes]
-    for dims in zip(*axes, strict=True):
-        size = dims[0][0]
-        if size == 1:
-            continue
-        if out[0] and all(o[-1][1] == size * stride for o, (_, stride) in zip(out, dims, strict=True)):
-            for o, (_, stride) in zip(out, dims, strict=True):
-                o[-1] = (o[-1][0] * size, stride)
-        else:
-            for o, dim in zip(out, dims, strict=True):
-                o.append(dim)
-    return out
-
-
-def _two_levels(axis: Axis) -> list[tuple[int, int]]:
-    if not axis:
-        return [(1, 0), (1, 1)]
-    return [(1, 0), axis[0]] if len(axis) == 1 else axis

@@ -9,80 +9,68 @@ Each item of a and of b is scaled by a power of two that brings its products nea
 float32 at features of 1e-10 and 1e10. Centred, F is F less its columns' means; as every G then has rows that sum to 0,
 the derivative above is the one by the features too.
 
-The second operand may be a target that was computed before: `b` its features, or its Gram matrices packed, and
-`b_stats` their statistics.
+The second operand may be a target of an earlier call: `b` its features or packed Gram matrices, `b_stats` their
+statistics.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import define, first_order_only, or_plain
+from qkernels.ops._library import compute_dtype, define, first_order_only, or_plain, power_of_two
 from qkernels.ops.gram_cosine.config import block_of, is_direct, mode_of, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
 from qkernels.runtime.device import arch_of
 
-
-def _forward_fake(
-    a: Tensor,
-    b: Tensor,
-    b_stats: Tensor | None,
-    packed: bool,
-    gram: str,
-    centred: bool,
-    beta: float,
-    mean: bool,
-    both: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    items, rows, columns = sizes(gram, a.shape[0], a.shape[1], a.shape[2:].numel())
-    dtype = _compute_dtype(a, b)
-    stats = a.new_empty(2, items, dtype=dtype)
-    cosine, loss = a.new_empty(items, dtype=dtype), a.new_empty((), dtype=dtype)
-    shape = workspace_size(rows, columns, items, packed, both, arch_of(a)) if backend != "torch" else (0,)
-    return cosine, loss, stats, torch.empty_like(stats), a.new_empty(shape, dtype=dtype)
+Gradient = Tensor | None
 
 
-def _forward_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _cosine_fake(inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a, dtype = inputs.a, compute_dtype(inputs.a, inputs.b)
+    items, rows, columns = sizes(inputs.gram, a.shape[0], a.shape[1], a.shape[2:].numel())
+    workspace: tuple[int, ...] = (0,)
+    if inputs.backend != "torch":
+        workspace = workspace_size(rows, columns, items, inputs.packed, inputs.both, arch_of(a))
+    cosine, loss, stats_a, stats_b, empty = (
+        a.new_empty(shape, dtype=dtype) for shape in ((items,), (), (2, items), (2, items), workspace)
+    )
+    return cosine, loss, stats_a, stats_b, empty
+
+
+def _cosine_save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
-    remember(ctx, inputs, output)
+    remember(ctx, tuple(vars(inputs).values()), output)
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Stores in `ctx` what `gradients` needs of a call of the operator."""
     a, b, _, *ctx.options, _, ctx.backend = inputs
-    cosine, _, *rest = output
+    cosine, _, *others = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, cosine, *rest)
+    ctx.save_for_backward(a, b, cosine, *others)
 
 
-def _forward_backward(
-    ctx: Any, dcosine: Tensor | None, dloss: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _cosine_backward(ctx: Any, dcosine: Gradient, dloss: Gradient, *_: Gradient) -> tuple[Gradient, Gradient]:
     return gradients(ctx, dcosine, dloss, None)
 
 
-def gradients(
-    ctx: Any, dcosine: Tensor | None, dloss: Tensor | None, incoming: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by a and by b, as far as they are needed; `incoming` is added to the first."""
+def gradients(ctx: Any, dcosine: Gradient, dloss: Gradient, incoming: Gradient) -> tuple[Gradient, Gradient]:
+    """The gradients by a and by b that are needed; `incoming` is added to the first."""
     a, b, cosine, stats_a, stats_b, workspace = ctx.saved_tensors
     need_a, need_b, *_ = ctx.needs_input_grad
     da, db = incoming, None
     if dcosine is None and dloss is None:
         return da, db
+    options = (*ctx.options, ctx.backend)
     if need_a:
-        parts = (dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, 0)
-        da = gram_cosine_da(*parts, *ctx.options, ctx.backend)
+        da = gram_cosine_da(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, 0, *options)
     if need_b:
-        parts = (dcosine, dloss, None, cosine, b, a, stats_b, stats_a, workspace, 1)
-        db = gram_cosine_da(*parts, *ctx.options, ctx.backend)
+        db = gram_cosine_da(dcosine, dloss, None, cosine, b, a, stats_b, stats_a, workspace, 1, *options)
     return da, db
 
 
-@define("gram_cosine", fake=_forward_fake, save=_forward_save, backward=_forward_backward, differentiable=("a", "b"))
+@define("gram_cosine", _cosine_fake, _cosine_save, _cosine_backward, ("a", "b"))
 def gram_cosine(
     a: Tensor,
     b: Tensor,
@@ -105,7 +93,7 @@ def gram_cosine(
         beta: weight of the loss.
         mean: the loss is the mean over the items, or else the sum.
         both: whether the derivative by `b` will be needed too.
-        backend: "torch"; "triton" (launch.py); or "auto", for "torch" in place of kernels that cannot be built.
+        backend: "torch"; "triton" (launch.py); or "auto", which replaces kernels that cannot be built by "torch".
 
     Returns:
         cosine `[items]`; loss `[]`; for each operand statistics `[2, items]`: |G|^2 of the scaled item, and its scale;
@@ -116,7 +104,7 @@ def gram_cosine(
 
         with or_plain(backend):
             return launch.forward(a, b, b_stats, packed, gram, centred, beta, mean, both)
-    dtype = _compute_dtype(a, b)
+    dtype = compute_dtype(a, b)
     fa, scale_a = _scaled(a, gram, centred, dtype)
     if packed:
         assert b_stats is not None
@@ -144,28 +132,11 @@ def gram_cosine(
     return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), workspace
 
 
-def _da_fake(
-    dcosine: Tensor | None,
-    dloss: Tensor | None,
-    incoming: Tensor | None,
-    cosine: Tensor,
-    a: Tensor,
-    b: Tensor,
-    stats_a: Tensor,
-    stats_b: Tensor,
-    workspace: Tensor,
-    which: int,
-    packed: bool,
-    gram: str,
-    centred: bool,
-    beta: float,
-    mean: bool,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(a)
-
-
-@define("gram_cosine_da", fake=_da_fake, **first_order_only("gram_cosine"))
+@define(
+    "gram_cosine_da",
+    lambda inputs: torch.empty_like(inputs.a),
+    **first_order_only("gram_cosine has no second derivative"),
+)
 def gram_cosine_da(
     dcosine: Tensor | None,
     dloss: Tensor | None,
@@ -184,7 +155,7 @@ def gram_cosine_da(
     mean: bool,
     backend: str,
 ) -> Tensor:
-    """Gradient by `a`, the operand number `which` of the forward, + `incoming`.
+    """The gradient by `a`, plus `incoming`; `which` is 0 for the first operand of the forward, 1 if they are swapped.
 
     Its two terms nearly cancel, so they are summed before any rounding.
     """
@@ -221,7 +192,7 @@ def target(features: Tensor, gram: str, centred: bool, pack: bool, backend: str)
 
     Packed, the Gram matrices are summed in float64, in parts of the batch.
     """
-    dtype = _compute_dtype(features, features)
+    dtype = compute_dtype(features)
     if not pack:
         return features, gram_cosine(features, features, None, False, gram, centred, 1.0, True, False, backend)[2]
     rows = matrices(features, gram).shape[1]
@@ -245,27 +216,15 @@ def unpacked(packed: Tensor, rows: int) -> Tensor:
     return whole
 
 
-def _compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-
-
 def _scaled(
     features: Tensor, gram: str, centred: bool, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The matrices F `[items, rows, columns]`, and the power of two that scales each."""
     f = matrices(features, gram).to(dtype)
     if scale is None:
-        scale = _power_of_two(f)
+        scale = power_of_two(f)
     f = f * scale.view(-1, 1, 1)
     return (f - f.mean(1, keepdim=True) if centred else f), scale
-
-
-def _power_of_two(f: Tensor) -> Tensor:
-    """The power of two per item that brings the largest |value| into [1, 2), if it is a normal number of the type."""
-    largest = f.flatten(1).abs().amax(1)
-    top = math.frexp(torch.finfo(f.dtype).max)[1]
-    exponent = torch.frexp(largest).exponent.clamp(3 - top, top - 1)
-    return torch.exp2((1 - exponent).to(f.dtype))
 
 
 def _blocks(symmetric: Tensor, block: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Definition of the Gram cosine: materialised, by plain autograd."""
+"""Definition of the Gram cosine: with the matrices in memory, by plain autograd."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def matrices(features: Tensor, gram: str, centred: bool = False) -> Tensor:
         centred: subtract from each column its mean over the rows.
 
     Returns:
-        A view where `features` allows one, or centred values.
+        A view if the strides allow it, or centred values.
     """
     if gram == "batch":
         f = features.flatten(1)[None]
@@ -29,7 +29,7 @@ def gram_cosine(a: Tensor, b: Tensor, gram: str = "channel", centred: bool = Fal
     Args:
         a: `[B, C, *spatial]`.
         b: `[B, C, *spatial]`.
-        gram: whose matrix, see `matrices`.
+        gram: rows of the matrices, see `matrices`.
         centred: whether columns are centred first.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What computes a Hamilton product and with which launch settings: pure functions of shape, type and architecture."""
+"""The form of a Hamilton product and its launch settings: pure functions of shape, type and architecture."""
 
 import contextlib
 import contextvars
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qkernels.ops._arch import tuned_arch
+
 # "dense": one real product with the expanded weight, in plain PyTorch. "signed": the 16 products of the definition as
 # one, from signed tiles, in the Triton kernels. "q8": the 8 products of the fast algorithm, in both.
 FORMS = ("dense", "signed", "q8")
@@ -19,8 +21,8 @@ PRODUCTS = {"signed": 16, "q8": 8}
 def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
     """The fastest plain-PyTorch form on a CPU in float32, forward and backward (bench/results/cpu_forms.csv).
 
-    "q8" halves the p q kernel_area products of a pixel and pays with passes over p + q maps, which cost more the less
-    of them fits the caches. The batch is left out, so that its size never changes what is compiled.
+    "q8" halves the p q kernel_area products of a pixel at the cost of passes over p + q maps, which are slower for maps
+    that do not fit the caches. The batch size has no influence, so that it never changes what is compiled.
 
     Args:
         p: quaternion channels of the output.
@@ -39,16 +41,15 @@ def cpu_form(p: int, q: int, kernel_area: int = 1, pixels: int = 1) -> str:
 
 
 def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> str:
-    """The form that the Triton kernels take by themselves: of the weight's shape alone, so that no batch size changes
-    it.
+    """The form of the Triton kernels for "auto": a function of the weight's shape, whatever the batch size.
 
-    A measured form (`python -m qkernels.tune`) comes first. Without one, "q8" for accurate float32, where products and
-    not loads take the time, from 16 channels on, for which its tiles are made; else "signed". This rule is computed
-    from the model of `clocks`, not measured.
+    The form that `python -m qkernels.tune` measured; or else "q8" for accurate float32, where products and not loads
+    take the time, from the 16 channels of its tiles on; otherwise "signed". This rule follows from the model of
+    `cost`, not from a measurement.
 
     Args:
         p: rows of quaternions of the weight.
-        q: columns of quaternions of the weight, those of one group.
+        q: columns of quaternions of the weight, in one group.
         positions: number of kernel positions, kh kw.
         precision: "half", "tf32" or "ieee", see `Plan`.
         arch: compute capability, 90 for 9.0.
@@ -65,8 +66,8 @@ def triton_form(p: int, q: int, positions: int, precision: str, arch: int) -> st
     return "q8" if precision == "ieee" and min(p, q) >= 16 else "signed"
 
 
-def how_of(form: str, p: int, q: int, positions: int, precision: str, arch: int) -> str:
-    """What the operators take as `how`: form and precision, such as "signed-half".
+def algorithm_of(form: str, p: int, q: int, positions: int, precision: str, arch: int) -> str:
+    """The operators' `algorithm`: form and precision, such as "signed-half".
 
     Raises:
         ValueError: the kernels do not have that form.
@@ -83,9 +84,9 @@ def how_of(form: str, p: int, q: int, positions: int, precision: str, arch: int)
     return f"{form}-{precision}"
 
 
-def packed_size(elements: int, how: str) -> int:
-    """Elements of a packed weight: eight tiles instead of four components, for tf32 twice, see kernels.py."""
-    return elements * (4 if how.endswith("-tf32") else 2)
+def packed_size(elements: int, algorithm: str) -> int:
+    """Number of elements of a packed weight: eight tiles for four components, for tf32 sixteen, see kernels.py."""
+    return elements * (4 if algorithm.endswith("-tf32") else 2)
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ class Tile:
     """Launch settings of one program.
 
     Args:
-        m: pixels: of a gather those that are written, of a weight gradient those of a step.
-        n: quaternion channels of the output that are written.
-        k: quaternion channels of the input: of a gather those of a step (of one component, or for few channels of all),
-            of a weight gradient those that are written.
+        m: pixels: of a gather those it writes, of a weight gradient those of a step.
+        n: quaternion channels of the output that it writes.
+        k: quaternion channels of the input: of a gather those of a step (of one component, or if they are few of all),
+            of a weight gradient those it writes.
         warps: warps of a program.
         stages: depth of the software pipeline.
-        registers: maximum number of registers of a thread, for one phase and without an epilogue that takes some itself
-            (tests/compile_only); the model derives from it how many programs a multiprocessor holds.
+        registers: maximum number of registers of a thread, for one phase and without the epilogue's
+            (tests/compile_only); it limits the number of programs on a multiprocessor in the model.
     """
 
     m: int
@@ -113,14 +114,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one product is computed.
+    """The computation of a product.
 
     Args:
         form: "signed" or "q8".
         precision: precision of the products: "half" (float16, bfloat16), "tf32", "ieee" (float32) or "tf32x3" (three
-            tf32 products for one of float32, where it was measured to be as accurate).
+            tf32 products for one of float32, measured to be as accurate).
         tile: launch settings.
-        splits: programs that share one sum; the last one to arrive adds their parts.
+        splits: number of programs that share a sum; the last one to arrive adds their parts.
     """
 
     form: str
@@ -136,12 +137,12 @@ class Problem:
     Args:
         kernel: "gather" (convolution, data gradient, transposed convolution) or "dw" (weight gradient).
         pixels: pixels of one phase of the output: rows of a gather, terms of the sum of a weight gradient.
-        n: quaternion channels of a group that are written; for "dw" those of the output.
-        k: quaternion channels of a group that are summed; for "dw" those of the input.
+        n: quaternion channels of a group that are written; for "dw" the output's.
+        k: quaternion channels of a group that are summed; for "dw" the input's.
         positions: number of kernel positions.
         groups: number of channel groups.
         phases: number of phases of the output's pixels, see kernels.py.
-        epilogue: whether that of a gather takes registers of its own: for the maxima of windows, or random numbers.
+        epilogue: whether a gather's epilogue needs registers: for the maxima of windows, or random numbers.
     """
 
     kernel: str
@@ -155,11 +156,11 @@ class Problem:
 
     @property
     def key(self) -> tuple[str, int, int, int, int, int, int]:
-        """What a measurement is looked up by: pixels to the next power of two."""
+        """The key of measurements: pixels count up to the next power of two."""
         return self.kernel, self.pixels.bit_length(), self.n, self.k, self.positions, self.groups, self.phases
 
     def flat(self, form: str, tile: Tile) -> bool:
-        """Whether positions and channels are taken one by one: the input's channels would not fill a block."""
+        """Whether a step runs over (position, channel) pairs, as the input's channels would not fill a block."""
         return form == "signed" and self.k < tile.k
 
     def blocks(self, form: str, tile: Tile) -> int:
@@ -174,14 +175,14 @@ class Problem:
         return self.positions * _cdiv(self.k, tile.k)
 
     def tiles(self, form: str, tile: Tile) -> int:
-        """Programs of one split that write a part of the result each."""
+        """Number of programs of a split, each of which writes a part of the result."""
         copies = self.groups * self.phases
         if self.kernel == "dw":
             return _cdiv(self.n, tile.n) * (self.blocks(form, tile) + 1) * copies  # one sums the bias gradient
         return _cdiv(self.pixels, tile.m) * _cdiv(self.n, tile.n) * copies
 
     def steps(self, form: str, tile: Tile) -> int:
-        """Of one sum."""
+        """Number of steps of a sum."""
         return _cdiv(self.pixels, tile.m) if self.kernel == "dw" else self.blocks(form, tile)
 
 
@@ -221,13 +222,13 @@ def _best(problem: Problem, form: str, precision: str, arch: int, multiprocessor
 
 
 def _fitted(option: Plan, problem: Problem) -> Plan:
-    """The same plan with no empty split: measurements are looked up by the rounded number of pixels."""
+    """The plan without empty splits: the measurement's number of pixels was rounded."""
     return replace(option, splits=_possible_splits(problem, option.form, option.tile, option.splits))
 
 
 @contextlib.contextmanager
 def force(option: Plan) -> Iterator[None]:
-    """Within the block every plan is this one: for the search of launch settings and for tests."""
+    """Makes every plan in the block this one: for the search for launch settings and for tests."""
     token = _forced.set(option)
     try:
         yield
@@ -239,8 +240,8 @@ _forced: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("forced", 
 
 
 def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterator[Plan]:
-    """Every plan that the architecture's tiles allow, with 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
-    # The same tile may be in both lists; it stands in each for another kernel.
+    """Every plan with the architecture's tiles and 1, 2, 3, 4, 6, 8, 12 ... splits of the sum, none empty."""
+    # A tile may be in both lists, in each for a different kernel.
     for tile in _listed(problem.kernel, form, precision, arch):
         if not problem.flat(form, tile) and not _spills(problem, tile):
             yield from _shared_by(problem, form, precision, tile)
@@ -252,32 +253,29 @@ def candidates(problem: Problem, form: str, precision: str, arch: int) -> Iterat
 
 
 def _shared_by(problem: Problem, form: str, precision: str, tile: Tile) -> Iterator[Plan]:
-    """The plans of one tile, by how many programs share a sum."""
+    """The plans of a tile with each number of splits."""
     for exponent in range(MOST_SPLITS.bit_length()):
         for splits in (2**exponent, 3 * 2**exponent // 2):
             yield Plan(form, precision, tile, _possible_splits(problem, form, tile, splits))
 
 
 def _spills(problem: Problem, tile: Tile) -> bool:
-    """Whether the epilogue takes more registers than such a tile leaves; tables are measured without one that does."""
+    """Whether the epilogue needs more registers than the tile leaves; tables are measured without such an epilogue."""
     return problem.epilogue and not leaves_registers(tile)
 
 
 def leaves_registers(tile: Tile) -> bool:
-    """Whether a thread has some left for an epilogue: 64 sums of all components at most (tests/compile_only)."""
+    """Whether a thread has registers left for an epilogue: at most 64 sums of all components (tests/compile_only)."""
     return tile.m * 4 * tile.n <= 64 * 32 * tile.warps
 
 
 def _possible_splits(problem: Problem, form: str, tile: Tile, splits: int) -> int:
-    """As many of the splits as have a step of the sum each, a ticket for each tile, and parts of some size."""
-    tiles_ = problem.tiles(form, tile)
-    if tiles_ > MOST_TICKETS:
-        return 1
-    return whole_splits(problem.steps(form, tile), splits)
+    """The largest number of splits that have a step of the sum each; 1 without a ticket for each tile."""
+    return 1 if problem.tiles(form, tile) > MOST_TICKETS else whole_splits(problem.steps(form, tile), splits)
 
 
 def whole_splits(steps: int, splits: int) -> int:
-    """As many of the splits as can have a step of the sum each, and whose edges fit 32 bits; one at least.
+    """The largest number of splits, at least 1, that have a step of the sum each and whose bounds fit 32 bits.
 
     >>> whole_splits(9, 4), whole_splits(9, 16)
     (4, 9)
@@ -287,14 +285,14 @@ def whole_splits(steps: int, splits: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the model says of one launch, in clock cycles of a multiprocessor.
+    """The model's estimate for a launch, in clock cycles of a multiprocessor.
 
     Attributes:
         total: cycles of the launch.
         residents: programs that a multiprocessor holds at once.
         shared: bytes of shared memory of a program.
-        bound: what a step waits for: "products", "loads" (from the L2 cache), or "latency" of its own.
-        parts: the share of the total that goes to parts of shared sums.
+        bound: bottleneck of a step: "products", "loads" (from the L2 cache), or its own "latency".
+        parts: share of the total for parts of shared sums.
     """
 
     total: float
@@ -304,22 +302,17 @@ class Cost:
     parts: float
 
 
-def clocks(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> float:
-    """The model's time in clock cycles, see `cost`."""
-    return cost(problem, plan, arch, multiprocessors).total
-
-
 def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
-    """A model of the time of one launch; nothing in it was measured on a GPU.
+    """A model of the time of a launch; nothing in it was measured on a GPU.
 
-    A multiprocessor holds as many programs as registers and shared memory allow. Their steps take what their products
-    or their loads take together, but no less than the latency of one step of one program. The last round of programs
+    A multiprocessor holds as many programs as registers and shared memory allow. Their steps take the time of their
+    products or of their loads, but no less than the latency of one step of one program. The last round of programs
     may leave multiprocessors idle. Programs that share a sum write their parts, and the last one reads them.
 
     Rates of products are the data sheets'; L2_BYTES, LATENCY and the fixed costs are assumptions (design notes).
     """
     tile, precision = plan.tile, plan.precision
-    rate = PRODUCTS_PER_CLOCK[_known(arch)][precision]
+    rate = PRODUCTS_PER_CLOCK[tuned_arch(arch, TILES)][precision]
     size = 2 if precision == "half" else 4
     rows, columns = (4 * tile.k, 4 * tile.n) if problem.kernel == "dw" else (tile.m, 4 * tile.n)
     depth = tile.m if problem.kernel == "dw" else tile.k
@@ -356,7 +349,7 @@ def cost(problem: Problem, plan: Plan, arch: int, multiprocessors: int) -> Cost:
 def _residents(warps: int, registers: int, shared: int, arch: int) -> int:
     """Programs that a multiprocessor holds at once."""
     by_registers = 65536 // (32 * warps * _cdiv(registers, 8) * 8)
-    by_shared = SHARED_BYTES[_known(arch)] // (shared + 1024)
+    by_shared = SHARED_BYTES[tuned_arch(arch, TILES)] // (shared + 1024)
     return max(1, min(by_registers, by_shared, 64 // warps, 32))
 
 
@@ -510,25 +503,17 @@ def tiles(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]
 
 
 def flat_tiles(kernel: str, precision: str, arch: int) -> tuple[Tile, ...]:
-    """Those of them that take positions and channels one by one, for few channels."""
+    """The tiles whose steps run over (position, channel) pairs, for few channels."""
     return _listed(kernel, "flat", precision, arch)
 
 
 def _listed(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ...]:
-    return tuple(Tile(*numbers) for numbers in TILES[_known(arch)][kernel, form, precision])
-
-
-def _known(arch: int) -> int:
-    """The table that an architecture takes: the next lower one's, but 12.0 is built like sm_80, not like sm_100.
-
-    The tiles of sm_80 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, too.
-    """
-    return 80 if arch >= 120 else max(known for known in TILES if known <= max(arch, min(TILES)))
+    return tuple(Tile(*numbers) for numbers in TILES[tuned_arch(arch, TILES)][kernel, form, precision])
 
 
 @functools.cache
 def _table(arch: int) -> dict[str, dict[Any, Any]]:
-    """What `python -m qkernels.tune` measured on this architecture; QKERNELS_TABLES names the folder of your own."""
+    """Measurements of `python -m qkernels.tune` on this architecture; QKERNELS_TABLES names a folder of your own."""
     folder = Path(os.environ.get("QKERNELS_TABLES") or Path(__file__).parent / "tables")
     path = folder / f"sm_{arch}.json"
     if not path.exists():

@@ -16,13 +16,7 @@ from qkernels.ops._library import relu_mask
 Ints = Sequence[int]
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Ints,
-    form: str,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: str) -> Tensor:
     """y = weight (x) x + bias."""
     stride, padding, dilation, groups = _geometry(window)
     if form == "dense":
@@ -37,13 +31,7 @@ def forward(
     return (y if bias is None else y.add_(bias.view(-1, 1, 1))).to(x.dtype)
 
 
-def data_gradient(
-    dy: Tensor,
-    weight: Tensor,
-    size: Ints,
-    window: Ints,
-    form: str,
-) -> Tensor:
+def data_gradient(dy: Tensor, weight: Tensor, size: Ints, window: Ints, form: str) -> Tensor:
     """dx, the gradient of <dy, weight (x) x>: a transposed convolution of dy onto maps of `size`."""
     stride, padding, dilation, groups = _geometry(window)
     batch, channels = dy.shape[0], 4 * weight.shape[2] * groups
@@ -57,13 +45,7 @@ def data_gradient(
     return algebra.input_from_products(z.unflatten(1, (8, -1))).flatten(1, 2).to(dy.dtype)
 
 
-def weight_gradient(
-    dy: Tensor,
-    x: Tensor,
-    kernel_size: Ints,
-    window: Ints,
-    form: str,
-) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, kernel_size: Ints, window: Ints, form: str) -> Tensor:
     """dw, the gradient of <dy, weight (x) x>."""
     stride, padding, dilation, groups = _geometry(window)
     p, q = dy.shape[1] // 4, x.shape[1] // (4 * groups)
@@ -103,9 +85,9 @@ def epilogue_gradient(
     return total
 
 
-def pack(weight: Tensor, how: str, dtype: torch.dtype) -> Tensor:
+def pack(weight: Tensor, algorithm: str, dtype: torch.dtype) -> Tensor:
     """A weight `[4, P, Q, ...]` as the Triton kernels read it, flat: see `kernels._hamilton_pack_kernel`."""
-    form, precision = how.split("-")
+    form, precision = algorithm.split("-")
     w = weight.flatten(3).float() if weight.dim() > 3 else weight[..., None].float()
     if form == "q8":
         hadamard = w.new_tensor(algebra.HADAMARD)

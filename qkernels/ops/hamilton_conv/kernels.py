@@ -1,20 +1,20 @@
 """The convolution's kernels. A map is dense NHWC; its channels are planar, (component, group, channel).
 
-Letters: b image; h, w pixel; m row of a tile of pixels; k channel that is summed over, n channel that is written, both
-of one component; a component that is written, c component that is summed over; u, v position in the kernel.
+Letters: b image; h, w pixel; m row of a tile of pixels; k input channel, summed over, and n output channel, each within
+a component; a output component; c input component, summed over; u, v position in the kernel.
 
 A *gather* covers both directions. For the position (u, v), output pixel (i, j) reads the source pixel (i * stride + u *
 dilation - padding, ...). Its adjoint is one gather for each *phase*, the output pixels with the same remainder by the
-stride: pixel phase + i * stride reads i + (phase + padding - u * dilation) / stride, from the positions for which that
-is whole. No position is read in vain. In both, the source moves by a fixed `DELTA` from one position to the next.
+stride: pixel phase + i * stride reads i + (phase + padding - u * dilation) / stride, for the positions for which that
+is a whole number; the others are skipped. In both, the source moves by a fixed `DELTA` from each position to the next.
 
-*Signed*: the 16 products of the definition as one. A tile of the source has one component c in a step, a tile of the
-weight all four components a of the output side by side: its columns (a, n) are read from component a ^ c with the sign
+*Signed*: the 16 products of the definition as one. In a step, a tile of the source has one component c, and a tile of
+the weight all four components a of the output side by side: its columns (a, n) come from component a ^ c with the sign
 of algebra.SIGNS[a][c], out of eight tiles [w, -w] that `_hamilton_pack_kernel` wrote. The expanded weight, twice as
-large, never exists. A product may run asynchronously only if nothing else in its iteration needs the result: so there
-is one product an iteration.
+large, is never stored. A product runs asynchronously only if nothing else in its iteration needs the result: so an
+iteration has a single product.
 
-`do_not_specialize` names the sizes that change from call to call: one binary serves them all.
+`do_not_specialize` names the sizes that change from call to call: a binary serves them all.
 """
 
 from dataclasses import dataclass
@@ -23,31 +23,32 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# Rows of a tile that are written at a time where several programs share a sum.
+# Rows of a tile that are written at a time if several programs share a sum.
 FINISH_ROWS: tl.constexpr = tl.constexpr(16)
 
 
 @dataclass(frozen=True)
-class How:
-    """What is compiled into a kernel.
+class Meta:
+    """Compile-time constants of a kernel.
 
     Attributes:
-        BLOCK_M: pixels of a tile; of a weight gradient, those of a step.
-        BLOCK_N: channels of each component that are written; of a weight gradient, the output's.
-        BLOCK_K: channels that are summed in a step; of a weight gradient, the input's that are written.
-        FLAT: 0, or the channels of a component: they are so few that a step runs over (position, component, channel).
-        EVEN_K, EVEN_N: whether the blocks fit the channels without a rest.
-        PRECISION, UPCAST: of the products, see `_dot`.
-        NEGATIVE: bit 4 a + c is set where component c enters component a with a minus.
+        BLOCK_M: pixels of a tile; for a weight gradient, pixels of a step.
+        BLOCK_N: channels of each component that are written; for a weight gradient, output channels.
+        BLOCK_K: channels that are summed in a step; for a weight gradient, input channels that are written.
+        FLAT: 0, or the number of channels of a component if they are so few that a step runs over (position, component,
+            channel).
+        EVEN_K, EVEN_N: whether the number of channels is a multiple of the block.
+        PRECISION, UPCAST: precision of the products, see `_dot`.
+        NEGATIVE: bit 4 a + c is set if component c enters component a with a minus.
         SPLIT: whether several programs share a sum.
-        KERNEL, STRIDE, PADDING, DILATION: of the convolution, (vertical, horizontal).
-        STEP: from one position that counts to the next; DELTA: from its source pixel to the next one's.
-        ADJOINT: the direction.
-        MAYBE_EMPTY: a phase may have no position.
-        HAS_BIAS, RELU, POOL, WRITE_MAP: the epilogue of a convolution; of a weight gradient, whether there is a bias.
-        DROPOUT: zeroes some elements behind the ReLU, and scales the others.
-        MASKED: the result is a gradient by the output of a ReLU, whose mask it goes through.
-        SCALED: the result is multiplied by a number.
+        KERNEL, STRIDE, PADDING, DILATION: geometry of the convolution, (vertical, horizontal).
+        STEP: distance of the kernel positions of a phase; DELTA: distance of their source pixels.
+        ADJOINT: whether this is the adjoint.
+        MAYBE_EMPTY: whether a phase may have no position.
+        HAS_BIAS, RELU, POOL, WRITE_MAP: epilogue of a convolution; for a weight gradient, whether there is a bias.
+        DROPOUT: whether elements behind the ReLU are zeroed at random, and the others scaled.
+        MASKED: whether the result, a gradient, goes through the mask of a ReLU's output.
+        SCALED: whether the result is multiplied by a number.
     """
 
     BLOCK_M: int
@@ -78,7 +79,7 @@ class How:
 
 
 class Weight(NamedTuple):
-    """The packed weight, and how far its tiles, positions, groups and channels lie apart."""
+    """The packed weight, and the strides of its tiles, positions, groups and channels."""
 
     ptr: Any
     stride_tile: Any
@@ -89,8 +90,8 @@ class Weight(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an epilogue writes: the map, the maxima of its windows and their argmax; and reads: bias, the ReLU's output
-    whose mask a gradient goes through, the seed of a dropout.
+    """Results of an epilogue: the map, the maxima of its windows, their argmax; and its operands: bias, output of the
+    ReLU whose mask a gradient goes through, seed of a dropout.
     """
 
     y_ptr: Any
@@ -102,7 +103,7 @@ class Output(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which pixels a program writes: images, the grid of one phase, the size of the map, the phase."""
+    """The pixels that a launch writes: number of images, grid of a phase, size of the map, phase."""
 
     batch: Any
     grid_h: Any
@@ -114,7 +115,7 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Where programs that share a sum leave their parts, and count who has arrived."""
+    """Memory for the parts of programs that share a sum, and the counter of those that have arrived."""
 
     partial_ptr: Any
     ticket_ptr: Any
@@ -123,7 +124,7 @@ class Shared(NamedTuple):
 
 @triton.jit
 def _rounded(x, PRECISION: tl.constexpr):
-    """float32 to the nearest tf32, ties away from zero, NaN kept; tensor cores would cut the low bits off."""
+    """float32 to the nearest tf32, ties away from zero, NaN unchanged; tensor cores would truncate."""
     if PRECISION == "tf32":
         near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(x == x, near, x)
@@ -132,17 +133,17 @@ def _rounded(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, HOW: tl.constexpr):
-    """acc + a b in float32. UPCAST: Triton's interpreter would multiply the bit patterns of bfloat16."""
-    if HOW.UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=HOW.PRECISION)
+def _dot(a, b, acc, META: tl.constexpr):
+    """acc + a b in float32. UPCAST: cast bfloat16, whose bit patterns Triton's interpreter would multiply."""
+    if META.UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=META.PRECISION)
     else:
-        return tl.dot(a, b, acc, input_precision=HOW.PRECISION)
+        return tl.dot(a, b, acc, input_precision=META.PRECISION)
 
 
 @triton.jit
 def _first_position(phase, padding, dilation, stride, kernel):
-    """The first position that hits a source pixel from this phase; `kernel` where none does."""
+    """The first position that hits a source pixel from this phase; `kernel` if none does."""
     first = kernel
     for back in range(kernel):
         position = kernel - 1 - back
@@ -152,7 +153,7 @@ def _first_position(phase, padding, dilation, stride, kernel):
 
 @triton.jit
 def _pixels(m, height, width, batch, POOL: tl.constexpr):
-    """Image and pixel of row m, and whether there is one. POOL: four rows are one of height x width 2x2 windows."""
+    """Image and pixel of row m, and whether it exists. POOL: each four rows are one of height x width 2x2 windows."""
     if POOL:
         row = m // 4
         h = row // width % height * 2 + m % 4 // 2
@@ -167,43 +168,43 @@ def _pixels(m, height, width, batch, POOL: tl.constexpr):
 
 @triton.jit
 def _first_maximum(value, at, other, other_at):
-    """The larger of two values and where it is; NaN counts as largest, the earlier one wins a tie."""
+    """The larger of two values and its place; NaN counts as largest, the earlier one wins a tie."""
     take = (value > other) | (value != value) | ((value == other) & (at < other_at))
     return tl.where(take, value, other), tl.where(take, at, other_at)
 
 
 @triton.jit
-def _write(acc, m, channel, n_ok, channels, rows, output, scale, HOW: tl.constexpr):
-    """The epilogue of a tile [pixels m, channels]: + bias, ReLU, dropout or the mask of a gradient; the map, the maxima
-    of its windows with their argmax.
+def _write(acc, m, channel, n_ok, channels, rows, output, scale, META: tl.constexpr):
+    """The epilogue of a tile [pixels m, channels]: adds the bias, applies ReLU, dropout or a gradient's mask; writes
+    the map, or the maxima of its windows with their argmax, or both.
     """
-    b, h, w, ok = _pixels(m[:, None], rows.grid_h, rows.grid_w, rows.batch, HOW.POOL)
-    if HOW.ADJOINT:
-        h, w = rows.phase_h + h * HOW.STRIDE[0], rows.phase_w + w * HOW.STRIDE[1]
+    b, h, w, ok = _pixels(m[:, None], rows.grid_h, rows.grid_w, rows.batch, META.POOL)
+    if META.ADJOINT:
+        h, w = rows.phase_h + h * META.STRIDE[0], rows.phase_w + w * META.STRIDE[1]
     at = (b.to(tl.int64) * rows.y_h * rows.y_w + h * rows.y_w + w) * channels + channel[None, :]
     mask = ok & (h < rows.y_h) & (w < rows.y_w) & n_ok[None, :]
-    if HOW.HAS_BIAS:
+    if META.HAS_BIAS:
         acc += tl.load(output.bias_ptr + channel, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if HOW.RELU:
+    if META.RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    if HOW.DROPOUT:  # of probability 1 - 1 / scale
-        # By the element's number in 32 bits, after which they would repeat: 64 spill.
+    if META.DROPOUT:  # of probability 1 - 1 / scale
+        # Indexed by the element's number in 32 bits, beyond which random numbers repeat: 64 bits spill.
         keep = tl.rand(tl.load(output.seed_ptr), at.to(tl.int32)) * scale < 1.0
         acc = tl.where(keep, acc * scale, 0.0)
-    elif HOW.SCALED:
+    elif META.SCALED:
         acc *= scale
-    if HOW.MASKED:
+    if META.MASKED:
         of_relu = tl.load(output.relu_ptr + at, mask=mask, other=0.0)
-        acc = tl.where(of_relu.to(tl.float32) <= 0, 0.0, acc)  # NaN lets pass, as in PyTorch
+        acc = tl.where(of_relu.to(tl.float32) <= 0, 0.0, acc)  # NaN passes, as in PyTorch
     y = acc.to(output.y_ptr.dtype.element_ty)
-    if HOW.WRITE_MAP:
+    if META.WRITE_MAP:
         tl.store(output.y_ptr + at, y, mask=mask)
-    if HOW.POOL:
-        # The maxima are those of the map as stored, so that argmax and ties are those of pooling it afterwards.
+    if META.POOL:
+        # Maxima of the map as stored: argmax and ties are those of a pool of the stored map.
         windows = tl.reshape(y.to(tl.float32), (y.shape[0] // 4, 4, y.shape[1]))
         argmax = tl.zeros_like(windows).to(tl.int32) + tl.arange(0, 4)[None, :, None]
         largest, argmax = tl.reduce((windows, argmax), 1, _first_maximum)
-        if HOW.RELU:
+        if META.RELU:
             argmax = tl.where(largest <= 0, 4, argmax)
         first = tl.max(tl.reshape(m, (m.shape[0] // 4, 4)), 1, keep_dims=True) // 4
         b, h, w, ok = _pixels(first, rows.grid_h, rows.grid_w, rows.batch, False)
@@ -216,11 +217,11 @@ def _write(acc, m, channel, n_ok, channels, rows, output, scale, HOW: tl.constex
 
 @triton.jit
 def _all_there(ticket_ptr, splits):
-    """Whether this is the last of `splits` programs to come here, each with its part in memory; the count is left at 0.
+    """Whether this is the last of `splits` programs to arrive, each with its part in memory; the counter returns to 0.
 
-    It decides who sums the parts, never in which order.
+    It decides which program sums the parts, never in which order.
     """
-    tl.debug_barrier()  # the whole program's stores come before its ticket
+    tl.debug_barrier()  # all stores of the program come before its ticket
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
         tl.store(ticket_ptr, 0)
@@ -229,7 +230,7 @@ def _all_there(ticket_ptr, splits):
 
 @triton.jit
 def _summed(partial_ptr, at, part, parts, splits):
-    """The parts of an element in their order: [split, part, element]. ".cg": an L1 cache may hold what they were."""
+    """The sum of an element's parts in order: [split, part, element]. ".cg": an L1 cache may hold old values."""
     total = tl.zeros(at.shape, tl.float32)
     for split in range(splits):
         total += tl.load(partial_ptr + (tl.cast(split, tl.int64) * parts + part) + at, cache_modifier=".cg")
@@ -238,29 +239,29 @@ def _summed(partial_ptr, at, part, parts, splits):
 
 @triton.jit
 def _own_part(shared, size):
-    """Where this program's part of its tile's sum lies, of `size` elements, and how far the next split's is from it."""
+    """This program's tile, the offset of its part of the sum, of `size` elements, and the stride of the splits."""
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     parts = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64) * size
     return tile, tile.to(tl.int64) * size, parts
 
 
 @triton.jit
-def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, shared, HOW: tl.constexpr):
+def _write_shared(first_row, channel, n_ok, channels, rows, output, scale, shared, META: tl.constexpr):
     """The epilogue of all parts `[BLOCK_M, 4 BLOCK_N]` of a tile, by the last program to arrive."""
-    COLUMNS: tl.constexpr = 4 * HOW.BLOCK_N
-    tile, part, parts = _own_part(shared, HOW.BLOCK_M * COLUMNS)
+    COLUMNS: tl.constexpr = 4 * META.BLOCK_N
+    tile, part, parts = _own_part(shared, META.BLOCK_M * COLUMNS)
     if _all_there(shared.ticket_ptr + tile, shared.splits):
-        for block in range(HOW.BLOCK_M // FINISH_ROWS):
+        for block in range(META.BLOCK_M // FINISH_ROWS):
             row = block * FINISH_ROWS + tl.arange(0, FINISH_ROWS)
             at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
             total = _summed(shared.partial_ptr, at, part, parts, shared.splits)
-            _write(total, first_row + row, channel, n_ok, channels, rows, output, scale, HOW)
+            _write(total, first_row + row, channel, n_ok, channels, rows, output, scale, META)
 
 
 @triton.jit
-def _range_of_steps(steps, splits, HOW: tl.constexpr):
-    """This program's steps of the sum; of one that is not shared all, which leaves no loop where there is but one."""
-    if HOW.SPLIT:
+def _range_of_steps(steps, splits, META: tl.constexpr):
+    """This program's steps of the sum; all of a sum that is not shared, which avoids a loop for a single step."""
+    if META.SPLIT:
         split = tl.program_id(2)
         return split * steps // splits, (split + 1) * steps // splits
     else:
@@ -268,50 +269,50 @@ def _range_of_steps(steps, splits, HOW: tl.constexpr):
 
 
 @triton.jit
-def _gather_of(phase, HOW: tl.constexpr):
-    """Positions in a row of the kernel that count, the first of them, its shift of the source, steps of the sum."""
-    if HOW.ADJOINT:
-        phase_h, phase_w = phase // HOW.STRIDE[1], phase % HOW.STRIDE[1]
-        u = _first_position(phase_h, HOW.PADDING[0], HOW.DILATION[0], HOW.STRIDE[0], HOW.KERNEL[0])
-        v = _first_position(phase_w, HOW.PADDING[1], HOW.DILATION[1], HOW.STRIDE[1], HOW.KERNEL[1])
-        shift_h = (phase_h + HOW.PADDING[0] - u * HOW.DILATION[0]) // HOW.STRIDE[0]
-        shift_w = (phase_w + HOW.PADDING[1] - v * HOW.DILATION[1]) // HOW.STRIDE[1]
-        across = tl.cdiv(HOW.KERNEL[1] - v, HOW.STEP[1])
-        positions = tl.cdiv(HOW.KERNEL[0] - u, HOW.STEP[0]) * across
+def _gather_of(phase, META: tl.constexpr):
+    """The phase, its first position, its shift of the source, its positions per row of the kernel, and in all."""
+    if META.ADJOINT:
+        phase_h, phase_w = phase // META.STRIDE[1], phase % META.STRIDE[1]
+        u = _first_position(phase_h, META.PADDING[0], META.DILATION[0], META.STRIDE[0], META.KERNEL[0])
+        v = _first_position(phase_w, META.PADDING[1], META.DILATION[1], META.STRIDE[1], META.KERNEL[1])
+        shift_h = (phase_h + META.PADDING[0] - u * META.DILATION[0]) // META.STRIDE[0]
+        shift_w = (phase_w + META.PADDING[1] - v * META.DILATION[1]) // META.STRIDE[1]
+        across = tl.cdiv(META.KERNEL[1] - v, META.STEP[1])
+        positions = tl.cdiv(META.KERNEL[0] - u, META.STEP[0]) * across
         return (phase_h, phase_w), (u, v), (shift_h, shift_w), across, positions
     else:
-        zero = tl.full((), 0, tl.int32)  # functions return no plain numbers
-        shift = (zero - HOW.PADDING[0], zero - HOW.PADDING[1])
-        return (zero, zero), (zero, zero), shift, zero + HOW.KERNEL[1], zero + HOW.KERNEL[0] * HOW.KERNEL[1]
+        zero = tl.full((), 0, tl.int32)  # functions cannot return plain numbers
+        shift = (zero - META.PADDING[0], zero - META.PADDING[1])
+        return (zero, zero), (zero, zero), shift, zero + META.KERNEL[1], zero + META.KERNEL[0] * META.KERNEL[1]
 
 
 @triton.jit(do_not_specialize=["batch", "x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits", "scale"])
 def _hamilton_conv_kernel(
     x_ptr, weight, output, partial_ptr, ticket_ptr, batch, x_h, x_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """y = epilogue(w (x) x), or its adjoint, from signed tiles: a convolution, a data gradient, a linear map.
 
-    One program owns BLOCK_M pixels of one phase, BLOCK_N channels of all four components of one group, and one of
-    `splits` parts of the sum over positions, components and channels. It reads the source once for each position, as
-    every block of channels does again; the tile of the weight is read by every block of pixels.
+    A program computes BLOCK_M pixels of a phase, BLOCK_N channels of all four components of a group, and one of
+    `splits` parts of the sum over positions, components and channels. Each block of channels reads the source once for
+    each position, each block of pixels the tile of the weight.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_N: tl.constexpr = HOW.BLOCK_N
-    BLOCK_K: tl.constexpr = HOW.BLOCK_K
-    Q: tl.constexpr = HOW.FLAT
-    NEGATIVE: tl.constexpr = HOW.NEGATIVE
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    BLOCK_K: tl.constexpr = META.BLOCK_K
+    Q: tl.constexpr = META.FLAT
+    NEGATIVE: tl.constexpr = META.NEGATIVE
     group, split = tl.program_id(1) % groups, tl.program_id(2)
-    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, HOW)
+    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, META)
     first_row = tl.program_id(0) // tiles_n * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 4 * BLOCK_N)
     a = column // BLOCK_N
     n = tl.program_id(0) % tiles_n * BLOCK_N + column % BLOCK_N
-    n_ok = (n < N) | HOW.EVEN_N
-    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, HOW.POOL)
-    if not HOW.ADJOINT:
-        i, j = i * HOW.STRIDE[0], j * HOW.STRIDE[1]
+    n_ok = (n < N) | META.EVEN_N
+    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, META.POOL)
+    if not META.ADJOINT:
+        i, j = i * META.STRIDE[0], j * META.STRIDE[1]
     h, w = i + shift[0], j + shift[1]
     x_channels = 4 * groups * (Q if Q else K)
     pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
@@ -319,8 +320,8 @@ def _hamilton_conv_kernel(
     w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
     chunks = tl.cdiv(K, BLOCK_K)
     steps = tl.cdiv(4 * Q * positions, BLOCK_K) if Q else 4 * positions * chunks
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if not HOW.MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if not META.MAYBE_EMPTY:  # ptxas would serialise the products of a loop that might not run (C7515)
         tl.assume(first_step < last_step)
     acc = tl.zeros((BLOCK_M, 4 * BLOCK_N), tl.float32)
     if Q:
@@ -329,47 +330,47 @@ def _hamilton_conv_kernel(
             position, c, q = e // (4 * Q), e // Q % 4, e % Q
             k_ok = position < positions
             u, v = position // across, position % across
-            source_h, source_w = h[:, None] + (u * HOW.DELTA[0])[None, :], w[:, None] + (v * HOW.DELTA[1])[None, :]
+            source_h, source_w = h[:, None] + (u * META.DELTA[0])[None, :], w[:, None] + (v * META.DELTA[1])[None, :]
             ok = m_ok[:, None] & k_ok[None, :] & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-            offset = (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * x_channels
-            # The channels of one group lie in a row only where there is no other.
+            offset = (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * x_channels
+            # Channels of a group are contiguous only if there is no other group.
             channel = e % (4 * Q) if groups == 1 else c * (groups * Q) + group * Q + q
             x = tl.load(x_ptr + pixel[:, None] + (offset + channel)[None, :], mask=ok, other=0.0)
-            u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
-            at = (u * HOW.KERNEL[1] + v) * weight.stride_position + q * weight.stride_k
+            u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
+            at = (u * META.KERNEL[1] + v) * weight.stride_position + q * weight.stride_k
             tile = (a[None, :] ^ c[:, None]) + 4 * ((NEGATIVE >> (4 * a[None, :] + c[:, None])) & 1)
             w_tile = tl.load(
                 w_at + tile * weight.stride_tile + at[:, None], mask=k_ok[:, None] & n_ok[None, :], other=0.0
             )
-            acc = _dot(x, w_tile, acc, HOW)
+            acc = _dot(x, w_tile, acc, META)
     else:
         x_at = x_ptr + pixel[:, None] + (group * K + k)[None, :]
         w_at += (k * weight.stride_k)[:, None]
         for step in range(first_step, last_step):
             chunk, c, position = step % chunks * BLOCK_K, step // chunks % 4, step // (4 * chunks)
-            k_ok = (chunk + k < K) | HOW.EVEN_K
+            k_ok = (chunk + k < K) | META.EVEN_K
             u, v = position // across, position % across
-            source_h, source_w = h + u * HOW.DELTA[0], w + v * HOW.DELTA[1]
+            source_h, source_w = h + u * META.DELTA[0], w + v * META.DELTA[1]
             ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-            offset = (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * x_channels + c * (groups * K) + chunk
+            offset = (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * x_channels + c * (groups * K) + chunk
             x = tl.load(x_at + offset, mask=ok[:, None] & k_ok[None, :], other=0.0)
-            u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
+            u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
             tile = (a ^ c) + 4 * ((NEGATIVE >> (4 * a + c)) & 1)
-            at = (u * HOW.KERNEL[1] + v) * weight.stride_position + chunk * weight.stride_k
+            at = (u * META.KERNEL[1] + v) * weight.stride_position + chunk * weight.stride_k
             w_tile = tl.load(
                 w_at + ((tile * weight.stride_tile)[None, :] + at), mask=k_ok[:, None] & n_ok[None, :], other=0.0
             )
-            acc = _dot(x, w_tile, acc, HOW)
+            acc = _dot(x, w_tile, acc, META)
     rows = Rows(batch, grid_h, grid_w, y_h, y_w, phase[0], phase[1])
     shared = Shared(partial_ptr, ticket_ptr, splits)
     channel = a * (groups * N) + group * N + n
-    if HOW.SPLIT:
+    if META.SPLIT:
         _, part, parts = _own_part(shared, BLOCK_M * 4 * BLOCK_N)
         at = tl.arange(0, BLOCK_M)[:, None] * (4 * BLOCK_N) + column[None, :]
         tl.store(partial_ptr + (split * parts + part) + at, acc)
-        _write_shared(first_row, channel, n_ok, 4 * groups * N, rows, output, scale, shared, HOW)
+        _write_shared(first_row, channel, n_ok, 4 * groups * N, rows, output, scale, shared, META)
     else:
-        _write(acc, m, channel, n_ok, 4 * groups * N, rows, output, scale, HOW)
+        _write(acc, m, channel, n_ok, 4 * groups * N, rows, output, scale, META)
 
 
 @triton.jit
@@ -381,7 +382,7 @@ def _hadamard(r, i, j, k):
 
 @triton.jit
 def _four_tiles(at, stride, mask):
-    """Four tiles that lie `stride` apart."""
+    """Four tiles, `stride` apart."""
     t0 = tl.load(at, mask=mask, other=0.0)
     t1 = tl.load(at + stride, mask=mask, other=0.0)
     t2 = tl.load(at + 2 * stride, mask=mask, other=0.0)
@@ -390,27 +391,27 @@ def _four_tiles(at, stride, mask):
 
 
 @triton.jit
-def _four_products(acc, x, w, HOW: tl.constexpr):
+def _four_products(acc, x, w, META: tl.constexpr):
     """acc + x w, component by component."""
-    acc_r = _dot(x[0], w[0], acc[0], HOW)
-    acc_i = _dot(x[1], w[1], acc[1], HOW)
-    acc_j = _dot(x[2], w[2], acc[2], HOW)
-    acc_k = _dot(x[3], w[3], acc[3], HOW)
+    acc_r = _dot(x[0], w[0], acc[0], META)
+    acc_i = _dot(x[1], w[1], acc[1], META)
+    acc_j = _dot(x[2], w[2], acc[2], META)
+    acc_k = _dot(x[3], w[3], acc[3], META)
     return acc_r, acc_i, acc_j, acc_k
 
 
 @triton.jit
-def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW: tl.constexpr):
-    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in one step of the sum."""
+def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META: tl.constexpr):
+    """The component tiles of the source `[pixels, k]` and of the weight `[k, n]` in a step of the sum."""
     h, w, m_ok, x_h, x_w, across, size, K = place
-    k = step % chunks * HOW.BLOCK_K + tl.arange(0, HOW.BLOCK_K)
-    k_ok = (k < K) | HOW.EVEN_K
+    k = step % chunks * META.BLOCK_K + tl.arange(0, META.BLOCK_K)
+    k_ok = (k < K) | META.EVEN_K
     u, v = step // chunks // across, step // chunks % across
-    source_h, source_w = h + u * HOW.DELTA[0], w + v * HOW.DELTA[1]
+    source_h, source_w = h + u * META.DELTA[0], w + v * META.DELTA[1]
     ok = m_ok & (source_h >= 0) & (source_h < x_h) & (source_w >= 0) & (source_w < x_w)
-    x_at += (u * HOW.DELTA[0] * x_w + v * HOW.DELTA[1]) * (4 * size) + k[None, :]
-    u, v = first[0] + u * HOW.STEP[0], first[1] + v * HOW.STEP[1]
-    w_at += ((u * HOW.KERNEL[1] + v) * weight.stride_position + k * weight.stride_k)[:, None]
+    x_at += (u * META.DELTA[0] * x_w + v * META.DELTA[1]) * (4 * size) + k[None, :]
+    u, v = first[0] + u * META.STEP[0], first[1] + v * META.STEP[1]
+    w_at += ((u * META.KERNEL[1] + v) * weight.stride_position + k * weight.stride_k)[:, None]
     x = _four_tiles(x_at, size, ok[:, None] & k_ok[None, :])
     return x, _four_tiles(w_at, weight.stride_tile, k_ok[:, None] & n_ok[None, :])
 
@@ -418,57 +419,57 @@ def _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW: tl.c
 @triton.jit(do_not_specialize=["batch", "x_h", "x_w", "y_h", "y_w", "grid_h", "grid_w", "tiles_n", "splits", "scale"])
 def _hamilton_conv_q8_kernel(
     x_ptr, weight, output, partial_ptr, ticket_ptr, batch, x_h, x_w, y_h, y_w, grid_h, grid_w, groups, K, N, tiles_n,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """As `_hamilton_conv_kernel`, by 8 products: y = C ((A w) * (B x)), the adjoint B^T ((A w) * (C^T dy)).
 
     The packed weight is [H w; -2 w]; the factor 1/4 of A goes to the source (Howell & Lafon 1975). It reads the source
     twice: four accumulators at a time fit the registers, eight spill.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     group, split = tl.program_id(1) % groups, tl.program_id(2)
-    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, HOW)
+    phase, first, shift, across, positions = _gather_of(tl.program_id(1) // groups, META)
     first_row = tl.program_id(0) // tiles_n * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
     first_n = tl.program_id(0) % tiles_n * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
-    n_ok = (n < N) | HOW.EVEN_N
-    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, HOW.POOL)
-    if not HOW.ADJOINT:
-        i, j = i * HOW.STRIDE[0], j * HOW.STRIDE[1]
+    n_ok = (n < N) | META.EVEN_N
+    b, i, j, m_ok = _pixels(m, grid_h, grid_w, batch, META.POOL)
+    if not META.ADJOINT:
+        i, j = i * META.STRIDE[0], j * META.STRIDE[1]
     h, w = i + shift[0], j + shift[1]
     size = groups * K
     x_at = x_ptr + (((b.to(tl.int64) * x_h + h) * x_w + w) * (4 * size))[:, None] + group * K
     w_at = weight.ptr + group * weight.stride_group + (n * weight.stride_n)[None, :]
     place = (h, w, m_ok, x_h, x_w, across, size, K)
-    chunks = tl.cdiv(K, HOW.BLOCK_K)
+    chunks = tl.cdiv(K, META.BLOCK_K)
     steps = positions * chunks
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if not HOW.MAYBE_EMPTY:
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if not META.MAYBE_EMPTY:
         tl.assume(first_step < last_step)
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
     for step in range(first_step, last_step):
-        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW)
-        h0, h1, h2, h3 = _hadamard(-x[0] if HOW.ADJOINT else x[0], x[1], x[2], x[3])
+        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META)
+        h0, h1, h2, h3 = _hadamard(-x[0] if META.ADJOINT else x[0], x[1], x[2], x[3])
         x = (h0 * 0.25, h1 * 0.25, h2 * 0.25, h3 * 0.25)
-        acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, HOW)
+        acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, META)
     # C = S [H | I] and B^T = [H | I by algebra.INPUT_ORDER]: the plain products join the transformed ones.
     acc_r, acc_i, acc_j, acc_k = _hadamard(acc_r, acc_i, acc_j, acc_k)
-    acc_r = -acc_r if HOW.ADJOINT else acc_r
+    acc_r = -acc_r if META.ADJOINT else acc_r
     w_at += 4 * weight.stride_tile
     for step in range(first_step, last_step):
-        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, HOW)
-        if HOW.ADJOINT:
-            acc_r, acc_j, acc_k, acc_i = _four_products((acc_r, acc_j, acc_k, acc_i), x, tiles, HOW)
+        x, tiles = _q8_operands(step, chunks, x_at, w_at, place, weight, first, n_ok, META)
+        if META.ADJOINT:
+            acc_r, acc_j, acc_k, acc_i = _four_products((acc_r, acc_j, acc_k, acc_i), x, tiles, META)
         else:
             x = (x[0], x[2], x[3], x[1])
-            acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, HOW)
+            acc_r, acc_i, acc_j, acc_k = _four_products((acc_r, acc_i, acc_j, acc_k), x, tiles, META)
     acc_r = -acc_r
     rows = Rows(batch, grid_h, grid_w, y_h, y_w, phase[0], phase[1])
     channel, spread, channels = group * N + n, groups * N, 4 * groups * N
-    if HOW.SPLIT:
+    if META.SPLIT:
         shared = Shared(partial_ptr, ticket_ptr, splits)
         _, part, parts = _own_part(shared, BLOCK_M * 4 * BLOCK_N)
         at = tl.arange(0, BLOCK_M)[:, None] * (4 * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
@@ -480,16 +481,16 @@ def _hamilton_conv_q8_kernel(
         column = tl.arange(0, 4 * BLOCK_N)
         n = first_n + column % BLOCK_N
         channel = column // BLOCK_N * spread + group * N + n
-        _write_shared(first_row, channel, (n < N) | HOW.EVEN_N, channels, rows, output, scale, shared, HOW)
+        _write_shared(first_row, channel, (n < N) | META.EVEN_N, channels, rows, output, scale, shared, META)
     else:
-        _write(acc_r, m, channel, n_ok, channels, rows, output, scale, HOW)
-        _write(acc_i, m, channel + spread, n_ok, channels, rows, output, scale, HOW)
-        _write(acc_j, m, channel + 2 * spread, n_ok, channels, rows, output, scale, HOW)
-        _write(acc_k, m, channel + 3 * spread, n_ok, channels, rows, output, scale, HOW)
+        _write(acc_r, m, channel, n_ok, channels, rows, output, scale, META)
+        _write(acc_i, m, channel + spread, n_ok, channels, rows, output, scale, META)
+        _write(acc_j, m, channel + 2 * spread, n_ok, channels, rows, output, scale, META)
+        _write(acc_k, m, channel + 3 * spread, n_ok, channels, rows, output, scale, META)
 
 
 class Gradients(NamedTuple):
-    """What a weight gradient writes: dw `[4, groups P, Q, position]` and db `[4 groups P]`."""
+    """Results of a weight gradient: dw `[4, groups P, Q, position]` and db `[4 groups P]`."""
 
     dw_ptr: Any
     db_ptr: Any
@@ -499,41 +500,41 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _write_dw(part, component, group, p, e, ok, to, scale, HOW: tl.constexpr):
-    """One component's tile `[e, p]` of dw; e counts (position, channel), or is (position, channels)."""
-    POSITIONS: tl.constexpr = HOW.KERNEL[0] * HOW.KERNEL[1]
+def _write_dw(part, component, group, p, e, ok, to, scale, META: tl.constexpr):
+    """A component's tile `[e, p]` of dw; e is (positions, channels), or (position, channels)."""
+    POSITIONS: tl.constexpr = META.KERNEL[0] * META.KERNEL[1]
     position, q = e
     at = (component * (to.groups * to.P) + group * to.P + p).to(tl.int64)[None, :] * (to.Q * POSITIONS)
-    if HOW.SCALED:
+    if META.SCALED:
         part *= scale
     tl.store(to.dw_ptr + at + (q * POSITIONS + position)[:, None], part.to(to.dw_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _write_db(db, tile_p, group, first_split, to, scale, shared, HOW: tl.constexpr):
+def _write_db(db, tile_p, group, first_split, to, scale, shared, META: tl.constexpr):
     """The bias gradient `[4 BLOCK_N]` of a column of programs."""
-    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    BLOCK_N: tl.constexpr = META.BLOCK_N
     column = tl.arange(0, 4 * BLOCK_N)
     p = tile_p * BLOCK_N + column % BLOCK_N
     at = column // BLOCK_N * (to.groups * to.P) + group * to.P + p
-    if HOW.SPLIT:
-        tile, part, parts = _own_part(shared, 4 * HOW.BLOCK_K * BLOCK_N)
+    if META.SPLIT:
+        tile, part, parts = _own_part(shared, 4 * META.BLOCK_K * BLOCK_N)
         tl.store(shared.partial_ptr + (first_split * parts + part) + column, db)
         if _all_there(shared.ticket_ptr + tile, shared.splits):
             db = _summed(shared.partial_ptr, column, part, parts, shared.splits)
-            if HOW.SCALED:
+            if META.SCALED:
                 db *= scale
             tl.store(to.db_ptr + at, db.to(to.db_ptr.dtype.element_ty), mask=p < to.P)
     else:
-        if HOW.SCALED:
+        if META.SCALED:
             db *= scale
         tl.store(to.db_ptr + at, db.to(to.db_ptr.dtype.element_ty), mask=p < to.P)
 
 
 @triton.jit
-def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, channels, HOW: tl.constexpr):
+def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, channels, META: tl.constexpr):
     """The sum of dy over the pixels of these steps, `[columns]`."""
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M  # a shape takes no attribute
+    BLOCK_M: tl.constexpr = META.BLOCK_M  # a shape takes no attribute
     total = tl.zeros((BLOCK_M, columns.shape[0]), tl.float32)
     for step in range(first_step, last_step):
         row = step * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -546,38 +547,38 @@ def _bias_sums(dy_ptr, columns, columns_ok, first_step, last_step, pixels, chann
 @triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits", "scale"])
 def _hamilton_conv_dw_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr, partial_ptr, ticket_ptr, batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """dw = sum over pixels of dy (x) conj(x under the position), db = sum over pixels of dy.
 
     The four components of x times the four of dy are one product `[4 BLOCK_K, BLOCK_M] x [BLOCK_M, 4 BLOCK_N]`; its
     sixteen blocks are folded into four after the loop: dw_b is the sum over c of SIGNS[b ^ c][c] times block (c, b ^
-    c). One program owns BLOCK_N channels of the output, BLOCK_K of the input under one position, one group and one of
-    `splits` ranges of pixels, in steps of BLOCK_M; FLAT: BLOCK_K (position, channel) pairs. P and Q count quaternion
-    channels of a group. Where there is a bias, the first column of programs sums dy alone.
+    c). A program computes BLOCK_N output channels and BLOCK_K input channels under a position (FLAT: BLOCK_K (position,
+    channel) pairs) of a group, over one of `splits` ranges of pixels, in steps of BLOCK_M. P and Q count quaternion
+    channels of a group. If there is a bias, the first column of programs only sums dy.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_P: tl.constexpr = HOW.BLOCK_N
-    BLOCK_Q: tl.constexpr = HOW.BLOCK_K
-    FLAT: tl.constexpr = HOW.FLAT
-    NEGATIVE: tl.constexpr = HOW.NEGATIVE
-    # Of one channel, the four components of a pixel are one load.
-    PIXELWISE: tl.constexpr = HOW.FLAT == 1
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_P: tl.constexpr = META.BLOCK_N
+    BLOCK_Q: tl.constexpr = META.BLOCK_K
+    FLAT: tl.constexpr = META.FLAT
+    NEGATIVE: tl.constexpr = META.NEGATIVE
+    # If there is a single channel, one load takes the four components of a pixel.
+    PIXELWISE: tl.constexpr = META.FLAT == 1
     group, split = tl.program_id(1), tl.program_id(2)
     tile_p = tl.program_id(0) % tiles_p
-    tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
+    tile_q = tl.program_id(0) // tiles_p - (1 if META.HAS_BIAS else 0)
     to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
     column = tl.arange(0, 4 * BLOCK_P)
     p = tile_p * BLOCK_P + column % BLOCK_P
-    p_ok = (p < P) | HOW.EVEN_N
+    p_ok = (p < P) | META.EVEN_N
     columns = column // BLOCK_P * (groups * P) + group * P + p
     pixels = batch * y_h * y_w
     steps = tl.cdiv(pixels, BLOCK_M)
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if META.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
-            db = _bias_sums(dy_ptr, columns, p_ok, first_step, last_step, pixels, 4 * groups * P, HOW)
-            _write_db(db, tile_p, group, split, to, scale, shared, HOW)
+            db = _bias_sums(dy_ptr, columns, p_ok, first_step, last_step, pixels, 4 * groups * P, META)
+            _write_db(db, tile_p, group, split, to, scale, shared, META)
             return
     tl.assume(first_step < last_step)
 
@@ -589,24 +590,24 @@ def _hamilton_conv_dw_kernel(
     lanes = tl.arange(0, BLOCK_Q)
     if FLAT:
         position, q = (tile_q * BLOCK_Q + e) // FLAT, (tile_q * BLOCK_Q + e) % FLAT
-        x_ok = position < HOW.KERNEL[0] * HOW.KERNEL[1]
+        x_ok = position < META.KERNEL[0] * META.KERNEL[1]
         x_rows = row % 4 if PIXELWISE and groups == 1 else c * (groups * FLAT) + group * FLAT + q
-        u, v = position // HOW.KERNEL[1] * HOW.DILATION[0], position % HOW.KERNEL[1] * HOW.DILATION[1]
+        u, v = position // META.KERNEL[1] * META.DILATION[0], position % META.KERNEL[1] * META.DILATION[1]
         place = ((tile_q * BLOCK_Q + lanes) // FLAT, (tile_q * BLOCK_Q + lanes) % FLAT)
-        lanes_ok = place[0] < HOW.KERNEL[0] * HOW.KERNEL[1]
+        lanes_ok = place[0] < META.KERNEL[0] * META.KERNEL[1]
     else:
         position, q = tile_q // tiles_q, tile_q % tiles_q * BLOCK_Q + e
-        x_ok = (q < Q) | HOW.EVEN_K
+        x_ok = (q < Q) | META.EVEN_K
         x_rows = c * (groups * Q) + group * Q + q
-        u, v = position // HOW.KERNEL[1] * HOW.DILATION[0], position % HOW.KERNEL[1] * HOW.DILATION[1]
+        u, v = position // META.KERNEL[1] * META.DILATION[0], position % META.KERNEL[1] * META.DILATION[1]
         place = (position, tile_q % tiles_q * BLOCK_Q + lanes)
-        lanes_ok = (place[1] < Q) | HOW.EVEN_K
+        lanes_ok = (place[1] < Q) | META.EVEN_K
     x_channels = 4 * groups * (FLAT if FLAT else Q)
     acc = tl.zeros((4 * BLOCK_Q, 4 * BLOCK_P), tl.float32)
     for step in range(first_step, last_step):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
-        h, w = i * HOW.STRIDE[0] - HOW.PADDING[0], j * HOW.STRIDE[1] - HOW.PADDING[1]
+        h, w = i * META.STRIDE[0] - META.PADDING[0], j * META.STRIDE[1] - META.PADDING[1]
         pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * x_channels
         # x is transposed by its addresses: a tile that is transposed afterwards is not copied asynchronously on sm_80.
         if FLAT:
@@ -621,7 +622,7 @@ def _hamilton_conv_dw_kernel(
         x = tl.load(x_ptr + at, mask=ok, other=0.0)
         at = m.to(tl.int64)[:, None] * (4 * groups * P) + columns[None, :]
         dy = tl.load(dy_ptr + at, mask=m_ok[:, None] & p_ok[None, :], other=0.0)
-        acc = _dot(x, dy, acc, HOW)
+        acc = _dot(x, dy, acc, META)
 
     a4 = tl.arange(0, 4)[None, None, :, None]
     if PIXELWISE:
@@ -632,48 +633,48 @@ def _hamilton_conv_dw_kernel(
         c4 = tl.arange(0, 4)[:, None, None, None]
     blocks = tl.where(((NEGATIVE >> (4 * a4 + c4)) & 1) == 1, -blocks, blocks)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    ok = lanes_ok[:, None] & ((p < P) | HOW.EVEN_N)[None, :]
+    ok = lanes_ok[:, None] & ((p < P) | META.EVEN_N)[None, :]
     size: tl.constexpr = BLOCK_Q * BLOCK_P
     _, part, parts = _own_part(shared, 4 * size)
     at = lanes[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     for component in tl.static_range(4):
         folded = tl.sum(tl.sum(tl.where((a4 ^ c4) == component, blocks, 0.0), 2), 1 if PIXELWISE else 0)
-        if HOW.SPLIT:
+        if META.SPLIT:
             tl.store(partial_ptr + (split * parts + part + component * size) + at, folded)
         else:
-            _write_dw(folded, component, group, p, place, ok, to, scale, HOW)
-    if HOW.SPLIT:
-        _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW)
+            _write_dw(folded, component, group, p, place, ok, to, scale, META)
+    if META.SPLIT:
+        _write_shared_dw(at, group, p, place, ok, to, scale, shared, META)
 
 
 @triton.jit
-def _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW: tl.constexpr):
+def _write_shared_dw(at, group, p, place, ok, to, scale, shared, META: tl.constexpr):
     """dw of all parts `[4, BLOCK_K, BLOCK_N]` of a tile, by the last program to arrive."""
-    size: tl.constexpr = HOW.BLOCK_K * HOW.BLOCK_N
+    size: tl.constexpr = META.BLOCK_K * META.BLOCK_N
     tile, part, parts = _own_part(shared, 4 * size)
     if _all_there(shared.ticket_ptr + tile, shared.splits):
         for component in range(4):
             total = _summed(shared.partial_ptr, at, part + component * size, parts, shared.splits)
-            _write_dw(total, component, group, p, place, ok, to, scale, HOW)
+            _write_dw(total, component, group, p, place, ok, to, scale, META)
 
 
 @triton.jit
-def _four_weight_products(acc, x, y, HOW: tl.constexpr):
+def _four_weight_products(acc, x, y, META: tl.constexpr):
     """acc + x^T y, component by component; each tile is transposed just before it is used, or float32 spills."""
-    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], HOW)
-    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], HOW)
-    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], HOW)
-    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], HOW)
+    acc_r = _dot(tl.trans(x[0]), y[0], acc[0], META)
+    acc_i = _dot(tl.trans(x[1]), y[1], acc[1], META)
+    acc_j = _dot(tl.trans(x[2]), y[2], acc[2], META)
+    acc_k = _dot(tl.trans(x[3]), y[3], acc[3], META)
     return acc_r, acc_i, acc_j, acc_k
 
 
 @triton.jit
-def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, HOW: tl.constexpr):
-    """The component tiles of x under the position `[pixels, q]` and of dy `[pixels, p]` in one step."""
+def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, META: tl.constexpr):
+    """The component tiles of x under the position `[pixels, q]` and of dy `[pixels, p]` in a step."""
     batch, y_h, y_w, x_h, x_w, x_size, y_size = sizes
-    m = step * HOW.BLOCK_M + tl.arange(0, HOW.BLOCK_M)
+    m = step * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
     b, i, j, m_ok = _pixels(m, y_h, y_w, batch, False)
-    h, w = i * HOW.STRIDE[0] + shift[0], j * HOW.STRIDE[1] + shift[1]
+    h, w = i * META.STRIDE[0] + shift[0], j * META.STRIDE[1] + shift[1]
     ok = m_ok & (h >= 0) & (h < x_h) & (w >= 0) & (w < x_w)
     pixel = ((b.to(tl.int64) * x_h + h) * x_w + w) * (4 * x_size)
     x = _four_tiles(x_at + pixel[:, None], x_size, ok[:, None] & x_ok)
@@ -683,56 +684,56 @@ def _q8_pixel_tiles(step, sizes, shift, x_at, y_at, x_ok, y_ok, HOW: tl.constexp
 @triton.jit(do_not_specialize=["batch", "y_h", "y_w", "x_h", "x_w", "tiles_p", "tiles_q", "splits", "scale"])
 def _hamilton_conv_dw_q8_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr, partial_ptr, ticket_ptr, batch, y_h, y_w, x_h, x_w, groups, P, Q, tiles_p, tiles_q,
-    splits, scale, HOW: tl.constexpr,
+    splits, scale, META: tl.constexpr,
 ):  # fmt: skip
     """As `_hamilton_conv_dw_kernel`, by 8 products: dw = A^T [(B x) * (C^T dy)], as -2 (-H z / 8 + plain products).
 
     Half of 1/4 goes to each operand.
     """
-    BLOCK_M: tl.constexpr = HOW.BLOCK_M
-    BLOCK_P: tl.constexpr = HOW.BLOCK_N
-    BLOCK_Q: tl.constexpr = HOW.BLOCK_K
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_P: tl.constexpr = META.BLOCK_N
+    BLOCK_Q: tl.constexpr = META.BLOCK_K
     group, split = tl.program_id(1), tl.program_id(2)
     tile_p = tl.program_id(0) % tiles_p
-    tile_q = tl.program_id(0) // tiles_p - (1 if HOW.HAS_BIAS else 0)
+    tile_q = tl.program_id(0) // tiles_p - (1 if META.HAS_BIAS else 0)
     to, shared = Gradients(dw_ptr, db_ptr, groups, P, Q), Shared(partial_ptr, ticket_ptr, splits)
     steps = tl.cdiv(batch * y_h * y_w, BLOCK_M)
-    first_step, last_step = _range_of_steps(steps, splits, HOW)
-    if HOW.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
+    first_step, last_step = _range_of_steps(steps, splits, META)
+    if META.HAS_BIAS:  # noqa: SIM102 (the inner condition is one of the GPU's)
         if tile_q < 0:
             column = tl.arange(0, 4 * BLOCK_P)
             p = tile_p * BLOCK_P + column % BLOCK_P
             columns = column // BLOCK_P * (groups * P) + group * P + p
             pixels = batch * y_h * y_w
-            db = _bias_sums(dy_ptr, columns, p < P, first_step, last_step, pixels, 4 * groups * P, HOW)
-            _write_db(db, tile_p, group, split, to, scale, shared, HOW)
+            db = _bias_sums(dy_ptr, columns, p < P, first_step, last_step, pixels, 4 * groups * P, META)
+            _write_db(db, tile_p, group, split, to, scale, shared, META)
             return
     tl.assume(first_step < last_step)
 
     position = tile_q // tiles_q
     q, p = tile_q % tiles_q * BLOCK_Q + tl.arange(0, BLOCK_Q), tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    q_ok, p_ok = (q < Q) | HOW.EVEN_K, (p < P) | HOW.EVEN_N
+    q_ok, p_ok = (q < Q) | META.EVEN_K, (p < P) | META.EVEN_N
     x_at, y_at = x_ptr + (group * Q + q)[None, :], dy_ptr + (group * P + p)[None, :]
-    shift_h = position // HOW.KERNEL[1] * HOW.DILATION[0] - HOW.PADDING[0]
-    shift_w = position % HOW.KERNEL[1] * HOW.DILATION[1] - HOW.PADDING[1]
+    shift_h = position // META.KERNEL[1] * META.DILATION[0] - META.PADDING[0]
+    shift_w = position % META.KERNEL[1] * META.DILATION[1] - META.PADDING[1]
     sizes, shift = (batch, y_h, y_w, x_h, x_w, groups * Q, groups * P), (shift_h, shift_w)
     acc_r = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
     acc_i, acc_j, acc_k = acc_r, acc_r, acc_r
     for step in range(first_step, last_step):
-        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], HOW)
+        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], META)
         h0, h1, h2, h3 = _hadamard(x[0], x[1], x[2], x[3])
         g0, g1, g2, g3 = _hadamard(-y[0], y[1], y[2], y[3])
         x, y = (h0 * 0.5, h1 * 0.5, h2 * 0.5, h3 * 0.5), (g0 * 0.5, g1 * 0.5, g2 * 0.5, g3 * 0.5)
-        acc_r, acc_i, acc_j, acc_k = _four_weight_products((acc_r, acc_i, acc_j, acc_k), x, y, HOW)
+        acc_r, acc_i, acc_j, acc_k = _four_weight_products((acc_r, acc_i, acc_j, acc_k), x, y, META)
     acc_r, acc_i, acc_j, acc_k = _hadamard(-0.5 * acc_r, -0.5 * acc_i, -0.5 * acc_j, -0.5 * acc_k)
     acc_r = -acc_r
     for step in range(first_step, last_step):
-        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], HOW)
+        x, y = _q8_pixel_tiles(step, sizes, shift, x_at, y_at, q_ok[None, :], p_ok[None, :], META)
         x = (x[0], x[2], x[3], x[1])
-        acc_r, acc_k, acc_i, acc_j = _four_weight_products((acc_r, acc_k, acc_i, acc_j), x, y, HOW)
+        acc_r, acc_k, acc_i, acc_j = _four_weight_products((acc_r, acc_k, acc_i, acc_j), x, y, META)
     acc_r, acc_i, acc_j, acc_k = 2 * acc_r, -2 * acc_i, -2 * acc_j, -2 * acc_k
     place, ok = (position, q), q_ok[:, None] & p_ok[None, :]
-    if HOW.SPLIT:
+    if META.SPLIT:
         size: tl.constexpr = BLOCK_Q * BLOCK_P
         _, part, parts = _own_part(shared, 4 * size)
         at = tl.arange(0, BLOCK_Q)[:, None] * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
@@ -741,12 +742,12 @@ def _hamilton_conv_dw_q8_kernel(
         tl.store(own_ptr + size, acc_i)
         tl.store(own_ptr + 2 * size, acc_j)
         tl.store(own_ptr + 3 * size, acc_k)
-        _write_shared_dw(at, group, p, place, ok, to, scale, shared, HOW)
+        _write_shared_dw(at, group, p, place, ok, to, scale, shared, META)
     else:
-        _write_dw(acc_r, 0, group, p, place, ok, to, scale, HOW)
-        _write_dw(acc_i, 1, group, p, place, ok, to, scale, HOW)
-        _write_dw(acc_j, 2, group, p, place, ok, to, scale, HOW)
-        _write_dw(acc_k, 3, group, p, place, ok, to, scale, HOW)
+        _write_dw(acc_r, 0, group, p, place, ok, to, scale, META)
+        _write_dw(acc_i, 1, group, p, place, ok, to, scale, META)
+        _write_dw(acc_j, 2, group, p, place, ok, to, scale, META)
+        _write_dw(acc_k, 3, group, p, place, ok, to, scale, META)
 
 
 @triton.jit(do_not_specialize=["size_h", "size_w", "scale"])
@@ -755,12 +756,12 @@ def _hamilton_gradient_kernel(
     HAS_DY: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in front of an epilogue, put together once for the kernels that read it for each position:
+    """The gradient in front of an epilogue, computed once for the kernels that read it for each position:
 
         out = scale [relu > 0] dy + [argmax == place in the window] dpooled
 
-    of maps of size_h x size_w pixels, rounded to tf32 where PRECISION says so: also what rounds an operand. One program
-    owns BLOCK elements in their order in memory.
+    of maps of size_h x size_w pixels, rounded to tf32 for this PRECISION, so that it also rounds operands. A program
+    computes BLOCK consecutive elements.
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = e < count
@@ -769,7 +770,7 @@ def _hamilton_gradient_kernel(
         value = tl.load(dy_ptr + e, mask=ok, other=0.0).to(tl.float32)
         if MASKED:
             of_relu = tl.load(relu_ptr + e, mask=ok, other=0.0).to(tl.float32)
-            value = tl.where(of_relu <= 0, 0.0, value)  # NaN lets pass, as in PyTorch
+            value = tl.where(of_relu <= 0, 0.0, value)  # NaN passes, as in PyTorch
         if SCALED:
             value *= scale
     if POOLED:
@@ -795,7 +796,7 @@ class Unpacked(NamedTuple):
 
 @triton.jit
 def _pack(e, w, out_ptr, Q8: tl.constexpr, TF32: tl.constexpr):
-    """The quaternions e of one weight, `[4, rows, Q, position]`, to `[8, position, rows, Q]`."""
+    """Packs the quaternions e of a weight, `[4, rows, Q, position]`, as `[8, position, rows, Q]`."""
     count = w.rows * w.Q * w.positions
     ok = e < count
     q, row, position = e % w.Q, e // w.Q % w.rows, e // (w.Q * w.rows)
@@ -822,12 +823,12 @@ def _pack(e, w, out_ptr, Q8: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
-def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constexpr, BLOCK: tl.constexpr):
-    """All weights of a network as the convolutions read them, one behind the other, and `tickets` zeros.
+def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, LAYOUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """All weights of a network as the convolutions read them, in a row, and `tickets` zeros.
 
     Signed: [w, -w] `[8, position, rows, Q]`, in the maps' type (rounded to tf32). "q8": [H w; -2 w by
-    algebra.WEIGHT_ORDER]. HOW says of each whether it is for q8, and whether for tf32. One program owns BLOCK
-    quaternions of one weight.
+    algebra.WEIGHT_ORDER]. LAYOUTS holds for each weight whether it is for q8, and whether for tf32. A program packs
+    BLOCK quaternions of a weight.
     """
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -838,6 +839,6 @@ def _hamilton_pack_kernel(weights, out_ptr, ticket_ptr, tickets, HOW: tl.constex
         w = weights[number]
         programs = tl.cdiv(w.rows * w.Q * w.positions, BLOCK)
         if (program >= first) & (program < first + programs):
-            _pack((program - first) * BLOCK + lanes, w, out_ptr, HOW[number][0], HOW[number][1])
+            _pack((program - first) * BLOCK + lanes, w, out_ptr, LAYOUTS[number][0], LAYOUTS[number][1])
         first += programs
-        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if HOW[number][1] else 8)
+        out_ptr += tl.cast(w.rows * w.Q * w.positions, tl.int64) * (16 if LAYOUTS[number][1] else 8)

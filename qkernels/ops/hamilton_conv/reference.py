@@ -1,11 +1,14 @@
 """Definition of the Hamilton convolution: windows and an einsum over the structure tensor, by plain autograd."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qkernels.algebra import structure_tensor
 
+Ints = Sequence[int]
 Pair = tuple[int, int]
 
 
@@ -31,9 +34,7 @@ def hamilton_conv2d(
         `[B, 4 P, Ho, Wo]`.
     """
     _, p, q, *kernel = weight.shape
-    height, width = (
-        conv_output_size(*sizes) for sizes in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    )
+    height, width = conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
     windows = F.unfold(x, tuple(kernel), dilation, padding, stride)
     windows = windows.view(x.shape[0], 4, groups, q, kernel[0] * kernel[1], height * width)
     w = weight.reshape(4, groups, p // groups, q, -1)
@@ -65,10 +66,7 @@ def hamilton_conv_transpose2d(
         `[B, 4 P, Ho, Wo]`.
     """
     _, q, p, *kernel = weight.shape
-    size = tuple(
-        transposed_output_size(*sizes)
-        for sizes in zip(x.shape[2:], kernel, stride, padding, dilation, output_padding, strict=True)
-    )
+    size = transposed_output_size(x.shape[2:], kernel, stride, padding, dilation, output_padding)
     pixels = x.reshape(x.shape[0], 4, groups, q // groups, x.shape[2] * x.shape[3])
     w = weight.reshape(4, groups, q // groups, p, -1)
     windows = torch.einsum("abc,bgqpk,nagql->ncgpkl", structure_tensor(x.dtype, x.device), w, pixels)
@@ -77,13 +75,17 @@ def hamilton_conv_transpose2d(
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
-def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Length of a convolution's output along one axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def conv_output_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    axes = zip(size, kernel, stride, padding, dilation, strict=True)
+    height, width = ((n + 2 * pad - d * (k - 1) - 1) // step + 1 for n, k, step, pad, d in axes)
+    return height, width
 
 
 def transposed_output_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, output_padding: int
-) -> int:
-    """Length of a transposed convolution's output along one axis."""
-    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
+    size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, output_padding: Ints
+) -> tuple[int, int]:
+    """Height and width of a transposed convolution's output."""
+    axes = zip(size, kernel, stride, padding, dilation, output_padding, strict=True)
+    height, width = ((n - 1) * step - 2 * pad + d * (k - 1) + extra + 1 for n, k, step, pad, d, extra in axes)
+    return height, width

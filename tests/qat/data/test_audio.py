@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
@@ -10,7 +12,7 @@ def tone(rate: int, seconds: float = 0.5, hertz: float = 440.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
-def test_resampling_keeps_the_tone(tmp_path, rate):
+def test_resampling_keeps_the_tone(tmp_path: Path, rate: int) -> None:
     soundfile.write(tmp_path / "tone.wav", tone(rate), rate, subtype="FLOAT")
     samples = load_audio(tmp_path / "tone.wav")
     assert samples.dtype == np.float32
@@ -18,13 +20,13 @@ def test_resampling_keeps_the_tone(tmp_path, rate):
     np.testing.assert_allclose(samples[500:-500], tone(16000)[500:-500], atol=2e-3)
 
 
-def test_channels_are_averaged(tmp_path):
+def test_channels_are_averaged(tmp_path: Path) -> None:
     left, right = tone(16000), tone(16000, hertz=1000.0)
     soundfile.write(tmp_path / "stereo.flac", np.stack([left, right], axis=1), 16000)
     np.testing.assert_allclose(load_audio(tmp_path / "stereo.flac"), (left + right) / 2, atol=1e-4)
 
 
-def test_silence_is_judged_by_the_largest_sample_not_the_largest_magnitude(tmp_path):
+def test_silence_is_judged_by_the_largest_sample_not_the_largest_magnitude(tmp_path: Path) -> None:
     negative = np.full(1000, -0.5)
     negative[3] = 0.004
     soundfile.write(tmp_path / "negative.wav", negative, 16000, subtype="FLOAT")
@@ -36,7 +38,7 @@ def test_silence_is_judged_by_the_largest_sample_not_the_largest_magnitude(tmp_p
     assert load_audio(tmp_path / "negative.wav").max() == pytest.approx(0.006)
 
 
-def test_unusable_files_are_named(tmp_path):
+def test_unusable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("not audio at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.array([0.5, np.nan]), 16000, subtype="FLOAT")
@@ -51,7 +53,7 @@ def test_unusable_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg"])
-def test_a_segment_is_what_the_file_holds_there(tmp_path, rng, ending):
+def test_a_segment_is_what_the_file_holds_there(tmp_path: Path, rng: np.random.Generator, ending: str) -> None:
     path = tmp_path / f"a.{ending}"
     soundfile.write(path, rng.uniform(-0.5, 0.5, 16000), 16000)
     whole = load_audio(path)
@@ -66,7 +68,7 @@ def test_a_segment_is_what_the_file_holds_there(tmp_path, rng, ending):
     np.testing.assert_array_equal(load_audio(path, 16000, 0.0), whole)
 
 
-def test_a_segment_that_cannot_be_used_is_named(tmp_path):
+def test_a_segment_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.r_[np.full(8000, 0.5), np.zeros(8000)], 16000)
     for segment, message in (
         ((1.5, 0.5), r"a\.wav, from 1\.5 s: has no samples"),

@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ def sound(path: Path) -> None:
 
 
 @pytest.fixture
-def gcin_tree(tmp_path):
+def gcin_tree(tmp_path: Path) -> Any:
     for name in ("ㄇㄚ/3", "ㄇㄚ/5", "ㄇㄚ1/3", "ㄇㄚ2/3", "ㄇㄚ3/3", "ㄇㄚ4/5"):
         sound(tmp_path / f"tree/usr/share/gcin-voice/ogg/{name}.ogg")
     return tmp_path / "tree"
 
 
-def test_gcin(gcin_tree):
+def test_gcin(gcin_tree: Path) -> None:
     manifest = corpora.read("gcin", gcin_tree)
     got = {(row.words, row.speaker): (row.text, row.emotion) for row in manifest.table.itertuples()}
     assert got == {
@@ -37,7 +38,7 @@ def test_gcin(gcin_tree):
     assert manifest.table["duration"].tolist() == [0.1] * 6
 
 
-def test_hedgewars(tmp_path):
+def test_hedgewars(tmp_path: Path) -> None:
     voices = tmp_path / "usr/share/games/hedgewars/Data/Sounds/voices"
     expected = {
         ("Pirate", "Illgetyou"): "angry",
@@ -54,12 +55,12 @@ def test_hedgewars(tmp_path):
     assert {(row.speaker, row.text): row.emotion for row in table.itertuples()} == expected
 
 
-def test_no_phrase_has_two_emotions():
+def test_no_phrase_has_two_emotions() -> None:
     phrases = [phrase for text in hedgewars.PHRASES.values() for phrase in text.split()]
     assert len(phrases) == len(set(phrases)) == 57
 
 
-def test_fillets(tmp_path):
+def test_fillets(tmp_path: Path) -> None:
     root = tmp_path / "usr/share/games/fillets-ng"
     lines = [f'dialogId("m-{n}", "font_small", "A fish.")\ndialogStr("Ryba, ryba {n}!")\n' for n in range(19)]
     lines += [
@@ -76,7 +77,7 @@ def test_fillets(tmp_path):
     sound(root / "sound/reef/en/v-0.ogg")
     table = corpora.read("fillets", tmp_path).table.set_index("path")
     assert len(table) == 21
-    big = table.loc["usr/share/games/fillets-ng/sound/reef/cs/v-0.ogg"]
+    big: Any = table.loc["usr/share/games/fillets-ng/sound/reef/cs/v-0.ogg"]
     assert big[["speaker", "text", "gloss", "language", "line"]].tolist() == [
         "cs-big",
         'Řekl "ne", ryba.',
@@ -90,7 +91,7 @@ def test_fillets(tmp_path):
     assert table["speaker"].value_counts().to_dict() == {"cs-small": 19, "cs-big": 1, "nl-big": 1}
 
 
-def test_a_word_of_nineteen_lines_is_no_class(tmp_path):
+def test_a_word_of_nineteen_lines_is_no_class(tmp_path: Path) -> None:
     root = tmp_path / "usr/share/games/fillets-ng"
     (root / "script/reef").mkdir(parents=True)
     lines = [f'dialogId("m-{n}", "font_small", "")dialogStr("ryba {n}")' for n in range(19)]
@@ -100,13 +101,13 @@ def test_a_word_of_nineteen_lines_is_no_class(tmp_path):
     assert set(fillets.read(tmp_path).table["words"]) == {""}
 
 
-def test_unknown_corpus(tmp_path):
+def test_unknown_corpus(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown corpus 'timit'; known are demo, .*, librispeech, and csv"):
         corpora.read("timit", tmp_path)
 
 
 @pytest.mark.parametrize("name", corpora.CORPORA)
-def test_empty_and_foreign_folders(tmp_path, name):
+def test_empty_and_foreign_folders(tmp_path: Path, name: str) -> None:
     how = {
         "demo": "fill it with `qat corpus make demo --folder",
         "gcin": "fill it with `qat corpus fetch gcin --folder",
@@ -120,14 +121,14 @@ def test_empty_and_foreign_folders(tmp_path, name):
         corpora.read(name, tmp_path)
 
 
-def test_csv(gcin_tree):
+def test_csv(gcin_tree: Path) -> None:
     clip = next(gcin_tree.rglob("*.ogg")).relative_to(gcin_tree)
     (gcin_tree / "mine.csv").write_text(f"path,speaker,text,emotion\n{clip.as_posix()},anna,,happy\n")
     assert corpora.read("csv", gcin_tree / "mine.csv").table["speaker"].tolist() == ["anna"]
 
 
 @pytest.fixture
-def package(gcin_tree, tmp_path):
+def package(gcin_tree: Path, tmp_path: Path) -> Any:
     if shutil.which("dpkg-deb") is None:
         pytest.skip("needs dpkg-deb")
     (gcin_tree / "DEBIAN").mkdir()
@@ -140,7 +141,7 @@ def package(gcin_tree, tmp_path):
     return downloads
 
 
-def test_fetch_from_downloaded_packages(package, tmp_path):
+def test_fetch_from_downloaded_packages(package: Any, tmp_path: Path) -> None:
     manifest = gcin.fetch(tmp_path / "gcin", from_dir=package, progress=False)
     assert len(manifest) == 6
     assert manifest.root == tmp_path / "gcin"
@@ -148,7 +149,7 @@ def test_fetch_from_downloaded_packages(package, tmp_path):
     assert gcin.fetch(tmp_path / "gcin", from_dir=tmp_path / "none", progress=False).key == manifest.key
 
 
-def test_fetch_downloads_with_a_private_state(package, tmp_path, monkeypatch):
+def test_fetch_downloads_with_a_private_state(package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """apt-get is imitated by a script that records how it is called and delivers the package."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -162,7 +163,7 @@ def test_fetch_downloads_with_a_private_state(package, tmp_path, monkeypatch):
     assert all("Dir::State=/" in call and "Dir::Cache=/" in call for call in (update, download))
 
 
-def test_failed_fetches_leave_nothing(package, tmp_path, monkeypatch):
+def test_failed_fetches_leave_nothing(package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "corpora/gcin"
     with pytest.raises(ValueError, match=r"none: no package file gcin-voice_\*\.deb in this folder"):
         gcin.fetch(target, from_dir=tmp_path / "none", progress=False)

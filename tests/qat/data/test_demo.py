@@ -1,4 +1,6 @@
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,22 +8,23 @@ import soundfile
 
 from qat.data import corpora
 from qat.data.corpora import demo
+from qat.data.manifest import Manifest
 
 VOICES = {"train": ["f2"], "validation": ["m1"], "test": ["f3"]}
 SENTENCES = ["The parcel is under the table.", "The window opens on the garden."]
 
 
-def make(folder, **changes):
+def make(folder: Path, **changes: Any) -> Any:
     arguments = {"voices": VOICES, "sentences": SENTENCES, "words": ["lamp"], "workers": 1, "progress": False}
     return demo.make(folder, **(arguments | changes))
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make(tmp_path_factory.mktemp("corpora") / "demo")
 
 
-def test_the_plan_of_the_whole_corpus():
+def test_the_plan_of_the_whole_corpus() -> None:
     rows, utterances = demo._plan(demo.VOICES, demo.SENTENCES, demo.WORDS, 1)
     assert len(rows) == len(utterances) == 18 * 16 * 4 + 9 * 24 * 4
     assert len({row["path"] for row in rows}) == len(rows)
@@ -33,7 +36,7 @@ def test_the_plan_of_the_whole_corpus():
     assert {row["speaker"] for row in rows if row["kind"] == "word"} == set(demo.VOICES["train"])
 
 
-def test_jitter_has_the_stated_spread_and_the_emotions_their_means():
+def test_jitter_has_the_stated_spread_and_the_emotions_their_means() -> None:
     settings = np.array([demo._settings("f2", str(n), "happy", 1) for n in range(2000)], dtype=float)
     means = np.asarray(demo.EMOTIONS["happy"])
     # Rate and pitch only: the others meet their limits.
@@ -42,7 +45,7 @@ def test_jitter_has_the_stated_spread_and_the_emotions_their_means():
     assert demo._settings("f2", "a", "sad", 1) != demo._settings("f2", "a", "sad", 2)
 
 
-def test_manifest(small):
+def test_manifest(small: Any) -> None:
     table = small.table
     assert len(table) == 3 * 2 * 4 + 4
     assert table["kind"].value_counts().to_dict() == {"sentence": 24, "word": 4}
@@ -65,13 +68,13 @@ def test_manifest(small):
         assert 0.2 < duration < 4
 
 
-def period(manifest, where):
+def period(manifest: Manifest, where: Any) -> Any:
     samples, rate = soundfile.read(manifest.root / manifest.filter(where).table["path"][0])
     correlation = np.fft.irfft(np.abs(np.fft.rfft(samples, 2 * len(samples))) ** 2)
     return (rate // 350 + correlation[rate // 350 : rate // 70].argmax()) / rate
 
 
-def test_voices_and_settings_are_heard(small, tmp_path, monkeypatch):
+def test_voices_and_settings_are_heard(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert period(small, "emotion == 'neutral' and speaker == 'm1'") > 1.5 * period(
         small, "emotion == 'neutral' and speaker == 'f2'"
     )
@@ -87,27 +90,27 @@ def test_voices_and_settings_are_heard(small, tmp_path, monkeypatch):
     assert period(manifest, "emotion == 'fast'") == pytest.approx(period(manifest, "emotion == 'base'"), rel=0.15)
 
 
-def test_every_make_gives_the_same_bytes(small, tmp_path):
+def test_every_make_gives_the_same_bytes(small: Any, tmp_path: Path) -> None:
     again = make(tmp_path / "demo", workers=2)
     assert again.key == small.key
     for path in [*small.table["path"], "manifest.csv", "recipe.json"]:
         assert (again.root / path).read_bytes() == (small.root / path).read_bytes()
 
 
-def test_a_clip_does_not_depend_on_what_else_is_spoken(small, tmp_path):
+def test_a_clip_does_not_depend_on_what_else_is_spoken(small: Any, tmp_path: Path) -> None:
     alone = make(tmp_path / "demo", voices={"train": ["m1"]}, sentences=SENTENCES[1:], words=[]).table
     checksums = small.table.set_index(["speaker", "text", "emotion"])["checksum"]
     for row in alone.itertuples():
         assert row.checksum == checksums[row.speaker, row.text, row.emotion]
 
 
-def test_a_finished_corpus_is_only_read(small, monkeypatch):
+def test_a_finished_corpus_is_only_read(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_espeak", lambda: pytest.fail("synthesised again"))
     assert make(small.root).key == small.key
     assert corpora.read("demo", small.root).key == small.key
 
 
-def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
+def test_a_folder_with_something_else_is_left_alone(small: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not empty, and not what would be made there"):
         make(small.root, seed=2)
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -116,7 +119,9 @@ def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_empty_folder_is_filled_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
+def test_an_empty_folder_is_filled_and_a_failure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "demo"
     folder.mkdir()
     monkeypatch.setattr(demo, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -128,13 +133,13 @@ def test_an_empty_folder_is_filled_and_a_failure_leaves_nothing(tmp_path, monkey
     assert len(make(folder, voices={"train": ["f2"]}, sentences=[], words=["lamp"])) == 4
 
 
-def test_unknown_voice(tmp_path):
+def test_unknown_voice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no variant 'nobody'; it has .*f2"):
         make(tmp_path / "demo", voices={"train": ["nobody"]})
     assert not (tmp_path / "demo").exists()
 
 
-def test_without_the_package(tmp_path, monkeypatch):
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(ValueError, match=r"needs the package espeakng-loader; install it with .*\[demo\]"):
         make(tmp_path / "demo")

@@ -1,4 +1,5 @@
 import doctest
+from typing import Any
 
 import pytest
 
@@ -6,7 +7,7 @@ from qat.data import corpora, spectrogram, splits
 
 
 @pytest.mark.parametrize("module", [corpora, spectrogram, splits])
-def test_examples(module):
+def test_examples(module: Any) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted
     assert not failed

@@ -1,20 +1,22 @@
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from qat.data.manifest import build_manifest, check_files, read_manifest, write_manifest
+from qat.data.manifest import Manifest, build_manifest, check_files, read_manifest, write_manifest
 
 
-def test_facts_come_from_the_files(make_corpus):
+def test_facts_come_from_the_files(make_corpus: Callable[..., Manifest]) -> None:
     manifest = make_corpus({"a/1.wav": 0.5, "b/2.wav": 0.25})
     assert manifest.table["duration"].tolist() == [0.5, 0.25]
     digest = hashlib.sha256((manifest.root / "a/1.wav").read_bytes()).hexdigest()
     assert manifest.table["checksum"][0] == digest
 
 
-def test_round_trip(make_corpus, tmp_path):
+def test_round_trip(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({"a/1.wav": 0.5, "b/2.wav": 0.25})
     table = manifest.table.assign(text=["NA", 'a "quoted", žluťoučký\nline'], valence=[2.5, float("nan")], number="007")
     manifest = type(manifest)(manifest.root, table, "noise")
@@ -26,7 +28,7 @@ def test_round_trip(make_corpus, tmp_path):
     assert not list(manifest.root.glob("*.part"))
 
 
-def test_duration_and_checksum_are_optional_in_a_csv(make_corpus):
+def test_duration_and_checksum_are_optional_in_a_csv(make_corpus: Callable[..., Manifest]) -> None:
     manifest = make_corpus({"a/1.wav": 0.5})
     csv = manifest.root / "mine.csv"
     csv.write_text("path,speaker,text,emotion\na/1.wav,anna,hello,happy\n")
@@ -59,24 +61,24 @@ def test_duration_and_checksum_are_optional_in_a_csv(make_corpus):
         ("path,speaker,text,emotion,valence\na/1.wav,a,,,high\n", r"column 'valence': 'high' must be a number"),
     ],
 )
-def test_bad_csv_is_named(make_corpus, content, message):
+def test_bad_csv_is_named(make_corpus: Callable[..., Manifest], content: str, message: str) -> None:
     csv = make_corpus({"a/1.wav": 0.1}).root / "mine.csv"
     csv.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_manifest(csv)
 
 
-def test_no_such_manifest(tmp_path):
+def test_no_such_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.csv: no such manifest"):
         read_manifest(tmp_path / "none.csv")
 
 
-def test_no_rows(tmp_path):
+def test_no_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no audio file of the corpus 'mine'"):
         build_manifest(tmp_path, [], "mine")
 
 
-def test_filter(make_corpus):
+def test_filter(make_corpus: Callable[..., Manifest]) -> None:
     manifest = make_corpus({"a/1.wav": 0.1, "b/2.wav": 0.1, "a/3.wav": 0.1})
     assert manifest.filter("speaker == 'a'").table["path"].tolist() == ["a/1.wav", "a/3.wav"]
     by_mask = manifest.filter(manifest.table["speaker"] == "b")
@@ -86,7 +88,7 @@ def test_filter(make_corpus):
         manifest.filter("speaker == 'z'")
 
 
-def test_key_follows_content_not_place(make_corpus, tmp_path):
+def test_key_follows_content_not_place(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({"a/1.wav": 0.1, "b/2.wav": 0.1})
     elsewhere = type(manifest)(Path("/elsewhere"), manifest.table[sorted(manifest.table.columns)], manifest.name)
     assert elsewhere.key == manifest.key
@@ -97,7 +99,7 @@ def test_key_follows_content_not_place(make_corpus, tmp_path):
     assert build_manifest(manifest.root, rows, "noise").key != manifest.key
 
 
-def test_check_files_finds_every_kind_of_trouble(make_corpus):
+def test_check_files_finds_every_kind_of_trouble(make_corpus: Callable[..., Manifest]) -> None:
     manifest = make_corpus({f"{name}.wav": 0.1 for name in ("good", "gone", "changed", "broken")})
     assert not len(check_files(manifest, progress=False))
     (manifest.root / "gone.wav").unlink()
@@ -110,7 +112,7 @@ def test_check_files_finds_every_kind_of_trouble(make_corpus):
     assert "cannot be decoded" in problems["broken.wav"]
 
 
-def segments(make_corpus):
+def segments(make_corpus: Callable[..., Manifest]) -> Any:
     manifest = make_corpus({"a/1.wav": 1.0, "b/2.wav": 0.5})
     facts = manifest.table.set_index("path")["checksum"]
     rows = [("a/1.wav", 0.0, 0.25), ("a/1.wav", 0.25, 0.5), ("b/2.wav", 0.1, 0.2), ("a/1.wav", 0.75, 0.25)]
@@ -118,7 +120,7 @@ def segments(make_corpus):
     return type(manifest)(manifest.root, table.assign(checksum=table["path"].map(facts)), "words")
 
 
-def test_segments_of_a_file_are_rows_of_their_own(make_corpus, tmp_path):
+def test_segments_of_a_file_are_rows_of_their_own(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = segments(make_corpus)
     assert manifest.segments == [(0.0, 0.25), (0.25, 0.5), (0.1, 0.2), (0.75, 0.25)]
     assert manifest.by_file() == [[0, 1], [2], [3]]
@@ -132,7 +134,7 @@ def test_segments_of_a_file_are_rows_of_their_own(make_corpus, tmp_path):
     assert build_manifest(manifest.root, bare, "words").key == manifest.key
 
 
-def test_whole_files_have_no_segment(make_corpus):
+def test_whole_files_have_no_segment(make_corpus: Callable[..., Manifest]) -> None:
     manifest = make_corpus({"a/1.wav": 0.1, "b/2.wav": 0.1})
     assert manifest.segments == [(), ()]
     assert manifest.by_file() == [[0], [1]]
@@ -150,14 +152,14 @@ def test_whole_files_have_no_segment(make_corpus):
         ),
     ],
 )
-def test_bad_segments_are_named(make_corpus, content, message):
+def test_bad_segments_are_named(make_corpus: Callable[..., Manifest], content: str, message: str) -> None:
     csv = make_corpus({"a/1.wav": 0.1}).root / "mine.csv"
     csv.write_text("path,speaker,text,emotion," + content)
     with pytest.raises(ValueError, match=message):
         read_manifest(csv)
 
 
-def test_check_files_reads_every_segment(make_corpus):
+def test_check_files_reads_every_segment(make_corpus: Callable[..., Manifest]) -> None:
     manifest = segments(make_corpus)
     assert not len(check_files(manifest, progress=False))
     late = manifest.table.assign(start=[0.0, 5.0, 0.1, 0.75])

@@ -5,6 +5,7 @@ import random
 import wave
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from qat import cli
 from qat.config import CorpusConfig, Experiment, NetworkConfig, SpectrogramConfig, SplitConfig, TrainingConfig
 from qat.data import corpora
 from qat.data.corpora import cremad, emodb, emovo, iemocap, ravdess, savee, tess
+from qat.data.manifest import Manifest
 from qat.data.store import prepare
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
@@ -32,20 +34,20 @@ def sound(path: Path, samples: int = 400) -> Path:
     return path
 
 
-def rows(manifest, *columns: str) -> dict[str, tuple]:
+def rows(manifest: Manifest, *columns: str) -> dict[str, tuple[Any, ...]]:
     return {row["path"].rpartition("/")[2]: tuple(row[c] for c in columns) for row in manifest.table.to_dict("records")}
 
 
-def notes(table) -> dict[str, str]:
+def notes(table: Any) -> dict[str, str]:
     return dict(zip(table["path"], table["problem"], strict=True))
 
 
-def checked(name: str, folder: Path, **options):
+def checked(name: str, folder: Path, **options: Any) -> Any:
     found = corpora.check(name, folder, progress=False, **options)
     return found.manifest, notes(found.problems), notes(found.remarks)
 
 
-def counts(table) -> set[str]:
+def counts(table: Any) -> set[str]:
     """What is known by its count only."""
     return set(table.loc[table["path"] == "", "problem"])
 
@@ -53,7 +55,7 @@ def counts(table) -> set[str]:
 # RAVDESS, TESS, EmoDB, EMOVO, SAVEE, CREMA-D: the file name tells everything.
 
 
-def test_ravdess(tmp_path):
+def test_ravdess(tmp_path: Path) -> None:
     for name in ("03-01-01-01-01-01-01.wav", "03-01-08-02-02-01-24.WAV", "03-01-06-01-01-02-12.wav"):
         sound(tmp_path / f"Actor_{name[18:20]}" / name)
     sound(tmp_path / "audio_speech_actors_01-24/Actor_01/03-01-01-01-01-01-01.wav")  # as one mirror has it, twice
@@ -85,7 +87,7 @@ def test_ravdess(tmp_path):
     assert sum(path != "" for path in problems) == 1440 - 3
 
 
-def test_complete_corpora_have_no_problem_and_a_lost_file_is_named(tmp_path):
+def test_complete_corpora_have_no_problem_and_a_lost_file_is_named(tmp_path: Path) -> None:
     trees = {
         "ravdess": ([f"Actor_{name[-2:]}/{name}.wav" for name in ravdess._names()], "03-01-05-02-01-02-09.wav"),
         "savee": ([f"AudioData/{n[:2]}/{n[3:]}.wav" for n in savee._names()], "JK_n30.wav"),
@@ -116,7 +118,7 @@ def test_complete_corpora_have_no_problem_and_a_lost_file_is_named(tmp_path):
         assert len(found.problems) == 3
 
 
-def test_tess_takes_the_file_with_the_short_prefix(tmp_path):
+def test_tess_takes_the_file_with_the_short_prefix(tmp_path: Path) -> None:
     names = {
         "OAF_angry/OAF_back_angry.wav": ("OAF", "angry", "back"),
         "OAF_neutral/OA_bite_neutral.wav": ("OAF", "neutral", "bite"),
@@ -156,7 +158,7 @@ def test_tess_takes_the_file_with_the_short_prefix(tmp_path):
         ("03a01F.wav", None),
     ],
 )
-def test_emodb(tmp_path, name, row):
+def test_emodb(tmp_path: Path, name: str, row: tuple[str, str, str, str, str] | None) -> None:
     sound(tmp_path / "wav" / name)
     sound(tmp_path / "wav/13a05Wa.wav")
     (tmp_path / "lablaut").mkdir()
@@ -169,7 +171,7 @@ def test_emodb(tmp_path, name, row):
     assert "emotion angry:" in " ".join(counts(corpora.check("emodb", tmp_path, progress=False).problems))
 
 
-def test_emovo(tmp_path):
+def test_emovo(tmp_path: Path) -> None:
     names = {"dis-f1-b1.wav": "disgust", "gio-f1-b1.wav": "happy", "neu-m3-n5.wav": "neutral", "pau-f2-l4.wav": "fear"}
     names |= {"rab-m1-d1.wav": "angry", "sor-m2-b3.wav": "surprise", "tri-f3-n1.WAV": "sad"}
     for name in names:
@@ -184,7 +186,7 @@ def test_emovo(tmp_path):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_savee_in_both_layouts(tmp_path, flat):
+def test_savee_in_both_layouts(tmp_path: Path, flat: bool) -> None:
     codes = {"a01": "angry", "d15": "disgust", "f02": "fear", "h03": "happy", "n30": "neutral", "sa04": "sad"}
     codes["su05"] = "surprise"
     for speaker in savee.SPEAKERS:
@@ -204,7 +206,7 @@ def test_savee_in_both_layouts(tmp_path, flat):
     assert sum(path != "" for path in problems) == 480 - 28
 
 
-def test_savee_in_both_layouts_at_once_is_read_once(tmp_path):
+def test_savee_in_both_layouts_at_once_is_read_once(tmp_path: Path) -> None:
     for name in ("ALL/DC_a01.wav", "AudioData/DC/a01.wav"):
         sound(tmp_path / name)
     manifest, _, remarks = checked("savee", tmp_path)
@@ -212,7 +214,7 @@ def test_savee_in_both_layouts_at_once_is_read_once(tmp_path):
     assert "DC_a01 is there already" in remarks["AudioData/DC/a01.wav"]
 
 
-def test_cremad(tmp_path):
+def test_cremad(tmp_path: Path) -> None:
     names = {
         "1001_IEO_ANG_LO.wav": ("1001", "angry", "it's eleven o'clock", "low"),
         "1091_WSI_NEU_XX.wav": ("1091", "neutral", "we'll stop in a couple of minutes", "unspecified"),
@@ -250,7 +252,7 @@ def test_cremad(tmp_path):
         (iemocap, 10039, None),
     ],
 )
-def test_published_counts_add_up(corpus, total, speakers):
+def test_published_counts_add_up(corpus: Any, total: int, speakers: int | None) -> None:
     assert {column: sum(counts.values()) for column, counts in corpus.PUBLISHED.items()} == dict.fromkeys(
         corpus.PUBLISHED, total
     )
@@ -280,7 +282,7 @@ CODES |= {"dis": "disgust", "oth": "other"}
 
 
 @pytest.fixture
-def iemocap_tree(tmp_path):
+def iemocap_tree(tmp_path: Path) -> Any:
     root = tmp_path / "IEMOCAP_full_release"
     wavs = {"Ses01F_impro01": ["F000", "M000", "F001"]}
     texts = {"Ses01F_impro01": IMPRO}
@@ -307,7 +309,7 @@ def iemocap_tree(tmp_path):
     return root
 
 
-def test_iemocap(iemocap_tree):
+def test_iemocap(iemocap_tree: Path) -> None:
     manifest, problems, remarks = checked("iemocap", iemocap_tree)
     assert not [path for path in problems if path]
     assert not remarks
@@ -327,7 +329,7 @@ def test_iemocap(iemocap_tree):
     assert degrees["Ses05M_script01_1b_M000.wav"] == (2.0, 3.5, 5.0)
 
 
-def test_iemocap_options(iemocap_tree):
+def test_iemocap_options(iemocap_tree: Path) -> None:
     sessions = corpora.read("iemocap", iemocap_tree.parent, speaker="session", merge_excited=True).table
     assert set(sessions["speaker"]) == {"1", "5"}
     assert "excited" not in set(sessions["emotion"])
@@ -342,7 +344,7 @@ def test_iemocap_options(iemocap_tree):
         corpora.read("iemocap", iemocap_tree, sex="F")
 
 
-def test_iemocap_with_losses(iemocap_tree, caplog):
+def test_iemocap_with_losses(iemocap_tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, last = iemocap_tree / "Session1", iemocap_tree / "Session5"
     (first / "sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav").unlink()
     sound(first / "sentences/wav/Ses01F_impro01/Ses01F_impro01_F009.wav")
@@ -372,7 +374,7 @@ def test_iemocap_with_losses(iemocap_tree, caplog):
         "[1.0 - 2.0] Ses01F_impro01_F000 neu [2.0, 3.5, 5.0]",
     ],
 )
-def test_iemocap_names_the_annotation_that_it_cannot_read(iemocap_tree, line):
+def test_iemocap_names_the_annotation_that_it_cannot_read(iemocap_tree: Path, line: str) -> None:
     file = iemocap_tree / "Session1/dialog/EmoEvaluation/Ses01F_impro01.txt"
     file.write_text("% header\n" + line + "\n")
     with pytest.raises(
@@ -381,7 +383,7 @@ def test_iemocap_names_the_annotation_that_it_cannot_read(iemocap_tree, line):
         corpora.read("iemocap", iemocap_tree)
 
 
-def test_iemocap_splits_and_tasks(iemocap_tree):
+def test_iemocap_splits_and_tasks(iemocap_tree: Path) -> None:
     table = corpora.read("iemocap", iemocap_tree).table
     sessions = table.assign(session=[str(1 + i % 5) for i in range(len(table))])
     parts = divide(sessions, SplitConfig("paper-actor"), "iemocap")
@@ -437,7 +439,7 @@ def librispeech_tree(root: Path, alignment: str) -> Path:
 
 
 @pytest.mark.parametrize("alignment", ["list", "long_textgrid", "short_textgrid"])
-def test_librispeech(tmp_path, alignment):
+def test_librispeech(tmp_path: Path, alignment: str) -> None:
     root = librispeech_tree(tmp_path, alignment)
     manifest, problems, remarks = checked("librispeech", root, words=3)
     table = manifest.table
@@ -459,7 +461,7 @@ def test_librispeech(tmp_path, alignment):
     assert not remarks
 
 
-def test_librispeech_takes_the_vocabulary_beside_the_lists(tmp_path):
+def test_librispeech_takes_the_vocabulary_beside_the_lists(tmp_path: Path) -> None:
     root = librispeech_tree(tmp_path / "LibriSpeech/split", "list")
     labels = root / "word_labels"
     (labels / "3-mostfreq").write_text("dog\nowl\ncat\n")
@@ -472,7 +474,7 @@ def test_librispeech_takes_the_vocabulary_beside_the_lists(tmp_path):
     assert again["text"].tolist() == table["text"].tolist()
 
 
-def test_librispeech_limit_is_for_each_part_and_always_draws_the_same(tmp_path):
+def test_librispeech_limit_is_for_each_part_and_always_draws_the_same(tmp_path: Path) -> None:
     root = librispeech_tree(tmp_path, "list")
     table = corpora.read("librispeech", root, limit=3).table
     assert table["part"].value_counts().to_dict() == {"train": 3, "validation": 3, "test": 3}
@@ -483,7 +485,7 @@ def test_librispeech_limit_is_for_each_part_and_always_draws_the_same(tmp_path):
     assert kept["text"].tolist() == table["text"].tolist()  # in order
 
 
-def test_librispeech_with_losses(tmp_path):
+def test_librispeech_with_losses(tmp_path: Path) -> None:
     root = librispeech_tree(tmp_path, "list")
     (root / "train-clean-100/19/198/19-198-0000.flac").unlink()
     unaligned = root / "dev-clean/84/121123/84-121123-0001.flac"
@@ -531,7 +533,7 @@ def prepared(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def test_words_are_trained_on_without_being_cut_to_disk(tmp_path):
+def test_words_are_trained_on_without_being_cut_to_disk(tmp_path: Path) -> None:
     root = librispeech_tree(tmp_path / "libri", "list")
     before = sorted(root.rglob("*"))
     config = CorpusConfig("librispeech", root, where={"text": ["the", "cat", "dog"]})
@@ -557,7 +559,7 @@ def test_words_are_trained_on_without_being_cut_to_disk(tmp_path):
     assert listed["test"] == ["test-clean/61/70968/61-70968-0000.flac"]
 
 
-def test_the_released_codes_words_are_the_training_part_three_times(tmp_path):
+def test_the_released_codes_words_are_the_training_part_three_times(tmp_path: Path) -> None:
     root = librispeech_tree(tmp_path, "list")
     config = CorpusConfig("librispeech", root, options={"words": 3})
     split = SplitConfig("part-train-only")
@@ -571,12 +573,12 @@ def test_the_released_codes_words_are_the_training_part_three_times(tmp_path):
 # The command
 
 
-def run(capsys, *words: object) -> tuple[int, dict]:
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[str, Any]]:
     code = cli.main([str(word) for word in words] + ["--json"])
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_corpus_check_tells_problems_and_remarks(tmp_path, capsys):
+def test_corpus_check_tells_problems_and_remarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for speaker in savee.SPEAKERS:
         for name in savee._names():
             if name.startswith(speaker):
@@ -601,7 +603,7 @@ def test_corpus_check_tells_problems_and_remarks(tmp_path, capsys):
     assert "KL_su15.wav" in capsys.readouterr().out
 
 
-def test_corpus_check_takes_options_and_names_bad_input(tmp_path, capsys):
+def test_corpus_check_takes_options_and_names_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     librispeech_tree(tmp_path, "list")
     code, report = run(capsys, "corpus", "check", "librispeech", tmp_path, "--options", "{words: 2, limit: 3}")
     assert (code, report["segments"]) == (1, 8)
@@ -616,7 +618,7 @@ def test_corpus_check_takes_options_and_names_bad_input(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_corpus_list_tells_how_to_get_each(capsys):
+def test_corpus_list_tells_how_to_get_each(capsys: pytest.CaptureFixture[str]) -> None:
     code, known = run(capsys, "corpus", "list")
     assert code == 0
     assert set(known) == set(corpora.CORPORA)
@@ -629,7 +631,7 @@ def test_corpus_list_tells_how_to_get_each(capsys):
     assert "https://zenodo.org/records/1188976" in capsys.readouterr().out
 
 
-def test_the_released_codes_actors_go_by_the_corpus(tmp_path):
+def test_the_released_codes_actors_go_by_the_corpus(tmp_path: Path) -> None:
     for word in ("back", "bite", "dog"):
         for speaker in ("OAF", "YAF"):
             for emotion in ("sad", "ps"):

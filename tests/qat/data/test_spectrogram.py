@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def noise(samples: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("samples", [256, 257, 1000, 1024, 64000, 70001])
-def test_magnitude_is_scipy_stft(samples):
+def test_magnitude_is_scipy_stft(samples: int) -> None:
     audio = noise(samples)
     _, _, expected = scipy.signal.stft(audio.double().numpy(), 16000, window="hamming", nperseg=256)
     got = magnitude(audio, CONFIG)
@@ -26,20 +27,20 @@ def test_magnitude_is_scipy_stft(samples):
     np.testing.assert_allclose(got, np.abs(expected).T, atol=2e-6)
 
 
-def test_other_hops_are_scipy_stft_too():
+def test_other_hops_are_scipy_stft_too() -> None:
     audio = noise(5000)
     _, _, expected = scipy.signal.stft(audio.double().numpy(), window="hamming", nperseg=256, noverlap=96)
     got = magnitude(audio, SpectrogramConfig(hop=160))
     np.testing.assert_allclose(got, np.abs(expected).T[: len(got)], atol=2e-6)
 
 
-def test_magnitude_takes_batches():
+def test_magnitude_takes_batches() -> None:
     audio = noise(3 * 2000).view(3, 2000)
     torch.testing.assert_close(magnitude(audio, CONFIG)[1], magnitude(audio[1], CONFIG))
 
 
 @pytest.mark.parametrize(("seconds", "count"), [(0.5, 1), (4.0, 1), (7.9, 1), (8.0, 2), (13.0, 3)])
-def test_audio_cut_drops_the_remainder(seconds, count):
+def test_audio_cut_drops_the_remainder(seconds: float, count: int) -> None:
     audio = noise(round(seconds * 16000))
     cuts = cut(audio, CONFIG)
     assert cuts.shape == (count, 501, 129)
@@ -47,7 +48,7 @@ def test_audio_cut_drops_the_remainder(seconds, count):
     torch.testing.assert_close(cuts[-1], magnitude(padded[(count - 1) * 64000 : count * 64000], CONFIG))
 
 
-def test_short_files_are_filled_with_zeros_at_the_end():
+def test_short_files_are_filled_with_zeros_at_the_end() -> None:
     cuts = cut(noise(16000), CONFIG)
     assert cuts[0, :126].min() > 0
     assert not cuts[0, 127:].any()
@@ -68,7 +69,7 @@ def reference_cuts(audio: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("samples", "count"), [(16000, 1), (64000, 1), (128000, 1), (128128, 2), (128256, 3), (150000, 3), (192256, 3)]
 )
-def test_reference_cut(samples, count):
+def test_reference_cut(samples: int, count: int) -> None:
     audio = noise(samples)
     expected = reference_cuts(audio.double().numpy())
     assert len(expected) == count
@@ -77,7 +78,7 @@ def test_reference_cut(samples, count):
     np.testing.assert_allclose(cut(audio, REFERENCE), expected[:, ::-1], atol=2e-6)
 
 
-def test_a_file_of_six_seconds_gives_its_last_four_under_the_reference_rule():
+def test_a_file_of_six_seconds_gives_its_last_four_under_the_reference_rule() -> None:
     audio = torch.zeros(6 * 16000)
     audio[-16000:] = noise(16000)
     natural = cut(audio, REFERENCE)
@@ -86,7 +87,7 @@ def test_a_file_of_six_seconds_gives_its_last_four_under_the_reference_rule():
 
 
 @pytest.mark.parametrize("rule", ["audio", "reference", "word"])
-def test_time_order_reverses_rows_and_nothing_else(rule):
+def test_time_order_reverses_rows_and_nothing_else(rule: str) -> None:
     audio = noise(150000 if rule != "word" else 9000)
     natural = cut(audio, SpectrogramConfig(cut=rule))
     backwards = cut(audio, SpectrogramConfig(cut=rule, time_order="reversed"))
@@ -94,7 +95,7 @@ def test_time_order_reverses_rows_and_nothing_else(rule):
     assert torch.equal(natural.flip(1), backwards)
 
 
-def test_words_are_cut_or_filled_to_170_frames():
+def test_words_are_cut_or_filled_to_170_frames() -> None:
     short, long = noise(8000), noise(40000)
     assert cut(short, WORD).shape == (1, 170, 129)
     torch.testing.assert_close(cut(short, WORD)[0, :64], magnitude(short, WORD))
@@ -103,7 +104,7 @@ def test_words_are_cut_or_filled_to_170_frames():
 
 
 @pytest.mark.parametrize("config", [CONFIG, REFERENCE, WORD])
-def test_a_clip_shorter_than_a_window_is_refused(config):
+def test_a_clip_shorter_than_a_window_is_refused(config: Any) -> None:
     for function in (cut, magnitude):
         with pytest.raises(ValueError, match="255 samples, fewer than one window of 256"):
             function(noise(255), config)
@@ -120,7 +121,7 @@ def test_a_clip_shorter_than_a_window_is_refused(config):
         ({"time_order": "up"}, "time_order='up' must be one of natural, reversed"),
     ],
 )
-def test_bad_settings_are_named(change, message):
+def test_bad_settings_are_named(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpectrogramConfig(**change)
 
@@ -129,7 +130,7 @@ def spectrograms(rng: np.random.Generator, count: int) -> np.ndarray:
     return rng.gamma(1.0, 1.0, (count, 501, 129)).astype(np.float32)
 
 
-def test_statistics_come_from_the_training_rows_only_and_from_all_bins(rng):
+def test_statistics_come_from_the_training_rows_only_and_from_all_bins(rng: np.random.Generator) -> None:
     data = spectrograms(rng, 70)
     train = [3, 1, 69, 40]
     data[2] *= 1000  # not a training row
@@ -143,7 +144,7 @@ def test_statistics_come_from_the_training_rows_only_and_from_all_bins(rng):
     assert many.mean == pytest.approx(data.mean(dtype=np.float64), rel=1e-9)
 
 
-def test_kinds_of_normalisation(rng):
+def test_kinds_of_normalisation(rng: np.random.Generator) -> None:
     data = spectrograms(rng, 4)
     values = torch.from_numpy(data)
     fit = {kind: Normalisation.fit(kind, data, range(4)) for kind in ("max", "standard", "log")}
@@ -157,7 +158,7 @@ def test_kinds_of_normalisation(rng):
     assert fit["log"](torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_normalisation_refuses_what_has_no_scale(rng):
+def test_normalisation_refuses_what_has_no_scale(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="rows is empty"):
         Normalisation.fit("max", spectrograms(rng, 1), [])
     with pytest.raises(ValueError, match="training data is constant"):
@@ -166,7 +167,7 @@ def test_normalisation_refuses_what_has_no_scale(rng):
         Normalisation("minmax", 1.0, 0.0, 1.0)
 
 
-def test_input_pads_after_the_last_frame_and_drops_the_nyquist_bin():
+def test_input_pads_after_the_last_frame_and_drops_the_nyquist_bin() -> None:
     rows = torch.rand(3, 501, 129) + 1
     got = to_input(rows)
     assert got.shape == (3, 1, 512, 128)
@@ -178,7 +179,7 @@ def test_input_pads_after_the_last_frame_and_drops_the_nyquist_bin():
             to_input(wrong)
 
 
-def test_words_land_at_their_offsets():
+def test_words_land_at_their_offsets() -> None:
     rows = torch.rand(4, 170, 129) + 1
     offsets = torch.tensor([0, 340, 7, 342])
     got = place_words(rows, offsets)
@@ -189,7 +190,7 @@ def test_words_land_at_their_offsets():
         assert torch.equal(canvas, expected)
 
 
-def test_word_offsets(rng):
+def test_word_offsets(rng: np.random.Generator) -> None:
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
     each = word_offsets(20000, "sample", generator)
     assert (int(each.min()), int(each.max())) == (0, 340)
@@ -202,6 +203,6 @@ def test_word_offsets(rng):
 
 
 @pytest.mark.parametrize("offsets", [[0, 343], [-1, 0], [0]])
-def test_words_must_fit_the_canvas(offsets):
+def test_words_must_fit_the_canvas(offsets: list[int]) -> None:
     with pytest.raises(ValueError, match="offsets must be 2 frames from 0 to 342"):
         place_words(torch.rand(2, 170, 129), torch.tensor(offsets))

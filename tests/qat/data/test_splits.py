@@ -1,3 +1,6 @@
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ EMOTIONS = ["angry", "happy", "neutral", "sad"]
 
 
 @st.composite
-def tables(draw, min_speakers: int = 3) -> pd.DataFrame:
+def tables(draw: Any, min_speakers: int = 3) -> pd.DataFrame:
     """Files of several speakers with one to three cuts each, in any order and with gaps in the row labels."""
     speakers = draw(st.integers(min_speakers, 12))
     rows = []
@@ -25,7 +28,7 @@ def tables(draw, min_speakers: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows, index=labels)
 
 
-def grid(speakers=SPEAKERS, sentences: int = 10) -> pd.DataFrame:
+def grid(speakers: Any = SPEAKERS, sentences: int = 10) -> pd.DataFrame:
     rows = [
         {"path": f"{speaker}/{number}-{emotion}.wav", "speaker": speaker, "emotion": emotion}
         for speaker in speakers
@@ -68,19 +71,19 @@ def assert_no_leak(table: pd.DataFrame, split: splits.Split, column: str) -> Non
         (3, (1, 1, 1)),
     ],
 )
-def test_counts(items, expected):
+def test_counts(items: int, expected: tuple[int, int, int]) -> None:
     assert splits.counts(items) == expected
 
 
 @given(st.integers(3, 10000))
-def test_counts_are_positive_and_complete(items):
+def test_counts_are_positive_and_complete(items: Any) -> None:
     sizes = splits.counts(items)
     assert sum(sizes) == items
     assert min(sizes) >= 1
 
 
 @given(tables(), st.integers(0, 2**32))
-def test_random_keeps_the_cuts_of_a_file_together(table, seed):
+def test_random_keeps_the_cuts_of_a_file_together(table: Any, seed: Any) -> None:
     split = splits.random(table, seed)
     assert_partition(table, split)
     assert_no_leak(table, split, "path")
@@ -89,7 +92,7 @@ def test_random_keeps_the_cuts_of_a_file_together(table, seed):
 
 
 @given(tables(), st.integers(0, 2**32))
-def test_by_speaker_keeps_speakers_apart(table, seed):
+def test_by_speaker_keeps_speakers_apart(table: Any, seed: Any) -> None:
     split = splits.by_speaker(table, seed)
     assert_partition(table, split)
     assert_no_leak(table, split, "speaker")
@@ -98,7 +101,7 @@ def test_by_speaker_keeps_speakers_apart(table, seed):
 
 
 @given(tables(min_speakers=7), st.integers(0, 2**32), st.floats(0, 1))
-def test_confounded_keeps_speakers_apart_and_loses_no_row(table, seed, leak):
+def test_confounded_keeps_speakers_apart_and_loses_no_row(table: Any, seed: Any, leak: Any) -> None:
     everybody = sorted(set(table["speaker"]))
     parts = {"train": everybody[3:], "validation": everybody[:1], "test": everybody[1:3]}
     split = splits.confounded(table, seed, parts, leak)
@@ -113,20 +116,20 @@ def test_confounded_keeps_speakers_apart_and_loses_no_row(table, seed, leak):
     assert not files["train"] & files["withheld"]
 
 
-def test_order_is_the_tables():
+def test_order_is_the_tables() -> None:
     table = grid()
     for split in (splits.random(table, 3), splits.by_speaker(table, 3), splits.confounded(table, 3, PARTS)):
         assert all(rows == sorted(rows) for rows in split.values())
 
 
-def test_seed_decides_and_nothing_else():
+def test_seed_decides_and_nothing_else() -> None:
     table = grid()
     for rule in (splits.random, splits.by_speaker, lambda t, s: splits.confounded(t, s, PARTS)):
         assert rule(table, 1) == rule(table.copy(), 1)
         assert len({str(rule(table, seed)) for seed in range(8)}) > 4
 
 
-def test_rows_of_a_chosen_part_keep_their_place_in_the_whole():
+def test_rows_of_a_chosen_part_keep_their_place_in_the_whole() -> None:
     table = grid()
     chosen = table[table["emotion"] == "sad"]
     split = splits.by_speaker(chosen, 1)
@@ -134,13 +137,13 @@ def test_rows_of_a_chosen_part_keep_their_place_in_the_whole():
     assert sum(map(len, split.values())) == len(chosen)
 
 
-def test_explicit_speakers():
+def test_explicit_speakers() -> None:
     table = grid()
     speakers = values(table, splits.by_speaker(table, 1, PARTS), "speaker")
     assert speakers == {part: set(names) for part, names in PARTS.items()}
 
 
-def test_group_column():
+def test_group_column() -> None:
     table = grid().assign(session=lambda t: t["speaker"].str[1].astype(int).floordiv(2).astype(str))
     split = splits.by_speaker(table, 1, {"train": ["0", "1"], "validation": ["2"], "test": ["3"]}, group="session")
     assert values(table, split, "speaker")["validation"] == {"s4", "s5"}
@@ -156,13 +159,13 @@ def test_group_column():
         ({"dev": ["s1"]}, "parts must be train, validation, test, got train, validation, test, dev"),
     ],
 )
-def test_bad_parts_are_named(change, message):
+def test_bad_parts_are_named(change: Any, message: str) -> None:
     for rule in (splits.by_speaker, splits.confounded):
         with pytest.raises(ValueError, match=message):
             rule(grid(), 1, PARTS | change)
 
 
-def test_too_few_items():
+def test_too_few_items() -> None:
     table = grid(["s0", "s1"])
     with pytest.raises(ValueError, match="column 'speaker' has 2 different values"):
         splits.by_speaker(table, 1)
@@ -172,7 +175,7 @@ def test_too_few_items():
         splits.counts(2)
 
 
-def test_confounded_makes_the_voice_predict_the_emotion(rng):
+def test_confounded_makes_the_voice_predict_the_emotion(rng: np.random.Generator) -> None:
     table = grid(sentences=16)
     seed = int(rng.integers(1000))
     split = splits.confounded(table, seed, PARTS)
@@ -189,7 +192,7 @@ def test_confounded_makes_the_voice_predict_the_emotion(rng):
     assert len(split["validation"]) == 1 * 64
 
 
-def test_leak_of_nothing_and_of_everything():
+def test_leak_of_nothing_and_of_everything() -> None:
     table = grid()
     own = splits.own_labels(table, 1, PARTS)
     train = table.loc[splits.confounded(table, 1, PARTS, leak=0)["train"]]
@@ -200,7 +203,7 @@ def test_leak_of_nothing_and_of_everything():
             splits.confounded(table, 1, PARTS, leak=leak)
 
 
-def test_missing_and_empty_label_columns_are_named():
+def test_missing_and_empty_label_columns_are_named() -> None:
     table = grid()
     with pytest.raises(ValueError, match="column 'speaker' is missing"):
         splits.by_speaker(table.drop(columns="speaker"), 1)
@@ -212,7 +215,7 @@ def test_missing_and_empty_label_columns_are_named():
 
 
 @st.composite
-def corpora(draw) -> pd.DataFrame:
+def corpora(draw: Any) -> pd.DataFrame:
     """Utterances of two speakers a session, who say the same sentences; one to three cuts each, rows in any order."""
     sessions, sentences = draw(st.integers(3, 6)), draw(st.integers(3, 5))
     rows = []
@@ -227,7 +230,7 @@ def corpora(draw) -> pd.DataFrame:
 
 @settings(max_examples=60)
 @given(corpora(), st.integers(0, 2**32), st.sampled_from(["speaker", "session", "text"]), st.data())
-def test_folds_keep_groups_apart_and_test_each_once(table, seed, group, data):
+def test_folds_keep_groups_apart_and_test_each_once(table: Any, seed: Any, group: Any, data: Any) -> None:
     groups = table[group].nunique()
     count = data.draw(st.sampled_from([0, *range(3, groups + 1)]))
     k = count or groups
@@ -242,7 +245,7 @@ def test_folds_keep_groups_apart_and_test_each_once(table, seed, group, data):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_leave_one_out_goes_by_name_and_other_folds_by_seed():
+def test_leave_one_out_goes_by_name_and_other_folds_by_seed() -> None:
     table = grid()
     for fold in (1, 4, 7):
         tested = values(table, splits.folds(table, 5, fold), "speaker")
@@ -261,20 +264,20 @@ def test_leave_one_out_goes_by_name_and_other_folds_by_seed():
         (1, 2, "cannot make 2 folds of 3 or more"),
     ],
 )
-def test_folds_that_do_not_exist(fold, count, message):
+def test_folds_that_do_not_exist(fold: int, count: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         splits.folds(grid(), 1, fold, count)
 
 
 @given(corpora(), st.integers(0, 2**32))
-def test_a_sentence_is_in_one_part_when_sentences_are_divided(table, seed):
+def test_a_sentence_is_in_one_part_when_sentences_are_divided(table: Any, seed: Any) -> None:
     split = splits.by_speaker(table, seed, group="text")
     assert_partition(table, split)
     assert_no_leak(table, split, "text")
 
 
 @given(corpora())
-def test_speakers_in_order(table):
+def test_speakers_in_order(table: Any) -> None:
     split = splits.by_speaker(table, None)
     assert_partition(table, split)
     assert_no_leak(table, split, "speaker")
@@ -283,14 +286,14 @@ def test_speakers_in_order(table):
     assert max(parts["validation"]) < min(parts["test"])
 
 
-def test_ravdess_actors_in_order_are_17_5_and_2():
+def test_ravdess_actors_in_order_are_17_5_and_2() -> None:
     parts = values(table := grid([f"{n:02}" for n in range(1, 25)], 1), splits.by_speaker(table, None), "speaker")
     assert parts["validation"] == {"18", "19", "20", "21", "22"}
     assert parts["test"] == {"23", "24"}
     assert splits.by_speaker(table, 0) != splits.by_speaker(table, None)  # 0 is a seed like any other
 
 
-def test_the_released_codes_actors():
+def test_the_released_codes_actors() -> None:
     """The lists in full, so that they cannot change unnoticed: IEMOCAP by sessions, RAVDESS 1-18, 19-23, 24..."""
     numbers = [f"{n:02}" for n in range(1, 25)]
     ravdess = grid(numbers, 2)
@@ -309,7 +312,7 @@ def test_the_released_codes_actors():
 
 
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(0, 2**32), st.data())
-def test_the_released_codes_tess(older, younger, seed, data):
+def test_the_released_codes_tess(older: Any, younger: Any, seed: Any, data: Any) -> None:
     said = {"OAF": older, "YAF": younger}
     rows = [{"path": f"{speaker}_{n}.wav", "speaker": speaker} for speaker in said for n in range(said[speaker])]
     rows = [row for row in rows for _ in range(data.draw(st.integers(1, 2)))]
@@ -322,7 +325,7 @@ def test_the_released_codes_tess(older, younger, seed, data):
     assert halves == [(younger + 1) // 2, younger // 2]
 
 
-def test_the_halves_of_tess_are_drawn():
+def test_the_halves_of_tess_are_drawn() -> None:
     table = pd.DataFrame([{"path": f"{s}_{n}.wav", "speaker": s} for s in ("OAF", "YAF") for n in range(40)])
     drawn = {str(splits.paper_actor(table, seed, "tess")) for seed in range(5)}
     assert len(drawn) == 5
@@ -331,7 +334,7 @@ def test_the_halves_of_tess_are_drawn():
     assert values(table[::-1], splits.paper_actor(table[::-1], 1, "tess"), "path") == halves
 
 
-def test_actor_splits_that_do_not_exist():
+def test_actor_splits_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="no actor split for 'savee'; it has iemocap, ravdess, emodb, tess"):
         splits.paper_actor(grid(), 1, "savee")
     with pytest.raises(ValueError, match="the speakers of tess are OAF and YAF; there are s0, s1"):
@@ -341,7 +344,7 @@ def test_actor_splits_that_do_not_exist():
 
 
 @given(tables(), st.data())
-def test_parts_that_the_corpus_names(table, data):
+def test_parts_that_the_corpus_names(table: Any, data: Any) -> None:
     speakers = sorted(set(table["speaker"]))
     named = [*splits.PARTS, *(data.draw(st.sampled_from(splits.PARTS)) for _ in speakers[3:])]
     table = table.assign(part=table["speaker"].map(dict(zip(speakers, named, strict=True))))
@@ -351,7 +354,7 @@ def test_parts_that_the_corpus_names(table, data):
     assert splits.by_part(table, only_train=True) == dict.fromkeys(splits.PARTS, split["train"])
 
 
-def test_parts_with_other_names_are_refused():
+def test_parts_with_other_names_are_refused() -> None:
     with pytest.raises(ValueError, match="column 'part' has 'dev'; it must have train, validation, test"):
         splits.by_part(grid().assign(part=lambda t: t["speaker"].map(lambda s: "dev" if s == "s1" else "train")))
 
@@ -369,7 +372,7 @@ def test_parts_with_other_names_are_refused():
         (SplitConfig("part-train-only"), lambda t: splits.by_part(t, only_train=True)),
     ],
 )
-def test_every_rule_of_the_configuration(config, expected):
+def test_every_rule_of_the_configuration(config: Any, expected: Any) -> None:
     table = grid([f"{n:02}" for n in range(1, 25)], 2)
     table["text"] = table["path"].str[3:5] + table["emotion"]
     table["part"] = [splits.PARTS[i % 3] for i in range(len(table))]
@@ -384,6 +387,6 @@ def test_every_rule_of_the_configuration(config, expected):
         ({"rule": "confounded", "group": "text"}, "split.group: 'text' must be 'speaker' with rule 'confounded'"),
     ],
 )
-def test_bad_settings_are_named(changed, message):
+def test_bad_settings_are_named(changed: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SplitConfig(**changed)

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,7 +19,7 @@ import torch
 from qat.config import SpectrogramConfig
 from qat.data import store as store_module
 from qat.data.audio import load_audio
-from qat.data.manifest import build_manifest
+from qat.data.manifest import Manifest, build_manifest
 from qat.data.spectrogram import cut
 from qat.data.store import SpectrogramStore, prepare
 from qat.files import sha256_of
@@ -24,16 +27,18 @@ from qat.files import sha256_of
 CONFIG = SpectrogramConfig()
 
 
-def quietly(manifest, config, folder, workers=0):
+def quietly(manifest: Manifest, config: Any, folder: Path, workers: int = 0) -> Any:
     return prepare(manifest, config, folder, workers=workers, progress=False)
 
 
-def visible(folder):
+def visible(folder: Path) -> Any:
     return [path for path in folder.iterdir() if not path.match(".*.lock*")]
 
 
 @pytest.mark.parametrize("rule", ["audio", "reference", "word"])
-def test_rows_are_the_cuts_of_the_files_in_order(make_corpus, tmp_path, rule):
+def test_rows_are_the_cuts_of_the_files_in_order(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, rule: str
+) -> None:
     manifest = make_corpus({"a/1.wav": 1.0, "b/2.wav": 8.5, "c/3.wav": 4.0}, rate=22050)
     config = SpectrogramConfig(cut=rule)
     store = quietly(manifest, config, tmp_path / "prepared")
@@ -52,7 +57,7 @@ def test_rows_are_the_cuts_of_the_files_in_order(make_corpus, tmp_path, rule):
     assert torch.equal(store.rows(chosen), torch.cat(expected)[chosen])
 
 
-def test_workers_change_no_byte(make_corpus, tmp_path):
+def test_workers_change_no_byte(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({f"{name}.wav": 0.5 for name in "abcdefghij"})
     alone = quietly(manifest, CONFIG, tmp_path / "alone")
     spread = quietly(manifest, CONFIG, tmp_path / "spread", workers=2)
@@ -60,7 +65,9 @@ def test_workers_change_no_byte(make_corpus, tmp_path):
         assert (alone.folder / name).read_bytes() == (spread.folder / name).read_bytes()
 
 
-def test_the_second_call_decodes_nothing(make_corpus, tmp_path, monkeypatch):
+def test_the_second_call_decodes_nothing(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
     first = quietly(manifest, CONFIG, tmp_path)
     monkeypatch.setattr(store_module, "load_audio", lambda *_: pytest.fail("decoded again"))
@@ -69,7 +76,7 @@ def test_the_second_call_decodes_nothing(make_corpus, tmp_path, monkeypatch):
     assert second.config == CONFIG
 
 
-def test_other_settings_or_content_are_another_store(make_corpus, tmp_path):
+def test_other_settings_or_content_are_another_store(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
     relabelled = type(manifest)(manifest.root, manifest.table.assign(emotion="sad"), manifest.name)
     folders = {
@@ -81,7 +88,9 @@ def test_other_settings_or_content_are_another_store(make_corpus, tmp_path):
     assert len(folders) == 4
 
 
-def test_skipped_files_are_listed_with_the_reason(make_corpus, tmp_path, caplog):
+def test_skipped_files_are_listed_with_the_reason(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest = make_corpus({f"{name}.wav": 0.5 for name in ("good", "silent", "broken", "tiny")})
     soundfile.write(manifest.root / "silent.wav", np.full(8000, 0.004), 16000)
     (manifest.root / "broken.wav").write_bytes(b"RIFF....WAVE")
@@ -100,7 +109,7 @@ def test_skipped_files_are_listed_with_the_reason(make_corpus, tmp_path, caplog)
         assert "200 samples, fewer than one window of 256" in reasons["tiny.wav"]
 
 
-def test_no_usable_file_leaves_nothing(make_corpus, tmp_path):
+def test_no_usable_file_leaves_nothing(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({"a.wav": 0.005})
     with pytest.raises(ValueError, match=r"noise: no usable audio file among 1; the first: .*a\.wav: 80 samples"):
         quietly(manifest, CONFIG, tmp_path / "prepared")
@@ -108,7 +117,9 @@ def test_no_usable_file_leaves_nothing(make_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_changed_file_is_refused_and_leaves_nothing(make_corpus, tmp_path, workers):
+def test_a_changed_file_is_refused_and_leaves_nothing(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, workers: int
+) -> None:
     manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
     soundfile.write(manifest.root / "b.wav", np.full(8000, 0.5), 16000)
     with pytest.raises(ValueError, match=r"b\.wav: changed since the manifest was made"):
@@ -116,10 +127,12 @@ def test_a_changed_file_is_refused_and_leaves_nothing(make_corpus, tmp_path, wor
     assert not visible(tmp_path / "prepared")
 
 
-def test_interruption_leaves_nothing(make_corpus, tmp_path, monkeypatch):
+def test_interruption_leaves_nothing(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = make_corpus({"a.wav": 0.5, "b.wav": 0.5})
 
-    def interrupted(path, rate):
+    def interrupted(path: Path, rate: Any) -> Any:
         if path.name == "b.wav":
             raise KeyboardInterrupt
         return load_audio(path, rate)
@@ -130,12 +143,14 @@ def test_interruption_leaves_nothing(make_corpus, tmp_path, monkeypatch):
     assert not visible(tmp_path / "prepared")
 
 
-def test_one_process_prepares_for_all_that_wait(make_corpus, tmp_path, monkeypatch):
+def test_one_process_prepares_for_all_that_wait(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = make_corpus({"a.wav": 0.5})
     started, go, written = threading.Event(), threading.Event(), []
     write = store_module._write
 
-    def slowly(*arguments):
+    def slowly(*arguments: Any) -> Any:
         written.append(manifest)
         started.set()
         assert go.wait(60)
@@ -153,12 +168,14 @@ def test_one_process_prepares_for_all_that_wait(make_corpus, tmp_path, monkeypat
     assert len(written) == 1
 
 
-def test_where_nothing_can_be_locked_the_first_result_stays(make_corpus, tmp_path, monkeypatch):
+def test_where_nothing_can_be_locked_the_first_result_stays(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = make_corpus({"a.wav": 0.5})
     write = store_module._write
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "no locks available")))
 
-    def overtaken(*arguments):
+    def overtaken(*arguments: Any) -> Any:
         monkeypatch.setattr(store_module, "_write", write)
         monkeypatch.setattr(os, "getpid", lambda: 0)  # as another process
         quietly(manifest, CONFIG, tmp_path / "prepared")
@@ -170,7 +187,7 @@ def test_where_nothing_can_be_locked_the_first_result_stays(make_corpus, tmp_pat
     assert visible(tmp_path / "prepared") == [store.folder]
 
 
-def test_open_refuses_what_is_no_store(make_corpus, tmp_path):
+def test_open_refuses_what_is_no_store(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no prepared spectrograms"):
         SpectrogramStore.open(tmp_path)
     store = quietly(make_corpus({"a.wav": 0.5}), CONFIG, tmp_path)
@@ -180,13 +197,15 @@ def test_open_refuses_what_is_no_store(make_corpus, tmp_path):
         SpectrogramStore.open(store.folder)
 
 
-def test_negative_workers(make_corpus, tmp_path):
+def test_negative_workers(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers=-1 must not be negative"):
         quietly(make_corpus({"a.wav": 0.5}), CONFIG, tmp_path, workers=-1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_segments_are_prepared_as_if_they_were_files(make_corpus, tmp_path, workers, monkeypatch):
+def test_segments_are_prepared_as_if_they_were_files(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = make_corpus({"a.wav": 1.0, "b.wav": 1.0})
     rows = [("a.wav", 0.0, 0.25), ("a.wav", 0.25, 0.5), ("a.wav", 2.0, 0.5), ("b.wav", 0.5, 0.125), ("a.wav", 0.9, 0.1)]
     table = pd.DataFrame(rows, columns=["path", "start", "duration"]).assign(speaker="s", text=[*"vwxyz"], emotion="")
@@ -209,7 +228,7 @@ def test_segments_are_prepared_as_if_they_were_files(make_corpus, tmp_path, work
         assert hashed == ["a.wav", "b.wav", "a.wav"]  # once for adjacent segments
 
 
-def test_a_changed_file_of_segments_is_refused(make_corpus, tmp_path):
+def test_a_changed_file_of_segments_is_refused(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({"a.wav": 1.0})
     rows = [
         {"path": "a.wav", "start": s, "duration": 0.2, "speaker": "s", "text": "", "emotion": ""} for s in (0.1, 0.5)

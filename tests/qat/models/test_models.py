@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,9 +7,9 @@ from torch.nn import functional
 
 import qkernels
 from qat.config import NetworkConfig, RHEmoConfig
-from qat.models import VGG16, RHEmo, tap_name
+from qat.models import VGG16, RHEmo, SpeechClassifier, tap_name
 from qat.models.vgg import POOL_AFTER
-from qat.training.objectives import RHEmoObjective, SpeechClassifier
+from qat.training.objectives import RHEmoObjective
 
 TABLE = {  # method, table 1.3 and item 9.24
     ("quaternion", False): {4: 9_998_020, 5: 10_002_117, 7: 10_010_311, 8: 10_014_408, 1000: 14_078_632},
@@ -29,14 +30,14 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("domain", "adaptive_pool"), TABLE)
-def test_parameter_counts_to_the_unit(domain, adaptive_pool):
+def test_parameter_counts_to_the_unit(domain: Any, adaptive_pool: Any) -> None:
     for classes, expected in TABLE[domain, adaptive_pool].items():
         with torch.device("meta"):
             net = VGG16(NetworkConfig(domain=domain, adaptive_pool=adaptive_pool), classes)
         assert parameters(net) == expected
 
 
-def test_feature_parameters_per_layer():
+def test_feature_parameters_per_layer() -> None:
     with torch.device("meta"):
         quat, real = (VGG16(NetworkConfig(domain=d), 4) for d in ("quaternion", "real"))
     assert [parameters(c) for c in quat.convs][:5] == [640, 9280, 18_560, 36_992, 73_984]
@@ -44,14 +45,14 @@ def test_feature_parameters_per_layer():
     assert parameters(real.convs) == 14_713_536
 
 
-def test_rhemo_parameter_counts():
+def test_rhemo_parameter_counts() -> None:
     with torch.device("meta"):
         model = RHEmo()
     assert [parameters(m) for m in model.children()] == [256, 130, 134_283_272]
 
 
 @pytest.mark.parametrize(("domain", "shape"), [("quaternion", (4, 64, 64)), ("real", (1, 512, 128))])
-def test_feature_shapes(domain, shape):
+def test_feature_shapes(domain: str, shape: tuple[int, int, int]) -> None:
     net = VGG16(NetworkConfig(domain=domain, width=0.01, init="he"), 4)
     taps = ["input", *(f"relu{n}" for n in range(1, 14)), *(f"pool{n}" for n in range(1, 6))]
     logits, tapped = net(torch.rand(2, *shape), dict.fromkeys(taps, keep))
@@ -62,7 +63,7 @@ def test_feature_shapes(domain, shape):
     assert tapped["pool5"].shape[2:] == (shape[1] // 32, shape[2] // 32)
 
 
-def test_tap_names_follow_the_conventions_of_paper_and_codes():
+def test_tap_names_follow_the_conventions_of_paper_and_codes() -> None:
     assert [tap_name(n, "relu") for n in (1, 2, 13)] == ["relu1", "relu2", "relu13"]
     assert [tap_name(n, "slice") for n in range(1, 14)] == (
         [
@@ -87,7 +88,7 @@ def test_tap_names_follow_the_conventions_of_paper_and_codes():
             tap_name(layer, "relu")
 
 
-def test_taps_are_the_values_that_the_forward_pass_goes_through():
+def test_taps_are_the_values_that_the_forward_pass_goes_through() -> None:
     torch.manual_seed(0)
     net = VGG16(TINY, 3).eval()
     x = torch.rand(2, 4, 64, 64)
@@ -101,7 +102,7 @@ def test_taps_are_the_values_that_the_forward_pass_goes_through():
 
 
 @pytest.mark.parametrize("domain", ["quaternion", "real-on-embedding"])
-def test_what_a_tap_returns_feeds_the_next_layer(domain):
+def test_what_a_tap_returns_feeds_the_next_layer(domain: str) -> None:
     """All but a map in front of a fused pool, whose pooled map is computed beside it."""
     torch.manual_seed(0)
     net = VGG16(replace(TINY, domain=domain), 3).eval()
@@ -116,7 +117,7 @@ def test_what_a_tap_returns_feeds_the_next_layer(domain):
     assert unread == ([f"relu{n}" for n in POOL_AFTER] if domain == "quaternion" else [])
 
 
-def test_nothing_deeper_than_the_tap_is_computed():
+def test_nothing_deeper_than_the_tap_is_computed() -> None:
     net = VGG16(TINY, 3)
     ran = []
     run = net._layers.run
@@ -134,25 +135,27 @@ def test_nothing_deeper_than_the_tap_is_computed():
 class Packs:
     """Stands in for the packing of a network's weights: notes how often, and what its layers are given."""
 
-    def __init__(self, net):
+    def __init__(self, net: Any) -> None:
         self.made, self.given = [], []
         self._layers = net._layers
         net._layers = replace(net._layers, packed=self.packed, run=self.run, run_hidden=self.run_hidden)
 
-    def packed(self, modules, maps, x):
+    def packed(self, modules: Any, maps: Any, x: torch.Tensor) -> Any:
         self.made.append([object() for _ in modules])
         return self.made[-1]
 
-    def run(self, module, x, activation, pool=False, tap=False, link=None):
+    def run(
+        self, module: Any, x: torch.Tensor, activation: Any, pool: bool = False, tap: bool = False, link: Any = None
+    ) -> Any:
         self.given.append(link.packed)
         return self._layers.run(module, x, activation, pool, tap, link)
 
-    def run_hidden(self, module, x, dropout, link, dtype=None):
+    def run_hidden(self, module: Any, x: torch.Tensor, dropout: Any, link: Any, dtype: torch.dtype = None) -> Any:
         self.given.append(link.packed)
         return self._layers.run_hidden(module, x, dropout, link, dtype)
 
 
-def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once():
+def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once() -> None:
     net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
     packs = Packs(net)
     net(x)
@@ -186,7 +189,7 @@ def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once():
     assert [packed for _, packed in net._frozen.values()] == packs.made
 
 
-def test_only_what_a_feature_needs_is_packed():
+def test_only_what_a_feature_needs_is_packed() -> None:
     net = VGG16(TINY, 3).requires_grad_(False)
     packs = Packs(net)
     for name, convs in (("relu5", 5), ("conv2", 2), ("pool2", 4)):
@@ -201,14 +204,14 @@ def test_only_what_a_feature_needs_is_packed():
     assert packs.made == [[]]
 
 
-def test_nothing_is_packed_on_a_cpu():
+def test_nothing_is_packed_on_a_cpu() -> None:
     net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
     modules = [*net.convs, net.classifier[0], net.classifier[3]]
     assert net._layers.packed(modules, net._last_map, x) == [None] * 15
 
 
 @pytest.mark.parametrize("name", ["conv3", "relu3", "pool2", "relu13", "pool5"])
-def test_masks_that_move_between_layers_change_no_gradient(name):
+def test_masks_that_move_between_layers_change_no_gradient(name: str) -> None:
     """Wherever a tap cuts the chain; the reference, which masks at each layer, agrees."""
     torch.manual_seed(0)
     net, x = VGG16(TINY, 3).double(), torch.rand(2, 4, 64, 64, dtype=torch.float64)
@@ -223,12 +226,12 @@ def test_masks_that_move_between_layers_change_no_gradient(name):
         torch.testing.assert_close(actual, exact)
 
 
-def test_dropped_init_option_is_refused_for_quaternions():
+def test_dropped_init_option_is_refused_for_quaternions() -> None:
     with pytest.raises(ValueError, match="'pytorch' must be 'default' or 'he' in the quaternion domain"):
         NetworkConfig(init="pytorch")
 
 
-def test_he_keeps_activations_alive_where_glorot_lets_them_die():
+def test_he_keeps_activations_alive_where_glorot_lets_them_die() -> None:
     torch.manual_seed(0)
     x = torch.rand(2, 4, 64, 64)
     rms = {}
@@ -238,7 +241,7 @@ def test_he_keeps_activations_alive_where_glorot_lets_them_die():
     assert rms["he"] > 30 * rms["default"] > 0
 
 
-def test_rhemo_shapes_and_ranges():
+def test_rhemo_shapes_and_ranges() -> None:
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
     embedding, reconstruction = model(torch.rand(2, 1, 512, 128))
     logits = model.classify(embedding)
@@ -255,7 +258,7 @@ def test_rhemo_shapes_and_ranges():
     }
 
 
-def test_rhemo_heads_read_one_channel_each():
+def test_rhemo_heads_read_one_channel_each() -> None:
     torch.manual_seed(0)
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
     embedding, _ = model(torch.rand(2, 1, 512, 128))
@@ -264,7 +267,7 @@ def test_rhemo_heads_read_one_channel_each():
         torch.testing.assert_close(logits[name], model.heads[name](embedding[:, [channel]]))
 
 
-def test_rhemo_loss_is_the_published_sum():
+def test_rhemo_loss_is_the_published_sum() -> None:
     torch.manual_seed(0)
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
     x, targets = torch.rand(3, 1, 512, 128), torch.tensor([[0, 1, 0, 1], [4, 0, 0, 1], [2, 1, 1, 0]]).float()
@@ -285,7 +288,7 @@ def test_rhemo_loss_is_the_published_sum():
     assert set(stage1.parts) == {"reconstruction"}
 
 
-def test_rhemo_leaves_out_what_is_not_annotated():
+def test_rhemo_leaves_out_what_is_not_annotated() -> None:
     model = RHEmo(RHEmoConfig(width=0.01)).eval()
     x, nan = torch.rand(2, 1, 512, 128), float("nan")
     config = RHEmoConfig(beta=0.01)
@@ -307,7 +310,7 @@ def test_rhemo_leaves_out_what_is_not_annotated():
 
 
 @pytest.mark.parametrize("mode", ["frozen", "batch-statistics", "trainable"])
-def test_encoder_modes(mode):
+def test_encoder_modes(mode: str) -> None:
     torch.manual_seed(0)
     classifier = SpeechClassifier(NetworkConfig(width=0.01, rhemo_mode=mode), 3).train()
     x = torch.rand(4, 1, 512, 128)

@@ -1,6 +1,7 @@
 """A network whose kernels Triton cannot build is computed by plain PyTorch in their place."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qkernels.runtime.precision import switched
 pytest.importorskip("triton")
 
 
-def gradients(net, x, frozen):
+def gradients(net: Any, x: torch.Tensor, frozen: torch.Tensor) -> Any:
     """Logits and gradients of a step with anti-transfer in front of a pool."""
     net.zero_grad()
     logits, made = net(x, {"relu2": lambda features: anti_transfer_tap(features, frozen)})
@@ -22,12 +23,12 @@ def gradients(net, x, frozen):
     return logits.detach(), {name: p.grad.clone() for name, p in net.named_parameters()}
 
 
-def test_plain_pytorch_in_place_of_kernels(monkeypatch):
+def test_plain_pytorch_in_place_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     net = VGG16(NetworkConfig(width=1 / 16, dropout=0.0), 3)
     x, frozen = torch.rand(2, 4, 64, 64), torch.rand(2, 4, 64, 64)
     expected, exact = gradients(net, x, frozen)
 
-    def run(kernel, *arguments, **options):
+    def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         raise _launch.KernelUnavailable(f"Triton cannot build {kernel.__name__}")
 
     monkeypatch.setattr(_launch, "run", run)

@@ -1,10 +1,13 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 
 
-def test_round_trip_keeps_every_bit_and_the_record(tmp_path):
+def test_round_trip_keeps_every_bit_and_the_record(tmp_path: Path) -> None:
     net = torch.nn.Linear(3, 2)
     save_checkpoint(tmp_path / "model.safetensors", net.state_dict(), {"kind": "classifier", "classes": ["a", "ü"]})
     other = torch.nn.Linear(3, 2)
@@ -22,7 +25,7 @@ def test_round_trip_keeps_every_bit_and_the_record(tmp_path):
         (torch.nn.Sequential(torch.nn.Linear(3, 2)), "lacks \\['0.bias', '0.weight'\\]"),
     ],
 )
-def test_checkpoint_of_another_network_changes_nothing(tmp_path, other, message):
+def test_checkpoint_of_another_network_changes_nothing(tmp_path: Path, other: Any, message: str) -> None:
     save_checkpoint(tmp_path / "model.safetensors", torch.nn.Linear(3, 2).state_dict(), {"kind": "classifier"})
     before = {k: v.clone() for k, v in other.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -30,7 +33,7 @@ def test_checkpoint_of_another_network_changes_nothing(tmp_path, other, message)
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
 
 
-def test_bad_files_are_named(tmp_path):
+def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "absent", "classifier")
     (tmp_path / "text.safetensors").write_text("hello, this is no checkpoint at all")
@@ -41,11 +44,11 @@ def test_bad_files_are_named(tmp_path):
         load_checkpoint(tmp_path / "r.safetensors", "classifier")
 
 
-def test_an_interrupted_write_keeps_the_older_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, {"w": torch.ones(2)}, {"kind": "classifier"})
 
-    def broken(tensors, file, metadata):
+    def broken(tensors: Any, file: Any, metadata: Any) -> None:
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -56,14 +59,14 @@ def test_an_interrupted_write_keeps_the_older_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_optimizer_state_continues_exactly():
+def test_optimizer_state_continues_exactly() -> None:
     torch.manual_seed(0)
     nets = [torch.nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     optimizers = [torch.optim.Adam(net.parameters(), lr=0.1) for net in nets]
     x = torch.rand(4, 3)
 
-    def step(k):
+    def step(k: Any) -> None:
         optimizers[k].zero_grad()
         nets[k](x).square().sum().backward()
         optimizers[k].step()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,18 +25,18 @@ from qat.config import (
     from_plain,
     to_plain,
 )
-from qat.data.manifest import build_manifest, write_manifest
+from qat.data.manifest import Manifest, build_manifest, write_manifest
 from qat.models import VGG16
 from qat.training import distributed, loop
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.inference import evaluate_run, predict
 from qat.training.rhemo import pretrain_rhemo
-from qkernels.losses import CKA, CosSquared, FoldedRowwise, GramBatch, GramPosition, MseSigmoid
+from qkernels.losses import CKA, CosSquared, FoldedRowwise, GramBatch, GramPosition, Loss, MseSigmoid
 from tests.qat.training.trainings import same, trained, weights, with_twin
 
 
-def test_a_run_folder_holds_everything(experiment, twin, tmp_path):
+def test_a_run_folder_holds_everything(experiment: Experiment, twin: Path, tmp_path: Path) -> None:
     result = train_classifier(with_twin(experiment, twin, layers=[2, 13]), tmp_path / "run", quiet=True)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "experiment.yaml", "split.json", "model.safetensors", "last.safetensors", "metrics.csv", "predictions.csv",
@@ -60,7 +61,7 @@ def test_a_run_folder_holds_everything(experiment, twin, tmp_path):
     assert {k: len(v) for k, v in split.items()} == {"train": 25, "validation": 7, "test": 4}
 
 
-def test_training_learns_the_beeps(experiment, tmp_path):
+def test_training_learns_the_beeps(experiment: Experiment, tmp_path: Path) -> None:
     network = replace(experiment.network, width=0.1, dropout=0.0, embedding_scale="rms")
     speakers = trained(
         replace(experiment, task="speaker", network=network), epochs=40, patience=40, batch=5, keep="last"
@@ -71,20 +72,22 @@ def test_training_learns_the_beeps(experiment, tmp_path):
     assert result["parts"]["train"]["accuracy"] > 0.6
 
 
-def test_same_settings_same_bits_and_another_seed_others(experiment, tmp_path):
+def test_same_settings_same_bits_and_another_seed_others(experiment: Experiment, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train_classifier(trained(experiment, seed=seed), tmp_path / name, quiet=True)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(experiment, twin, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    experiment: Experiment, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experiment = trained(with_twin(experiment, twin, layers=[7]), epochs=4)
     train_classifier(experiment, tmp_path / "whole", quiet=True)
     epochs = iter(range(10))
     train_epoch = loop.train_epoch
 
-    def interrupted(*arguments):
+    def interrupted(*arguments: Any) -> Any:
         if next(epochs) == 2:
             raise KeyboardInterrupt
         return train_epoch(*arguments)
@@ -111,7 +114,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(experiment, twin, tmp_path,
     pd.testing.assert_frame_equal(whole, broken)
 
 
-def test_a_finished_run_is_kept(experiment, tmp_path):
+def test_a_finished_run_is_kept(experiment: Experiment, tmp_path: Path) -> None:
     result = train_classifier(experiment, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="holds a finished run"):
         train_classifier(experiment, tmp_path / "run", quiet=True)
@@ -120,7 +123,7 @@ def test_a_finished_run_is_kept(experiment, tmp_path):
     assert train_classifier(experiment, tmp_path / "run", resume=True, quiet=True) == json.loads(json.dumps(result))
 
 
-def test_the_best_epoch_is_kept_and_the_last_on_request(experiment, tmp_path):
+def test_the_best_epoch_is_kept_and_the_last_on_request(experiment: Experiment, tmp_path: Path) -> None:
     experiment = trained(experiment, lr=3e-2, epochs=5, patience=5)
     results = {}
     for keep in ("best", "last"):
@@ -132,17 +135,19 @@ def test_the_best_epoch_is_kept_and_the_last_on_request(experiment, tmp_path):
     assert results["last"]["parts"]["validation"]["total"] == pytest.approx(losses.iloc[-1], rel=1e-5)
 
 
-def test_early_stopping_stops(experiment, tmp_path):
+def test_early_stopping_stops(experiment: Experiment, tmp_path: Path) -> None:
     result = train_classifier(trained(experiment, lr=1e-12, epochs=9, patience=2), tmp_path / "run", quiet=True)
     assert result["epochs"] < 9
 
 
-def test_nan_is_an_error_that_says_so(experiment, tmp_path):
+def test_nan_is_an_error_that_says_so(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"training loss is (nan|inf).* lower training\.lr"):
         train_classifier(trained(experiment, lr=1e18, epochs=9), tmp_path / "run", quiet=True)
 
 
-def test_dual_anti_transfer_starts_from_all_weights_of_the_first_half(experiment, twin, tmp_path):
+def test_dual_anti_transfer_starts_from_all_weights_of_the_first_half(
+    experiment: Experiment, twin: Path, tmp_path: Path
+) -> None:
     first = with_twin(experiment, twin, layers=[5])
     train_classifier(first, tmp_path / "first", quiet=True)
     second = trained(first, initial=tmp_path / "first", lr=1e-12, epochs=1)
@@ -151,7 +156,9 @@ def test_dual_anti_transfer_starts_from_all_weights_of_the_first_half(experiment
     assert all(torch.allclose(before[k], after[k], atol=1e-9) for k in before)
 
 
-def test_dual_anti_transfer_against_two_twins_at_several_layers(experiment, twin, tmp_path):
+def test_dual_anti_transfer_against_two_twins_at_several_layers(
+    experiment: Experiment, twin: Path, tmp_path: Path
+) -> None:
     words = trained(replace(experiment, task="word-presence"), epochs=1)
     train_classifier(words, tmp_path / "words", quiet=True)
     how = {"layers": [2, 7], "beta": [1.0, 0.5]}
@@ -172,7 +179,9 @@ def test_dual_anti_transfer_against_two_twins_at_several_layers(experiment, twin
 
 
 @pytest.mark.parametrize("settings", [{"layers": [2, 7]}, {"layers": [2], "loss": GramPosition()}])
-def test_a_cached_twin_trains_the_same_network_and_runs_once(experiment, twin, settings, tmp_path, monkeypatch):
+def test_a_cached_twin_trains_the_same_network_and_runs_once(
+    experiment: Experiment, twin: Path, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the twin runs up to a layer; 25, 7 and 4 samples are trained on, validated, tested."""
     runs: dict[bool, list[int]] = {True: [], False: []}
     features_at = VGG16.features_at
@@ -190,10 +199,12 @@ def test_a_cached_twin_trains_the_same_network_and_runs_once(experiment, twin, s
     assert all(torch.allclose(first[k], second[k], rtol=0, atol=1e-6) for k in first)
 
 
-def test_the_twin_is_cached_only_where_samples_are_the_same_each_time(experiment, tmp_path, monkeypatch):
+def test_the_twin_is_cached_only_where_samples_are_the_same_each_time(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
-    def spying(term, inputs, samples, batch):
+    def spying(term: Any, inputs: Any, samples: Any, batch: Any) -> Any:
         asked.append(samples.tolist())
         return {}
 
@@ -215,20 +226,24 @@ def test_the_twin_is_cached_only_where_samples_are_the_same_each_time(experiment
 
 
 @pytest.mark.parametrize("loss", [FoldedRowwise(), GramBatch(), CKA(), CosSquared(), MseSigmoid()], ids=repr)
-def test_losses_of_whole_batches_take_one_process(experiment, twin, loss, tmp_path, monkeypatch):
+def test_losses_of_whole_batches_take_one_process(
+    experiment: Experiment, twin: Path, loss: Loss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=f"anti_transfer.loss {loss.name}, which mixes .* trained by one process only"):
         train_classifier(with_twin(experiment, twin, loss=loss), tmp_path / "run", quiet=True)
 
 
-def test_what_evaluation_draws_does_not_depend_on_when_a_run_was_interrupted(experiment, twin, tmp_path):
+def test_what_evaluation_draws_does_not_depend_on_when_a_run_was_interrupted(
+    experiment: Experiment, twin: Path, tmp_path: Path
+) -> None:
     run = with_twin(experiment, twin, layers=[13], loss=CosSquared("stochastic_pairwise"))
     result = train_classifier(run, tmp_path / "run", quiet=True)
     (tmp_path / "run/result.json").unlink()
     assert train_classifier(run, tmp_path / "run", resume=True, quiet=True)["parts"] == result["parts"]
 
 
-def test_accuracy_of_batches_is_that_of_consecutive_predictions(experiment, tmp_path):
+def test_accuracy_of_batches_is_that_of_consecutive_predictions(experiment: Experiment, tmp_path: Path) -> None:
     result = train_classifier(trained(experiment, accuracy="batches", batch=4), tmp_path / "run", quiet=True)
     predictions = pd.read_csv(tmp_path / "run/predictions.csv")
     again = evaluate_run(tmp_path / "run", device="cpu", quiet=True)
@@ -249,7 +264,7 @@ def test_accuracy_of_batches_is_that_of_consecutive_predictions(experiment, tmp_
         assert scores | {"accuracy": result["parts"][part]["accuracy"]} == result["parts"][part]
 
 
-def test_predictions_of_segments_say_where_they_start(experiment, corpus, tmp_path):
+def test_predictions_of_segments_say_where_they_start(experiment: Experiment, corpus: Manifest, tmp_path: Path) -> None:
     rows = [
         row | {"start": start, "duration": 0.4}
         for row in corpus.table.drop(columns=["checksum", "duration"]).to_dict("records")
@@ -265,7 +280,7 @@ def test_predictions_of_segments_say_where_they_start(experiment, corpus, tmp_pa
     ]
 
 
-def test_a_network_may_have_more_outputs_than_classes(experiment, corpus, tmp_path):
+def test_a_network_may_have_more_outputs_than_classes(experiment: Experiment, corpus: Manifest, tmp_path: Path) -> None:
     more = replace(experiment, network=replace(experiment.network, outputs=5))
     result = train_classifier(trained(more, epochs=1), tmp_path / "run", quiet=True)
     assert result["classes"] == ["angry", "neutral", "sad", "unused-4", "unused-5"]
@@ -284,8 +299,7 @@ def test_a_network_may_have_more_outputs_than_classes(experiment, corpus, tmp_pa
         trained(experiment, initial=tmp_path / "run", lr=1e-12, epochs=1), tmp_path / "run", layers=[2]
     )
     assert train_classifier(follower, tmp_path / "three", quiet=True)["classes"] == ["angry", "neutral", "sad"]
-    again = replace(follower, network=more.network)
-    train_classifier(again, tmp_path / "five", quiet=True)
+    train_classifier(replace(follower, network=more.network), tmp_path / "five", quiet=True)
     before, three, five = (weights(tmp_path / name) for name in ("run", "three", "five"))
     head = ["net.classifier.6.bias", "net.classifier.6.weight"]
     assert [k for k in before if before[k].shape != three[k].shape] == head
@@ -300,7 +314,7 @@ def test_a_network_may_have_more_outputs_than_classes(experiment, corpus, tmp_pa
         train_classifier(several, tmp_path / "several", quiet=True)
 
 
-def test_random_twin_is_another_network_and_needs_no_file(experiment, twin, tmp_path):
+def test_random_twin_is_another_network_and_needs_no_file(experiment: Experiment, twin: Path, tmp_path: Path) -> None:
     control = replace(experiment, anti_transfer=AntiTransferConfig(layers=[13], random_twin=True))
     result = train_classifier(control, tmp_path / "run", quiet=True)
     real = train_classifier(with_twin(experiment, twin, layers=[13]), tmp_path / "real", quiet=True)
@@ -309,13 +323,13 @@ def test_random_twin_is_another_network_and_needs_no_file(experiment, twin, tmp_
 
 
 @pytest.mark.parametrize("domain", ["real", "real-on-embedding"])
-def test_real_domains_train_too(experiment, domain, tmp_path):
+def test_real_domains_train_too(experiment: Experiment, domain: str, tmp_path: Path) -> None:
     network = replace(experiment.network, domain=domain, embedding_scale="none")
     result = train_classifier(trained(replace(experiment, network=network), epochs=1), tmp_path / "run", quiet=True)
     assert result["parts"]["test"]["samples"] == 4
 
 
-def test_paper_normalisation_by_domain(experiment, tmp_path):
+def test_paper_normalisation_by_domain(experiment: Experiment, tmp_path: Path) -> None:
     rhemo = RHEmoExperiment(
         corpus=experiment.corpus, rhemo=RHEmoConfig(width=0.01), training=experiment.training, cache=experiment.cache
     )
@@ -329,7 +343,9 @@ def test_paper_normalisation_by_domain(experiment, tmp_path):
     assert kinds == {"quaternion": "max", "real": "standard"}
 
 
-def test_trainable_encoder_is_trained_and_a_frozen_one_is_not(experiment, rhemo, tmp_path):
+def test_trainable_encoder_is_trained_and_a_frozen_one_is_not(
+    experiment: Experiment, rhemo: Path, tmp_path: Path
+) -> None:
     before = load_checkpoint(rhemo, "rhemo").part("encoder")
     for mode, moves in (("frozen", False), ("trainable", True)):
         network = replace(experiment.network, rhemo_mode=mode, embedding_scale="none")
@@ -338,23 +354,27 @@ def test_trainable_encoder_is_trained_and_a_frozen_one_is_not(experiment, rhemo,
         assert torch.equal(before["0.weight"], after["0.weight"]) != moves
 
 
-def test_word_presence_is_multi_label(experiment, tmp_path):
+def test_word_presence_is_multi_label(experiment: Experiment, tmp_path: Path) -> None:
     result = train_classifier(replace(experiment, task="word-presence"), tmp_path / "run", quiet=True)
     assert result["classes"] == ["one", "say", "three", "two"]
     assert 0 <= result["parts"]["test"]["average_precision"] <= 1
 
 
-def test_word_network_trains(experiment, tmp_path):
+def test_word_network_trains(experiment: Experiment, tmp_path: Path) -> None:
     words = replace(experiment, task="word", features=replace(experiment.features, cut="word"))
     result = train_classifier(words, tmp_path / "run", quiet=True)
     assert result["classes"] == ["one", "three", "two"]
 
 
-def test_the_order_of_samples_changes_with_the_epoch(experiment, tmp_path, monkeypatch):
+def test_the_order_of_samples_changes_with_the_epoch(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     batches = loop.batches
 
-    def spying(examples, order, size, device, generator=None, shared=(0, 1)):
+    def spying(
+        examples: Any, order: Any, size: Any, device: Any, generator: torch.Generator = None, shared: Any = (0, 1)
+    ) -> Any:
         if generator is not None:
             seen.append(order.tolist())
         return batches(examples, order, size, device, generator, shared)
@@ -390,12 +410,12 @@ def test_the_order_of_samples_changes_with_the_epoch(experiment, tmp_path, monke
         (lambda: from_plain(NetworkConfig, {"width": 1.0, "depth": 3}), "unknown setting depth"),
     ],
 )
-def test_settings_out_of_range_are_named(make, message):
+def test_settings_out_of_range_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_missing_labels_columns_and_networks_are_refused(experiment, tmp_path):
+def test_missing_labels_columns_and_networks_are_refused(experiment: Experiment, tmp_path: Path) -> None:
     for change, message in (
         (replace(experiment, corpus=replace(experiment.corpus, where={"sex": ["f"]})), "no column 'sex'"),
         (replace(experiment, corpus=replace(experiment.corpus, where={"speaker": ["eve"]})), "no row is left"),
@@ -406,7 +426,7 @@ def test_missing_labels_columns_and_networks_are_refused(experiment, tmp_path):
             train_classifier(change, tmp_path / "run", quiet=True)
 
 
-def test_configs_survive_yaml(experiment, twin):
+def test_configs_survive_yaml(experiment: Experiment, twin: Path) -> None:
     config = with_twin(experiment, twin, layers=[1, 2], beta=[1.0, 0.5])
     assert from_plain(Experiment, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
 
@@ -420,7 +440,9 @@ train_classifier(from_plain(Experiment, json.loads(sys.argv[1])), Path(sys.argv[
 """
 
 
-def test_two_processes_train_like_one_at_the_same_global_batch(experiment, twin, tmp_path):
+def test_two_processes_train_like_one_at_the_same_global_batch(
+    experiment: Experiment, twin: Path, tmp_path: Path
+) -> None:
     """Batch 11 over 25 samples leaves a last batch of 3: two samples for one process, one for the other."""
     few = trained(experiment, epochs=2, lr=1e-4, batch=11, accuracy="batches")
     run = with_twin(few, twin, layers=[2, 7], beta=[1.0, 0.5])

@@ -2,19 +2,22 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from qat.config import Experiment
+from qat.data.manifest import Manifest
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.data import class_targets, load_data, rhemo_targets
 from tests.qat.training.trainings import louder, trained
 
 
-def test_rhemo_targets():
+def test_rhemo_targets() -> None:
     index = pd.DataFrame(
         {"emotion": ["neutral", "Anger", "HAPPY", "sad", "bored"], "valence": [2.5, 2.6, 1, 5, np.nan]}
     )
@@ -25,7 +28,7 @@ def test_rhemo_targets():
     assert targets[:, 2:].isnan().all()
 
 
-def test_words_move_in_training_and_are_centred_in_evaluation(experiment):
+def test_words_move_in_training_and_are_centred_in_evaluation(experiment: Experiment) -> None:
     features = replace(experiment.features, cut="word")
     words = replace(experiment, task="word", features=features, normalisation="max")
     data = load_data(words, quiet=True)
@@ -41,13 +44,13 @@ def test_words_move_in_training_and_are_centred_in_evaluation(experiment):
     assert len(set((x != 0).any(dim=(1, 3)).float().argmax(1).tolist())) == 1
 
 
-def test_a_class_without_training_sample_is_refused():
+def test_a_class_without_training_sample_is_refused() -> None:
     index = pd.DataFrame({"emotion": ["sad", "happy", "angry"]})
     with pytest.raises(ValueError, match="no training sample of class angry, happy"):
         class_targets(index, {"train": [0], "validation": [1], "test": [2]}, "emotion")
 
 
-def test_statistics_come_from_the_training_part_only(experiment, corpus, tmp_path):
+def test_statistics_come_from_the_training_part_only(experiment: Experiment, corpus: Manifest, tmp_path: Path) -> None:
     train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
     split = json.loads((tmp_path / "run/split.json").read_text())
     saved = {}

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,15 +12,18 @@ import torch
 
 from qat.config import (
     CorpusConfig,
+    Experiment,
 )
-from qat.data.manifest import write_manifest
+from qat.data.manifest import Manifest, write_manifest
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.inference import evaluate_run, load_classifier, predict
 from tests.qat.training.trainings import trained
 
 
-def test_evaluate_gives_the_runs_own_numbers_again(experiment, corpus, twin, tmp_path):
+def test_evaluate_gives_the_runs_own_numbers_again(
+    experiment: Experiment, corpus: Manifest, twin: Path, tmp_path: Path
+) -> None:
     result = train_classifier(experiment, tmp_path / "run", quiet=True)
     again = evaluate_run(tmp_path / "run", device="cpu", quiet=True)
     for part, metrics in result["parts"].items():
@@ -33,7 +37,9 @@ def test_evaluate_gives_the_runs_own_numbers_again(experiment, corpus, twin, tmp
     assert everything["all"]["accuracy"] == pytest.approx(right / 36)
 
 
-def test_evaluate_refuses_labels_that_the_network_does_not_know(experiment, corpus, tmp_path):
+def test_evaluate_refuses_labels_that_the_network_does_not_know(
+    experiment: Experiment, corpus: Manifest, tmp_path: Path
+) -> None:
     train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
     table = corpus.table.assign(emotion="furious")
     write_manifest(replace(corpus, table=table), corpus.root / "furious.csv")
@@ -41,7 +47,7 @@ def test_evaluate_refuses_labels_that_the_network_does_not_know(experiment, corp
         evaluate_run(tmp_path / "run", CorpusConfig("csv", corpus.root / "furious.csv"), quiet=True)
 
 
-def test_predict_agrees_with_the_recorded_predictions(experiment, corpus, tmp_path):
+def test_predict_agrees_with_the_recorded_predictions(experiment: Experiment, corpus: Manifest, tmp_path: Path) -> None:
     train_classifier(experiment, tmp_path / "run", quiet=True)
     recorded = pd.read_csv(tmp_path / "run/predictions.csv").set_index("path")
     paths = list(recorded.index[:5])
@@ -51,7 +57,7 @@ def test_predict_agrees_with_the_recorded_predictions(experiment, corpus, tmp_pa
         np.testing.assert_allclose(predicted[name], recorded.loc[paths, f"p_{name}"], atol=1e-4)
 
 
-def test_predict_names_what_it_cannot_read(experiment, tmp_path):
+def test_predict_names_what_it_cannot_read(experiment: Experiment, tmp_path: Path) -> None:
     train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
     soundfile.write(tmp_path / "short.wav", np.ones(100), 16000)
     (tmp_path / "text.wav").write_text("no audio")
@@ -64,7 +70,9 @@ def test_predict_names_what_it_cannot_read(experiment, tmp_path):
             predict(tmp_path / "run", [tmp_path / name])
 
 
-def test_evaluation_uses_the_parts_that_were_trained_on_even_when_the_corpus_has_grown(experiment, corpus, tmp_path):
+def test_evaluation_uses_the_parts_that_were_trained_on_even_when_the_corpus_has_grown(
+    experiment: Experiment, corpus: Manifest, tmp_path: Path
+) -> None:
     half = corpus.filter(corpus.table["text"] != "two")
     write_manifest(half, corpus.root / "growing.csv")
     run = replace(experiment, corpus=CorpusConfig("csv", corpus.root / "growing.csv"))
@@ -77,7 +85,7 @@ def test_evaluation_uses_the_parts_that_were_trained_on_even_when_the_corpus_has
         evaluate_run(tmp_path / "run", device="cpu", quiet=True)
 
 
-def test_loaded_classifier_is_self_contained(experiment, tmp_path):
+def test_loaded_classifier_is_self_contained(experiment: Experiment, tmp_path: Path) -> None:
     train_classifier(experiment, tmp_path / "run", quiet=True)
     os.rename(tmp_path / "run/model.safetensors", tmp_path / "alone.safetensors")
     classifier = load_classifier(load_checkpoint(tmp_path / "alone.safetensors", "classifier"))

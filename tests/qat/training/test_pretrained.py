@@ -1,21 +1,27 @@
 """Checkpoints that a training builds on."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qat.config import (
+    Experiment,
     RHEmoConfig,
     RHEmoExperiment,
 )
+from qat.data.manifest import Manifest
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.rhemo import pretrain_rhemo
 from tests.qat.training.trainings import trained, weights, with_twin
 
 
-def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(experiment, twin, tmp_path):
+def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(
+    experiment: Experiment, twin: Path, tmp_path: Path
+) -> None:
     train_classifier(trained(experiment, initial=twin, lr=1e-12, epochs=1), tmp_path / "run", quiet=True)
     before, after = weights(twin), weights(tmp_path / "run")
     changed = [
@@ -24,7 +30,9 @@ def test_starting_from_another_number_of_classes_keeps_all_but_the_last_layer(ex
     assert changed == ["net.classifier.6.bias", "net.classifier.6.weight"]
 
 
-def test_the_last_layer_can_be_initialised_anew_where_the_classes_are_the_same(experiment, tmp_path):
+def test_the_last_layer_can_be_initialised_anew_where_the_classes_are_the_same(
+    experiment: Experiment, tmp_path: Path
+) -> None:
     train_classifier(trained(experiment, epochs=1), tmp_path / "first", quiet=True)
     new = trained(experiment, initial=tmp_path / "first", initial_head="new", lr=1e-12, epochs=1)
     train_classifier(new, tmp_path / "new", quiet=True)
@@ -34,7 +42,7 @@ def test_the_last_layer_can_be_initialised_anew_where_the_classes_are_the_same(e
     assert set(changed) <= {"net.classifier.6.bias", "net.classifier.6.weight"}
 
 
-def test_a_trained_encoder_goes_on_in_the_second_half(experiment, tmp_path):
+def test_a_trained_encoder_goes_on_in_the_second_half(experiment: Experiment, tmp_path: Path) -> None:
     network = replace(experiment.network, rhemo_mode="trainable", embedding_scale="none")
     first = trained(replace(experiment, network=network), epochs=1)
     train_classifier(first, tmp_path / "first", quiet=True)
@@ -52,7 +60,7 @@ def test_a_trained_encoder_goes_on_in_the_second_half(experiment, tmp_path):
     assert not torch.allclose(pretrained, after, atol=1e-6)
 
 
-def test_twins_that_do_not_fit_are_refused(experiment, twin, rhemo, tmp_path):
+def test_twins_that_do_not_fit_are_refused(experiment: Experiment, twin: Path, rhemo: Path, tmp_path: Path) -> None:
     wide = replace(experiment.network, width=0.03)
     for change, message in (
         (replace(with_twin(experiment, twin), network=wide), "has network.width 0.01, this experiment has 0.03"),
@@ -63,7 +71,9 @@ def test_twins_that_do_not_fit_are_refused(experiment, twin, rhemo, tmp_path):
             train_classifier(change, tmp_path / "run", quiet=True)
 
 
-def test_twin_of_another_embedding_is_refused(experiment, twin, tmp_path, corpus, cache):
+def test_twin_of_another_embedding_is_refused(
+    experiment: Experiment, twin: Path, tmp_path: Path, corpus: Manifest, cache: Path
+) -> None:
     other = RHEmoExperiment(
         corpus=experiment.corpus,
         normalisation="log",
@@ -84,7 +94,9 @@ def test_twin_of_another_embedding_is_refused(experiment, twin, tmp_path, corpus
         lambda e: replace(e, features=replace(e.features, time_order="reversed")),
     ],
 )
-def test_networks_trained_on_other_inputs_are_refused(experiment, twin, change, tmp_path):
+def test_networks_trained_on_other_inputs_are_refused(
+    experiment: Experiment, twin: Path, change: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"network\.rhemo: .* was trained with .*; they must be equal"):
         train_classifier(change(experiment), tmp_path / "run", quiet=True)
     real = replace(experiment.network, domain="real", embedding_scale="none")

@@ -2,22 +2,25 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from qat.config import (
+    Experiment,
     RHEmoExperiment,
     from_plain,
 )
+from qat.data.manifest import Manifest
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
 from qat.training.rhemo import pretrain_rhemo
 from tests.qat.training.trainings import louder
 
 
-def test_rhemo_stage_2_starts_from_stage_1(rhemo, experiment, tmp_path):
+def test_rhemo_stage_2_starts_from_stage_1(rhemo: Path, experiment: Experiment, tmp_path: Path) -> None:
     first = from_plain(RHEmoExperiment, json.loads((rhemo / "result.json").read_text())["experiment"])
     second = replace(
         first,
@@ -31,7 +34,7 @@ def test_rhemo_stage_2_starts_from_stage_1(rhemo, experiment, tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in weights_only)
 
 
-def test_constant_predictor_and_live_channels_are_measured(rhemo):
+def test_constant_predictor_and_live_channels_are_measured(rhemo: Path) -> None:
     result = json.loads((rhemo / "result.json").read_text())
     experiment = from_plain(RHEmoExperiment, result["experiment"])
     data = load_data(experiment, quiet=True)
@@ -42,7 +45,7 @@ def test_constant_predictor_and_live_channels_are_measured(rhemo):
     assert 1 <= result["parts"]["test"]["live_channels"] <= 4
 
 
-def test_rhemo_takes_clips_louder_than_the_training_maximum(rhemo, corpus, tmp_path):
+def test_rhemo_takes_clips_louder_than_the_training_maximum(rhemo: Path, corpus: Manifest, tmp_path: Path) -> None:
     split = json.loads((rhemo / "split.json").read_text())
     first = from_plain(RHEmoExperiment, json.loads((rhemo / "result.json").read_text())["experiment"])
     loud = replace(

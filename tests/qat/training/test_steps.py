@@ -5,8 +5,11 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from qat.anti_transfer import AntiTransfer
 from qat.cli import main
-from qat.config import AntiTransferConfig, NetworkConfig, RHEmoConfig, TrainingConfig
+from qat.config import AntiTransferConfig, Experiment, NetworkConfig, RHEmoConfig, TrainingConfig
 from qat.data import rows as rows_module
+from qat.data.manifest import Manifest
 from qat.data.rows import Rows, empty_rows
-from qat.models import VGG16, RHEmo, RHEmoEncoder
+from qat.models import VGG16, RHEmo, RHEmoEncoder, SpeechClassifier
 from qat.training import embeddings as embeddings_module
 from qat.training import loop
 from qat.training import profile as profile_module
@@ -30,7 +34,7 @@ from qat.training.classifier import train_classifier
 from qat.training.data import load_data
 from qat.training.examples import Batch, Examples, batches
 from qat.training.inference import evaluate_run
-from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective, SpeechClassifier
+from qat.training.objectives import ClassificationObjective, Losses, RHEmoObjective
 from qat.training.profile import COUNT, Profile
 from qat.training.rhemo import pretrain_rhemo
 from qat.training.steps import WARM, Graphs, Steps
@@ -39,24 +43,24 @@ from qkernels.losses import FoldedRowwise, GramChannel
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("cpu:0")  # two names of one device stand for two devices
 
 
-def changed(experiment, **settings):
+def changed(experiment: Experiment, **settings: Any) -> Any:
     return replace(experiment, training=replace(experiment.training, **settings))
 
 
-def trained_weights(folder):
+def trained_weights(folder: Path) -> Any:
     return load_checkpoint(folder, "classifier").tensors
 
 
-def same(a, b) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 7), (4, 6, 2)])
-def test_rows_are_the_same_wherever_they_lie(shape):
+def test_rows_are_the_same_wherever_they_lie(shape: tuple[int, ...]) -> None:
     values = torch.rand(9, *shape)
     asked = []
 
-    def read(numbers):
+    def read(numbers: Any) -> Any:
         asked.append(numbers.tolist())
         return values[numbers]
 
@@ -75,11 +79,11 @@ def test_rows_are_the_same_wherever_they_lie(shape):
     assert torch.equal(elsewhere.read(numbers), values[numbers])
 
 
-def test_rows_that_nobody_asks_for_are_not_read(monkeypatch):
+def test_rows_that_nobody_asks_for_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_BLOCK", 2)
     asked = []
 
-    def read(numbers):
+    def read(numbers: Any) -> Any:
         asked.append(numbers.tolist())
         return numbers[:, None].double()
 
@@ -91,7 +95,7 @@ def test_rows_that_nobody_asks_for_are_not_read(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_rows_keep_their_layout(layout):
+def test_rows_keep_their_layout(layout: torch.memory_format) -> None:
     features = torch.rand(5, 8, 6, 6).contiguous(memory_format=layout)
     table = empty_rows(features[:2], 5)
     table[:] = features
@@ -100,7 +104,7 @@ def test_rows_keep_their_layout(layout):
     assert got.is_contiguous(memory_format=layout)
 
 
-def test_batches_are_the_samples_in_order_and_processes_share_them():
+def test_batches_are_the_samples_in_order_and_processes_share_them() -> None:
     known = Examples({"inputs": Rows(torch.arange(10.0), CPU), "targets": Rows(torch.arange(10) % 3, CPU)})
     order = torch.tensor([3, 1, 4, 9, 5, 2, 6])
     whole = [known.gather(b.loaded) for b in batches(known, order, 3, CPU)]
@@ -111,22 +115,22 @@ def test_batches_are_the_samples_in_order_and_processes_share_them():
         [[3, 4], [9, 2], [6]],
         [[1], [5], [6]],  # nothing is left of the last batch: it gets another's, with weight 0
     ]
-    assert [[(b.samples, b.everyones) for b in share] for share in shares] == [
+    assert [[(b.samples, b.whole) for b in share] for share in shares] == [
         [(2, 3), (2, 3), (1, 1)],
         [(1, 3), (1, 3), (0, 1)],
     ]
 
 
-def test_words_are_placed_as_drawn_for_the_whole_batch():
+def test_words_are_placed_as_drawn_for_the_whole_batch() -> None:
     """Where a process's words lie must not depend on how many processes there are."""
 
-    def offsets(count, generator):
+    def offsets(count: Any, generator: torch.Generator) -> Any:
         return torch.randint(340, (count,), generator=generator)
 
     words = torch.rand(6, 170, 129)
     known = Examples({"inputs": Rows(words, CPU), "targets": Rows(torch.zeros(6), CPU)}, offsets)
 
-    def made(shared):
+    def made(shared: Any) -> Any:
         drawn = batches(known, torch.arange(6), 4, CPU, torch.Generator().manual_seed(3), shared)
         return [known.gather(batch.loaded)["inputs"] for batch in drawn]
 
@@ -144,14 +148,14 @@ class Line(nn.Module):
         self.a = nn.Parameter(torch.tensor([2.0, -1.0]))
         self.asked = 0
 
-    def forward(self, inputs, targets):
+    def forward(self, inputs: Any, targets: Any) -> Any:
         self.asked += 1
         outputs = nn.functional.dropout(inputs * self.a, 0.5, self.training)
         total = (outputs.sum(1) - targets).square().mean()
         return Losses(total, {"half": total.detach() / 2}, outputs.detach())
 
 
-def line_steps(**settings) -> Steps:
+def line_steps(**settings: Any) -> Steps:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     known = {"inputs": torch.rand(10, 2, generator=generator), "targets": torch.rand(10, generator=generator)}
@@ -173,7 +177,7 @@ SYNCHRONIZING = (
 class SyncDebugMode:
     """PyTorch's, with its own notice that it is a prototype; where this build has none, with the same words."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.modes: list[str] = []
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set)
 
@@ -189,7 +193,7 @@ class SyncDebugMode:
         finally:
             torch.set_warn_always(always)
 
-    def wait(self, *_) -> None:
+    def wait(self, *_: Any) -> None:
         """What an operation does that lets the host wait."""
         if self.modes[-1:] == ["warn"]:
             warnings.warn(SYNCHRONIZING, UserWarning, stacklevel=2)
@@ -198,7 +202,7 @@ class SyncDebugMode:
 class FakeGraphs(Graphs):
     """Graphs on a CPU: capturing computes nothing, a replay calls the function again."""
 
-    def __init__(self, monkeypatch, fails: str | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str | None = None) -> None:
         for name in ("Stream", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
         super().__init__()
@@ -206,7 +210,7 @@ class FakeGraphs(Graphs):
         self.captured: list[tuple[str, int]] = []
         self.replays = 0
 
-        def captured(function, stream, pool):
+        def captured(function: Callable[..., Any], stream: Any, pool: Any) -> Any:
             if fails is not None:
                 raise RuntimeError(fails)
             results: list[torch.Tensor] = []
@@ -228,15 +232,15 @@ class FakeGraphs(Graphs):
             with torch.no_grad():
                 for p, before in copies:
                     p.copy_(before)
-                for p, s in optimizer[1].items():
+                for parameter, s in optimizer[1].items():
                     for k, v in s.items():
-                        self.adam.state[p][k].copy_(v)
+                        self.adam.state[parameter][k].copy_(v)
             self.steps._sums.copy_(sums)
             return replay, tuple(results) if isinstance(made, tuple) else results[0]
 
         monkeypatch.setattr(steps_module, "captured", captured)
 
-    def on_stream(self):
+    def on_stream(self) -> Any:
         return torch.enable_grad()
 
     def of(self, steps: Steps) -> "FakeGraphs":
@@ -255,7 +259,7 @@ def epochs(steps: Steps, count: int) -> list[object]:
     return found
 
 
-def test_replayed_steps_are_the_same_training(monkeypatch):
+def test_replayed_steps_are_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 4, 4 and 2 in training and in validation: every size, its warm steps, its capture, its replays."""
     plain, replayed = line_steps(clip=0.5), line_steps(clip=0.5)
     graphs = FakeGraphs(monkeypatch).of(replayed)
@@ -270,12 +274,14 @@ NO_GRAPH = "training.capture: no CUDA graph can hold these steps, which run unca
 
 
 @pytest.mark.parametrize("first", ["", "out of memory\nmore"])
-def test_what_cannot_be_captured_runs_all_the_same_and_says_why_once(first, monkeypatch, caplog):
+def test_what_cannot_be_captured_runs_all_the_same_and_says_why_once(
+    first: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The end of the failed capture raises over what failed first."""
     plain, failing = line_steps(), line_steps()
     graphs = FakeGraphs(monkeypatch).of(failing)
 
-    def captured(function, stream, pool):
+    def captured(function: Callable[..., Any], stream: Any, pool: Any) -> None:
         try:
             raise RuntimeError(first)
         finally:
@@ -288,7 +294,9 @@ def test_what_cannot_be_captured_runs_all_the_same_and_says_why_once(first, monk
     assert graphs.replays == 0
 
 
-def test_a_step_for_which_the_host_waits_is_not_captured(monkeypatch, caplog):
+def test_a_step_for_which_the_host_waits_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plain, waiting = line_steps(), line_steps()
     graphs = FakeGraphs(monkeypatch, fails="never asked").of(waiting)
     waiting.objective.register_forward_hook(graphs.sync_debug.wait)
@@ -297,7 +305,7 @@ def test_a_step_for_which_the_host_waits_is_not_captured(monkeypatch, caplog):
     assert [r.getMessage() for r in caplog.records] == [NO_GRAPH + "called a synchronizing CUDA operation"]
 
 
-def test_waits_are_noted_and_other_warnings_pass(monkeypatch):
+def test_waits_are_noted_and_other_warnings_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's notice about itself, whose words are like those of a wait, is neither noted nor shown."""
     mode = SyncDebugMode(monkeypatch)
     others = ["something else", "synchronizing CUDA operations are slow"]
@@ -318,11 +326,11 @@ def test_waits_are_noted_and_other_warnings_pass(monkeypatch):
     assert rest == others
 
 
-def test_a_gradient_left_by_a_failed_capture_does_not_count(monkeypatch):
+def test_a_gradient_left_by_a_failed_capture_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, failing = line_steps(), line_steps()
     graphs = FakeGraphs(monkeypatch).of(failing)
 
-    def captured(function, stream, pool):
+    def captured(function: Callable[..., Any], stream: Any, pool: Any) -> None:
         for p in failing.objective.parameters():
             p.grad = torch.full_like(p, 1e6)
         raise RuntimeError("no")
@@ -333,10 +341,11 @@ def test_a_gradient_left_by_a_failed_capture_does_not_count(monkeypatch):
 
 
 @pytest.mark.parametrize("clip", [None, 0.1, 1e3])
-def test_steps_are_adams_of_clipped_gradients(clip):
+def test_steps_are_adams_of_clipped_gradients(clip: float | None) -> None:
     steps, numbers = line_steps(clip=clip, weight_decay=0.1), torch.arange(4)
     inputs, targets = (steps.examples.rows[name].pick(numbers) for name in ("inputs", "targets"))
-    a = steps.objective.a.detach().clone().requires_grad_()
+    objective: Any = steps.objective
+    a = objective.a.detach().clone().requires_grad_()
     adam = torch.optim.Adam([a], 0.1, weight_decay=0.1)
     steps.objective.eval()
     for _ in range(4):
@@ -351,10 +360,10 @@ def test_steps_are_adams_of_clipped_gradients(clip):
     torch.testing.assert_close(steps.objective.a, a)
 
 
-def test_words_move_in_every_epoch():
+def test_words_move_in_every_epoch() -> None:
     drawn = []
 
-    def offsets(count, generator):
+    def offsets(count: Any, generator: torch.Generator) -> Any:
         drawn.append(None if generator is None else torch.randint(340, (count,), generator=generator).tolist())
         return torch.zeros(count, dtype=torch.long)
 
@@ -372,13 +381,13 @@ def test_words_move_in_every_epoch():
     assert drawn[3] is None
 
 
-def test_adams_state_is_loaded_in_the_layout_of_the_weights(tmp_path):
+def test_adams_state_is_loaded_in_the_layout_of_the_weights(tmp_path: Path) -> None:
     """Adam in one kernel takes it for granted; a wrong one gives wrong weights, on a GPU an error."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
     x = torch.rand(2, 4, 8, 8)
 
-    def stepped(adam):
+    def stepped(adam: Any) -> None:
         adam.zero_grad()
         conv(x).square().mean().backward()
         adam.step()
@@ -398,17 +407,19 @@ def test_adams_state_is_loaded_in_the_layout_of_the_weights(tmp_path):
     assert all(torch.equal(p, expected[name]) for name, p in conv.named_parameters())
 
 
-def test_the_learning_rate_falls_on_a_plateau_and_a_resumed_run_knows(experiment, tmp_path, monkeypatch):
+def test_the_learning_rate_falls_on_a_plateau_and_a_resumed_run_knows(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The least fall counts, as does a rate below PyTorch's own limits."""
     losses = iter([1.0, 1.0 - 1e-7, 1.05, 1.05, 0.8, 0.85, 0.85])
     rates = []
     evaluate, train_epoch = loop.evaluate, loop.train_epoch
 
-    def made_up(steps, samples):
+    def made_up(steps: int, samples: Any) -> Any:
         parts, outputs, targets = evaluate(steps, samples)
         return (parts | {"total": next(losses)} if len(samples) == 7 else parts), outputs, targets
 
-    def watched(steps, train, epoch):
+    def watched(steps: int, train: Any, epoch: int) -> Any:
         rates.append(float(steps.optimizer.param_groups[0]["lr"]))
         return train_epoch(steps, train, epoch)
 
@@ -418,7 +429,7 @@ def test_the_learning_rate_falls_on_a_plateau_and_a_resumed_run_knows(experiment
     train_classifier(run, tmp_path / "whole", quiet=True)
     assert rates == pytest.approx([1e-9] * 4 + [1e-10] * 3)
 
-    def interrupted(steps, train, epoch):
+    def interrupted(steps: int, train: Any, epoch: int) -> Any:
         if epoch == 5:
             raise KeyboardInterrupt
         return train_epoch(steps, train, epoch)
@@ -436,7 +447,9 @@ def test_the_learning_rate_falls_on_a_plateau_and_a_resumed_run_knows(experiment
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "spectrograms", "words", "targets of the twin"])
-def test_reading_batches_from_the_host_changes_nothing(experiment, twin, kind, tmp_path):
+def test_reading_batches_from_the_host_changes_nothing(
+    experiment: Experiment, twin: Path, kind: str, tmp_path: Path
+) -> None:
     if kind == "spectrograms":
         experiment = replace(experiment, network=replace(experiment.network, domain="real", embedding_scale="none"))
     elif kind == "words":
@@ -453,7 +466,9 @@ def test_reading_batches_from_the_host_changes_nothing(experiment, twin, kind, t
     assert same(trained_weights(tmp_path / "0"), trained_weights(tmp_path / "1"))
 
 
-def test_bfloat16_trains_nearly_the_same_network_with_float32_weights(experiment, twin, rhemo, tmp_path):
+def test_bfloat16_trains_nearly_the_same_network_with_float32_weights(
+    experiment: Experiment, twin: Path, rhemo: Path, tmp_path: Path
+) -> None:
     at = replace(experiment.anti_transfer, twin=twin, layers=[7])
     for name in ("float32", "bf16"):
         run = changed(replace(experiment, anti_transfer=at), precision=name)
@@ -474,7 +489,7 @@ def test_bfloat16_trains_nearly_the_same_network_with_float32_weights(experiment
     )
 
 
-def test_rhemo_trains_in_bfloat16(corpus, cache, rhemo, tmp_path):
+def test_rhemo_trains_in_bfloat16(corpus: Manifest, cache: Path, rhemo: Path, tmp_path: Path) -> None:
     from qat.config import RHEmoExperiment, from_plain
 
     record = load_checkpoint(rhemo, "rhemo").record
@@ -485,7 +500,9 @@ def test_rhemo_trains_in_bfloat16(corpus, cache, rhemo, tmp_path):
     assert result["parts"]["test"]["reconstruction"] < 1.1 * first
 
 
-def test_embeddings_are_computed_once_for_all_trainings(experiment, cache, tmp_path, monkeypatch):
+def test_embeddings_are_computed_once_for_all_trainings(
+    experiment: Experiment, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     write = embeddings_module._write
     monkeypatch.setattr(embeddings_module, "_write", lambda *given: asked.append(given) or write(*given))
@@ -497,12 +514,14 @@ def test_embeddings_are_computed_once_for_all_trainings(experiment, cache, tmp_p
     assert same(trained_weights(tmp_path / "a"), trained_weights(tmp_path / "c"))
 
 
-def test_embeddings_are_those_of_the_encoder_the_spectrograms_and_the_device(experiment, tmp_path):
+def test_embeddings_are_those_of_the_encoder_the_spectrograms_and_the_device(
+    experiment: Experiment, tmp_path: Path
+) -> None:
     """Whatever differs in the call has embeddings of its own, even where all lie in one folder."""
     data = load_data(experiment, quiet=True)
     numbers = torch.tensor([3, 0])
 
-    def embedded(encoder, spectrograms, device=CPU):
+    def embedded(encoder: Any, spectrograms: Any, device: Any = CPU) -> Any:
         read = embeddings_module.embeddings(encoder, spectrograms, tmp_path, device, quiet=True)
         return read(numbers)
 
@@ -526,16 +545,16 @@ def test_embeddings_are_those_of_the_encoder_the_spectrograms_and_the_device(exp
     assert settings == ["cpu"] * 4
 
 
-def validating(monkeypatch, losses: list[float]) -> None:
+def validating(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Has the validation losses of the next trainings be these."""
     evaluate, epoch = loop.evaluate, loop.train_epoch
     number = [0]
 
-    def noting(steps, train, at):
+    def noting(steps: int, train: Any, at: Any) -> Any:
         number[0] = at
         return epoch(steps, train, at)
 
-    def made_up(steps, samples):
+    def made_up(steps: int, samples: Any) -> Any:
         parts, outputs, targets = evaluate(steps, samples)
         return parts | {"total": losses[number[0]]}, outputs, targets
 
@@ -544,7 +563,9 @@ def validating(monkeypatch, losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_the_disk_does_not_set_the_pace(experiment, keep, tmp_path, monkeypatch):
+def test_the_disk_does_not_set_the_pace(
+    experiment: Experiment, keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """States are written after the first epoch and at the end: that of the best epoch, in between, as it was then."""
     validating(monkeypatch, [3.0, 2.0, 1.0, 2.0, 3.0])
     written = []
@@ -564,7 +585,9 @@ def test_the_disk_does_not_set_the_pace(experiment, keep, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_a_run_that_is_interrupted_between_states_goes_on_from_the_last(experiment, keep, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_between_states_goes_on_from_the_last(
+    experiment: Experiment, keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All rows are there at once; what is kept belongs to the state that the run goes on from."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -573,7 +596,7 @@ def test_a_run_that_is_interrupted_between_states_goes_on_from_the_last(experime
     train_classifier(run, tmp_path / "whole", quiet=True)
     train_epoch = loop.train_epoch
 
-    def failing(steps, train, epoch):
+    def failing(steps: int, train: Any, epoch: int) -> Any:
         if epoch == 3:
             raise KeyboardInterrupt
         return train_epoch(steps, train, epoch)
@@ -596,9 +619,15 @@ def test_a_run_that_is_interrupted_between_states_goes_on_from_the_last(experime
     assert again["epochs"] == 5
 
 
-def test_profile_says_where_a_step_goes_and_changes_nothing(experiment, twin, tmp_path, capsys, caplog):
+def test_profile_says_where_a_step_goes_and_changes_nothing(
+    experiment: Experiment,
+    twin: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     at = replace(experiment.anti_transfer, twin=twin, layers=[2], cache=False)
-    # 25 samples: the first epoch's short last batch interrupts the five steps, which are looked at in the second.
+    # 25 samples: the first epoch's short last batch interrupts the five steps, which are profiled in the second.
     run = changed(replace(experiment, anti_transfer=at), batch=4)
     train_classifier(run, tmp_path / "plain", quiet=True)
     train_classifier(run, tmp_path / "run", quiet=True, profile=True)
@@ -616,11 +645,11 @@ def test_profile_says_where_a_step_goes_and_changes_nothing(experiment, twin, tm
     assert sum(event.get("name") == "backward" for event in trace["traceEvents"]) == COUNT
     with caplog.at_level(logging.WARNING):
         train_classifier(changed(run, batch=30), tmp_path / "short", quiet=True, profile=True)
-    assert f"after the first {WARM}, no {COUNT} steps of 30 samples in a row to look at" in caplog.text
+    assert f"after the first {WARM} steps there were no {COUNT} consecutive steps of 30 samples" in caplog.text
     assert not (tmp_path / "short/profile.txt").exists()
 
 
-def test_profile_of_captured_steps_looks_at_both_kinds(monkeypatch, tmp_path):
+def test_profile_of_captured_steps_looks_at_both_kinds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     steps = line_steps(batch=2)
     graphs = FakeGraphs(monkeypatch).of(steps)
     replays = []
@@ -628,17 +657,17 @@ def test_profile_of_captured_steps_looks_at_both_kinds(monkeypatch, tmp_path):
         for epoch in range(4):
             loop.train_epoch(steps, torch.arange(10), epoch)
             replays.append(graphs.replays)
-    assert replays == [0, 2, 7, 12]  # steps 0-2 are warm, 3-7 looked at, 8 is captured, 9-13 looked at
+    assert replays == [0, 2, 7, 12]  # steps 0-2 are warm, 3-7 profiled, 8 is captured, 9-13 profiled
     text = (tmp_path / "profile.txt").read_text()
     assert text.count("A training step, ") == 2
     assert "captured as a CUDA graph" in text
     assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "trace-captured.json", "profile.txt"}
 
 
-def test_the_page_of_a_gpu_counts_each_kernel_once():
+def test_the_page_of_a_gpu_counts_each_kernel_once() -> None:
     """Beside kernels, the profiler gives spans of phases and of the optimiser on the GPU's time line."""
 
-    def event(key, device, own, total=0.0, count=COUNT, annotation=False):
+    def event(key: Any, device: Any, own: Any, total: float = 0.0, count: Any = COUNT, annotation: bool = False) -> Any:
         return SimpleNamespace(
             key=key,
             count=count,
@@ -664,7 +693,7 @@ def test_the_page_of_a_gpu_counts_each_kernel_once():
         patch.setattr(profile_module, "device_name", lambda device: "A GPU")
         lines = profile_module.page(events, 2e-4, steps, captured=True).splitlines()
     assert lines[0] == "A training step, captured as a CUDA graph: 0.200 ms"
-    assert lines[1] == "A GPU; batch 20, bf16; mean of 5 steps, looked at"
+    assert lines[1] == "A GPU; batch 20, bf16; mean of 5 profiled steps"
     found = {" ".join(line.split()[:-3]): line.split()[-3:] for line in lines[3:] if line.endswith("%")}
     assert found["the GPU computes"] == ["0.110", "ms", "55.0%"]
     assert found["backward"] == ["0.180", "ms", "90.0%"]
@@ -675,7 +704,7 @@ def test_the_page_of_a_gpu_counts_each_kernel_once():
     ]
 
 
-def test_the_command_line_profiles(experiment, tmp_path):
+def test_the_command_line_profiles(experiment: Experiment, tmp_path: Path) -> None:
     import yaml
 
     from qat.config import to_plain
@@ -692,7 +721,9 @@ META = torch.device("meta")
 @pytest.mark.parametrize(
     "kind", ["plain", "twin", "targets", "clipped", "presence", "trainable", "words", "folded", "RH-Emo"]
 )
-def test_a_step_asks_the_device_for_nothing_and_copies_nothing_to_it(kind, monkeypatch):
+def test_a_step_asks_the_device_for_nothing_and_copies_nothing_to_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A CUDA graph could not hold it else. On the meta device values cannot be asked for."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(steps_module, "adam", lambda p, *_: torch.optim.SGD([q for q in p if q.requires_grad], 1e-3))
@@ -704,7 +735,7 @@ def test_a_step_asks_the_device_for_nothing_and_copies_nothing_to_it(kind, monke
     if kind == "RH-Emo":
         targets = torch.empty(9, 4, device=META)
         config = RHEmoConfig(width=0.01, beta=0.01)
-        objective = RHEmoObjective(RHEmo(config).to(META), config)
+        objective: Any = RHEmoObjective(RHEmo(config).to(META), config)
     else:
         term = None
         if kind in ("twin", "targets", "folded"):
@@ -738,7 +769,7 @@ class Devices(TorchDispatchMode):
         super().__init__()
         self.seen: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves((args, kwargs, out)):
             if isinstance(value, torch.Tensor):

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +13,19 @@ from qat.training.stopping import best_epoch, should_stop
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.integers(1, 20))
-def test_standard_rule_waits_exactly_patience_epochs(losses, patience):
+def test_standard_rule_waits_exactly_patience_epochs(losses: Any, patience: Any) -> None:
     best = losses.index(min(losses))
     assert best_epoch(losses) == best
     assert should_stop(losses, patience) == (len(losses) - 1 - best >= patience)
 
 
-def test_nan_is_never_the_best():
+def test_nan_is_never_the_best() -> None:
     nan = float("nan")
     assert best_epoch([nan, 2.0, nan, 1.0, nan]) == 3
     assert best_epoch([nan, nan]) == 0
 
 
-def test_reference_window():
+def test_reference_window() -> None:
     """From epoch index patience + 1 on, if the oldest of the last patience - 1 losses is their minimum."""
     patience = 4
     assert not should_stop([0.0, 1.0, 2.0, 3.0, 4.0], patience, "reference-window")
@@ -32,7 +33,7 @@ def test_reference_window():
     assert not should_stop([0.0, 5.0, 5.0, 2.0, 1.0, 3.0], patience, "reference-window")
 
 
-def test_classification_metrics_agree_with_scikit_learn():
+def test_classification_metrics_agree_with_scikit_learn() -> None:
     rng = np.random.default_rng()
     truth = np.concatenate([np.arange(4), rng.integers(0, 4, 60)])
     logits = rng.normal(size=(64, 4))
@@ -45,7 +46,7 @@ def test_classification_metrics_agree_with_scikit_learn():
     assert metrics["samples"] == 64
 
 
-def test_accuracy_of_batches_gives_a_short_last_one_more_weight():
+def test_accuracy_of_batches_gives_a_short_last_one_more_weight() -> None:
     """Three batches of 4, 4 and 1: the last sample alone is a third of the mean."""
     rng = np.random.default_rng()
     truth, logits = rng.integers(0, 3, 9), rng.normal(size=(9, 3))
@@ -64,7 +65,7 @@ def test_accuracy_of_batches_gives_a_short_last_one_more_weight():
     assert metrics["accuracy"] == pytest.approx((right[:2].mean() + right[2:4].mean() + right[4]) / 3)
 
 
-def test_an_answer_that_is_no_class_is_wrong():
+def test_an_answer_that_is_no_class_is_wrong() -> None:
     """Six samples of two classes; outputs 2 and 3 are none, and two samples are answered with them."""
     logits = torch.eye(4)[[0, 2, 0, 1, 3, 0]]
     metrics = classification_metrics(logits, torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b", "unused-3", "unused-4"])
@@ -73,12 +74,12 @@ def test_an_answer_that_is_no_class_is_wrong():
     assert metrics["uar"] == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
-def test_unweighted_accuracy_is_over_the_classes_that_occur():
+def test_unweighted_accuracy_is_over_the_classes_that_occur() -> None:
     logits = torch.eye(3)[[0, 0, 1]]
     assert classification_metrics(logits, torch.tensor([0, 0, 0]), list("abc"))["uar"] == pytest.approx(2 / 3)
 
 
-def test_presence_metrics_agree_with_scikit_learn():
+def test_presence_metrics_agree_with_scikit_learn() -> None:
     rng = np.random.default_rng()
     truth = rng.integers(0, 2, (50, 3))
     truth[0], truth[1] = 1, 0
@@ -91,7 +92,7 @@ def test_presence_metrics_agree_with_scikit_learn():
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, logits > 0, average="macro"), rel=1e-4)
 
 
-def test_labels_that_do_not_occur_have_no_precision(recwarn):
+def test_labels_that_do_not_occur_have_no_precision(recwarn: pytest.WarningsRecorder) -> None:
     truth = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
     logits = torch.tensor([[2.0, 1, 5], [1, 3, 5], [3, -1, 5]])
     first, second = 1.0, (1 / 1 + 2 / 3) / 2  # of the second label, the last sample has the least score
