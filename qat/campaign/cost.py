@@ -15,13 +15,12 @@ import pandas as pd
 
 from qat.campaign.plan import RUNS, Campaign
 from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
-from qat.data.corpora import CORPORA
+from qat.data.corpora import CORPORA, FOUR_EMOTIONS
 from qat.data.splits import counts
 from qat.models.rhemo import DIMENSIONS
 from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, scaled
 from qat.results.record import Result, read_result
 
-_FOUR_EMOTIONS = 4490  # of IEMOCAP's utterances
 _WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
 _ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}  # training and validation
 _RHEMO_CONVOLUTIONS = 16e6  # multiplications of encoder and decoder, a sample
@@ -131,7 +130,7 @@ def _samples(experiment: AnyExperiment) -> tuple[float, float]:
         return _WORDS.get(name, _WORDS["librispeech"])
     items = (CORPORA[name].utterances if name in CORPORA else 0) or CORPORA["iemocap"].utterances
     if name == "iemocap" and "emotion" in where:
-        items = _FOUR_EMOTIONS
+        items = FOUR_EMOTIONS
     if name == "demo" and "speaker" in where:
         items = items * len(where["speaker"]) // 18
     if experiment.split.rule != "random" and name in _ACTOR:

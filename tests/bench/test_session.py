@@ -167,14 +167,14 @@ def test_the_parts_are_commands_and_all_suites_are_among_them(tmp_path: Path) ->
     assert {*session.NEEDS, *ON_CPU} == set(SUITES)
     measured = [part.suites for part in parts if "{suites}" in part.command]
     assert measured == [["step"], ["atl"], ["conv"], list(session.NEEDS)]
-    parser, commands = cli._parser()
+    parser = cli.parser()
     known = {"{suites}": ["step", "conv"], "{budget}": ["10"], "{resume}": ["--resume"]}
     for part in parts:
         program, *words = (new for word in part.command[2:] for new in known.get(word, [word]))
         if program == "bench":
             options = parser.parse_args(words)
             assert options.out == tmp_path
-            assert options.command in commands
+            assert options.command in cli.COMMANDS
             assert getattr(options, "budget", None) or options.seconds == 10
             assert options.command == "tests" or options.commit == "abc"
 
@@ -209,6 +209,6 @@ def test_make_gpu_is_this_command() -> None:
     [line] = made.stdout.splitlines()
     python, _, program, *words = line.split()
     assert (python, program) == ("py", "bench")
-    options = cli._parser()[0].parse_args(words)
+    options = cli.parser().parse_args(words)
     assert (options.command, options.seconds) == ("session", 525)
     assert (options.out, options.commit) == (Path("some/where"), "abc")
