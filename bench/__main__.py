@@ -25,23 +25,16 @@ from bench.targets import targets
 from bench.timing import GpuClock, clock_of
 
 Command = Callable[[argparse.Namespace], int]
-Argument = tuple[tuple[str, ...], dict[str, Any]]
+Argument = tuple[str, dict[str, Any]]
 COMMANDS: dict[str, tuple[Command, str, tuple[Argument, ...]]] = {}
-
-
-def argument(*names: str, **options: Any) -> Argument:
-    """The arguments of `argparse`'s `add_argument`."""
-    return names, options
-
-
-OUT = argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
-BUDGET = argument("--budget", type=float, default=math.inf, help="time in seconds; what does not fit is dropped")
-COMMIT = argument("--commit", help="measured commit, where git cannot tell")
-JSON = argument("--json", action="store_true", help="print JSON, for programs")
+OUT = "--out", dict(type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
+BUDGET = "--budget", dict(type=float, default=math.inf, help="time in seconds; what does not fit is dropped")
+COMMIT = "--commit", dict(help="measured commit, where git cannot tell")
+JSON = "--json", dict(action="store_true", help="print JSON, for programs")
 
 
 def command(text: str, *arguments: Argument) -> Callable[[Command], Command]:
-    """Makes the function `_name` the command `name`, with its help and arguments."""
+    """Makes the function `_name` the command `name`, with its help and the arguments of its parser."""
 
     def register(function: Command) -> Command:
         COMMANDS[function.__name__.removeprefix("_")] = function, text, arguments
@@ -66,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for name, (_, text, arguments) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
-        for names, options in arguments:
-            sub.add_argument(*names, **options)
+        for flag, options in arguments:
+            sub.add_argument(flag, **options)
     return top
 
 
@@ -79,15 +72,12 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-@command(
-    "Measure suites.",
-    argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; by default all that this machine can run"),
-    OUT,
-    BUDGET,
-    COMMIT,
-    argument("--smoke", action="store_true", help="tiny cases on the CPU, checked and not timed"),
-    argument("--resume", action="store_true", help="keep the rows of an earlier run and measure what it lacks"),
-)
+NAMES = "suites", dict(nargs="*", help=f"of {', '.join(SUITES)}; by default all that this machine can run")
+SMOKE = "--smoke", dict(action="store_true", help="tiny cases on the CPU, checked and not timed")
+RESUME = "--resume", dict(action="store_true", help="keep the rows of an earlier run and measure what it lacks")
+
+
+@command("Measure suites.", NAMES, OUT, BUDGET, COMMIT, SMOKE, RESUME)
 def _run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.budget
     device = torch.device("cuda" if torch.cuda.is_available() and not options.smoke else "cpu")
@@ -130,14 +120,11 @@ def _run(options: argparse.Namespace) -> int:
     return int(any(row.status in ("REFUSED", "failed") for row in rows))
 
 
-@command(
-    "First call and all memory of the headline cases, each in a new process.",
-    OUT,
-    BUDGET,
-    COMMIT,
-    argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"),
-    argument("--only", type=int, help=argparse.SUPPRESS),
-)
+DEVICE = "--device", dict(choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+ONLY = "--only", dict(type=int, help=argparse.SUPPRESS)
+
+
+@command("First call and all memory of the headline cases, each in a new process.", OUT, BUDGET, COMMIT, DEVICE, ONLY)
 def _fresh(options: argparse.Namespace) -> int:
     headline, device = HEADLINE[options.device], torch.device(options.device)
     if options.only is not None:
@@ -178,11 +165,11 @@ def _words(row: Fresh | Shared) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(row).items() if value not in (None, ""))
 
 
-@command(
-    "Run the tests of tests/gpu, one process per file.",
-    OUT,
-    argument("--seconds", type=float, default=240, help="time limit; what still runs is killed (%(default)s)"),
-)
+def limit(seconds: float) -> Argument:
+    return "--seconds", dict(type=float, default=seconds, help="time limit; what still runs is killed (%(default)s)")
+
+
+@command("Run the tests of tests/gpu, one process per file.", OUT, limit(240))
 def _tests(options: argparse.Namespace) -> int:
     return gpu_tests.main(options.out, options.seconds)
 
@@ -194,11 +181,10 @@ def _launches(options: argparse.Namespace) -> int:
     return _print(launches.report(), launches.plain() if options.json else None)
 
 
-@command(
-    "The time of a training step on a GPU by arithmetic, launch by launch: computed, not measured.",
-    JSON,
-    argument("--arch", type=int, choices=[80, 90, 100], default=90, help="compute capability (%(default)s)"),
-)
+ARCH = "--arch", dict(type=int, choices=[80, 90, 100], default=90, help="compute capability (%(default)s)")
+
+
+@command("The time of a training step on a GPU by arithmetic: computed, not measured.", JSON, ARCH)
 def _model(options: argparse.Namespace) -> int:
     from bench import model
 
@@ -212,12 +198,7 @@ def _print(lines: Iterable[str], plain: list[dict[str, Any]] | None) -> int:
     return 0
 
 
-@command(
-    "All of it on a GPU, the most valuable first: what `make gpu` does.",
-    OUT,
-    argument("--seconds", type=float, default=525, help="time limit of the whole session (%(default)s)"),
-    COMMIT,
-)
+@command("All of it on a GPU, the most valuable first: what `make gpu` does.", OUT, COMMIT, limit(525))
 def _session(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("needs a CUDA device, and there is none")
@@ -227,10 +208,10 @@ def _session(options: argparse.Namespace) -> int:
     return int(any(verdict != "ok" for verdict in session.run(parts, options.seconds, out).values()))
 
 
-@command(
-    "Results as charts and tables: those of bench/results in docs and README.md, or of a folder.",
-    argument("folder", nargs="?", type=Path, help="folder with a results.csv; report.md is written there and printed"),
-)
+FOLDER = "folder", dict(nargs="?", type=Path, help="with a results.csv; report.md is written there and printed")
+
+
+@command("Results as charts and tables: those of bench/results in docs and README.md, or of a folder.", FOLDER)
 def _report(options: argparse.Namespace) -> int:
     from bench.report import write_page, write_readme
 
@@ -243,13 +224,12 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-@command(
-    "What got slower, faster, larger or wrong from one result to another.",
-    *(
-        argument(name, help="folder of results, or a git revision whose results are meant")
-        for name in ("before", "after")
-    ),
-)
+SIDES = [
+    (name, dict(help="folder of results, or a git revision whose results are meant")) for name in ("before", "after")
+]
+
+
+@command("What got slower, faster, larger or wrong from one result to another.", *SIDES)
 def _compare(options: argparse.Namespace) -> int:
     from bench import compare
 

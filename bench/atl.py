@@ -12,7 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.case import BACKWARD, FORWARD, STEP, Case, Provider, Results, Run, Suite, differentiated, relative_error
+from bench.case import (
+    BACKWARD,
+    FORWARD,
+    ROTATED_BYTES,
+    STEP,
+    Case,
+    Provider,
+    Results,
+    Run,
+    Suite,
+    differentiated,
+    relative_error,
+)
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices
@@ -99,8 +111,8 @@ class LossCase(Case):
         return maps * self.elements * self.dtype.itemsize
 
     @property
-    def set_bytes(self) -> int:
-        return 2 * self.elements * self.dtype.itemsize
+    def sets(self) -> int:
+        return 2 if 4 * self.elements * self.dtype.itemsize <= ROTATED_BYTES else 1
 
     def operands(self, device: torch.device) -> Features:
         """Frozen features near the trained ones, for which the terms of the gradient nearly cancel."""
@@ -191,7 +203,6 @@ def _cases() -> Iterator[LossCase]:
             batch=batch,
             precision=precision,
             work=work,
-            modes=("graph", "eager"),
             rank=_rank(network, variant, batch, precision, work),
             channels=channels,
             size=(8 * height, 2 * width) if network == "real" else (height, width),

@@ -18,11 +18,8 @@ from qkernels.runtime.precision import switched
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
-# "graph": in a captured CUDA graph, behind a flush of the L2 cache. "eager": called from Python.
-MODES = ("graph", "eager")
-
-ROTATED_BYTES = 2**30  # of operands that runs rotate through
-
+MODES = ("graph", "eager")  # in a captured CUDA graph, behind a flush of the L2 cache; called from Python
+ROTATED_BYTES = 2**30  # most bytes of operands that runs rotate through
 Results = tuple[Tensor, ...]
 Run = Callable[[], Results]
 
@@ -72,7 +69,7 @@ class Case(CaseName, ABC):
         rank: priority, 0 the highest; cases of a higher number are dropped first when time is short.
     """
 
-    modes: tuple[str, ...] = ("graph",)
+    modes: tuple[str, ...] = MODES
     rank: int = 0
 
     @property
@@ -100,14 +97,9 @@ class Case(CaseName, ABC):
         return False
 
     @property
-    def set_bytes(self) -> int:
-        """Size of one set of operands; 0 where a run has state, so that others could not take its place."""
-        return 0
-
-    @property
     def sets(self) -> int:
         """Number of sets of operands that timed runs rotate through."""
-        return 2 if 0 < 2 * self.set_bytes <= ROTATED_BYTES else 1
+        return 1
 
     @abstractmethod
     def operands(self, device: torch.device) -> Any:
@@ -179,15 +171,10 @@ class Roof(NamedTuple):
 def differentiated(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, work: str, wanted: Sequence[int] = ()
 ) -> Run:
-    """A run of one of the three works on a function and the gradient of its output.
+    """A run of one of the three works on a function of `inputs`, whose output has the gradient `dy`.
 
-    Args:
-        function: function of the inputs.
-        inputs: inputs.
-        dy: gradient of the output.
-        work: "forward" returns `(y,)`, "forward+backward" `(y, gradients...)`; "backward" computes y once and returns
-            `(y, gradients...)` of it every time.
-        wanted: numbers of the inputs whose gradients are computed; all by default.
+    "forward" returns `(y,)`, "forward+backward" `(y, gradients...)`; "backward" computes y once and returns `(y,
+    gradients...)` of it every time. Gradients are those of the inputs whose numbers are `wanted`, or of all.
     """
     numbers = wanted or range(len(inputs))
     leaves = [x.detach().requires_grad_(n in numbers) for n, x in enumerate(inputs)]
@@ -195,12 +182,8 @@ def differentiated(
     def gradients(y: Tensor, **options: bool) -> Results:
         return y.detach(), *torch.autograd.grad(y, [leaves[n] for n in numbers], dy, **options)
 
-    def forward() -> Results:
-        with torch.no_grad():
-            return (function(*leaves),)
-
     if work == FORWARD:
-        return forward
+        return torch.no_grad()(lambda: (function(*leaves),))
     if work == STEP:
         return lambda: gradients(function(*leaves))
     assert work == BACKWARD, work

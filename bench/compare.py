@@ -20,12 +20,9 @@ LINES = 40  # maximum length of the table
 
 
 class Change(NamedTuple):
-    """One row in which the results differ.
+    """A row, as it is after, in which the results differ: in microseconds, in bytes, or in its status.
 
-    Args:
-        row: row after.
-        verdict: "now REFUSED" or another status, "slower", "more memory", "faster", "less memory", "now ok".
-        before, after: microseconds or bytes; None where a status changed.
+    The verdict is "slower", "more memory", "faster", "less memory", "now ok", or "now" and another status.
     """
 
     row: Row
@@ -82,9 +79,8 @@ class Comparison(NamedTuple):
 def load(name: str, folder: str = "bench/results") -> Results[Row]:
     """Results by name: a folder, a results.csv, or committed ones as `REVISION[:FOLDER]`; files go first.
 
-    Args:
-        name: name; FOLDER is one below `folder` and may be left out where the revision has one only.
-        folder: folder of committed results, relative to the working directory, which is in the repository.
+    FOLDER is one below `folder`, and may be left out where the revision has one only; `folder` is relative to the
+    working directory, which is in the repository.
 
     Raises:
         ValueError: it is none of these, or the revision has no, or several, results of that name.

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ import qkernels
 from bench.case import (
     BACKWARD,
     FORWARD,
+    MODES,
+    ROTATED_BYTES,
     STEP,
     Case,
     Provider,
@@ -35,9 +38,7 @@ from bench.case import (
 from qkernels import algebra
 from qkernels.runtime.tolerances import tolerance
 
-# Bare products, without bias and ReLU.
-PRODUCT, DX, DW = "product", "dx", "dw"
-BARE = (PRODUCT, DX, DW)
+PRODUCT, DX, DW = BARE = ("product", "dx", "dw")  # without bias and ReLU
 # Baselines may round more: gradients of concatenated parts are summed in the half type, and cuDNN may take Winograd's
 # algorithm for float32.
 BASELINE_TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "float32": 1e-4}
@@ -128,19 +129,13 @@ class LayerCase(Case):
     def bytes(self) -> int:
         x, weight, bias, y, real = (math.prod(shape) for shape in self.shapes)
         w = weight or real
-        elements = {
-            PRODUCT: x + w + y,
-            DX: y + w + x,
-            DW: y + x + w,
-            FORWARD: x + w + bias + y,
-            BACKWARD: 2 * y + x + w + x + w + bias,  # dy, y, x, w in; dx, dw, db out
-        }
-        elements[STEP] = elements[FORWARD] + elements[BACKWARD]
-        return elements[self.work] * self.dtype.itemsize
+        forward, backward = x + w + bias + y, 2 * y + 2 * (x + w) + bias  # dy, y, x, w in; dx, dw, db out
+        elements = {FORWARD: forward, BACKWARD: backward, STEP: forward + backward}.get(self.work, x + w + y)
+        return elements * self.dtype.itemsize
 
     @property
-    def set_bytes(self) -> int:
-        return sum(map(math.prod, self.shapes)) * self.dtype.itemsize
+    def sets(self) -> int:
+        return 2 if 2 * sum(map(math.prod, self.shapes)) * self.dtype.itemsize <= ROTATED_BYTES else 1
 
     def operands(self, device: torch.device) -> Operands[Tensor]:
         """Operands in the memory format of our layers, channels last on a GPU; baselines convert them."""
@@ -170,38 +165,29 @@ class LayerCase(Case):
     def _window(self) -> tuple[int, ...]:
         return () if self.linear else (self.kernel, self.kernel)
 
-    def _exact(self, operands: Operands[Tensor], real: bool, y: Tensor) -> list[Tensor]:
+    def _exact(self, operands: Operands[Tensor], real: bool, y: Tensor) -> Sequence[Tensor]:
         """Reference results: in float64 for float32; for half types in float32, whose error is 1/1000 of the tolerance.
 
         The ReLU passes gradients where the provider's own `y` is positive, since they jump where values are near 0.
         """
-        wide = torch.float64 if self.dtype == torch.float32 else torch.float32
-        x, weight, bias, dy, real_weight = (tensor.to(wide) for tensor in operands)
-        weight = real_weight if real else algebra.expand_weight(weight.contiguous())
-        pad = self.kernel // 2
-        if self.work not in BARE:
-            dy = dy * (y > 0)
-
-        def gradients(*wanted: bool) -> tuple[Tensor, Tensor]:
-            if self.linear:
-                dx, dw = dy @ weight, dy.mT @ x
-            else:
-                window = ([1, 1], [pad, pad], [1, 1], False, [0, 0], 1)
-                dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [*wanted, False])
-            return dx, dw if real or not wanted[1] else algebra.contract_weight(dw.contiguous())
-
+        wide, bare = torch.float64 if self.dtype == torch.float32 else torch.float32, self.work in BARE
+        x, weight, bias, dy, dense = (tensor.to(wide).contiguous() for tensor in operands)
+        if not real:
+            dense = algebra.expand_weight(weight)
+        leaves = [leaf.requires_grad_() for leaf in {DX: [x], DW: [dense]}.get(self.work, [x, dense, bias])]
         with reference_run():
-            if self.work == DX:
-                return [gradients(True, False)[0]]
-            if self.work == DW:
-                return [gradients(False, True)[1]]
-            bare = F.linear(x, weight) if self.linear else F.conv2d(x, weight, None, padding=pad)
-            if self.work == PRODUCT:
-                return [bare]
-            forward = (bare + bias.view(1, -1, *[1] * (bare.dim() - 2))).relu()
-            if self.work == FORWARD:
-                return [forward]
-            return [forward, *gradients(True, True), dy.transpose(0, 1).flatten(1).sum(1)]
+            offset = None if bare else bias
+            exact = F.linear(x, dense, offset) if self.linear else F.conv2d(x, dense, offset, padding=self.kernel // 2)
+            output = exact.detach() if bare else exact.detach().relu()
+            if self.work in (PRODUCT, FORWARD):
+                return [output]
+            gradients = torch.autograd.grad(exact, leaves, dy if bare else dy * (y > 0))
+        if not real:
+            gradients = tuple(
+                algebra.contract_weight(gradient.contiguous()) if leaf is dense else gradient
+                for leaf, gradient in zip(leaves, gradients, strict=True)
+            )
+        return gradients if bare else (output, *gradients)
 
 
 def building(
@@ -333,10 +319,6 @@ def _as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
 
 
-def _quaternion(case: LayerCase) -> bool:
-    return case.quaternion
-
-
 def _whole(case: LayerCase) -> bool:
     return case.quaternion and case.work not in BARE
 
@@ -347,10 +329,7 @@ def _by_form(case: LayerCase) -> bool:
     return wide and case.precision == "float32" and (case.work in BARE or case.suite == "cpu")
 
 
-def _on_cpu(case: LayerCase) -> bool:
-    return case.suite == "cpu" and _by_form(case)
-
-
+_quaternion = attrgetter("quaternion")
 COMPILED = "against torch.compile"
 _AUTOTUNED = ("conv 2", "conv 6-7", "conv 11-13")
 _autotuned = compiled(
@@ -362,7 +341,7 @@ PROVIDERS = [
     ours("auto", _quaternion),
     ours("signed", _by_form),
     ours("q8", _by_form),
-    ours("dense", _on_cpu),
+    ours("dense", lambda case: case.suite == "cpu" and _by_form(case)),
     baseline("concatenated, NCHW", torch.contiguous_format, False, _whole),
     baseline("concatenated, NHWC", torch.channels_last, False, _whole),
     baseline("real, NCHW", torch.contiguous_format, True, lambda case: not case.variant),
@@ -426,7 +405,7 @@ def _cases(layers: Sequence[Layer], works: Sequence[str]) -> Iterator[LayerCase]
         if network == "real" and layer.name == "conv 1" and work in BARE:
             continue  # one real product of one input channel: nothing to compare
         rank = _rank(layer, network, batch, precision, work)
-        modes = ("graph",) if work in BARE else ("graph", "eager")
+        modes = ("graph",) if work in BARE else MODES
         yield layer_case(layer, network, batch, precision, work, rank=rank, modes=modes)
 
 
@@ -439,7 +418,8 @@ def _form_cases() -> Iterator[LayerCase]:
 
 
 CONVS, LINEARS = LAYERS[:9], LAYERS[9:11]
-_compiled = (layer_case(layer, "quaternion", 20, "bf16", STEP, variant=COMPILED, rank=3) for layer in CONVS)
+_MORE: dict[str, Any] = {"variant": COMPILED, "rank": 3, "modes": ("graph",)}
+_compiled = (layer_case(layer, "quaternion", 20, "bf16", STEP, **_MORE) for layer in CONVS)
 CONV = Suite.of([*_cases(CONVS, (*WORKS, *BARE)), *_compiled], *PROVIDERS)
 LINEAR = Suite.of(_cases(LINEARS, WORKS), *PROVIDERS)
 # The basis of `cpu_form` in qkernels/ops/hamilton_conv/config.py: the real product or 8 thin ones, by shape.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from bench.layers import COMPILED, concatenated
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
 from qat.data.rows import Rows
-from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, scaled, tap_name
+from qat.models.sizes import Sizes, layer_sizes
+from qat.models.vgg import INPUT, POOL_AFTER, VGG16, tap_name
 from qat.training.examples import Batch, Examples
 from qat.training.loop import train_epoch
 from qat.training.objectives import ClassificationObjective, SpeechClassifier
@@ -55,15 +56,9 @@ ADAM_BYTES = 28  # a parameter: p, g, m, v read; p, m, v written, in float32
 
 @dataclass
 class Operands:
-    """The untrained networks and their inputs.
+    """The untrained network, the frozen twin (None without anti-transfer), inputs `[B, ...]` and class numbers `[B]`.
 
-    Args:
-        classifier: network to train; providers take copies.
-        twin: frozen network, random too; None without anti-transfer.
-        x: inputs `[B, ...]`, NCHW; those of all samples of an epoch, on the CPU.
-        targets: class numbers `[B]`, where x is.
-        device: device to compute on.
-        copies: copies that providers took.
+    Providers take copies of the networks, which are listed. Inputs of an epoch are those of all samples, on the CPU.
     """
 
     classifier: SpeechClassifier
@@ -74,7 +69,6 @@ class Operands:
     copies: list[nn.Module] = field(default_factory=list)
 
     def own_classifier(self) -> SpeechClassifier:
-        """A provider's own copy."""
         self.copies.append(own := copy.deepcopy(self.classifier))
         return own
 
@@ -100,6 +94,10 @@ class NetworkCase(Case):
     samples: int = 0
 
     @property
+    def config(self) -> NetworkConfig:
+        return NetworkConfig(domain=self.network, width=self.width)  # type: ignore[arg-type]
+
+    @property
     def at(self) -> int:
         """The layer of anti-transfer; 0 for none."""
         return int(self.layer.split()[-1]) if self.layer.startswith("AT") else 0
@@ -116,7 +114,8 @@ class NetworkCase(Case):
     def flops(self) -> int:
         """Those of layers and Gram matrices, also of the target's where it is cached: less than 1 % of the step."""
         forward, backward, tapped = self._passes
-        flops = sum(layer.flops for layer in forward) + sum((1 + layer.dx) * layer.flops for layer in backward)
+        flops = sum(layer.flops for layer in forward) + sum(2 * layer.flops for layer in backward)
+        flops -= sum(layer.flops for layer in backward[:1])  # whose input has no gradient
         if tapped:
             flops += sum(gram_flops(*tapped.features)[: 2 if backward else 1])
         return (self.samples or self.batch) * flops
@@ -130,15 +129,16 @@ class NetworkCase(Case):
         forward, backward, tapped = self._passes
         samples, steps = self.samples or self.batch, math.ceil(self.samples / self.batch) or 1
         elements = sum(samples * (s.inputs + s.outputs) + steps * s.weights for s in forward)
-        elements += sum(samples * ((1 + s.dx) * s.inputs + s.outputs) + 2 * steps * s.weights for s in backward)
+        elements += sum(samples * (2 * s.inputs + s.outputs) + 2 * steps * s.weights for s in backward)
+        elements -= samples * sum(s.inputs for s in backward[:1])  # which has no gradient
         elements += samples * (5 if backward else 2) * tapped.outputs if tapped else 0
         adam = ADAM_BYTES * steps * sum(s.weights for s in backward) if self.work in (TRAIN, EPOCH) else 0
         return elements * self.dtype.itemsize + adam
 
     @property
-    def _passes(self) -> tuple[list["Sizes"], list["Sizes"], "Sizes | None"]:
+    def _passes(self) -> tuple[list[Sizes], list[Sizes], Sizes | None]:
         """The layers that run forward, those that run backward, and that of anti-transfer."""
-        sizes = layer_sizes(self.network, self.width)
+        sizes = layer_sizes(self.config, CLASSES)
         if self.work == TWIN:
             return sizes[: self.at], [], None
         twin = [] if self.variant == CACHED or self.work == EPOCH else sizes[: self.at]
@@ -149,11 +149,10 @@ class NetworkCase(Case):
 
     def operands(self, device: torch.device) -> Operands:
         """Random networks and inputs, the same in each call; embeddings are not negative, an epoch's are the demo's."""
-        config = NetworkConfig(domain=self.network, width=self.width)  # type: ignore[arg-type]
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(1)
-            classifier = SpeechClassifier(config, CLASSES)
-            twin = VGG16(config, CLASSES) if self.at else None
+            classifier = SpeechClassifier(self.config, CLASSES)
+            twin = VGG16(self.config, CLASSES) if self.at else None
             x, targets = torch.randn(self.batch, *INPUT[self.network]), torch.randint(CLASSES, (self.batch,))
         x = x if self.network == "real" else x.abs()
         if self.work == EPOCH:
@@ -198,13 +197,8 @@ def turns(
 ) -> Iterator[tuple[float, float]]:
     """Errors, as multiples of the tolerance and as they are, of each parameter's gradient and of all as one vector.
 
-    The errors are one minus the cosine, and that of the length, which may be as large as the allowed turn.
-
-    Args:
-        gradients: gradients to check.
-        exact: exact gradients.
-        allowed: tolerance of all gradients as one vector.
-        part: tolerance of each gradient.
+    The errors are one minus the cosine, with the tolerance `part` for each gradient and `allowed` for all, and that of
+    the length, which may be as large as the allowed turn.
     """
 
     def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
@@ -220,43 +214,6 @@ def turns(
         turn, stretch = (1 - product / length, abs((square / exact_square) ** 0.5 - 1)) if length else (1.0, 1.0)
         yield (turn / bound, turn) if math.isfinite(turn) else (math.inf, math.inf)
         yield stretch / (2 * bound) ** 0.5, stretch
-
-
-class Sizes(NamedTuple):
-    """Sizes of a layer: elements of a sample's input and output, parameters, multiplications of an output value.
-
-    `dx` tells whether the input has a gradient; `features` are channels and positions of the output.
-    """
-
-    inputs: int
-    outputs: int
-    weights: int
-    products: int
-    dx: bool
-    features: tuple[int, int]
-
-    @property
-    def flops(self) -> int:
-        """Those of one sample's forward pass, as many as of dx, and of dw. Biases are not counted."""
-        return 2 * self.outputs * self.products
-
-
-@functools.cache
-def layer_sizes(network: str, width: float) -> list[Sizes]:
-    """The 13 convolutions and 3 linear layers."""
-    c, *size = INPUT[network]
-    sharing = 4 if network == "quaternion" else 1
-    positions, sizes = math.prod(size), []
-    for n, channels in enumerate(CHANNELS, 1):
-        d = scaled(channels, width)
-        weights = 9 * c * d // sharing + d
-        sizes.append(Sizes(c * positions, d * positions, weights, 9 * c, n > 1, (d, positions)))
-        c, positions = d, positions // 4 if n in POOL_AFTER else positions
-    c, hidden = c * positions, scaled(HIDDEN, width)
-    for d, shared in ((hidden, sharing), (hidden, sharing), (CLASSES, 1)):
-        sizes.append(Sizes(c, d, c * d // shared + d, c, True, (d, 1)))
-        c = d
-    return sizes
 
 
 def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
@@ -290,16 +247,10 @@ def prepare(run: Path, out: Path) -> None:
 
 
 def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Tensor]:
-    """A VGG16 in plain PyTorch, with real weights put together in every call.
-
-    Args:
-        net: network whose weights are read.
-        x: input.
-        tap: number of the tapped convolution; 0 for none.
-        stop: whether to stop behind it.
+    """A VGG16 in plain PyTorch, with the weights of `net` as real ones, which are computed in every call.
 
     Returns:
-        The features behind the tapped convolution's ReLU, if there is one; then, unless stopped, the logits.
+        The features behind the ReLU of convolution `tap`, unless that is 0; then the logits, unless `stop`.
     """
 
     def weight_of(layer: Any) -> Tensor:
@@ -411,15 +362,9 @@ def _nhwc(x: Tensor) -> Tensor:
 def training(
     case: NetworkCase, classifier: SpeechClassifier, twin: VGG16 | None, inputs: Rows, targets: Rows, samples: Tensor
 ) -> tuple[ClassificationObjective, Examples, TrainingConfig]:
-    """What `qat train` makes of a case: objective, its arguments by sample, and settings of the steps.
+    """The objective of `qat train` for a case, its arguments by sample (of `samples`), and the settings of its steps.
 
-    Args:
-        case: case; where its targets are cached, the twin computes them here.
-        classifier: network to train.
-        twin: frozen network; None without anti-transfer.
-        inputs: inputs by sample.
-        targets: class numbers by sample.
-        samples: numbers of all samples `[n]`, on the CPU.
+    Where the case's targets are cached, the twin computes them here.
     """
     rows, anti_transfer = {"inputs": inputs, "targets": targets}, None
     if twin is not None:
@@ -457,30 +402,20 @@ def _ours(case: NetworkCase, operands: Operands) -> Run:
     return lambda: (steps.train(batch), *_gradients(net))
 
 
-def _research(case: NetworkCase, operands: Operands) -> Run:
-    """Written from the paper in the style of its code, with the paper's loss; see `plain_loss`."""
-    x, targets = operands.x, operands.targets
+def _plain_run(case: NetworkCase, operands: Operands, careful: bool) -> Run:
+    """`plain` and `plain_loss` in the style of the research code, with the paper's loss; or careful and compiled."""
+    x, targets = _nhwc(operands.x) if careful else operands.x, operands.targets
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False) if careful else lambda function: function
+    twin = operands.own_twin().requires_grad_(not careful) if case.at else None
     if case.work == TWIN:
-        frozen = operands.own_twin()
-        return _inference(case, frozen, lambda: plain(frozen, x, case.at, stop=True)[0], gradients=True)
+        assert twin is not None
+        return _inference(case, twin, lambda: plain(twin, x, case.at, stop=True)[0], gradients=not careful)
     net = operands.own_classifier().net
-    if case.work == LOGITS:
-        return _inference(case, net, lambda: plain(net, x)[0])
-    twin = operands.own_twin() if case.at else None
-    loss = functools.partial(plain_loss, net.train(), twin, x, targets, case.at, careful=False)
-    return _training(case, net, loss, fused=False)
-
-
-def _compiled(case: NetworkCase, operands: Operands) -> Run:
-    """A careful program, compiled: one forward pass, the twin's without gradients and no further than needed."""
-    x, targets, net = _nhwc(operands.x), operands.targets, operands.own_classifier().net
-    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
     if case.work == LOGITS:
         logits = compiled(lambda x: plain(net, x)[0])
         return _inference(case, net, lambda: logits(x))
-    twin = operands.own_twin().requires_grad_(False) if case.at else None
-    loss = compiled(lambda x, targets: plain_loss(net, twin, x, targets, case.at))
-    return _training(case, net.train(), lambda: loss(x, targets), fused=True)
+    loss = compiled(lambda x, targets: plain_loss(net, twin, x, targets, case.at, careful=careful))
+    return _training(case, net.train(), lambda: loss(x, targets), fused=careful)
 
 
 def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
@@ -558,8 +493,10 @@ def _epoch_cases() -> Iterator[NetworkCase]:
 
 _PROVIDERS = (
     Provider("ours", _ours),
-    Provider("research style", _research, lambda case: case.variant != CACHED),
-    Provider("torch.compile", _compiled, lambda case: case.variant == COMPILED, smoke=False),
+    Provider("research style", functools.partial(_plain_run, careful=False), lambda case: case.variant != CACHED),
+    Provider(
+        "torch.compile", functools.partial(_plain_run, careful=True), lambda case: case.variant == COMPILED, smoke=False
+    ),
 )
 STEPS = Suite.of(_step_cases(), *_PROVIDERS)
 INFERENCE = Suite.of(_inference_cases(), *_PROVIDERS)

@@ -24,21 +24,13 @@ def running(
 ) -> Iterator["subprocess.Popen[str]"]:
     """A program with text streams, which is killed with all that it started when the block ends.
 
-    Args:
-        command: program and arguments.
-        variables: environment variables, besides this program's.
-        options: options of `subprocess.Popen`.
+    It has this program's environment with some more variables; options are those of `subprocess.Popen`.
     """
     environment = os.environ | (variables or {})
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command,
-        env=environment | {"PYTHONPATH": path},
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        **options,
-    )
+    text: dict[str, Any] = {"text": True, "errors": "replace"}
+    environment |= {"PYTHONPATH": path}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **text, **options)
     try:
         yield process
     finally:
@@ -47,11 +39,11 @@ def running(
 
 def end(process: "subprocess.Popen[Any]") -> None:
     """Kill a program and its group."""
-    kill_group(process.pid)
+    _kill_group(process.pid)
     process.wait()
 
 
-def kill_group(pid: int) -> None:
+def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -96,7 +88,7 @@ class Worker(NamedTuple):
     def end(self) -> None:
         """Kill the process and its group."""
         if self.process.exitcode is None:
-            kill_group(self.process.pid)
+            _kill_group(self.process.pid)
             self.process.kill()  # which may not lead a group yet
             self.process.join()
 

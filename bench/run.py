@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,18 +33,6 @@ Bytes = Mapping[str, Sequence[int]]
 """Bytes that each kernel of a run must move, by provider."""
 
 
-class Attempt(NamedTuple):
-    """A provider's first run: `excess` is its error as a multiple of the tolerance."""
-
-    provider: Provider
-    status: str
-    excess: float | None = None
-    error: float | None = None
-    first_call: float | None = None
-    peak: int | None = None
-    run: Run | None = None
-
-
 def measure(
     case: Case,
     providers: Sequence[Provider],
@@ -52,27 +41,26 @@ def measure(
     roof: Roof | None = None,
     moved: Bytes | None = None,
 ) -> list[Row]:
-    """The rows of a case: one for each provider and mode.
+    """The rows of a case: one for each provider and mode. Without a clock, results are checked only.
 
-    Args:
-        case: case.
-        providers: providers that compute it.
-        device: device to compute on.
-        clock: clock; without one, results are checked only.
-        roof: the device's measured rates.
-        moved: bytes that the kernels of our providers must move.
+    `roof` has the measured rates of the device, `moved` the bytes that the kernels of our providers must move.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # what was compiled for other cases would count against its limits
     try:
         with switched(case.precision):
             operands = case.operands(device)
-            attempts = [_attempt(case, provider, operands, clock) for provider in providers]
-            runs = _rotated(case, attempts, operands, device) if clock else {}
+            first = {provider: _first_run(case, provider, operands, clock) for provider in providers}
+            others = [case.operands(device) for _ in range(case.sets - 1)] if clock else []
+            runs = {p.name: [run, *(p.build(case, more) for more in others)] for p, (_, run) in first.items() if run}
             rows = []
             for mode in case.modes:
                 times = clock.time(runs, mode, case.energy) if clock and mode in clock.modes else {}
-                rows += [_row(case, mode, each, times.get(each.provider.name), roof, moved) for each in attempts]
+                for row, _ in first.values():
+                    kernels = (moved or {}).get(row.provider)
+                    floor = _floor(kernels, roof) if roof and kernels is not None else None
+                    row = replace(row, mode=mode, floor_us=floor)
+                    rows.append(_timed(row, times.get(row.provider), roof.seconds(case) if roof else None))
             return rows
     except Exception as raised:  # operands that do not fit, or a device that is lost
         return unmeasured(case, providers, _failure(f"{case}", raised))
@@ -80,7 +68,13 @@ def measure(
 
 def unmeasured(case: Case, providers: Sequence[Provider], status: str) -> list[Row]:
     """The rows of a case without results."""
-    return [_row(case, mode, Attempt(provider, status)) for mode in case.modes for provider in providers]
+    return [replace(_row(case, provider, status), mode=mode) for mode in case.modes for provider in providers]
+
+
+def _row(case: Case, provider: Provider, status: str, **values: Any) -> Row:
+    """A row that no mode is chosen for yet."""
+    sizes: dict[str, Any] = {"shape": case.shape, "flops": case.flops, "bytes": case.bytes}
+    return Row(**case.case, mode="", provider=provider.name, status=status, **sizes, **values)
 
 
 def _failure(name: str, raised: Exception) -> str:
@@ -91,7 +85,8 @@ def _failure(name: str, raised: Exception) -> str:
     return "failed"
 
 
-def _attempt(case: Case, provider: Provider, operands: Any, clock: Clock | None) -> Attempt:
+def _first_run(case: Case, provider: Provider, operands: Any, clock: Clock | None) -> tuple[Row, Run | None]:
+    """The row after a provider's first run, and the run if it is right and to be timed."""
     try:
         before = clock.memory() if clock else 0
         run = provider.build(case, operands)
@@ -100,72 +95,38 @@ def _attempt(case: Case, provider: Provider, operands: Any, clock: Clock | None)
             results = run()
             if results[0].is_cuda:
                 torch.cuda.synchronize()
-            first = time.perf_counter() - start
+            taken = time.perf_counter() - start
             try:
                 excess, error = case.check(provider, operands, provider.read(results))
             except torch.OutOfMemoryError:
-                return Attempt(provider, "not judged")
+                return _row(case, provider, "not judged"), None
         del results
-        if not excess <= 1:
-            return Attempt(provider, "REFUSED", excess, error)
-        if clock is None:
-            return Attempt(provider, "smoke", excess, error)
+        errors = {"error": error, "error_over_tolerance": excess}
+        if clock is None or not excess <= 1:
+            return _row(case, provider, "smoke" if excess <= 1 else "REFUSED", **errors), None
         clock.memory()
         run()  # again: libraries search no algorithms any more, which takes memory
         peak = clock.peak()
-        return Attempt(provider, "ok", excess, error, first, None if peak is None else peak - before, run)
+        sizes = {"first_call_ms": 1e3 * taken, "peak_bytes": None if peak is None else peak - before}
+        return _row(case, provider, "ok", **errors, **sizes), run
     except Exception as raised:  # whatever a compiler or another library raises: the others are measured all the same
-        return Attempt(provider, _failure(f"{case}, {provider.name}", raised))
+        return _row(case, provider, _failure(f"{case}, {provider.name}", raised)), None
 
 
-def _rotated(case: Case, attempts: Sequence[Attempt], operands: Any, device: torch.device) -> dict[str, list[Run]]:
-    """The right runs by provider, also on further operands."""
-    others = [case.operands(device) for _ in range(case.sets - 1)]
-    return {
-        attempt.provider.name: [attempt.run, *(attempt.provider.build(case, more) for more in others)]
-        for attempt in attempts
-        if attempt.run
-    }
-
-
-def _row(
-    case: Case,
-    mode: str,
-    attempt: Attempt,
-    timing: Timing | None = None,
-    roof: Roof | None = None,
-    moved: Bytes | None = None,
-) -> Row:
-    status, kernels = attempt.status, (moved or {}).get(attempt.provider.name)
-    times: dict[str, Any] = {}
-    if timing:
-        median = statistics.median(timing.samples)
-        low, *_, high = statistics.quantiles(timing.samples, n=5, method="inclusive")
-        times = {
-            "median_us": median,
-            "p20_us": low,
-            "p80_us": high,
-            "samples": len(timing.samples),
-            "host_us": timing.host,
-            "first_call_ms": None if attempt.first_call is None else 1e3 * attempt.first_call,
-            "peak_bytes": attempt.peak,
-            "energy_mj": None if timing.energy is None else 1e3 * timing.energy,
-            "percent_of_roof": 1e8 * roof.seconds(case) / median if roof else None,
-        }
-    elif status == "ok":
-        status = "failed"  # it was not captured
-    return Row(
-        **case.case,
-        mode=mode,
-        provider=attempt.provider.name,
-        shape=case.shape,
-        status=status,
-        error=attempt.error,
-        error_over_tolerance=attempt.excess,
-        floor_us=_floor(kernels, roof) if kernels is not None and roof else None,
-        flops=case.flops,
-        bytes=case.bytes,
-        **times,
+def _timed(row: Row, timing: Timing | None, least_seconds: float | None) -> Row:
+    if timing is None:  # of a right run: its capture failed
+        return replace(row, status="failed", first_call_ms=None, peak_bytes=None) if row.status == "ok" else row
+    median = statistics.median(timing.samples)
+    low, *_, high = statistics.quantiles(timing.samples, n=5, method="inclusive")
+    return replace(
+        row,
+        median_us=median,
+        p20_us=low,
+        p80_us=high,
+        samples=len(timing.samples),
+        host_us=timing.host,
+        energy_mj=None if timing.energy is None else 1e3 * timing.energy,
+        percent_of_roof=None if least_seconds is None else 1e8 * least_seconds / median,
     )
 
 
@@ -229,19 +190,15 @@ class Schedule(NamedTuple):
     def measured(
         self,
         clock: Clock,
-        roof: Roof | None,
+        roof: Roof,
         done: Sequence[Row],
         note: Callable[[list[Row]], None],
         restart: Callable[[str], None],
     ) -> Iterator[list[Row]]:
-        """The rows of one case after the other; on a GPU, one that kills or hangs the device costs its own rows only.
+        """The rows of one case after the other, but those of the cases that are done.
 
-        Args:
-            clock: clock.
-            roof: the device's measured rates.
-            done: rows of cases that are not measured again.
-            note: writes the rows of a failed case to disk, which happens before each case starts.
-            restart: starts this program again, for a reason: a case took over `CASE_SECONDS`, or the device is lost.
+        On a GPU, a case that kills or hangs the device costs its own rows only: before each case, `note` writes it to
+        disk as failed. If the case takes over `CASE_SECONDS`, or the device is lost, `restart` replaces this program.
         """
         on_gpu = self.device.type == "cuda"
         for case, providers, moved in self.planned({row.case_key for row in done}):

@@ -36,14 +36,7 @@ Measure = Callable[[Row], float | None]
 
 
 class Folder(NamedTuple):
-    """One folder of results, which is one run on one device.
-
-    Args:
-        path: path of results.csv, as captions name it.
-        results: rows of results.csv.
-        fresh: rows of fresh.csv.
-        shared: rows of sharing.csv.
-    """
+    """The files of one folder of results, which are of one device; `path` is that of results.csv, for captions."""
 
     path: Path
     results: Results[Row]
@@ -88,6 +81,14 @@ class Standing(NamedTuple):
     @property
     def speedup(self) -> float | None:
         return ratio(median(self.best), median(self.ours))
+
+    @property
+    def by(self) -> str:
+        return self.best.provider if self.best else ""
+
+    @property
+    def failures(self) -> str:
+        return joined(*(f"{row.provider}: {row.status}" for row in self.failed))
 
 
 def load(folder: Path) -> list[Folder]:

@@ -1,5 +1,6 @@
 """Sections of a report as Markdown tables, each made from all the folders of results that it is to show."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,30 +19,17 @@ from bench.words import MISSING, conditions, joined, number
 
 # Maximum number of tables of one device and kind, of conditions and layers beside the paper, of lines of a table.
 TABLES, CONDITIONS, LINES = 2, 2, 30
+Table = Callable[[Folder, list[Row]], str]
+More = Callable[[Folder], str]
 PAPER_NETWORKS = ("quaternion", "real")
 MEMORY = "Memory: the GPU allocator's peak beside the operands, or, on a CPU, what a fresh process grew by."
-NOTHING = "Not measured yet."
-
-
-def layers(folders: Sequence[Folder]) -> str:
-    """Speed of convolutions and linear maps: the most valuable tables of each device, and all the others in short."""
-    return _by_device(folders, "layers", tuple(ORDERS), _layer_table, _overview)
-
-
-def anti_transfer(folders: Sequence[Folder]) -> str:
-    """Time and memory of the anti-transfer loss, by layer and semantics."""
-    return _by_device(folders, "anti-transfer", tuple(ORDERS), _loss_table)
-
-
-def step(folders: Sequence[Folder]) -> str:
-    """Time and memory of training steps by provider; in short of epochs, inference and first calls."""
-    return _by_device(folders, "step", CONDITION, _step_table, _beside_steps)
+NOTHING, UNMEASURED = "Not measured yet.", Folder(Path(), Results([], {"device": MISSING}))
 
 
 def paper(folders: Sequence[Folder]) -> str:
     """The paper's figures beside ours, each precision in its most valuable condition only."""
     against_real, against_none = [], []
-    for folder in folders or [Folder(Path(), Results([], {"device": MISSING}))]:
+    for folder in folders or [UNMEASURED]:
         by_precision: dict[str, list[Row]] = {}
         for _, rows in combinations(_whole_steps(folder), CONDITION):
             by_precision.setdefault(rows[0].precision, rows)
@@ -72,19 +60,15 @@ def sharing(folders: Sequence[Folder]) -> str:
     for folder in folders:
         lines = [
             {
-                "each trains": joined(
-                    conditions(row, "network"), row.layer, row.variant, conditions(row, "batch", "precision")
-                ),
-                "mode": row.mode,
-                "processes": str(row.processes),
-                "threads of each": str(row.threads_each),
+                "each trains": joined(conditions(row, "network"), row.layer, row.variant,
+                                      conditions(row, "batch", "precision")),
+                "mode": row.mode, "processes": str(row.processes), "threads of each": str(row.threads_each),
                 "samples/s in all": "" if row.samples_per_second is None else f"{row.samples_per_second:.0f}",
                 "trainings an hour": "" if row.trainings_relative is None else f"{row.trainings_relative:.2f}x",
-                "GPU allocator, each": words.size(row.peak_bytes),
-                "no result": "" if row.status == "ok" else row.status,
+                "GPU allocator, each": words.size(row.peak_bytes), "no result": _unless_ok(row.status),
             }
             for row in sorted(folder.shared.rows, key=order)
-        ]
+        ]  # fmt: skip
         if lines:
             path = folder.path.with_name("sharing.csv").as_posix()
             caption = f"**{folder.device}**: {folder.shared.source}. All rows in [{path}]({path})."
@@ -95,7 +79,6 @@ def sharing(folders: Sequence[Folder]) -> str:
 
 def grid(folders: Sequence[Folder]) -> str:
     """Hours of the paper's grid on one GPU."""
-    unmeasured = Folder(Path(), Results([], {"device": MISSING}))
     lines = [_grid_line(folder, way) for folder in folders if not folder.on_cpu for way in grids.WAYS]
     corpora = ", ".join(f"{name} {utterances}" for name, utterances in grids.CORPORA.items())
     whole, tapped = grids.TRAININGS + grids.OTHERS, ", ".join(map(str, grids.MEASURED))
@@ -107,25 +90,11 @@ The other {grids.OTHERS} have other batches and inputs and are left out. An epoc
 is measured; between them it is interpolated linearly, and layer 1 is taken as layer {grids.MEASURED[0]}.
 *Side by side*: with the most trainings an hour of the table of that name, which are of anti-transfer at layer 2.
 
-{_table(lines or [_grid_line(unmeasured, grids.WAYS[0]) | {"steps": MISSING}])}"""
-
-
-SECTIONS = {
-    "layers": layers,
-    "anti-transfer": anti_transfer,
-    "step": step,
-    "sharing": sharing,
-    "paper": paper,
-    "grid": grid,
-}
+{_table(lines or [_grid_line(UNMEASURED, grids.WAYS[0]) | {"steps": MISSING}])}"""
 
 
 def _by_device(
-    folders: Sequence[Folder],
-    kind: str,
-    fields: tuple[str, ...],
-    table: Callable[[Folder, list[Row]], str],
-    more: Callable[[Folder], str] = lambda folder: "",
+    folders: Sequence[Folder], kind: str, fields: tuple[str, ...], table: Table, more: More = lambda folder: ""
 ) -> str:
     """For each device a caption, the tables of its most valuable combinations, and `more`."""
     pieces = []
@@ -151,8 +120,8 @@ def _layer_table(folder: Folder, rows: list[Row]) -> str:
         roof = line.ours.percent_of_roof if line.ours and median(line.ours) else None
         lines.append({
             "layer": line.layer, "ours": words.time(line.ours), "best baseline": words.time(line.best),
-            "by": _provider(line.best), "speed-up": number(line.speedup), "real layer / ours": number(line.real),
-            "% of roof": "" if roof is None else f"{roof:.0f}", "no time": _failures(line),
+            "by": line.by, "speed-up": number(line.speedup), "real layer / ours": number(line.real),
+            "% of roof": "" if roof is None else f"{roof:.0f}", "no time": line.failures,
         })  # fmt: skip
     return _table(lines)
 
@@ -180,10 +149,10 @@ def _loss_table(folder: Folder, rows: list[Row]) -> str:
         ours, target = (words.size(folder.memory(row)) if row else "" for row in (line.ours, cached))
         lines.append({
             "loss": variant, "layers": layer.removeprefix("layers "), "ours": words.time(line.ours),
-            "cached target": words.time(cached), "best baseline": words.time(line.best), "by": _provider(line.best),
+            "cached target": words.time(cached), "best baseline": words.time(line.best), "by": line.by,
             "speed-up": number(line.speedup), "speed-up, cached": number(ratio(median(line.best), median(cached))),
             "memory: ours": ours, "memory: cached": target, "memory: least of the baselines": words.size(least),
-            "no time": _failures(line),
+            "no time": line.failures,
         })  # fmt: skip
     return _table(sorted(lines, key=lambda line: (place(line["loss"], summary.SEMANTICS), place(line["layers"]))))
 
@@ -217,7 +186,7 @@ def _fresh_table(folder: Folder) -> str:
             "first call": words.seconds(row.first_call_s),
             "first call, nothing compiled": words.seconds(row.cold_call_s),
             "GPU allocator": words.size(row.peak_bytes), "GPU (NVML)": words.size(row.gpu_bytes),
-            "host memory": words.size(row.host_bytes), "no result": "" if row.status == "ok" else row.status,
+            "host memory": words.size(row.host_bytes), "no result": _unless_ok(row.status),
         }
         for row in folder.fresh.rows
     ]  # fmt: skip
@@ -286,23 +255,17 @@ def _grid_line(folder: Folder, way: grids.Way) -> dict[str, str]:
     shared = most(folder.shared.rows, grids.PRECISION) if way == grids.SHARED else None
     gain = (shared.trainings_relative if shared else None) or math.nan
     hours = {
-        "quaternion network, an epoch": quaternion,
-        "real network, an epoch": real,
-        "both, an epoch": quaternion + real,
+        "quaternion network, an epoch": quaternion, "real network, an epoch": real, "both, an epoch": quaternion + real,
         "both, 100 epochs": 100 * (quaternion + real),
         "quaternion network, 100 epochs, side by side": 100 * quaternion / gain,
-    }
+    }  # fmt: skip
     steps = joined(way.provider, way.variant, "CUDA graph" if way.mode == "graph" else way.mode)
     cells = {name: MISSING if math.isnan(value) else f"{value:.3g} h" for name, value in hours.items()}
     return {"device": folder.device, "steps": steps, **cells}
 
 
-def _provider(row: Row | None) -> str:
-    return row.provider if row else ""
-
-
-def _failures(line: summary.Standing) -> str:
-    return joined(*(f"{row.provider}: {row.status}" for row in line.failed))
+def _unless_ok(status: str) -> str:
+    return "" if status == "ok" else status
 
 
 def _table(lines: Sequence[Mapping[str, str]]) -> str:
@@ -312,3 +275,13 @@ def _table(lines: Sequence[Mapping[str, str]]) -> str:
     rows = [columns, ["---"] * len(columns), *([line.get(name, "") for name in columns] for line in shown)]
     table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
     return table if len(lines) <= LINES else f"{table}\n\n{len(lines) - LINES} more lines are not shown."
+
+
+# Speed of convolutions and linear maps: the most valuable tables of each device, and all the others in short.
+layers = functools.partial(_by_device, kind="layers", fields=tuple(ORDERS), table=_layer_table, more=_overview)
+# Time and memory of the loss by layer and semantics; of steps by provider, and in short of epochs and first calls.
+anti_transfer = functools.partial(_by_device, kind="anti-transfer", fields=tuple(ORDERS), table=_loss_table)
+step = functools.partial(_by_device, kind="step", fields=CONDITION, table=_step_table, more=_beside_steps)
+SECTIONS: Mapping[str, Callable[[Sequence[Folder]], str]] = {
+    "layers": layers, "anti-transfer": anti_transfer, "step": step, "sharing": sharing, "paper": paper, "grid": grid
+}  # fmt: skip

@@ -28,12 +28,9 @@ ENERGY_SECONDS = 0.5  # the counter moves about every 20 to 100 ms
 
 
 class Timing(NamedTuple):
-    """The times of one provider's runs.
+    """Microseconds of one provider's runs, and joules of one.
 
-    Args:
-        samples: microseconds.
-        host: microseconds until an eager call returned; None where that is the whole time, or not measured.
-        energy: joules of one run.
+    `host` is the time until an eager call returned; None where that is the whole time, or not measured.
     """
 
     samples: list[float]
@@ -48,7 +45,8 @@ class Clock:
 
     def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         """The times of the runs of every name, which take turns; a name whose capture fails is left out."""
-        return {name: Timing(samples) for name, samples in _interleaved(EAGER_ROUNDS, runs, _wall).items()}
+        times = _interleaved(EAGER_ROUNDS, runs, lambda _, turn: self._eager(turn, 1))
+        return {name: Timing(samples) for name, samples in times.items()}
 
     def memory(self) -> int:
         """Allocated bytes; the peak starts anew."""
@@ -65,6 +63,17 @@ class Clock:
         runs = {"copy": [lambda: target.copy_(source)], "product": [lambda: a @ b]}
         seconds = {name: 1e-6 * statistics.median(timing.samples) for name, timing in self.time(runs, "eager").items()}
         return Roof(2 * source.nbytes / seconds["copy"], {"float32": 2 * 2048**3 / seconds["product"]})
+
+    def _eager(self, turn: Turn, calls: int) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            next(turn)()
+        self._synchronize()
+        return 1e6 * (time.perf_counter() - start) / calls
+
+    def _synchronize(self) -> None:
+        """Wait for the device."""
 
 
 class GpuClock(Clock):
@@ -140,13 +149,8 @@ class GpuClock(Clock):
         end.synchronize()
         return 1e3 * float(start.elapsed_time(end))
 
-    def _eager(self, turn: Turn, calls: int) -> float:
+    def _synchronize(self) -> None:
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            next(turn)()
-        torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start) / calls
 
     def _host(self, runs: Sequence[Callable[[], Any]]) -> float:
         """Median microseconds of a call on an idle device: the time that Python takes."""
@@ -220,13 +224,6 @@ class Nvml:
 def clock_of(device: torch.device) -> Clock:
     """The clock of the current device."""
     return GpuClock() if device.type == "cuda" else Clock()
-
-
-def _wall(_: str, turn: Turn) -> float:
-    run = next(turn)
-    start = time.perf_counter()
-    run()
-    return 1e6 * (time.perf_counter() - start)
 
 
 def _interleaved(rounds: int, runs: Runs, sample: Callable[[str, Turn], float]) -> dict[str, list[float]]:

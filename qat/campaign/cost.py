@@ -18,7 +18,8 @@ from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment
 from qat.data.corpora import CORPORA, FOUR_EMOTIONS
 from qat.data.splits import counts
 from qat.models.rhemo import DIMENSIONS
-from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, scaled
+from qat.models.sizes import layer_sizes
+from qat.models.vgg import HIDDEN, scaled
 from qat.results.record import Result, read_result
 
 _WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
@@ -94,7 +95,7 @@ def flop_of_epoch(experiment: AnyExperiment) -> float:
         fixed = not network.embeds or network.rhemo_mode == "frozen"
         if not (at.cache and fixed):
             deepest = 13 if at.position == "pool5" else max(at.layers)
-            twin = 2 * sum(_convolutions(network)[:deepest])
+            twin = _vgg(network, deepest)
     return train * (3 * forward + twin) + validation * (forward + twin)
 
 
@@ -103,24 +104,12 @@ def _forward(experiment: AnyExperiment) -> float:
         hidden, pixels = scaled(HIDDEN, experiment.rhemo.width), 64 * 64
         heads = (1 + len(DIMENSIONS)) * (pixels * hidden + hidden * hidden)
         return 2 * (_RHEMO_CONVOLUTIONS + heads)
-    network = experiment.network
-    _, height, width = INPUT[network.domain]
-    cells = 49 if network.adaptive_pool else (height // 32) * (width // 32)
-    hidden = scaled(HIDDEN, network.width)
-    linear = scaled(CHANNELS[-1], network.width) * cells * hidden + hidden * hidden
-    return 2 * (sum(_convolutions(network)) + linear)
+    return _vgg(experiment.network, 15)
 
 
-def _convolutions(network: NetworkConfig) -> list[float]:
-    """Multiplications of each convolution, a sample."""
-    channels, height, width = INPUT[network.domain]
-    found = []
-    for layer, out in enumerate((scaled(c, network.width) for c in CHANNELS), 1):
-        found.append(9.0 * channels * out * height * width)
-        channels = out
-        if layer in POOL_AFTER:
-            height, width = height // 2, width // 2
-    return found
+def _vgg(network: NetworkConfig, layers: int) -> float:
+    """Operations of a sample's forward pass through the first layers."""
+    return sum(layer.flops for layer in layer_sizes(network, 1)[:layers])
 
 
 def _samples(experiment: AnyExperiment) -> tuple[float, float]:

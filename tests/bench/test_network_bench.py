@@ -15,6 +15,8 @@ from bench import network
 from bench.atl import gram_flops
 from bench.case import FORWARD, STEP, relative_error
 from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, STEPS, TRAIN, TWIN
+from qat.config import NetworkConfig
+from qat.models.sizes import layer_sizes
 
 CPU = torch.device("cpu")
 SUITES = {"step": STEPS, "inference": INFERENCE, "epoch": EPOCHS}
@@ -385,9 +387,9 @@ def test_an_epoch_is_its_steps() -> None:
 def test_flops_of_the_paper() -> None:
     full = next(case for case in STEPS.cases if (case.network, case.at, case.work) == ("quaternion", 0, FORWARD))
     assert full.flops == pytest.approx(20 * 2 * (1.255e9 + 2048 * 4096 + 4096**2), rel=1e-3)
-    assert sum(sizes.weights for sizes in network.layer_sizes("quaternion", 1.0)) == 9_998_020
-    assert sum(sizes.weights for sizes in network.layer_sizes("real", 1.0)) == 165_733_060
-    assert sum(sizes.weights for sizes in network.layer_sizes("real-on-embedding", 1.0)) == 39_905_668
+    networks = [NetworkConfig(domain=domain) for domain in ("quaternion", "real", "real-on-embedding")]
+    weights = [sum(layer.weights for layer in layer_sizes(config, 4)) for config in networks]
+    assert weights == [9_998_020, 165_733_060, 39_905_668]
 
 
 def test_suites_are_in_the_order_of_their_value() -> None:
