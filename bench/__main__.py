@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bench import fresh, gpu_tests, session, sharing
 from bench import run as runs
 from bench.processes import PYTHON, terminating
 from bench.results import Fresh, Row, Shared, git_commit, provenance, read, write
-from bench.suites import HEADLINE, SUITES, chosen
+from bench.suites import SUITES, chosen
 from bench.targets import targets
 from bench.timing import GpuClock, clock_of
 
@@ -121,20 +122,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 DEVICE = "--device", dict(choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-ONLY = "--only", dict(type=int, help=argparse.SUPPRESS)
 
 
-@command("First call and all memory of the headline cases, each in a new process.", OUT, BUDGET, COMMIT, DEVICE, ONLY)
+@command("First call and all memory of the headline cases, each in a new process.", OUT, BUDGET, COMMIT, DEVICE)
 def _fresh(options: argparse.Namespace) -> int:
-    headline, device = HEADLINE[options.device], torch.device(options.device)
-    if options.only is not None:
-        case, provider = headline[options.only]
-        fresh.report(case, provider, device)
-        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     origin = provenance(options.commit)
     rows: dict[int, Fresh] = {}
-    for number, row in fresh.measured(headline, device, time.monotonic() + options.budget):
+    for number, row in fresh.measured(options.device, time.monotonic() + options.budget):
         rows[number] = row
         print(_words(row), flush=True)
         write(options.out / "fresh.csv", rows.values(), origin)
@@ -149,7 +144,10 @@ def _share(options: argparse.Namespace) -> int:
     origin = provenance(options.commit)
     rows: list[Shared] = []
     for new in sharing.measured(sharing.cases(device), device, torch.get_num_threads(), deadline):
-        print(*(_words(row) for row in new if row not in rows), sep="\n", flush=True)
+        printed = {replace(row, trainings_relative=None) for row in rows}
+        for row in new:
+            if replace(row, trainings_relative=None) not in printed:
+                print(_words(row), flush=True)
         rows = new
         write(options.out / "sharing.csv", rows, origin)
     if device.type == "cuda" and (options.out / "results.csv").is_file():

@@ -6,92 +6,83 @@ know of: CUDA's context, libraries, the kernels themselves.
 """
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.case import Case, Provider
-from bench.processes import PYTHON, running
+from bench.processes import Worker
 from bench.results import Fresh
+from bench.suites import HEADLINE
 from bench.timing import Nvml
 from qkernels.runtime.precision import switched
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 SECONDS = 600  # until a process is killed
-REPORT = "fresh: "
 
 
-def measured(
-    headline: Sequence[tuple[Case, Provider]], device: torch.device, deadline: float
-) -> Iterator[tuple[int, Fresh]]:
-    """Rows by number, each again when more of it is measured; prints how many are dropped (`time.monotonic`)."""
-    nvml = Nvml.open() if device.type == "cuda" else None
-    warm: dict[int, Fresh] = {}
-    for number, (case, provider) in enumerate(headline):
+def measured(device: str, deadline: float) -> Iterator[tuple[int, Fresh]]:
+    """Rows by number, each again when more of it is measured; prints how many are dropped at the deadline."""
+    nvml = Nvml.open() if device == "cuda" else None
+    ours: dict[int, Fresh] = {}
+    for number, (case, provider) in enumerate(HEADLINE[device]):
         if time.monotonic() > deadline:
-            print(f"dropped, out of budget: {len(headline) - number} processes", flush=True)
+            print(f"dropped, out of budget: {len(HEADLINE[device]) - number} processes", flush=True)
             break
         before = nvml.used() if nvml else 0
-        with _process(number, device) as process:
-            status, values = _report_of(process, deadline)
-        used = values.pop("used", None)
+        with Worker.start(_report, device, number, {}) as worker:
+            status, costs = _received(worker, deadline)
+        used = costs.pop("used", None)
         gpu_bytes = used - before if nvml and used is not None else None
-        row = Fresh(**case.case, provider=provider.name, status=status, gpu_bytes=gpu_bytes, **values)
+        row = Fresh(**case.case, provider=provider.name, status=status, gpu_bytes=gpu_bytes, **costs)
         if provider.ours and status == "ok":
-            warm[number] = row
+            ours[number] = row
         yield number, row
-    if device.type == "cuda" and time.monotonic() < deadline:
-        yield from _cold(warm, device, deadline)
+    if device == "cuda" and time.monotonic() < deadline:
+        yield from _cold(ours, device, deadline)
 
 
-def _cold(rows: Mapping[int, Fresh], device: torch.device, deadline: float) -> Iterator[tuple[int, Fresh]]:
+def _cold(rows: Mapping[int, Fresh], device: str, deadline: float) -> Iterator[tuple[int, Fresh]]:
     """The rows with their first call where nothing is compiled, all at the same time."""
     with contextlib.ExitStack() as stack:
-        processes = {}
+        workers = {}
         for number in rows:
             cache = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             caches = {name: os.path.join(cache, name) for name in CACHES}
-            processes[number] = stack.enter_context(_process(number, device, caches))
-        for number, process in processes.items():
-            status, values = _report_of(process, deadline)
+            workers[number] = stack.enter_context(Worker.start(_report, device, number, caches))
+        for number, worker in workers.items():
+            status, costs = _received(worker, deadline)
             if status == "out of time":
                 print(f"dropped, out of budget: the cold call of {rows[number].layer}", flush=True)
             elif status == "ok":
-                yield number, replace(rows[number], cold_call_s=values["first_call_s"])
+                yield number, replace(rows[number], cold_call_s=costs["first_call_s"])
 
 
-def _process(
-    number: int, device: torch.device, variables: Mapping[str, str] | None = None
-) -> AbstractContextManager["subprocess.Popen[str]"]:
-    command = [*PYTHON, "bench", "fresh", "--device", device.type, "--only", str(number)]
-    return running(command, variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def _report_of(process: "subprocess.Popen[str]", deadline: float) -> tuple[str, dict[str, Any]]:
-    """The status of a process, and what it reported."""
+def _received(worker: Worker, deadline: float) -> tuple[str, dict[str, Any]]:
+    """The status of a process, and the costs that it reports."""
+    now = time.monotonic()
     try:
-        text, errors = process.communicate(timeout=min(SECONDS, max(1.0, deadline - time.monotonic())))
-    except subprocess.TimeoutExpired:
+        return "ok", worker.receive(min(now + SECONDS, max(now + 1, deadline)))
+    except TimeoutError:
         return "out of time", {}
-    reports = [line.removeprefix(REPORT) for line in text.splitlines() if line.startswith(REPORT)]
-    if process.returncode or not reports:
-        print(errors.strip()[-500:], file=sys.stderr, flush=True)
+    except (EOFError, OSError):
         return "failed", {}
-    return "ok", json.loads(reports[-1])
 
 
-def report(case: Case, provider: Provider, device: torch.device) -> None:
-    """Run the case twice and print its cost, which is what each process does."""
+def _report(pipe: Connection, device: str, number: int, caches: Mapping[str, str]) -> None:
+    os.environ.update(caches)
+    pipe.send(costs(*HEADLINE[device][number], torch.device(device)))
+
+
+def costs(case: Case, provider: Provider, device: torch.device) -> dict[str, Any]:
+    """What it takes this process to run the case twice, by the fields of `Fresh`; and `used`, by all on the GPU."""
     on_gpu = device.type == "cuda"
     at_start = _peak_resident()
     with switched(case.precision):
@@ -104,13 +95,12 @@ def report(case: Case, provider: Provider, device: torch.device) -> None:
         first = time.perf_counter() - start
         run()
     nvml = Nvml.open() if on_gpu else None
-    values = {
+    return {
         "first_call_s": first,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "host_bytes": None if on_gpu or at_start is None else (_peak_resident() or 0) - at_start,
         "used": nvml.used() if nvml else None,
     }
-    print(REPORT + json.dumps(values), flush=True)
 
 
 def _peak_resident() -> int | None:

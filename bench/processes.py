@@ -65,14 +65,22 @@ class Worker(NamedTuple):
     pipe: Connection
 
     @classmethod
-    def start(cls, function: Callable[..., None], *arguments: Any) -> "Worker":
-        """Call ``function(pipe, *arguments)`` in a spawned process, since CUDA does not survive a fork."""
+    @contextlib.contextmanager
+    def start(cls, function: Callable[..., None], *arguments: Any) -> Iterator["Worker"]:
+        """Call ``function(pipe, *arguments)`` in a process, which is killed with its group when the block ends.
+
+        It is spawned, since CUDA does not survive a fork.
+        """
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         process = context.Process(target=_lead_group, args=(function, there, *arguments), daemon=True)
         process.start()
         there.close()
-        return cls(process, here)
+        worker = cls(process, here)
+        try:
+            yield worker
+        finally:
+            worker.end()
 
     def receive(self, until: float) -> Any:
         """The next message.

@@ -170,10 +170,9 @@ def _pool(
     case: NetworkCase, device: torch.device, count: int, environment: dict[str, str], deadline: float
 ) -> Iterator[list[Worker]]:
     """Processes that are ready to train; all of them end with the block."""
-    workers: list[Worker] = []
-    try:
-        for _ in range(count):
-            workers.append(Worker.start(_serve, case, device.type, environment))
+    with contextlib.ExitStack() as stack:
+        start = (Worker.start(_serve, case, device.type, environment) for _ in range(count))
+        workers = [stack.enter_context(worker) for worker in start]
         # A process that has not started after half of the time that is left is ended.
         until, ready = time.monotonic() + min(START_SECONDS, (deadline - time.monotonic()) / 2), []
         for worker in workers:
@@ -183,9 +182,6 @@ def _pool(
             except (EOFError, OSError):
                 worker.end()
         yield ready
-    finally:
-        for worker in workers:
-            worker.end()
 
 
 def _serve(pipe: Connection, case: NetworkCase, device: str, environment: dict[str, str]) -> None:

@@ -42,6 +42,7 @@ class Clock:
     """Times runs on a CPU, by wall clock."""
 
     modes: tuple[str, ...] = ("eager",)
+    device, copied, sizes = "cpu", 2**28, {"float32": 2048}  # of the roof's copy in bytes, and of its matrices
 
     def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         """The times of the runs of every name, which take turns; a name whose capture fails is left out."""
@@ -57,12 +58,20 @@ class Clock:
         return None
 
     def roof(self, precisions: Sequence[str]) -> Roof:
-        """The device's rates, by a copy of 256 MiB and a product of 2048 x 2048 matrices in float32."""
-        source = torch.rand(2**26)
-        target, (a, b) = torch.empty_like(source), torch.rand(2, 2048, 2048)
-        runs = {"copy": [lambda: target.copy_(source)], "product": [lambda: a @ b]}
-        seconds = {name: 1e-6 * statistics.median(timing.samples) for name, timing in self.time(runs, "eager").items()}
-        return Roof(2 * source.nbytes / seconds["copy"], {"float32": 2 * 2048**3 / seconds["product"]})
+        """The device's rates, by a copy and by products of square matrices."""
+        source = torch.rand(self.copied // 4, device=self.device)
+        copy, rates = self._microseconds(functools.partial(torch.empty_like(source).copy_, source)), {}
+        for precision in precisions:
+            size = self.sizes.get(precision, 8192)
+            a, b = (torch.randn(size, size, device=self.device).to(DTYPES[precision]) for _ in range(2))
+            with switched(precision):
+                product = self._microseconds(functools.partial(torch.mm, a, b, out=torch.empty_like(a)))
+            rates[precision] = 2e6 * size**3 / product
+        return Roof(2e6 * self.copied / copy, rates)
+
+    def _microseconds(self, run: Callable[[], Any]) -> float:
+        """Median time of a run."""
+        return statistics.median(self._eager(itertools.repeat(run), 1) for _ in range(EAGER_ROUNDS))
 
     def _eager(self, turn: Turn, calls: int) -> float:
         self._synchronize()
@@ -80,6 +89,7 @@ class GpuClock(Clock):
     """CUDA events and wall clock. Everything runs in one stream, in which graphs are captured too."""
 
     modes = MODES
+    device, copied, sizes = "cuda", 2**30, {"float32": 4096}
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -118,26 +128,12 @@ class GpuClock(Clock):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
 
-    def roof(self, precisions: Sequence[str]) -> Roof:
-        """By a copy of 1 GiB and products of 8192 x 8192 matrices, 4096 x 4096 in float32 without tf32."""
-        source = torch.empty(2**30, dtype=torch.int8, device="cuda").random_()
-        target = torch.empty_like(source)
-        copy = self._median(lambda: target.copy_(source))
-        rates = {}
-        for precision in precisions:
-            size = 4096 if precision == "float32" else 8192
-            a, b = (torch.randn(size, size, device="cuda").to(DTYPES[precision]) for _ in range(2))
-            product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
-            with switched(precision):
-                rates[precision] = 2e6 * size**3 / self._median(product)
-        return Roof(2e6 * source.numel() / copy, rates)
-
     def empty_graph(self) -> float:
         """Microseconds between the events around a graph of one addition."""
         value = torch.zeros(1, device="cuda")
-        return self._median(self._captured(lambda: value.add_(1)).replay)
+        return self._microseconds(self._captured(lambda: value.add_(1)).replay)
 
-    def _median(self, run: Callable[[], Any]) -> float:
+    def _microseconds(self, run: Callable[[], Any]) -> float:
         return statistics.median(self._event(run) for _ in range(ROUNDS))
 
     def _event(self, run: Callable[[], Any]) -> float:

@@ -2,8 +2,9 @@
 
 import contextlib
 import csv
-import json
 import math
+import os
+import signal
 import threading
 import time
 from dataclasses import fields, replace
@@ -19,7 +20,8 @@ from bench import __main__ as cli
 from bench import fresh, layers, results, run
 from bench.case import BACKWARD, FORWARD, STEP, Roof, Suite
 from bench.network import STEPS
-from bench.suites import SUITES
+from bench.processes import Worker
+from bench.suites import HEADLINE, SUITES
 from bench.targets import Target
 from bench.timing import Clock, Timing
 from qkernels import runtime
@@ -378,30 +380,58 @@ def test_roof_of_a_cpu_is_a_rate() -> None:
 
 def test_a_fresh_process_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, so that what this one holds does not count."""
-    number = next(n for n, (case, _) in enumerate(cli.HEADLINE["cpu"]) if case.layer == "conv 6-7")
-    start = fresh._process
-    monkeypatch.setattr(fresh, "_process", lambda _, *arguments: start(number, *arguments))
-    ((_, row),) = fresh.measured(cli.HEADLINE["cpu"][number : number + 1], CPU, math.inf)
-    assert (row.layer, row.provider, row.status) == ("conv 6-7", cli.HEADLINE["cpu"][number][1].name, "ok")
-    case = cli.HEADLINE["cpu"][number][0]
-    assert 0.5 * case.bytes < row.host_bytes < 100 * case.bytes
+    headline = HEADLINE["cpu"]
+    number = next(n for n, (case, _) in enumerate(headline) if case.layer == "conv 6-7")
+    start = Worker.start
+    monkeypatch.setattr(fresh, "HEADLINE", {"cpu": headline[number : number + 1]})
+    monkeypatch.setattr(Worker, "start", lambda function, device, _, caches: start(function, device, number, caches))
+    ((_, row),) = fresh.measured("cpu", math.inf)
+    assert (row.layer, row.provider, row.status) == ("conv 6-7", headline[number][1].name, "ok")
+    assert 0.5 * headline[number][0].bytes < row.host_bytes < 100 * headline[number][0].bytes
     assert 0 < row.first_call_s < 60
     assert row.gpu_bytes is row.peak_bytes is row.cold_call_s is None
 
 
 def test_a_process_that_fails_says_why(capfd: Any) -> None:
-    with fresh._process(10**6, CPU) as process:
-        assert fresh._report_of(process, math.inf) == ("failed", {})
+    with Worker.start(fresh._report, "cpu", 10**6, {}) as worker:
+        assert fresh._received(worker, math.inf) == ("failed", {})
+        worker.process.join()
     assert "IndexError" in capfd.readouterr().err
 
 
+def hangs(pipe: Any) -> None:
+    time.sleep(600)
+
+
+def test_a_process_that_hangs_is_out_of_time() -> None:
+    with Worker.start(hangs) as worker:
+        assert fresh._received(worker, time.monotonic()) == ("out of time", {})
+    assert worker.process.exitcode == -signal.SIGKILL
+
+
+def test_caches_are_those_of_the_process(tmp_path: Path) -> None:
+    """Which have to be set before it compiles anything, not before it imports."""
+    pytest.importorskip("triton")
+    with Worker.start(tell_caches, {name: str(tmp_path / name) for name in fresh.CACHES}) as worker:
+        assert worker.receive(time.monotonic() + 60) == [str(tmp_path / name) for name in fresh.CACHES]
+
+
+def tell_caches(pipe: Any, caches: Any) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from triton import knobs
+
+    assert knobs.cache.dir
+    assert cache_dir()
+    os.environ.update(caches)
+    pipe.send([knobs.cache.dir, cache_dir()])
+
+
 def test_out_of_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(fresh.measured(cli.HEADLINE["cpu"], CPU, time.monotonic())) == []
-    assert capsys.readouterr().out == f"dropped, out of budget: {len(cli.HEADLINE['cpu'])} processes\n"
+    assert list(fresh.measured("cpu", time.monotonic())) == []
+    assert capsys.readouterr().out == f"dropped, out of budget: {len(HEADLINE['cpu'])} processes\n"
 
 
-def test_reports_are_json(capsys: pytest.CaptureFixture[str]) -> None:
-    fresh.report(TINY, RIGHT, CPU)
-    found = json.loads(capsys.readouterr().out.removeprefix(fresh.REPORT))
-    assert set(found) == {"first_call_s", "peak_bytes", "host_bytes", "used"}
-    assert set(found) - {"used"} <= {field.name for field in fields(results.Fresh)}
+def test_costs_are_fields_of_a_row() -> None:
+    costs = fresh.costs(TINY, RIGHT, CPU)
+    assert set(costs) == {"first_call_s", "peak_bytes", "host_bytes", "used"}
+    assert set(costs) - {"used"} <= {field.name for field in fields(results.Fresh)}
