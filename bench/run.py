@@ -58,8 +58,10 @@ def measure(
                 times = clock.time(runs, mode, case.energy) if clock and mode in clock.modes else {}
                 for row, _ in first.values():
                     kernels = (moved or {}).get(row.provider)
-                    floor = _floor(kernels, roof) if roof and kernels is not None else None
-                    row = replace(row, mode=mode, floor_us=floor)
+                    if roof and kernels is not None:
+                        floor = sum(max(LAUNCH_US, 1e6 * size / roof.bandwidth) for size in kernels)
+                        row = replace(row, floor_us=floor)
+                    row = replace(row, mode=mode)
                     rows.append(_timed(row, times.get(row.provider), roof.seconds(case) if roof else None))
             return rows
     except Exception as raised:  # operands that do not fit, or a device that is lost
@@ -128,10 +130,6 @@ def _timed(row: Row, timing: Timing | None, least_seconds: float | None) -> Row:
         energy_mj=None if timing.energy is None else 1e3 * timing.energy,
         percent_of_roof=None if least_seconds is None else 1e8 * least_seconds / median,
     )
-
-
-def _floor(kernels: Sequence[int], roof: Roof) -> float:
-    return sum(max(LAUNCH_US, 1e6 * size / roof.bandwidth) for size in kernels)
 
 
 def resumed(out: Path, provenance: Mapping[str, str]) -> list[Row]:

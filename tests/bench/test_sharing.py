@@ -25,6 +25,7 @@ from bench.results import Shared, write
 from bench.sharing import MPS, PROCESSES, Report, Setting, Windows
 from tests.bench.measurements import GPU as GPU_NAMED
 from tests.bench.measurements import row, shared
+from tests.bench.programs import gone, running
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CASE = sharing.cases(CPU)[0]
@@ -269,23 +270,6 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("NOTES", str(tmp_path))
     monkeypatch.setenv("SERVERS", "12345")
     return tmp_path
-
-
-def running(pids: str) -> bool:
-    """One of them does; a process that nobody has waited for yet does not."""
-    for pid in pids.split():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                return True
-    return False
-
-
-def gone(pids: str) -> bool:
-    """None of them runs any more, soon: what is killed takes a moment to end."""
-    until = time.monotonic() + 10
-    while running(pids) and time.monotonic() < until:
-        time.sleep(0.02)
-    return not running(pids)
 
 
 def test_the_service_ends_with_its_context(service: Any) -> None:
