@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         write(options.out / "results.csv", [*rows, *new], origin)
 
     def restart(reason: str) -> None:
-        print(f"starting anew: {reason}", file=sys.stderr, flush=True)
+        print(f"starting again: {reason}", file=sys.stderr, flush=True)
         commit = ["--commit", options.commit] if options.commit else []
         budget = ["--budget", str(max(0.0, deadline - time.monotonic()))]
         words = ["run", *options.suites, "--out", str(options.out), *budget, *commit, "--resume"]
@@ -152,9 +152,9 @@ def _share(options: argparse.Namespace) -> int:
         write(options.out / "sharing.csv", rows, origin)
     if device.type == "cuda" and (options.out / "results.csv").is_file():
         steps = read(options.out / "results.csv", Row)
-        judged = targets(steps.rows, rows)
-        write(options.out / "targets.csv", judged, steps.provenance)
-        print(*judged, sep="\n")
+        promised = targets(steps.rows, rows)
+        write(options.out / "targets.csv", promised, steps.provenance)
+        print(*promised, sep="\n")
     return int(any(row.status == "failed" for row in rows))
 
 
@@ -201,7 +201,7 @@ def _session(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("needs a CUDA device, and there is none")
     out = options.out.resolve()
-    # The commit is asked for once: results that git knows of make the tree another one as they are written.
+    # The commit is read once: results in the repository make the tree dirty as they are written.
     parts = session.parts(out, options.commit or git_commit())
     return int(any(verdict != "ok" for verdict in session.run(parts, options.seconds, out).values()))
 

@@ -57,10 +57,11 @@ def speeds(folder: Folder) -> Any:
         return relative * line.speedup
 
     bars = []
-    for (family, layer), mine in grouped(rows, lambda row: (_family(row), summary.label(row))):
+    for (family, layer), variants in grouped(rows, lambda row: (_family(row), summary.label(row))):
         if layer in lines:
-            best = max((found for row in mine if (found := speed(row, lines[layer]))), default=None)
-            text = mine[0].status if best is None else number(best) if family in summary.OURS else ""
+            speeds = [speed(row, lines[layer]) for row in variants]
+            best = max(filter(None, speeds), default=None)
+            text = variants[0].status if best is None else number(best) if family in summary.OURS else ""
             bars.append(Bar(family, list(lines).index(layer), best, text))
     figure, (axis,) = _figure(folder, [conditions(rows[0], *ORDERS)], "speed, 1 = the best baseline")
     axis.set_yscale("log", base=2)
@@ -81,12 +82,12 @@ def roofline(folder: Folder) -> Any:
     reach = []
     for ((batch,), rows), colour in zip(batches, itertools.cycle(COLOURS), strict=False):
         for who, face in (("ours", colour), ("best", PAPER)):
-            found = [(line.layer, row) for line in standings(rows) if median(row := getattr(line, who))]
-            x = [row.flops / row.bytes for _, row in found]
-            y = [1e-6 * row.flops / row.median_us for _, row in found]
+            points = [(line.layer, row) for line in standings(rows) if median(row := getattr(line, who))]
+            x = [row.flops / row.bytes for _, row in points]
+            y = [1e-6 * row.flops / row.median_us for _, row in points]
             name = f"{'best baseline' if who == 'best' else who}, batch {batch}"
             axis.plot(x, y, "o", color=colour, markerfacecolor=face, label=name)
-            for (layer, _), *point in zip(found, x, y, strict=True) if who == "ours" else ():
+            for (layer, _), *point in zip(points, x, y, strict=True) if who == "ours" else ():
                 axis.annotate(layer, point, (4, 2), textcoords="offset points", fontsize=6.5, bbox=LABEL)
             reach += x
     rates = [folder.results.provenance.get(name) for name in ("roof_bandwidth", f"roof_{first.precision}")]
@@ -111,10 +112,10 @@ def memory(folder: Folder) -> Any:
     panels = sorted(grouped(rows, attrgetter("variant")), key=lambda panel: place(panel[0], summary.SEMANTICS))[:2]
     figure, axes = _figure(folder, [joined(variant, conditions(rows[0], *ORDERS)) for variant, _ in panels], "memory")
     names = list(dict.fromkeys(row.provider for _, panel in panels for row in panel))
-    for axis, (_, mine) in zip(axes, panels, strict=True):
-        ticks = sorted({row.layer for row in mine}, key=place)
-        known = [(row, sizes[row.key]) for row in mine if sizes[row.key] is not None or row.status != "ok"]
-        bars = [Bar(row.provider, ticks.index(row.layer), size, words.size(size) or row.status) for row, size in known]
+    for axis, (_, panel) in zip(axes, panels, strict=True):
+        ticks = sorted({row.layer for row in panel}, key=place)
+        shown = [(row, sizes[row.key]) for row in panel if sizes[row.key] is not None or row.status != "ok"]
+        bars = [Bar(row.provider, ticks.index(row.layer), size, words.size(size) or row.status) for row, size in shown]
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: words.size(value))
         _bars(axis, bars, names, ticks, base)
@@ -133,8 +134,8 @@ def steps(folder: Folder) -> Any:
     figure, axes = _figure(
         folder, [f"{network}, {conditions(rows[0], *CONDITION)}" for network, _ in panels], "ms of a step"
     )
-    for axis, (_, mine) in zip(axes, panels, strict=True):
-        bars = sorted(grouped(mine, bar), key=lambda group: (place(group[0][1]), group[0][2:]))
+    for axis, (_, panel) in zip(axes, panels, strict=True):
+        bars = sorted(grouped(panel, bar), key=lambda group: (place(group[0][1]), group[0][2:]))
         for n, (key, works) in enumerate(bars):
             times = [1e-3 * time for time in split[key] or ()]
             for part, time, below in zip(PARTS, times, itertools.accumulate(times, initial=0.0), strict=False):
@@ -175,10 +176,10 @@ def _bars(axis: Any, bars: Sequence[Bar], names: Sequence[str], ticks: Sequence[
     """Groups of bars of the named series, from `base` up or down, each with its text at the end."""
     width = 0.8 / len(names)
     for n, (name, colour) in enumerate(zip(names, itertools.cycle(COLOURS), strict=False)):
-        mine = [(bar.tick + (n - (len(names) - 1) / 2) * width, bar) for bar in bars if bar.series == name]
-        ends = [base if bar.end is None else max(bar.end, 1e-3 * base) for _, bar in mine]
-        axis.bar([x for x, _ in mine], [end - base for end in ends], width, base, color=colour, label=name)
-        for (x, bar), end in zip(mine, ends, strict=True):
+        series = [(bar.tick + (n - (len(names) - 1) / 2) * width, bar) for bar in bars if bar.series == name]
+        ends = [base if bar.end is None else max(bar.end, 1e-3 * base) for _, bar in series]
+        axis.bar([x for x, _ in series], [end - base for end in ends], width, base, color=colour, label=name)
+        for (x, bar), end in zip(series, ends, strict=True):
             side = "bottom" if end >= base else "top"
             axis.text(x, end, f" {bar.text} ", rotation=90, fontsize=7, ha="center", va=side)
     axis.set_xticks(range(len(ticks)), ticks)

@@ -44,8 +44,9 @@ class Change(NamedTuple):
     @property
     def cells(self) -> tuple[str, str, str, str]:
         unit = words.size if "memory" in self.verdict else words.microseconds
-        known = self.before is not None and self.after is not None
-        values = (f"{unit(self.before)} -> {unit(self.after)}", f"{self.factor:.2f}x") if known else ("", "")
+        values = "", ""
+        if self.before is not None and self.after is not None:
+            values = f"{unit(self.before)} -> {unit(self.after)}", f"{self.factor:.2f}x"
         return self.verdict, *values, ", ".join(str(word) for word in self.row.key if word)
 
 

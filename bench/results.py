@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from qat.files import replacing
 from qat.results import record
 from qkernels import runtime
 
-R = TypeVar("R", bound=CaseName)
+R = TypeVar("R", "Row", "Fresh", "Shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Row(CaseName):
         flops, bytes: least work of the definition. percent_of_roof: its time at the measured rates over the median.
     """
 
+    FILE: ClassVar[str] = "results.csv"
     mode: str
     provider: str
     shape: str = ""
@@ -78,6 +79,7 @@ class Fresh(CaseName):
         host_bytes: on a CPU, growth of the process' peak resident memory after its imports.
     """
 
+    FILE: ClassVar[str] = "fresh.csv"
     provider: str
     status: str
     first_call_s: float | None = None
@@ -100,6 +102,7 @@ class Shared(CaseName):
         peak_bytes: highest peak memory of the GPU's allocator in a process, operands included.
     """
 
+    FILE: ClassVar[str] = "sharing.csv"
     mode: str
     processes: int
     threads_each: int
@@ -170,7 +173,7 @@ def parse(text: str, name: str, kind: type[R]) -> Results[R]:
     columns = [field.name for field in fields(kind)]
     lines = list(csv.DictReader(text.splitlines()))
     if lacking := sorted(set(columns) - set(lines[0] if lines else ())):
-        raise ValueError(f"{name}: not a file of {kind.__name__} rows: it lacks the columns {', '.join(lacking)}")
+        raise ValueError(f"{name}: not a {kind.FILE}: it lacks the columns {', '.join(lacking)}")
     hints = typing.get_type_hints(kind)
     rows = [
         kind(**{column: _value(line[column], hints[column], f"{name}:{number}: {column}") for column in columns})

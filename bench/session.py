@@ -75,7 +75,7 @@ def run(parts: Sequence[Part], seconds: float, out: Path) -> dict[str, str]:
 
     Writes log.txt: the output of all, and the verdicts.
     """
-    begun, wall = time.monotonic(), time.time()
+    deadline, wall = time.monotonic() + seconds, time.time()
     out.mkdir(parents=True, exist_ok=True)
     verdicts: dict[str, str] = {}
 
@@ -92,7 +92,7 @@ def run(parts: Sequence[Part], seconds: float, out: Path) -> dict[str, str]:
             log.flush()
 
         for number, part in enumerate(parts):
-            left = begun + seconds - time.monotonic()
+            left = deadline - time.monotonic()
             share = left * part.share / sum(other.share for other in parts[number:])
             suites = list(part.suites)
             if suites and written("check.json"):

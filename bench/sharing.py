@@ -209,8 +209,8 @@ def _serve(pipe: Connection, case: NetworkCase, device: str, environment: dict[s
 
 def runs_per_second(run: Callable[[], None], seconds: float) -> float:
     """Rate of the runs that begin within the window; one more keeps the device busy while others end theirs."""
-    begun, count = time.perf_counter(), 0
-    while (taken := time.perf_counter() - begun) < seconds:
+    start, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - start) < seconds:
         run()
         count += 1
     run()

@@ -193,8 +193,8 @@ def parts(rows: Iterable[Row]) -> list[float] | None:
 
 def best(rows: Iterable[Row], network: str, measure: Measure, provider: str | None = None) -> tuple[float, str] | None:
     """The lowest value of a network, and its provider: the given one, or any."""
-    mine = [row for row in rows if row.network == network and provider in (None, row.provider)]
-    return min(((value, row.provider) for row in mine if (value := measure(row))), default=None)
+    rows = [row for row in rows if row.network == network and provider in (None, row.provider)]
+    return min(((value, row.provider) for row in rows if (value := measure(row))), default=None)
 
 
 def median(row: Row | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Sections of a report as Markdown tables, each made from all the folders of results that it is to show."""
+"""Sections of a report as Markdown tables, each a function of the folders of results."""
 
 import functools
 import itertools
@@ -215,8 +215,9 @@ def _change(rows: Sequence[Row], network: str, measure: summary.Measure, provide
     sides = []
     for side in (network, "real"):
         if not (lowest := best(rows, side, measure, provider)):
-            mine = [row for row in rows if row.network == side and provider in (None, row.provider)]
-            return joined(MISSING, *(f"{side}: {row.provider} {row.status}" for row in mine if row.status != "ok"))
+            failed = [row for row in rows if row.network == side and row.status != "ok"]
+            shown = [row for row in failed if provider in (None, row.provider)]
+            return joined(MISSING, *(f"{side}: {row.provider} {row.status}" for row in shown))
         sides.append(lowest)
     names = "" if provider else f" ({sides[0][1]}, {sides[1][1]})"
     return f"{100 * (sides[0][0] / sides[1][0] - 1):+.1f} %{names}"
@@ -232,10 +233,10 @@ def _against_none(folder: Folder, where: str, rows: Sequence[Row]) -> list[dict[
     return [
         {
             "network": network, "provider": joined(provider, variant), "conditions": where,
-            "time (AT paper: 2.8x)": _costs(mine, bases.get((network, provider)), median),
-            "memory (AT paper: up to +100 %)": _costs(mine, bases.get((network, provider)), folder.memory),
+            "time (AT paper: 2.8x)": _costs(with_at, bases.get((network, provider)), median),
+            "memory (AT paper: up to +100 %)": _costs(with_at, bases.get((network, provider)), folder.memory),
         }
-        for (network, provider, variant), mine in groups or [((MISSING, MISSING, ""), [])]
+        for (network, provider, variant), with_at in groups or [((MISSING, MISSING, ""), [])]
     ]  # fmt: skip
 
 

@@ -120,11 +120,11 @@ def _of_layers(figures: Figures) -> list[Target]:
 
 
 def _of_the_loss(figures: Figures) -> list[Target]:
-    judged = []
+    promised = []
     for variant, factors in SPEED_UPS.items():
         for case, factor in zip(_cases(ATL, STEP, 20, "bf16", variant), factors, strict=True):
             speed_ups = figures.speed_ups([case], "materialised")
-            judged.append(at_least(f"loss, {variant}, quaternion, {case.layer}: speed-up", speed_ups, factor))
+            promised.append(at_least(f"loss, {variant}, quaternion, {case.layer}: speed-up", speed_ups, factor))
     for network, bound in MEGABYTES.items():
         taken: dict[str, float | None] = {}
         for case in _cases(ATL, STEP, 20, "bf16", "paper", network):
@@ -132,8 +132,8 @@ def _of_the_loss(figures: Figures) -> list[Target]:
             assert isinstance(case, LossCase)
             gradient = case.elements * case.dtype.itemsize
             taken[case.layer] = None if row is None or row.peak_bytes is None else 1e-6 * (row.peak_bytes - gradient)
-        judged.append(at_most(f"loss, {network}: MB beside features and gradient", taken, bound))
-    return judged
+        promised.append(at_most(f"loss, {network}: MB beside features and gradient", taken, bound))
+    return promised
 
 
 def _of_the_training(figures: Figures) -> list[Target]:

@@ -50,7 +50,7 @@ class Clock:
         return {name: Timing(samples) for name, samples in times.items()}
 
     def memory(self) -> int:
-        """Allocated bytes; the peak starts anew."""
+        """Allocated bytes, from which the peak is counted again."""
         return 0
 
     def peak(self) -> int | None:

@@ -53,7 +53,7 @@ def edited(path: Path, old: str = "", new: str = "") -> str:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (",host_bytes", ",other", " not a file of Fresh rows: it lacks the columns host_bytes"),
+        (",host_bytes", ",other", " not a fresh.csv: it lacks the columns host_bytes"),
         (",1000,", ",1 kB,", "3: gpu_bytes is '1 kB'; it must be a whole number or empty"),
         (",2.5,", ",soon,", "3: first_call_s is 'soon'; it must be a number or empty"),
         (",256,", ",,", "3: batch is ''; it must be a whole number"),
@@ -75,9 +75,7 @@ def test_a_wrong_sharing_csv_is_named_with_its_line(tmp_path: Path) -> None:
     ):
         summary.load(folder.parent)
     edited(folder / "sharing.csv", "threads_each", "other")
-    with pytest.raises(
-        ValueError, match=r"sharing\.csv: not a file of Shared rows: it lacks the columns threads_each$"
-    ):
+    with pytest.raises(ValueError, match=r"sharing\.csv: not a sharing\.csv: it lacks the columns threads_each$"):
         summary.load(folder.parent)
 
 
@@ -90,7 +88,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     folder = committed(tmp_path, "gpu", measured(row()))
     (folder / "results.csv").write_text("a,b\n1,2\n")
     for load in (lambda: summary.load(folder.parent), lambda: summary.load_folder(folder)):
-        with pytest.raises(ValueError, match=r"results\.csv: not a file of Row rows"):
+        with pytest.raises(ValueError, match=r"results\.csv: not a results\.csv"):
             load()
 
 
