@@ -208,7 +208,8 @@ def building(
             return differentiated(whole, (x, weight, bias), dy, case.work)
         if case.work == PRODUCT:
             return differentiated(bare, (x, weight), dy, FORWARD)
-        return differentiated(bare, (x, weight), dy, BACKWARD, (X if case.work == DX else WEIGHT,))
+        run = differentiated(bare, (x, weight), dy, BACKWARD, (X if case.work == DX else WEIGHT,))
+        return lambda: run()[1:]
 
     return build
 
@@ -225,7 +226,7 @@ def ours(form: str, fits: Callable[[LayerCase], bool]) -> Provider:
         assert isinstance(y, Tensor)
         return y
 
-    return Provider(f"ours {form}", building(layer), fits, cpu=form != "signed", read=_without_output)
+    return Provider(f"ours {form}", building(layer), fits, cpu=form != "signed")
 
 
 def concatenated(weight: Tensor) -> Tensor:
@@ -247,11 +248,11 @@ def baseline(name: str, memory_format: torch.memory_format, real: bool, fits: Ca
         x, dy, wide = (_as(tensor, memory_format) for tensor in (x, dy, wide))
         return Operands(x, wide if real else weight, bias, dy, wide)
 
-    return Provider(name, building(layer, prepare), fits, real=real, read=_without_output)
+    return Provider(name, building(layer, prepare), fits, real=real)
 
 
-def compiled(name: str, fits: Callable[[LayerCase], bool], **options: Any) -> Provider:
-    """`torch.compile` of the layer with a concatenated weight."""
+def compiled(name: str, layers: Sequence[str], smoke: bool = True, **options: Any) -> Provider:
+    """`torch.compile` of the layer with a concatenated weight, for the named layers."""
 
     def build(case: LayerCase, operands: Operands[Tensor]) -> Run:
         @functools.partial(torch.compile, fullgraph=True, dynamic=False, **options)
@@ -260,7 +261,7 @@ def compiled(name: str, fits: Callable[[LayerCase], bool], **options: Any) -> Pr
 
         return building(layer)(case, operands)
 
-    return Provider(name, build, fits, read=_without_output)
+    return Provider(name, build, lambda case: case.variant == COMPILED and case.layer in layers, smoke=smoke)
 
 
 @functools.cache
@@ -310,11 +311,6 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor
     return y.relu() if relu else y
 
 
-def _without_output(results: Results) -> Results:
-    """Without y where there is one gradient: that of a bare product."""
-    return results[1:] if len(results) == 2 else results
-
-
 def _as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
 
@@ -332,11 +328,6 @@ def _by_form(case: LayerCase) -> bool:
 _quaternion = attrgetter("quaternion")
 COMPILED = "against torch.compile"
 _AUTOTUNED = ("conv 2", "conv 6-7", "conv 11-13")
-_autotuned = compiled(
-    "torch.compile, max-autotune",
-    lambda case: case.variant == COMPILED and case.layer in _AUTOTUNED,
-    mode="max-autotune-no-cudagraphs",
-)
 PROVIDERS = [
     ours("auto", _quaternion),
     ours("signed", _by_form),
@@ -346,8 +337,8 @@ PROVIDERS = [
     baseline("concatenated, NHWC", torch.channels_last, False, _whole),
     baseline("real, NCHW", torch.contiguous_format, True, lambda case: not case.variant),
     baseline("real, NHWC", torch.channels_last, True, lambda case: not case.variant),
-    compiled("torch.compile", lambda case: case.variant == COMPILED),
-    _autotuned._replace(smoke=False),
+    compiled("torch.compile", [layer.name for layer in LAYERS]),
+    compiled("torch.compile, max-autotune", _AUTOTUNED, smoke=False, mode="max-autotune-no-cudagraphs"),
 ]
 if importlib.util.find_spec("speechbrain"):
     PROVIDERS.append(Provider("SpeechBrain", _speechbrain, _whole, read=_stacked))

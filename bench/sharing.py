@@ -44,13 +44,6 @@ class Setting(NamedTuple):
     threads_each: int
 
 
-class Report(NamedTuple):
-    """What one process did in a window."""
-
-    samples_per_second: float
-    peak_bytes: int | None
-
-
 class Windows(NamedTuple):
     """Samples per second and peak memory in the windows of one setting; `status` says why there are none."""
 
@@ -151,18 +144,17 @@ def _window(workers: list[Worker], setting: Setting, seconds: float) -> Windows:
     for worker in chosen:
         with contextlib.suppress(OSError):
             worker.pipe.send((start, seconds, setting.threads_each))
-    reports: list[Report] = []
+    rates, peaks = [], []
     for worker in chosen:
         try:
-            reports.append(worker.receive(until))
+            rate, peak = worker.receive(until)
+            rates.append(rate)
+            peaks += [] if peak is None else [peak]
         except (EOFError, OSError) as error:
             status = "out of time" if isinstance(error, TimeoutError) else "failed"
             worker.end()
             workers.remove(worker)
-    if status != "ok":
-        return Windows([], [], status)
-    peaks = [report.peak_bytes for report in reports if report.peak_bytes is not None]
-    return Windows([sum(report.samples_per_second for report in reports)], peaks)
+    return Windows([sum(rates)], peaks) if status == "ok" else Windows([], [], status)
 
 
 @contextlib.contextmanager
@@ -185,7 +177,7 @@ def _pool(
 
 
 def _serve(pipe: Connection, case: NetworkCase, device: str, environment: dict[str, str]) -> None:
-    """What each process does: warm epochs, the message "ready", then a report on each window that it is sent."""
+    """What each process does: warm epochs, the message "ready", then rate and peak memory in each window."""
     os.environ.update(environment)
     on_gpu = device == "cuda"
     with switched(case.precision), contextlib.suppress(EOFError):
@@ -204,7 +196,7 @@ def _serve(pipe: Connection, case: NetworkCase, device: str, environment: dict[s
             torch.set_num_threads(threads)
             time.sleep(max(0.0, start - time.time()))
             rate = case.samples * runs_per_second(run, seconds)
-            pipe.send(Report(rate, torch.cuda.max_memory_allocated() if on_gpu else None))
+            pipe.send((rate, torch.cuda.max_memory_allocated() if on_gpu else None))
 
 
 def runs_per_second(run: Callable[[], None], seconds: float) -> float:
