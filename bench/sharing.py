@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,15 +44,12 @@ class Setting(NamedTuple):
     threads_each: int
 
 
-class Windows(NamedTuple):
-    """Samples per second and peak memory in the windows of one setting; `status` says why there are none."""
+class Window(NamedTuple):
+    """Samples per second of all processes, and the highest peak memory of one; `status` says why there are none."""
 
-    rates: list[float]
-    peaks: list[int]
+    rate: float | None = None
+    peak: int | None = None
     status: str = "ok"
-
-
-Settings = dict[tuple[NetworkCase, Setting], Windows]
 
 
 def cases(device: torch.device) -> list[NetworkCase]:
@@ -73,35 +70,30 @@ def measured(
     trained: Sequence[NetworkCase], device: torch.device, cores: int, deadline: float
 ) -> Iterator[list[Shared]]:
     """All rows so far, again after each window; prints how many are dropped at the deadline (`time.monotonic`)."""
-    windows: Settings = {}
+    windows: dict[tuple[NetworkCase, Setting], list[Window]] = {}
     for case in trained:
         for mode, settings in plan(device, cores).items():
-            for setting, new in _pooled(case, mode, settings, device, deadline):
-                rates, peaks, _ = windows.get((case, setting), Windows([], []))
-                rates, peaks = rates + new.rates, peaks + new.peaks
-                windows[case, setting] = Windows(rates, peaks, "ok" if rates else new.status)
+            for setting, window in _pooled(case, mode, settings, device, deadline):
+                windows.setdefault((case, setting), []).append(window)
                 yield rows(windows)
             if dropped := sum((case, setting) not in windows for setting in settings):
                 print(f"dropped, out of budget: {dropped} rows of {case}, {mode}", flush=True)
 
 
-def rows(windows: Settings) -> list[Shared]:
+def rows(windows: Mapping[tuple[NetworkCase, Setting], Sequence[Window]]) -> list[Shared]:
     """A row for each setting, in order."""
     alone: dict[NetworkCase, float | None] = {}
     lines = []
-    for (case, setting), (rates, peaks, status) in windows.items():
-        rate = statistics.median(rates) if rates else None
+    for (case, setting), several in windows.items():
+        rates = [window.rate for window in several if window.rate is not None]
+        rate, status = (statistics.median(rates), "ok") if rates else (None, several[-1].status)
         first = alone.setdefault(case, rate)
-        lines.append(
-            Shared(
-                **case.case,
-                **setting._asdict(),
-                status=status,
-                samples_per_second=rate,
-                trainings_relative=rate / first if rate and first else None,
-                peak_bytes=max(peaks, default=None),
-            )
-        )
+        values: dict[str, Any] = {
+            "samples_per_second": rate,
+            "trainings_relative": rate / first if rate and first else None,
+        }
+        peak = max((window.peak for window in several if window.peak is not None), default=None)
+        lines.append(Shared(**case.case, **setting._asdict(), status=status, **values, peak_bytes=peak))
     return lines
 
 
@@ -113,7 +105,7 @@ def most(shared: Sequence[Shared], precision: str) -> Shared | None:
 
 def _pooled(
     case: NetworkCase, mode: str, settings: Sequence[Setting], device: torch.device, deadline: float
-) -> Iterator[tuple[Setting, Windows]]:
+) -> Iterator[tuple[Setting, Window]]:
     """Windows of each setting, by turns, in processes that are started once."""
     if time.monotonic() > deadline:
         return
@@ -132,14 +124,14 @@ def _pooled(
         if mode != MPS:
             raise
         for setting in settings:
-            yield setting, Windows([], [], f"no MPS: {error}")
+            yield setting, Window(status=f"no MPS: {error}")
 
 
-def _window(workers: list[Worker], setting: Setting, seconds: float) -> Windows:
+def _window(workers: list[Worker], setting: Setting, seconds: float) -> Window:
     """One window of the first workers; one that fails or hangs is ended and removed from `workers`."""
     chosen, status = workers[: setting.processes], "ok"
     if len(chosen) < setting.processes:
-        return Windows([], [], "failed")
+        return Window(status="failed")
     start, until = time.time() + LEAD, time.monotonic() + seconds + WINDOW_SECONDS
     for worker in chosen:
         with contextlib.suppress(OSError):
@@ -149,12 +141,14 @@ def _window(workers: list[Worker], setting: Setting, seconds: float) -> Windows:
         try:
             rate, peak = worker.receive(until)
             rates.append(rate)
-            peaks += [] if peak is None else [peak]
+            peaks.append(peak)
         except (EOFError, OSError) as error:
             status = "out of time" if isinstance(error, TimeoutError) else "failed"
             worker.end()
             workers.remove(worker)
-    return Windows([sum(rates)], peaks) if status == "ok" else Windows([], [], status)
+    if status != "ok":
+        return Window(status=status)
+    return Window(sum(rates), max((peak for peak in peaks if peak is not None), default=None))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from bench import sharing
 from bench.network import EPOCHS, NetworkCase
 from bench.processes import Worker, terminating
 from bench.results import Shared, write
-from bench.sharing import MPS, PROCESSES, Setting, Windows
+from bench.sharing import MPS, PROCESSES, Setting, Window
 from tests.bench.measurements import GPU as GPU_NAMED
 from tests.bench.measurements import row, shared
 from tests.bench.programs import gone, running
@@ -72,11 +72,11 @@ def test_rows_are_medians_over_one_that_is_alone() -> None:
     alone, two, broken = (Setting(PROCESSES, n, 1) for n in (1, 2, 4))
     other = replace(CASE, precision="bf16")
     found = {
-        (CASE, alone): Windows([10.0, 30.0, 20.0], []),
-        (CASE, two): Windows([50.0], [3, 7, 5]),
-        (CASE, broken): Windows([], [], "failed"),
-        (other, alone): Windows([100.0], [1]),
-        (other, two): Windows([90.0], [1]),
+        (CASE, alone): [Window(10.0), Window(30.0), Window(20.0)],
+        (CASE, two): [Window(50.0, 7)],
+        (CASE, broken): [Window(status="failed")],
+        (other, alone): [Window(100.0, 1)],
+        (other, two): [Window(90.0, 1)],
     }
     rows = sharing.rows(found)
     sizes = {"samples_per_second": 50.0, "trainings_relative": 2.5, "peak_bytes": 7}
@@ -85,7 +85,7 @@ def test_rows_are_medians_over_one_that_is_alone() -> None:
         (20.0, 1.0, "ok"), (50.0, 2.5, "ok"), (None, None, "failed"), (100.0, 1.0, "ok"), (90.0, 0.9, "ok"),
     ]  # fmt: skip
     del found[CASE, alone]
-    assert sharing.rows({(CASE, alone): Windows([], [], "failed"), **found})[1].trainings_relative is None
+    assert sharing.rows({(CASE, alone): [Window(status="failed")], **found})[1].trainings_relative is None
     assert sharing.most(rows, "float32") == rows[1]
     assert sharing.most(rows, "tf32") is None
     assert sharing.most([replace(rows[1], status="failed"), rows[0]], "float32") == rows[0]
@@ -141,12 +141,12 @@ def answer(name: Any, pipe: Any, told: Any) -> None:
 def test_a_window_is_the_sum_of_its_processes(workers: Any) -> None:
     three = workers("1", "2", "4")
     before = time.time()
-    assert sharing._window(three, Setting(PROCESSES, 2, 8), 4.5) == Windows([3.0], [10, 20])
+    assert sharing._window(three, Setting(PROCESSES, 2, 8), 4.5) == Window(3.0, 20)
     (one, *rest), (two, *same) = sorted(workers.told)
     assert (one, two) == ("1", "2")
     assert rest == same == [rest[0], 4.5, 8]
     assert before < rest[0] < time.time() + 1  # they start together, when all have been told
-    assert sharing._window(three, Setting(PROCESSES, 3, 8), 4.5).rates == [7.0]
+    assert sharing._window(three, Setting(PROCESSES, 3, 8), 4.5).rate == 7.0
 
 
 @pytest.mark.parametrize(("what", "status"), [("dies", "failed"), ("hangs", "out of time")])
@@ -154,13 +154,13 @@ def test_a_process_costs_its_window_only(workers: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(sharing, "WINDOW_SECONDS", 0.4)
     three = workers("1", what, "4")
     ended = three[1]
-    assert sharing._window(three, Setting(PROCESSES, 1, 1), 0.1) == Windows([1.0], [10])
-    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Windows([], [], status)
+    assert sharing._window(three, Setting(PROCESSES, 1, 1), 0.1) == Window(1.0, 10)
+    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Window(status=status)
     assert ended.process.killed
     assert len(three) == 2
     # Those that are left have no old report in their pipes.
-    assert sharing._window(three, Setting(PROCESSES, 2, 1), 0.1) == Windows([5.0], [10, 40])
-    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Windows([], [], "failed")
+    assert sharing._window(three, Setting(PROCESSES, 2, 1), 0.1) == Window(5.0, 40)
+    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Window(status="failed")
 
 
 @pytest.fixture
@@ -189,12 +189,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_settings_take_turns_and_a_right_window_is_enough(scripted: Any) -> None:
     whole, one, both = sharing.plan(CPU, 2)[PROCESSES]
-    right = Windows([10.0], [])
-    failed = Windows([], [], "failed")
+    right = Window(10.0)
+    failed = Window(status="failed")
     opened = scripted({
-        whole: [right, Windows([40.0], []), Windows([20.0], [])],
-        one: [failed, Windows([30.0], []), failed],
-        both: [failed, failed, Windows([], [], "out of time")],
+        whole: [right, Window(40.0), Window(20.0)],
+        one: [failed, Window(30.0), failed],
+        both: [failed, failed, Window(status="out of time")],
     })  # fmt: skip
     steps = list(sharing.measured([CASE], CPU, 2, math.inf))
     assert opened == [(2, {})]
@@ -208,7 +208,7 @@ def test_settings_take_turns_and_a_right_window_is_enough(scripted: Any) -> None
 def test_what_is_out_of_time_is_said(
     scripted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = scripted({setting: [Windows([1.0], [])] for setting in sharing.plan(CPU, 2)[PROCESSES]})
+    opened = scripted({setting: [Window(1.0)] for setting in sharing.plan(CPU, 2)[PROCESSES]})
     assert list(sharing.measured([CASE], CPU, 2, time.monotonic())) == []
     assert not opened
     assert capsys.readouterr().out == f"dropped, out of budget: 3 rows of {CASE}, processes\n"
@@ -221,7 +221,7 @@ def test_what_is_out_of_time_is_said(
 
 def test_without_mps_the_other_rows_are_measured(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    opened = scripted({setting: [Windows([1.0], [5])] for setting in sharing.plan(GPU, 16)[PROCESSES]})
+    opened = scripted({setting: [Window(1.0, 5)] for setting in sharing.plan(GPU, 16)[PROCESSES]})
     *_, rows = sharing.measured([CASE], GPU, 16, math.inf)
     assert opened == [(8, {})]
     assert [(row.mode, row.processes, row.samples_per_second) for row in rows] == [
@@ -298,7 +298,7 @@ def test_a_service_that_does_not_start_says_why(service: Any, monkeypatch: pytes
 
 
 def test_rows_through_the_service_need_its_server(scripted: Any, service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = {setting: [Windows([1.0], [5])] for settings in sharing.plan(GPU, 4).values() for setting in settings}
+    windows = {setting: [Window(1.0, 5)] for settings in sharing.plan(GPU, 4).values() for setting in settings}
     opened = scripted(windows)
     *_, rows = sharing.measured([CASE], GPU, 4, math.inf)
     assert {row.status for row in rows} == {"ok"}
