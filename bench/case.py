@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -49,15 +50,19 @@ class CaseName:
     @property
     def case(self) -> dict[str, Any]:
         """The fields of this class alone."""
-        return {field.name: getattr(self, field.name) for field in fields(CaseName)}
+        return dict(zip(NAMES, self.case_key, strict=True))
 
     @property
     def case_key(self) -> tuple[Any, ...]:
-        return tuple(self.case.values())
+        return _key(self)
 
     def __str__(self) -> str:
         words = (self.network, self.layer, self.variant, f"batch {self.batch}", self.precision, self.work)
         return f"{self.suite}: {', '.join(word for word in words if word)}"
+
+
+NAMES = [field.name for field in fields(CaseName)]
+_key: Callable[[CaseName], tuple[Any, ...]] = attrgetter(*NAMES)  # fast: targets are judged after every case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,10 @@ class Suite(NamedTuple):
     def of(cls, cases: Iterable[Case], *providers: Provider) -> "Suite":
         """The suite of these cases, in any order."""
         return cls(sorted(cases, key=lambda case: case.rank), providers)
+
+    def where(self, **names: Any) -> list[Any]:
+        """The cases with these values of the fields of `CaseName`."""
+        return [case for case in self.cases if names.items() <= case.case.items()]
 
 
 class Roof(NamedTuple):

@@ -21,7 +21,7 @@ import torch
 from bench.network import EPOCHS, NetworkCase
 from bench.processes import Worker, running
 from bench.results import Shared
-from bench.suites import SUITES
+from bench.suites import AT, SUITES
 from qkernels.runtime.precision import switched
 
 OURS = next(provider for provider in EPOCHS.providers if provider.name == "ours")
@@ -54,9 +54,8 @@ class Window(NamedTuple):
 
 def cases(device: torch.device) -> list[NetworkCase]:
     """The trainings: the quaternion network with anti-transfer at layer 2, small on a CPU."""
-    epochs = SUITES["epoch" if device.type == "cuda" else "cpu"][-1].cases
-    networks = [case for case in epochs if isinstance(case, NetworkCase) and case.precision in PRECISIONS]
-    return [case for case in networks if (case.network, case.at) == ("quaternion", 2)]
+    epochs = SUITES["epoch" if device.type == "cuda" else "cpu"][-1]
+    return [case for case in epochs.where(network="quaternion", layer=AT) if case.precision in PRECISIONS]
 
 
 def plan(device: torch.device, cores: int) -> dict[str, list[Setting]]:

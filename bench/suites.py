@@ -14,11 +14,6 @@ from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, NO_AT, STEPS, TRA
 AT = "AT at layer 2"
 
 
-def _first(suite: Suite, **wanted: Any) -> Any:
-    """The most valuable case with these fields."""
-    return next(case for case in suite.cases if all(getattr(case, name) == value for name, value in wanted.items()))
-
-
 def _on_cpu(case: Any, **changes: Any) -> Any:
     return replace(case, suite="cpu", precision="float32", modes=("eager",), rank=0, **changes)
 
@@ -26,18 +21,18 @@ def _on_cpu(case: Any, **changes: Any) -> Any:
 def _cpu() -> list[Suite]:
     """What makes sense without a GPU, in some minutes; whole networks at full width in batches of 4."""
     layers = [_on_cpu(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
-    wanted = {"network": "quaternion", "variant": "paper", "batch": 20, "precision": "bf16", "work": STEP}
-    losses = [_on_cpu(case) for case in ATL.cases if wanted.items() <= case.case.items()]
+    paper = ATL.where(network="quaternion", variant="paper", batch=20, precision="bf16", work=STEP)
+    losses = [_on_cpu(case) for case in paper]
     plain = [(NO_AT, ""), (AT, "")]
     more = [("AT at layer 7", ""), ("AT at layer 13", ""), (AT, CACHED), ("AT at layer 13", CACHED), (AT, COMPILED)]
     steps = [
-        _on_cpu(_first(STEPS, network=network, layer=layer, variant=variant, work=TRAIN), batch=4)
+        _on_cpu(STEPS.where(network=network, layer=layer, variant=variant, work=TRAIN)[0], batch=4)
         for network in NETWORKS
         for layer, variant in (plain + more if network == "quaternion" else plain)
     ]
-    inference = [_on_cpu(_first(INFERENCE, network=network, batch=1)) for network in NETWORKS]
+    inference = [_on_cpu(INFERENCE.where(network=network, batch=1)[0]) for network in NETWORKS]
     small: dict[str, Any] = {"width": 1 / 8, "samples": 200, "variant": "width 1/8, 200 clips"}
-    epochs = [_on_cpu(_first(EPOCHS, network="quaternion", layer=layer), **small) for layer, _ in plain]
+    epochs = [_on_cpu(EPOCHS.where(network="quaternion", layer=layer)[0], **small) for layer, _ in plain]
     parts = ((layers, CONV), (losses, ATL), (steps, STEPS), (inference, INFERENCE), (epochs, EPOCHS))
     return [Suite(cases, suite.providers) for cases, suite in parts]
 
@@ -72,7 +67,7 @@ def chosen(names: Sequence[str], device: torch.device, smoke: bool) -> list[Suit
 
 
 def _headline(suite: Suite, providers: Sequence[str], **wanted: Any) -> list[tuple[Case, Provider]]:
-    case = _first(suite, **wanted)
+    case = suite.where(**wanted)[0]
     return [(case, provider) for provider in suite.providers if provider.name in providers]
 
 

@@ -121,7 +121,7 @@ def load_folder(folder: Path) -> Folder:
 
 
 def kind_of(row: Row) -> str:
-    """ "layers", "anti-transfer", "step", "epoch" or "inference"; the suite "cpu" holds all of them."""
+    """The kind of a row: "layers", "anti-transfer", "step", "epoch" or "inference"; the suite "cpu" has all of them."""
     if row.suite != "cpu":
         return {"conv": "layers", "linear": "layers", "atl": "anti-transfer"}.get(row.suite, row.suite)
     if row.work == "epoch":

@@ -5,16 +5,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.atl import ATL, FOLDED, LossCase
-from bench.case import MODES, STEP, Case, Suite
-from bench.layers import COMPILED, CONV, DW, DX, LINEAR, PRODUCT, WIDE, LayerCase, count_of
-from bench.network import CACHED, EPOCHS, NO_AT, TRAIN, NetworkCase
+from bench.atl import ATL, FOLDED
+from bench.case import MODES, STEP, Case
+from bench.layers import COMPILED, CONV, DW, DX, LINEAR, PRODUCT, WIDE, count_of
+from bench.network import CACHED, EPOCHS, NO_AT, TRAIN
 from bench.results import Row, Shared
 from bench.sharing import most
 from bench.summary import OURS, RESEARCH, best, median, ratio
 
 SPEED_UPS = {"paper": (4.0, 4.0, 4.0, 8.0, 8.0), FOLDED: (3.0, 3.0, 25.0, 150.0, 150.0)}
 MEGABYTES = {"quaternion": 3.0, "real": 11.0}
+QUATERNION, PAPER = {"network": "quaternion", "variant": ""}, {"work": STEP, "batch": 20, "precision": "bf16"}
 AT_BEST = "step, quaternion against real network, each at its best"
 TWO, SEVEN, THIRTEEN = "AT at layer 2", "AT at layer 7", "AT at layer 13"
 Values = Mapping[str, float | None]
@@ -80,13 +81,11 @@ class Figures:
     def epochs(self) -> Values:
         """Time of an epoch, whose targets were computed before it, over that of its steps."""
         values = {}
-        for case in EPOCHS.cases:
-            assert isinstance(case, NetworkCase)
-            if (case.network, case.batch, case.precision) == ("quaternion", 20, "bf16"):
-                times = [us for mode in case.modes if (us := median(self.rows(case, mode).get("ours")))]
-                step = self.step(case.layer, variant=CACHED if case.at else "")
-                steps = step and step * math.ceil(case.samples / case.batch)
-                values[case.layer] = ratio(min(times, default=None), steps)
+        for case in EPOCHS.where(network="quaternion", batch=20, precision="bf16"):
+            times = [us for mode in case.modes if (us := median(self.rows(case, mode).get("ours")))]
+            step = self.step(case.layer, variant=CACHED if case.at else "")
+            steps = step and step * math.ceil(case.samples / case.batch)
+            values[case.layer] = ratio(min(times, default=None), steps)
         return values
 
 
@@ -101,7 +100,7 @@ def _of_layers(figures: Figures) -> list[Target]:
         wide = (precision, work) != ("bf16", STEP)
         return figures.speed_ups(_convolutions(work, batch, precision, wide), against, mode)
 
-    linears = _cases(LINEAR, STEP, 20, "bf16")
+    linears = LINEAR.where(**QUATERNION, **PAPER)
     products = [case for case in _convolutions(PRODUCT, 256, "bf16", wide=True) if case.layer != "conv 4"]
     roofs = figures.of_ours(products, lambda row: row.percent_of_roof and row.percent_of_roof / 100)
     floors = figures.of_ours(linears, lambda row: ratio(row.floor_us, row.median_us))
@@ -122,14 +121,13 @@ def _of_layers(figures: Figures) -> list[Target]:
 def _of_the_loss(figures: Figures) -> list[Target]:
     promised = []
     for variant, factors in SPEED_UPS.items():
-        for case, factor in zip(_cases(ATL, STEP, 20, "bf16", variant), factors, strict=True):
+        for case, factor in zip(ATL.where(network="quaternion", variant=variant, **PAPER), factors, strict=True):
             speed_ups = figures.speed_ups([case], "materialised")
             promised.append(at_least(f"loss, {variant}, quaternion, {case.layer}: speed-up", speed_ups, factor))
     for network, bound in MEGABYTES.items():
         taken: dict[str, float | None] = {}
-        for case in _cases(ATL, STEP, 20, "bf16", "paper", network):
+        for case in ATL.where(network=network, variant="paper", **PAPER):
             row = figures.rows(case).get("ours")
-            assert isinstance(case, LossCase)
             gradient = case.elements * case.dtype.itemsize
             taken[case.layer] = None if row is None or row.peak_bytes is None else 1e-6 * (row.peak_bytes - gradient)
         promised.append(at_most(f"loss, {network}: MB beside features and gradient", taken, bound))
@@ -199,13 +197,5 @@ def _ours(rows: Mapping[str, Row]) -> Row | None:
 def _convolutions(work: str, batch: int, precision: str, wide: bool) -> list[Case]:
     """Layers 2 to 13, or those with at least `WIDE` input channels."""
     least = WIDE if wide else 5
-    cases = _cases(CONV, work, batch, precision)
-    return [case for case in cases if isinstance(case, LayerCase) and case.channels_in >= least]
-
-
-def _cases(
-    suite: Suite, work: str, batch: int, precision: str, variant: str = "", network: str = "quaternion"
-) -> list[Case]:
-    """The cases that a promised figure rests on."""
-    wanted = {"network": network, "variant": variant, "work": work, "batch": batch, "precision": precision}
-    return [case for case in suite.cases if wanted.items() <= case.case.items()]
+    cases = CONV.where(**QUATERNION, work=work, batch=batch, precision=precision)
+    return [case for case in cases if case.channels_in >= least]
