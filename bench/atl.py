@@ -12,19 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.case import (
-    BACKWARD,
-    FORWARD,
-    ROTATED_BYTES,
-    STEP,
-    Case,
-    Provider,
-    Results,
-    Run,
-    Suite,
-    differentiated,
-    relative_error,
-)
+from bench.case import BACKWARD, FORWARD, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
+from bench.gradients import differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices

@@ -20,21 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qkernels
-from bench.case import (
-    BACKWARD,
-    FORWARD,
-    MODES,
-    ROTATED_BYTES,
-    STEP,
-    Case,
-    Provider,
-    Results,
-    Run,
-    Suite,
-    differentiated,
-    reference_run,
-    relative_error,
-)
+from bench.case import BACKWARD, FORWARD, MODES, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
+from bench.gradients import differentiated, reference_run, relative_error
 from qkernels import algebra
 from qkernels.runtime.tolerances import tolerance
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.atl import gram_flops
-from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite, reference_run, relative_error
+from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite
+from bench.gradients import reference_run, relative_error
 from bench.layers import COMPILED, concatenated
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
@@ -200,14 +201,11 @@ def turns(
     The errors are one minus the cosine, with the tolerance `part` for each gradient and `allowed` for all, and that of
     the length, which may be as large as the allowed turn.
     """
-
-    def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
-        each = [torch.dot(x.flatten().double(), y.flatten().double()) for x, y in zip(a, b, strict=True)]
-        return [*torch.stack(each).tolist(), torch.stack(each).sum().item()]
-
+    pairs = ((x.flatten().double(), y.flatten().double()) for x, y in zip(gradients, exact, strict=True))
+    products = torch.stack([torch.stack([x @ y, x @ x, y @ y]) for x, y in pairs])
     bounds = [part] * len(gradients) + [allowed]
-    products = zip(bounds, dots(gradients, exact), dots(gradients, gradients), dots(exact, exact), strict=True)
-    for bound, product, square, exact_square in products:
+    for bound, sums in zip(bounds, [*products.tolist(), products.sum(0).tolist()], strict=True):
+        product, square, exact_square = sums
         if square == exact_square == 0:
             continue  # of a layer behind one whose ReLUs are all off
         length = (square * exact_square) ** 0.5

@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import atl, layers
-from bench.case import BACKWARD, FORWARD, STEP, differentiated
+from bench.case import BACKWARD, FORWARD, STEP
+from bench.gradients import differentiated
 from bench.suites import HEADLINE, SUITES
 from qkernels import anti_transfer_loss
 
