@@ -1,30 +1,30 @@
 """The anti-transfer loss and its gradient at the features of every layer of both networks (WASPAA 2023).
 
-Ours, also with a target computed once, against Gram matrices in memory: by `bmm`, or of the whole batch as in the
-released code; in the features' type or in float32.
+Ours, also with a target that is computed once, against Gram matrices in memory: by `bmm`, or of the whole batch as in
+the released code; in the features' type or in float32.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.case import BACKWARD, FORWARD, STEP, Case, Provider, Results, Run, Suite, differentiated, relative_error
+from bench.case import BACKWARD, FORWARD, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
+from bench.gradients import differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices
 from qkernels.runtime.tolerances import LOSS_TOLERANCES
 
-# Of loss and gradient. A baseline rounds Gram matrices to bfloat16, and its gradient is a small difference: its errors
-# are published, not judged as ours are.
+# Of loss and gradient. A baseline rounds Gram matrices to bfloat16, and its gradient is a small difference, so that its
+# errors are larger than ours.
 BASELINE_TOLERANCE = (2e-2, 0.5)
 FOLDED = "folded-rowwise"
-# The paper's loss; the released code's; two that the paper does not have.
 VARIANTS = {"paper": "gram-channel", FOLDED: FOLDED, "position": "gram-position", "linear CKA": "cka"}
-"""The losses by the names that they have in results."""
+"""Losses by their names in results: the paper's, the released code's, and two others."""
 # First and last layer with features of one shape: channels, height, width.
 SHAPES = {
     (1, 2): (64, 64, 64),
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 class Features(NamedTuple):
-    """Of the network in training and of the frozen one, `[B, C, H, W]`, post-ReLU, NHWC."""
+    """Features `[B, C, H, W]` of the trained and of the frozen network, after a ReLU, NHWC."""
 
     trained: Tensor
     frozen: Tensor
@@ -45,8 +45,8 @@ class Features(NamedTuple):
 def gram_flops(rows: int, columns: int) -> tuple[int, int]:
     """Operations of a squared cosine of Gram matrices of F `[rows, columns]`, and of its gradient.
 
-    Of the matrix products alone, by rows or by columns, whichever are fewer in all. By rows: two symmetric matrices,
-    and their combination times F. By columns: one product of both F and two symmetric ones, and two times F.
+    Matrix products alone are counted, by rows or by columns, whichever are fewer. By rows: two symmetric matrices, and
+    their combination times F. By columns: one product of both F and two symmetric ones, and two times F.
 
     >>> gram_flops(2, 3), gram_flops(8, 2)
     ((36, 24), (160, 128))
@@ -57,9 +57,9 @@ def gram_flops(rows: int, columns: int) -> tuple[int, int]:
 
 
 def folded_flops(rows: int, columns: int) -> tuple[int, int]:
-    """The same of the released code's loss, F `[B C, N]`.
+    """The same for the released code's loss, F `[B C, N]`.
 
-    By columns, rows are multiplied by the three column products, and each gives its part of the gradient of both.
+    By columns, rows are multiplied by the three column products, and each adds to the gradient of both.
     """
     by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
     square = columns**2 * rows
@@ -80,7 +80,7 @@ class LossCase(Case):
 
     @property
     def elements(self) -> int:
-        """Of one feature map, over the batch."""
+        """Number of features of a batch."""
         return self.batch * self.channels * self.size[0] * self.size[1]
 
     @property
@@ -101,15 +101,15 @@ class LossCase(Case):
 
     @property
     def sets(self) -> int:
-        return min(2, max(1, 2**30 // (2 * self.elements * self.dtype.itemsize)))
+        return 2 if 4 * self.elements * self.dtype.itemsize <= ROTATED_BYTES else 1
 
     def operands(self, device: torch.device) -> Features:
-        """The frozen network's near the trained one's, for whose loss the gradient's terms nearly cancel."""
+        """Frozen features near the trained ones, for which the terms of the gradient nearly cancel."""
         a = torch.randn(self.batch, self.channels, *self.size, device=device).relu()
         b = (a + 0.5 * torch.randn_like(a)).relu()
         return Features(*(x.to(self.dtype).contiguous(memory_format=torch.channels_last) for x in (a, b)))
 
-    def gate(self, provider: Provider, operands: Features, results: Results) -> tuple[float, float]:
+    def check(self, provider: Provider, operands: Features, results: Results) -> tuple[float, float]:
         """Relative errors of loss and gradient against float64."""
         leaf = operands.trained.detach().double().requires_grad_()
         loss = anti_transfer_loss(leaf, operands.frozen.double(), loss=VARIANTS[self.variant])
@@ -127,13 +127,13 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def _provider(
-    name: str, make: Callable[[LossCase, Tensor], Loss], fits: Callable[[LossCase], bool] = lambda case: True
+    name: str, function: Callable[[LossCase, Tensor], Loss], fits: Callable[[LossCase], bool] = lambda case: True
 ) -> Provider:
-    """From what `make` gives: the loss of trained features, for a case and frozen features."""
+    """A provider from ``function(case, frozen features)``, which returns the loss as a function of the trained ones."""
 
-    def build(case: LossCase, sets: Sequence[Features]) -> list[Run]:
-        one = torch.ones((), device=sets[0].trained.device)
-        return [differentiated(make(case, frozen), (trained,), one, case.work) for trained, frozen in sets]
+    def build(case: LossCase, operands: Features) -> Run:
+        one = torch.ones((), device=operands.trained.device)
+        return differentiated(function(case, operands.frozen), (operands.trained,), one, case.work)
 
     return Provider(name, build, fits)
 
@@ -147,46 +147,44 @@ def _cached(case: LossCase, frozen: Tensor) -> Loss:
     return lambda a: anti_transfer_loss(a, target, loss=target.loss)
 
 
-def _materialised(wide: bool) -> Callable[[LossCase, Tensor], Loss]:
-    """Gram matrices in memory, in the features' type or in float32."""
+def _materialised(case: LossCase, frozen: Tensor) -> Loss:
+    """Gram matrices in memory, in the features' type."""
+    gram = loss_of(VARIANTS[case.variant]).gram
 
-    def make(case: LossCase, frozen: Tensor) -> Loss:
-        gram = loss_of(VARIANTS[case.variant]).gram
+    def loss(a: Tensor) -> Tensor:
+        if gram is None:
+            return reference.folded_rowwise(a, frozen)
+        a_gram, b_gram = (torch.bmm(f, f.mT).float().flatten(1) for f in (matrices(x, *gram) for x in (a, frozen)))
+        return torch.nn.functional.cosine_similarity(a_gram, b_gram, eps=0.0).square().mean()
 
-        def loss(a: Tensor) -> Tensor:
-            a, b = (a.float(), frozen.float()) if wide else (a, frozen)
-            if gram is None:
-                return reference.folded_rowwise(a, b)
-            both = (matrices(x, *gram) for x in (a, b))
-            a_gram, b_gram = (torch.bmm(f, f.mT).float().flatten(1) for f in both)
-            return torch.nn.functional.cosine_similarity(a_gram, b_gram, eps=0.0).square().mean()
+    return loss
 
-        return loss
 
-    return make
+def _materialised_wide(case: LossCase, frozen: Tensor) -> Loss:
+    return lambda a: _materialised(case, frozen.float())(a.float())
 
 
 PROVIDERS = [
     _provider("ours", _ours),
     _provider("ours, cached target", _cached, lambda case: case.variant in ("paper", "position")),
-    _provider("materialised", _materialised(False)),
-    _provider("materialised, float32", _materialised(True), lambda case: case.precision != "float32"),
+    _provider("materialised", _materialised),
+    _provider("materialised, float32", _materialised_wide, lambda case: case.precision != "float32"),
 ]
 
 
 def _rank(network: str, variant: str, batch: int, precision: str, work: str) -> int:
-    """What promised figures rest on first; then by distance from that."""
+    """The basis of promised figures first; then by the distance from that."""
     if variant in ("paper", FOLDED) and (batch, precision, work) == (20, "bf16", STEP):
         return (network == "real") + (variant == FOLDED)
     far = (network == "real", variant not in ("paper", FOLDED), batch != 20, precision != "bf16", work != STEP)
     return 2 + sum(far)
 
 
-def _cases() -> list[LossCase]:
-    works = (STEP, FORWARD, BACKWARD)
-    names = itertools.product(("quaternion", "real"), VARIANTS, (20, 256), ("bf16", "float32"), works)
-    cases = [
-        LossCase(
+def _cases() -> Iterator[LossCase]:
+    networks, works = ("quaternion", "real"), (STEP, FORWARD, BACKWARD)
+    names = itertools.product(networks, VARIANTS, (20, 256), ("bf16", "float32"), works, SHAPES.items())
+    for network, variant, batch, precision, work, ((first, last), (channels, height, width)) in names:
+        yield LossCase(
             suite="atl",
             network=network,
             layer=f"layers {first}-{last}",
@@ -194,15 +192,10 @@ def _cases() -> list[LossCase]:
             batch=batch,
             precision=precision,
             work=work,
-            modes=("graph", "eager"),
             rank=_rank(network, variant, batch, precision, work),
             channels=channels,
             size=(8 * height, 2 * width) if network == "real" else (height, width),
         )
-        for network, variant, batch, precision, work in names
-        for (first, last), (channels, height, width) in SHAPES.items()
-    ]
-    return sorted(cases, key=lambda case: case.rank)
 
 
-ATL = Suite(_cases(), PROVIDERS)
+ATL = Suite.of(_cases(), *PROVIDERS)

@@ -1,44 +1,40 @@
 """What a benchmark is made of: cases, providers that compute them, and the roof that both are held against.
 
-A case is one thing to compute, with operands of its own; it knows its FLOPs and bytes, what a right result is and how
-far a provider may be from it. A provider is one way to compute it. Everything else (bench/run.py) is the same for all.
+A case is one thing to compute, with operands of its own; it knows its FLOPs and bytes, what a right result is and the
+tolerance of it. A provider is one way to compute it. Everything else (bench/run.py) is the same for all.
 """
 
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkernels.runtime.precision import switched
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
-# "graph": in a captured CUDA graph, behind a flush of the L2 cache. "eager": called from Python.
-MODES = ("graph", "eager")
-
+MODES = ("graph", "eager")  # in a captured CUDA graph, behind a flush of the L2 cache; called from Python
+ROTATED_BYTES = 2**30  # most bytes of operands that runs rotate through
 Results = tuple[Tensor, ...]
 Run = Callable[[], Results]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(ABC):
-    """One thing to compute. The fields of this class name it in the results.
+class CaseName:
+    """The fields that name a case, in the suites and in every row of results.
 
     Args:
-        suite: the suite that it belongs to.
-        network: whose shapes it has: "quaternion", "real" or "real-on-embedding".
-        layer: which part of that network, such as "conv 6-7".
-        variant: what else tells it from others, such as the semantics of the anti-transfer loss.
-        batch: samples.
+        suite: suite that the case belongs to.
+        network: network whose shapes it has: "quaternion", "real" or "real-on-embedding".
+        layer: part of that network, such as "conv 6-7".
+        variant: what else tells it from other cases, such as the anti-transfer loss.
+        batch: number of samples.
         precision: "bf16", "fp16", "tf32" or "float32" (which is never rounded to tf32).
         work: what is computed: "forward", "backward" (the gradients alone), both, or what the suite says.
-        modes: how it is timed, of `MODES`.
-        rank: of its value; what has a higher one is dropped first when time is short.
     """
 
     suite: str
@@ -48,7 +44,35 @@ class Case(ABC):
     batch: int
     precision: str
     work: str
-    modes: tuple[str, ...] = ("graph",)
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """The fields of this class alone."""
+        return dict(zip(NAMES, self.case_key, strict=True))
+
+    @property
+    def case_key(self) -> tuple[Any, ...]:
+        return _key(self)
+
+    def __str__(self) -> str:
+        words = (self.network, self.layer, self.variant, f"batch {self.batch}", self.precision, self.work)
+        return f"{self.suite}: {', '.join(word for word in words if word)}"
+
+
+NAMES = [field.name for field in fields(CaseName)]
+_key: Callable[[CaseName], tuple[Any, ...]] = attrgetter(*NAMES)  # fast: targets are judged after every case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(CaseName, ABC):
+    """One thing to compute.
+
+    Args:
+        modes: how it is timed, of `MODES`.
+        rank: priority, 0 the highest; cases of a higher number are dropped first when time is short.
+    """
+
+    modes: tuple[str, ...] = MODES
     rank: int = 0
 
     @property
@@ -58,26 +82,26 @@ class Case(ABC):
     @property
     @abstractmethod
     def shape(self) -> str:
-        """The operands' sizes, for the reader."""
+        """Sizes of the operands, for the reader."""
 
     @property
     @abstractmethod
     def flops(self) -> int:
-        """Operations (a multiplication and an addition are 2) that the definition needs."""
+        """Operations that the definition needs; a multiplication and an addition are 2."""
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """Least traffic: every operand read once, every result written once."""
+        """Minimum memory traffic: every operand is read once, every result written once."""
 
     @property
     def energy(self) -> bool:
-        """Whether the energy of a run is measured, which takes half a second for each provider."""
+        """Whether the energy of a run is measured, which takes half a second per provider."""
         return False
 
     @property
     def sets(self) -> int:
-        """Sets of operands that timed runs rotate through."""
+        """Number of sets of operands that timed runs rotate through."""
         return 1
 
     @abstractmethod
@@ -86,46 +110,35 @@ class Case(ABC):
 
     @contextlib.contextmanager
     def checking(self, operands: Any) -> Iterator[None]:
-        """Around the run whose results are judged: what cannot be compared, such as dropout, is off."""
+        """A context for the run whose results are checked: randomness, such as dropout, is off."""
         yield
 
     @abstractmethod
-    def gate(self, provider: "Provider", operands: Any, results: Results) -> tuple[float, float]:
-        """The error of a provider's results, in units of what is allowed (above 1 is wrong), and as it is."""
+    def check(self, provider: "Provider", operands: Any, results: Results) -> tuple[float, float]:
+        """The error of a provider's results: as a multiple of the tolerance (above 1 is wrong), and as it is."""
 
     @abstractmethod
     def tiny(self) -> "Case":
-        """The same in small and in float32, for a CPU."""
-
-    @property
-    def key(self) -> tuple[str, str, str, str, int, str, str]:
-        """What names it in the results."""
-        return (self.suite, self.network, self.layer, self.variant, self.batch, self.precision, self.work)
-
-    def __str__(self) -> str:
-        words = (self.network, self.layer, self.variant, f"batch {self.batch}", self.precision, self.work)
-        return f"{self.suite}: {', '.join(word for word in words if word)}"
+        """A small version of the case in float32, for a CPU."""
 
 
 class Provider(NamedTuple):
     """A way to compute cases.
 
     Args:
-        name: in the results; ours start with "ours".
-        build: ``(case, sets of operands) -> runs``, one for each set; untimed.
+        name: name in the results; ours start with "ours".
+        build: ``(case, operands) -> run``; not timed.
         fits: whether it can compute a case.
-        real: it computes with the real weight of the same shape instead of the quaternion one.
-        modes: those that it can be timed in.
+        real: whether it computes with the real weight of the same shape instead of the quaternion one.
         cpu: whether it computes on a CPU.
         smoke: whether building it takes seconds, not minutes.
-        read: the results as the case's gate wants them, from those that are timed.
+        read: ``(results of a run) -> results as the case checks them``.
     """
 
     name: str
-    build: Callable[[Any, Sequence[Any]], list[Run]]
+    build: Callable[[Any, Any], Run]
     fits: Callable[[Any], bool] = lambda case: True
     real: bool = False
-    modes: tuple[str, ...] = MODES
     cpu: bool = True
     smoke: bool = True
     read: Callable[[Results], Results] = lambda results: results
@@ -136,10 +149,19 @@ class Provider(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Cases in the order of their value, and who computes them."""
+    """Cases by rank, and the providers that compute them."""
 
     cases: Sequence[Case]
     providers: Sequence[Provider]
+
+    @classmethod
+    def of(cls, cases: Iterable[Case], *providers: Provider) -> "Suite":
+        """The suite of these cases, in any order."""
+        return cls(sorted(cases, key=lambda case: case.rank), providers)
+
+    def where(self, **names: Any) -> list[Any]:
+        """The cases with these values of the fields of `CaseName`."""
+        return [case for case in self.cases if names.items() <= case.case.items()]
 
 
 class Roof(NamedTuple):
@@ -149,68 +171,5 @@ class Roof(NamedTuple):
     flops: dict[str, float]
 
     def seconds(self, case: Case) -> float:
-        """What no implementation of the definition, with all of its products, can be faster than."""
+        """A lower bound for every implementation that computes all products of the definition."""
         return max(case.bytes / self.bandwidth, case.flops / self.flops.get(case.precision, math.inf))
-
-
-def differentiated(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, work: str, wanted: Sequence[int] = ()
-) -> Run:
-    """A run of one of the three works on a function and the gradient of its output.
-
-    Args:
-        function: of the inputs.
-        inputs: of which all floating ones have gradients, or those numbered in `wanted`.
-        dy: gradient of the output.
-        work: "forward" returns `(y,)`, "forward+backward" `(y, gradients...)`; "backward" makes y once and returns
-            `(y, gradients...)` of it every time.
-        wanted: numbers of the inputs whose gradients are made.
-    """
-    numbers = wanted or range(len(inputs))
-    leaves = [x.detach().requires_grad_(n in numbers) for n, x in enumerate(inputs)]
-    asked = [leaves[n] for n in numbers]
-
-    def forward() -> Results:
-        with torch.no_grad():
-            return (function(*leaves),)
-
-    def step() -> Results:
-        y = function(*leaves)
-        return y.detach(), *torch.autograd.grad(y, asked, dy)
-
-    if work == FORWARD:
-        return forward
-    if work == STEP:
-        return step
-    assert work == BACKWARD, work
-    y = function(*leaves)
-    return lambda: (y.detach(), *torch.autograd.grad(y, asked, dy, retain_graph=True))
-
-
-@contextlib.contextmanager
-def reference_run() -> Iterator[None]:
-    """Around what results are judged by: float32 is never rounded to tf32, and cuDNN searches no algorithm for it."""
-    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        with switched("float32"):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = searching
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius error; infinite where anything is not a number."""
-    error = ((actual.to(exact.dtype) - exact).norm() / exact.norm()).item()
-    return error if math.isfinite(error) else math.inf
-
-
-def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """20th percentile, median and 80th percentile.
-
-    >>> quantiles([1, 2, 3, 4, 5, 6])
-    (2.0, 3.5, 5.0)
-    """
-    import numpy as np
-
-    low, middle, high = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
-    return low, middle, high

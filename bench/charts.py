@@ -1,44 +1,22 @@
-"""Charts of one run each, as SVG, in the style of qat's reports; matplotlib is imported by what draws."""
+"""Charts of one folder of results each, as SVG, in the style of qat's reports; drawing imports matplotlib."""
 
 import itertools
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from bench import summary, words
 from bench.results import Row
-from bench.summary import (
-    BYTES,
-    CONDITION,
-    MICROSECONDS,
-    MISSING,
-    ORDERS,
-    OURS,
-    PARTS,
-    RESEARCH,
-    SEMANTICS,
-    Measured,
-    Standing,
-    combinations,
-    grouped,
-    joined,
-    label,
-    median,
-    number,
-    parts,
-    place,
-    ratio,
-    scaled,
-    standings,
-    words,
-)
+from bench.summary import CONDITION, ORDERS, PARTS, Folder, combinations, grouped, median, place, standings
+from bench.words import MISSING, conditions, joined, number
 from qat.report.figures import AMBER, BLUE, COLOURS, GREY, INK, PAPER, SKY, add_legend, new_figure, style, svg_of
 
-LABEL = {"facecolor": PAPER, "alpha": 0.8, "pad": 0.5, "linewidth": 0}  # lines end before it
+LABEL = {"facecolor": PAPER, "alpha": 0.8, "pad": 0.5, "linewidth": 0}  # covers the lines behind a label
 PART_COLOURS = dict(zip(PARTS, (GREY, SKY, BLUE, AMBER), strict=True))
 
 
 class Bar(NamedTuple):
-    """Of a chart: whose, at which tick, how far (None: it failed), and what stands at its end."""
+    """A bar of a chart: its series, tick and value (None: it failed), and the text at its end."""
 
     series: str
     tick: int
@@ -46,8 +24,8 @@ class Bar(NamedTuple):
     text: str
 
 
-def charts(measured: Sequence[Measured]) -> dict[tuple[str, str], str]:
-    """SVG by section and file name, of every chart whose rows exist; the same results give the same bytes."""
+def charts(folders: Sequence[Folder]) -> dict[tuple[str, str], str]:
+    """SVG by section and file name, for each chart whose rows exist; the same results give the same bytes."""
     drawers = (
         ("layers", "layers", speeds),
         ("layers", "roofline", roofline),
@@ -56,35 +34,36 @@ def charts(measured: Sequence[Measured]) -> dict[tuple[str, str], str]:
     )
     drawn = {}
     with style():
-        for m, (section, name, draw) in itertools.product(measured, drawers):
-            if figure := draw(m):
-                file = "-".join(filter(None, (name, m.path.parent.name)))
+        for folder, (section, name, draw) in itertools.product(folders, drawers):
+            if figure := draw(folder):
+                file = "-".join(filter(None, (name, folder.path.parent.name)))
                 drawn[section, f"{file}.svg"] = svg_of(figure)
     return drawn
 
 
-def speeds(m: Measured) -> Any:
-    """A figure of every provider by layer; of one that comes in several ways, such as memory formats, the fastest."""
-    rows = m.headline("layers")
+def speeds(folder: Folder) -> Any:
+    """Every provider by layer; of one with several variants, such as memory formats, the fastest."""
+    rows = folder.headline("layers")
     lines = {line.layer: line for line in standings(rows) if line.best}
     if not lines:
         return None
-    ours = {row.case: median(row) for row in rows if row.provider in OURS}
+    ours = {row.case_key: median(row) for row in rows if row.provider in summary.OURS}
 
-    def speed(row: Row, line: Standing) -> float | None:
-        """Relative to ours of its case first, if there is one, so that the chart says what the table says."""
-        relative = ratio(ours.get(row.case), median(row))
+    def speed(row: Row, line: summary.Standing) -> float | None:
+        """Speed over the best baseline; over ours of the same case first, so that the chart agrees with the table."""
+        relative = summary.ratio(ours.get(row.case_key), median(row))
         if relative is None or line.speedup is None:
-            return ratio(median(line.best), median(row))
+            return summary.ratio(median(line.best), median(row))
         return relative * line.speedup
 
     bars = []
-    for (family, layer), mine in grouped(rows, lambda row: (_family(row), label(row))):
+    for (family, layer), variants in grouped(rows, lambda row: (_family(row), summary.label(row))):
         if layer in lines:
-            best = max((found for row in mine if (found := speed(row, lines[layer]))), default=None)
-            text = mine[0].status if best is None else number(best) if family in OURS else ""
+            speeds = [speed(row, lines[layer]) for row in variants]
+            best = max(filter(None, speeds), default=None)
+            text = variants[0].status if best is None else number(best) if family in summary.OURS else ""
             bars.append(Bar(family, list(lines).index(layer), best, text))
-    figure, (axis,) = _figure(m, [words(rows[0], *ORDERS)], "speed, 1 = the best baseline")
+    figure, (axis,) = _figure(folder, [conditions(rows[0], *ORDERS)], "speed, 1 = the best baseline")
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}x")
     axis.axhline(1, color=INK, linewidth=1)
@@ -92,26 +71,26 @@ def speeds(m: Measured) -> Any:
     return _with_legend(figure)
 
 
-def roofline(m: Measured) -> Any:
-    """A figure of the rates of ours (full) and the best baseline (hollow) by batch size, under the measured roof."""
-    first = next(iter(m.headline("layers")), None)
+def roofline(folder: Folder) -> Any:
+    """Rates of ours (full) and of the best baseline (hollow) by batch size, under the measured roof."""
+    first = next(iter(folder.headline("layers")), None)
     if first is None:
         return None
     same = attrgetter(*(field for field in ORDERS if field != "batch"))
-    batches = combinations((row for row in m.rows("layers") if same(row) == same(first)), ("batch",))
-    figure, (axis,) = _figure(m, [words(first, "network", "work", "precision", "mode")], "TFLOP/s")
+    batches = combinations((row for row in folder.rows("layers") if same(row) == same(first)), ("batch",))
+    figure, (axis,) = _figure(folder, [conditions(first, "network", "work", "precision", "mode")], "TFLOP/s")
     reach = []
     for ((batch,), rows), colour in zip(batches, itertools.cycle(COLOURS), strict=False):
         for who, face in (("ours", colour), ("best", PAPER)):
-            found = [(line.layer, row) for line in standings(rows) if median(row := getattr(line, who))]
-            x = [row.flops / row.bytes for _, row in found]
-            y = [1e-6 * row.flops / row.median_us for _, row in found]
+            points = [(line.layer, row) for line in standings(rows) if median(row := getattr(line, who))]
+            x = [row.flops / row.bytes for _, row in points]
+            y = [1e-6 * row.flops / row.median_us for _, row in points]
             name = f"{'best baseline' if who == 'best' else who}, batch {batch}"
             axis.plot(x, y, "o", color=colour, markerfacecolor=face, label=name)
-            for (layer, _), *point in zip(found, x, y, strict=True) if who == "ours" else ():
+            for (layer, _), *point in zip(points, x, y, strict=True) if who == "ours" else ():
                 axis.annotate(layer, point, (4, 2), textcoords="offset points", fontsize=6.5, bbox=LABEL)
             reach += x
-    rates = [m.results.provenance.get(name) for name in ("roof_bandwidth", f"roof_{first.precision}")]
+    rates = [folder.results.provenance.get(name) for name in ("roof_bandwidth", f"roof_{first.precision}")]
     if all(rates) and reach:
         bandwidth, flops = (1e-12 * float(rate or 0) for rate in rates)
         x = sorted({*reach, flops / bandwidth})
@@ -123,46 +102,46 @@ def roofline(m: Measured) -> Any:
     return _with_legend(figure) if reach else None
 
 
-def memory(m: Measured) -> Any:
-    """A figure of the loss's memory, one panel for each of the first two semantics."""
-    rows = m.headline("anti-transfer")
-    sizes = {row.key: m.memory(row) for row in rows}
+def memory(folder: Folder) -> Any:
+    """Memory of the loss, one panel for each of the first two semantics."""
+    rows = folder.headline("anti-transfer")
+    sizes = {row.key: folder.memory(row) for row in rows}
     base = min((size for size in sizes.values() if size), default=0) / 2
     if not base:
         return None
-    panels = sorted(grouped(rows, attrgetter("variant")), key=lambda panel: place(panel[0], SEMANTICS))[:2]
-    figure, axes = _figure(m, [joined(variant, words(rows[0], *ORDERS)) for variant, _ in panels], "memory")
+    panels = sorted(grouped(rows, attrgetter("variant")), key=lambda panel: place(panel[0], summary.SEMANTICS))[:2]
+    figure, axes = _figure(folder, [joined(variant, conditions(rows[0], *ORDERS)) for variant, _ in panels], "memory")
     names = list(dict.fromkeys(row.provider for _, panel in panels for row in panel))
-    for axis, (_, mine) in zip(axes, panels, strict=True):
-        ticks = sorted({row.layer for row in mine}, key=place)
-        known = [(row, sizes[row.key]) for row in mine if sizes[row.key] is not None or row.status != "ok"]
-        bars = [
-            Bar(row.provider, ticks.index(row.layer), size, scaled(size, BYTES) or row.status) for row, size in known
-        ]
+    for axis, (_, panel) in zip(axes, panels, strict=True):
+        ticks = sorted({row.layer for row in panel}, key=place)
+        shown = [(row, sizes[row.key]) for row in panel if sizes[row.key] is not None or row.status != "ok"]
+        bars = [Bar(row.provider, ticks.index(row.layer), size, words.size(size) or row.status) for row, size in shown]
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: scaled(value, BYTES))
+        axis.yaxis.set_major_formatter(lambda value, _: words.size(value))
         _bars(axis, bars, names, ticks, base)
     return _with_legend(figure)
 
 
-def steps(m: Measured) -> Any:
-    """A figure of the parts of a training step, one panel for each network."""
-    rows = [row for row in m.rows("step") if row.provider in ("ours", RESEARCH)]
+def steps(folder: Folder) -> Any:
+    """The parts of a training step, one panel for each network."""
+    rows = [row for row in folder.rows("step") if row.provider in ("ours", summary.RESEARCH)]
     rows = next((group for _, group in combinations(rows, CONDITION)), [])
     bar = attrgetter("network", "layer", "variant", "provider")
-    split = {key: parts(works) for key, works in grouped(rows, bar)}
+    split = {key: summary.parts(works) for key, works in grouped(rows, bar)}
     if not any(split.values()):
         return None
     panels = sorted(grouped(rows, attrgetter("network")), key=lambda panel: place(panel[0], ORDERS["network"]))
-    figure, axes = _figure(m, [f"{network}, {words(rows[0], *CONDITION)}" for network, _ in panels], "ms of a step")
-    for axis, (_, mine) in zip(axes, panels, strict=True):
-        bars = sorted(grouped(mine, bar), key=lambda group: (place(group[0][1]), group[0][2:]))
+    figure, axes = _figure(
+        folder, [f"{network}, {conditions(rows[0], *CONDITION)}" for network, _ in panels], "ms of a step"
+    )
+    for axis, (_, panel) in zip(axes, panels, strict=True):
+        bars = sorted(grouped(panel, bar), key=lambda group: (place(group[0][1]), group[0][2:]))
         for n, (key, works) in enumerate(bars):
             times = [1e-3 * time for time in split[key] or ()]
             for part, time, below in zip(PARTS, times, itertools.accumulate(times, initial=0.0), strict=False):
                 axis.bar(n, time, 0.8, below, color=PART_COLOURS[part])
             failed = joined(*dict.fromkeys(row.status for row in works if row.status != "ok")) or MISSING
-            text = scaled(1e3 * sum(times), MICROSECONDS) if times else failed
+            text = words.microseconds(1e3 * sum(times)) if times else failed
             axis.text(n, sum(times), text, ha="center", va="bottom")
         axis.set_xticks(range(len(bars)), [joined(*key[1:]) for key, _ in bars], rotation=20, ha="right")
         axis.set_xlim(-0.6, len(bars) - 0.4)  # also where the last has no height
@@ -177,10 +156,10 @@ def _family(row: Row) -> str:
     return row.provider if row.provider.startswith("ours") else row.provider.split(",")[0]
 
 
-def _figure(m: Measured, titles: Sequence[str], ylabel: str) -> tuple[Any, Any]:
+def _figure(folder: Folder, titles: Sequence[str], ylabel: str) -> tuple[Any, Any]:
     """A figure that names its device, commit and date, with panels below one another."""
     figure = new_figure(10, 0.6 + 3.6 * len(titles))
-    figure.suptitle(f"{m.device}; {m.source}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"{folder.device}; {folder.results.source}", fontsize=9, x=0.01, ha="left")
     axes = figure.subplots(len(titles), squeeze=False)[:, 0]
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, ylabel=ylabel)
@@ -197,10 +176,10 @@ def _bars(axis: Any, bars: Sequence[Bar], names: Sequence[str], ticks: Sequence[
     """Groups of bars of the named series, from `base` up or down, each with its text at the end."""
     width = 0.8 / len(names)
     for n, (name, colour) in enumerate(zip(names, itertools.cycle(COLOURS), strict=False)):
-        mine = [(bar.tick + (n - (len(names) - 1) / 2) * width, bar) for bar in bars if bar.series == name]
-        ends = [base if bar.end is None else max(bar.end, 1e-3 * base) for _, bar in mine]
-        axis.bar([x for x, _ in mine], [end - base for end in ends], width, base, color=colour, label=name)
-        for (x, bar), end in zip(mine, ends, strict=True):
+        series = [(bar.tick + (n - (len(names) - 1) / 2) * width, bar) for bar in bars if bar.series == name]
+        ends = [base if bar.end is None else max(bar.end, 1e-3 * base) for _, bar in series]
+        axis.bar([x for x, _ in series], [end - base for end in ends], width, base, color=colour, label=name)
+        for (x, bar), end in zip(series, ends, strict=True):
             side = "bottom" if end >= base else "top"
             axis.text(x, end, f" {bar.text} ", rotation=90, fontsize=7, ha="center", va=side)
     axis.set_xticks(range(len(ticks)), ticks)

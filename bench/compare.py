@@ -11,20 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from bench import words
 from bench.results import Results, Row, parse, read
 
 TIME, MEMORY, MEMORY_BYTES = 0.05, 0.05, 64 * 1024
 RIGHT = ("ok", "smoke")  # statuses of rows whose result was right
-LINES = 40  # of the table
+LINES = 40  # maximum length of the table
 
 
 class Change(NamedTuple):
-    """One row in which the results differ.
+    """A row, as it is after, in which the results differ: in microseconds, in bytes, or in its status.
 
-    Args:
-        row: as it is after.
-        verdict: "now REFUSED" or another status, "slower", "more memory", "faster", "less memory", "now ok".
-        before, after: microseconds or bytes; None where a status changed.
+    The verdict is "slower", "more memory", "faster", "less memory", "now ok", or "now" and another status.
     """
 
     row: Row
@@ -43,9 +41,17 @@ class Change(NamedTuple):
             return float("inf") if self.regression else 0.0
         return self.after / self.before if self.before else float("inf")
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        unit = words.size if "memory" in self.verdict else words.microseconds
+        values = "", ""
+        if self.before is not None and self.after is not None:
+            values = f"{unit(self.before)} -> {unit(self.after)}", f"{self.factor:.2f}x"
+        return self.verdict, *values, ", ".join(str(word) for word in self.row.key if word)
+
 
 class Comparison(NamedTuple):
-    """Changes, worst first, of `matched` rows; how many rows of which suite are only before or only after."""
+    """Changes, worst first; the number of matched rows, and by suite of those that are only before or only after."""
 
     changes: list[Change]
     matched: int
@@ -56,47 +62,58 @@ class Comparison(NamedTuple):
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.regression]
 
+    def __str__(self) -> str:
+        """A table of the changes, and a line that sums up."""
+        lines = [change.cells for change in self.changes[:LINES]]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        if len(self.changes) > LINES:
+            table.append(f"and {len(self.changes) - LINES} more")
+        verdicts = Counter(change.verdict for change in self.changes)
+        sums = [f"{count} {verdict}" for verdict, count in verdicts.items()] or ["nothing changed"]
+        for when, only in (("before", self.only_before), ("after", self.only_after)):
+            if only:
+                sums.append(f"only {when}: {', '.join(f'{count} of {suite}' for suite, count in sorted(only.items()))}")
+        return "\n".join((*table, f"{self.matched} rows compared: {'; '.join(sums)}"))
 
-def load(name: str, folder: str = "bench/results") -> Results:
-    """Results by name: a folder, a results.csv, or `REVISION[:FOLDER]`, as they were committed; files go first.
 
-    Args:
-        name: FOLDER is one below `folder`; it may be left out where the revision has one only.
-        folder: relative to the working directory, which is in the repository.
+def load(name: str, folder: str = "bench/results") -> Results[Row]:
+    """Results by name: a folder, a results.csv, or committed ones as `REVISION[:FOLDER]`; files go first.
+
+    FOLDER is one below `folder`, and may be left out where the revision has one only; `folder` is relative to the
+    working directory, which is in the repository.
 
     Raises:
         ValueError: it is none of these, or the revision has no, or several, results of that name.
     """
-    if Path(name).exists():
-        return read(Path(name))
+    path = Path(name)
+    if path.exists():
+        return read(path / "results.csv" if path.is_dir() else path, Row)
     revision, _, wanted = name.partition(":")
     try:
         commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
     except ValueError as error:
         raise ValueError(f"{name}: neither a folder, nor a results.csv, nor a revision of this repository") from error
     files = _git("ls-tree", "-r", "-z", "--name-only", commit, "--", f"{folder}/").split("\0")
-    parents = {PurePosixPath(file).parent: file for file in files if PurePosixPath(file).name == "results.csv"}
-    found = {str(parent.relative_to(PurePosixPath(folder))): file for parent, file in parents.items()}
-    if wanted.rstrip("/") in found:
-        return parse(_git("show", f"{commit}:./{found[wanted.rstrip('/')]}"), name)
-    if len(found) == 1 and not wanted:
-        return parse(_git("show", f"{commit}:./{next(iter(found.values()))}"), name)
-    choice = ", ".join(f"{revision}:{known}" for known in sorted(found))
-    raise ValueError(f"{name}: name one of {choice}" if choice else f"{name}: it has no results below {folder}")
+    paths = [PurePosixPath(file) for file in files if PurePosixPath(file).name == "results.csv"]
+    committed = {str(path.parent.relative_to(PurePosixPath(folder))): path for path in paths}
+    choice = wanted.rstrip("/") or (next(iter(committed)) if len(committed) == 1 else "")
+    if choice in committed:
+        return parse(_git("show", f"{commit}:./{committed[choice]}"), name, Row)
+    choices = ", ".join(f"{revision}:{folder}" for folder in sorted(committed))
+    raise ValueError(f"{name}: name one of {choices}" if choices else f"{name}: it has no results below {folder}")
 
 
-def compare(before: Results, after: Results) -> Comparison:
+def compare(before: Results[Row], after: Results[Row]) -> Comparison:
     """Match rows and judge their differences.
 
     Raises:
         ValueError: devices or numbers of threads differ; no row is in both; a row is there twice.
     """
     for field in ("device", "threads"):
-        sides = [results.provenance.get(field, "unknown") for results in (before, after)]
-        if sides[0] != sides[1]:
-            raise ValueError(
-                f"{field}: {sides[0]} before, {sides[1]} after; only results of one machine are comparable"
-            )
+        a, b = (results.provenance.get(field, "unknown") for results in (before, after))
+        if a != b:
+            raise ValueError(f"{field}: {a} before, {b} after; only results of one machine are comparable")
     old, new = _by_key(before, "before"), _by_key(after, "after")
     matched = [key for key in old if key in new]
     if not matched:
@@ -105,21 +122,6 @@ def compare(before: Results, after: Results) -> Comparison:
     changes.sort(key=lambda change: (not change.regression, -change.factor if change.regression else change.factor))
     only = [Counter(row.suite for key, row in a.items() if key not in b) for a, b in ((old, new), (new, old))]
     return Comparison(changes, len(matched), *only)
-
-
-def text(comparison: Comparison) -> str:
-    """A table of the changes, worst first, and a line that sums up."""
-    lines = [_line(change) for change in comparison.changes[:LINES]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    if len(comparison.changes) > LINES:
-        table.append(f"and {len(comparison.changes) - LINES} more")
-    verdicts = Counter(change.verdict for change in comparison.changes)
-    words = [f"{count} {verdict}" for verdict, count in verdicts.items()] or ["nothing changed"]
-    for when, only in (("before", comparison.only_before), ("after", comparison.only_after)):
-        if only:
-            words.append(f"only {when}: {', '.join(f'{count} of {suite}' for suite, count in sorted(only.items()))}")
-    return "\n".join((*table, f"{comparison.matched} rows compared: {'; '.join(words)}"))
 
 
 def _changes(before: Row, after: Row) -> Iterable[Change]:
@@ -139,20 +141,12 @@ def _spread(row: Row) -> float:
     return 0.0 if row.p20_us is None or row.p80_us is None else row.p80_us - row.p20_us
 
 
-def _by_key(results: Results, when: str) -> dict[tuple[object, ...], Row]:
+def _by_key(results: Results[Row], when: str) -> dict[tuple[object, ...], Row]:
     rows = {row.key: row for row in results.rows}
     if len(rows) < len(results.rows):
         twice = Counter(row.key for row in results.rows).most_common(1)[0][0]
         raise ValueError(f"{when}: two rows of one name: {', '.join(map(str, filter(None, twice)))}")
     return rows
-
-
-def _line(change: Change) -> tuple[str, ...]:
-    unit, scale = ("MB", 1e-6) if "memory" in change.verdict else ("us", 1.0)
-    numbers = ("", "")
-    if change.before is not None and change.after is not None:
-        numbers = f"{change.before * scale:.5g} -> {change.after * scale:.5g} {unit}", f"{change.factor:.2f}x"
-    return change.verdict, *numbers, ", ".join(str(word) for word in change.row.key if word)
 
 
 def _git(*arguments: str) -> str:

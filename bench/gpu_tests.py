@@ -1,68 +1,52 @@
-"""The tests of tests/gpu, one process a file at the same time: `python -m bench tests`.
+"""The tests of tests/gpu, one process per file at the same time: `python -m bench tests`.
 
 They spend most of their time compiling and on the host, so side by side they take as long as the longest. Writes
-tests.log and tests.csv, the verdict of each file.
+tests.log, and tests.csv with the verdict on each file.
 """
 
 import contextlib
 import csv
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.processes import ROOT, end, start
+from bench.processes import PYTEST, ROOT, end, running
 
-# The configuration of the repository names plugins that a GPU machine need not have.
-OPTIONS = [
-    "-c",
-    os.devnull,
-    "--rootdir",
-    str(ROOT),
-    "-p",
-    "no:cacheprovider",
-    "-v",
-    "-ra",
-    "--tb=short",
-    "--durations=5",
-]
+OPTIONS = ["-v", "-ra", "--tb=short", "--durations=5"]
 
 
 def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
-    """What became of each file: "passed", "skipped" (all of it), "FAILED" or "out of time"."""
+    """The verdict on each file: "passed", "skipped" (all of it), "FAILED" or "out of time"."""
     deadline = time.monotonic() + seconds
     verdicts: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         started = []
         for file in files:
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            command = [sys.executable, "-m", "pytest", *OPTIONS, str(file)]
-            process = start(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(end, process)
-            started.append((file, process, log))
+            command = [*PYTEST, *OPTIONS, str(file)]
+            program = running(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            started.append((file, stack.enter_context(program), log))
         whole = stack.enter_context((out / "tests.log").open("w"))
         for file, process, log in started:
             try:
-                code = process.wait(max(0.0, deadline - time.monotonic()))
-                verdicts[file.stem] = "FAILED" if code else ""
+                verdict = "FAILED" if process.wait(max(0.0, deadline - time.monotonic())) else ""
             except subprocess.TimeoutExpired:
                 end(process)
-                verdicts[file.stem] = "out of time"
+                verdict = "out of time"
             log.seek(0)
             text = log.read()
-            # Of the last line alone, pytest's summary: why a test is skipped may have any words.
+            # Only pytest's summary counts, the last line: why a test is skipped may be in any words.
             passed = re.search(r"\b\d+ passed\b", text.rstrip().rpartition("\n")[2])
-            verdicts[file.stem] = verdicts[file.stem] or ("passed" if passed else "skipped")
+            verdicts[file.stem] = verdict or ("passed" if passed else "skipped")
             whole.write(f"{file.name}: {verdicts[file.stem]}\n{text}\n")
             print(f"{file.name}: {verdicts[file.stem]}", *text.splitlines()[-12:], sep="\n", flush=True)
     return verdicts
 
 
 def main(out: Path, seconds: float) -> int:
-    """Prints the end of every log; returns 1 where a test failed or the time was up."""
+    """Print the end of every log; return 1 where a test failed or the time was up."""
     out.mkdir(parents=True, exist_ok=True)
     verdicts = run(sorted((ROOT / "tests" / "gpu").glob("test_*.py")), seconds, out)
     with (out / "tests.csv").open("w", newline="") as file:

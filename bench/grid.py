@@ -11,22 +11,26 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.case import FORWARD
-from bench.network import CACHED, TRAIN
+from bench.network import CACHED, NO_AT, TRAIN
 from bench.results import Row
-from bench.summary import NO_AT, RESEARCH, median
+from bench.summary import RESEARCH, median
+from qat.data import corpora
 from qat.data.splits import counts
+from qat.models.vgg import CHANNELS
 
 NETWORKS = ("quaternion", "real")
-CORPORA = {"IEMOCAP": 4490, "RAVDESS": 1440, "TESS": 2800}  # utterances
-SPLITS, KINDS, LAYERS = 2, 4, 13
+CORPORA = {"IEMOCAP": corpora.FOUR_EMOTIONS} | {
+    name: corpora.CORPORA[name.lower()].utterances for name in ("RAVDESS", "TESS")
+}
+SPLITS, KINDS, LAYERS = 2, 4, len(CHANNELS)
 TRAININGS = len(NETWORKS) * len(CORPORA) * SPLITS * (1 + KINDS * LAYERS)
 OTHERS = 6  # four networks of the orthogonal tasks, two stages of RH-Emo
 BATCH, PRECISION = 20, "bf16"
-MEASURED = (2, 7, 13)  # of the layers
+MEASURED = (2, 7, 13)  # layers
 
 
 class Way(NamedTuple):
-    """Who computes the steps, and how."""
+    """Provider, variant and mode of the steps."""
 
     provider: str
     variant: str
@@ -34,7 +38,7 @@ class Way(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of a step, and of the forward pass of a batch that validates."""
+    """Time of a step, and of the forward pass of a batch in validation."""
 
     step: float
     forward: float
@@ -45,23 +49,23 @@ WAYS = (Way("ours", "", "graph"), SHARED, Way(RESEARCH, "", "eager"))
 
 
 def measured(rows: Sequence[Row], network: str, way: Way) -> dict[int, Seconds] | None:
-    """Seconds by layer, 0 without anti-transfer; nothing where one was not measured."""
+    """Times by layer, 0 without anti-transfer; None where one was not measured."""
     times = {row.key: 1e-6 * us for row in rows if (us := median(row))}
-    found = {}
+    by_layer = {}
     for at in (0, *MEASURED):
         layer, variant = (f"AT at layer {at}", way.variant) if at else (NO_AT, "")
         case = ("step", network, layer, variant, BATCH, PRECISION)
         step, forward = (times.get((*case, work, way.mode, way.provider)) for work in (TRAIN, FORWARD))
         if step is None or forward is None:
             return None
-        found[at] = Seconds(step, forward)
-    return found
+        by_layer[at] = Seconds(step, forward)
+    return by_layer
 
 
 def epoch_seconds(times: Mapping[int, Seconds]) -> float:
     """Seconds of one epoch of all trainings of one network.
 
-    Layers between the measured ones are interpolated linearly; those before the first are as the first.
+    Layers between the measured ones are interpolated linearly; those before the first are taken as the first.
     """
     parts = zip(*map(counts, CORPORA.values()), strict=True)
     steps, passes, _ = (sum(math.ceil(size / BATCH) for size in sizes) for sizes in parts)

@@ -1,13 +1,13 @@
 """Counts what a training step of the quaternion network launches on a GPU, on a machine without one.
 
 The step is that of `qat train`, on tensors without data. Our kernels are recorded where they would be launched; of
-PyTorch's operators those count that would launch a kernel. Libraries may launch more than one kernel for one of theirs.
+PyTorch's operators those count that would launch a kernel. Libraries may launch more than one kernel for an operator.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,30 +18,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qkernels
-from bench.network import CLASSES, LEARNING_RATE
-from qat.anti_transfer import AntiTransfer
-from qat.config import AntiTransferConfig, NetworkConfig, TrainingConfig
+from bench.network import CACHED, CLASSES, TRAIN, NetworkCase, network_case, training
+from bench.run import tensor_bytes
+from qat.config import NetworkConfig
 from qat.data.rows import Rows
 from qat.models import SpeechClassifier
 from qat.models.vgg import INPUT, VGG16
-from qat.training.examples import Batch, Examples
-from qat.training.objectives import ClassificationObjective
-from qat.training.steps import WARM, Steps, autocast
+from qat.training.examples import Batch
+from qat.training.steps import WARM, Steps
 from qkernels.runtime.recording import Launch, Recording, record
 
 PARTS = ("gather", "twin", "forward", "loss", "backward", "optimiser", "sums")
 ARCH = 90
 CPU = torch.device("cpu")
-# What allocates, or looks at memory in another way, and is not marked as a view.
+# Operators that allocate, or look at memory in another way, and are not marked as views.
 SILENT = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view"}
-# A kernel for many tensors, by the lists of them that it is given: so many tensors, and so many blocks of so many
-# elements, for each launch (MultiTensorApply.cuh of PyTorch 2.11; ten times as many from 2.12 on with CUDA 13).
+# Limits of one kernel for many tensors: tensors, by the number of lists of them that it takes, and blocks of elements
+# (MultiTensorApply.cuh of PyTorch 2.11; ten times as many from 2.12 on with CUDA 13).
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS, BLOCK_ELEMENTS = 320, 65536
 
 
 class Event(NamedTuple):
-    """One kernel of a step: in which part, its name; if it is ours, all of it; bytes of its tensors, each once."""
+    """One kernel of a step: its part and name; the launch if it is ours; bytes of its tensors, each once."""
 
     part: str
     name: str
@@ -49,42 +48,31 @@ class Event(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepCase:
-    """A training step of the quaternion network.
-
-    Args:
-        at_layer: of anti-transfer, or 0.
-        cached: the twin does not run: what it gives was computed before.
-        batch: samples.
-        precision: as in `TrainingConfig`.
-    """
-
-    at_layer: int
-    cached: bool
-    batch: int
-    precision: str
-
-    @property
-    def where(self) -> str:
-        """The layer of anti-transfer, in words."""
-        return f"{self.at_layer}, cached" if self.cached else str(self.at_layer or "none")
+def step_case(at: int, cached: bool, batch: int, precision: str) -> NetworkCase:
+    """A training step of the quaternion network with anti-transfer at a layer, or none (0)."""
+    variant = CACHED if cached else ""
+    return network_case("step", "quaternion", at, precision, TRAIN, batch=batch, variant=variant)
 
 
-def cases() -> list[StepCase]:
-    """Those that are reported."""
+def cases() -> list[NetworkCase]:
+    """The cases that are reported."""
     return [
-        StepCase(at_layer=at_layer, cached=cached, batch=batch, precision=precision)
-        for precision, batch, at_layer in itertools.product(("bf16", "float32"), (20, 256), (0, 2, 7, 13))
-        for cached in ((False, True) if at_layer else (False,))
+        step_case(at, cached, batch, precision)
+        for precision, batch, at in itertools.product(("bf16", "float32"), (20, 256), (0, 2, 7, 13))
+        for cached in ((False, True) if at else (False,))
     ]
 
 
-def step_launches(case: StepCase, arch: int = ARCH) -> list[Event]:
-    """The kernels of a step in their order, as it is when the first ones are over."""
+def step_launches(case: NetworkCase, arch: int = ARCH) -> list[Event]:
+    """The kernels of a step in their order, after the warm steps."""
     samples = torch.arange(case.batch)  # numbers that are known
     with FakeTensorMode(allow_non_fake_inputs=True), qkernels.set_backend("triton"), record(arch) as recording:
-        steps, batch = _steps(case, samples)
+        config, (channels, *size) = NetworkConfig(domain="quaternion"), INPUT["quaternion"]
+        inputs = Rows(torch.empty(case.batch, *size, channels).permute(0, 3, 1, 2), CPU)
+        targets, twin = Rows(torch.zeros(case.batch, dtype=torch.long), CPU), VGG16(config, CLASSES)
+        classifier = SpeechClassifier(config, CLASSES)
+        trained = training(case, classifier, twin if case.at else None, inputs, targets, samples)
+        steps, batch = Steps(*trained, CPU, training=True), Batch({"numbers": samples}, case.batch, case.batch)
         counter = _Counter(recording)
         with steps.running(True), counter:
             for _ in range(WARM):
@@ -94,58 +82,48 @@ def step_launches(case: StepCase, arch: int = ARCH) -> list[Event]:
 
 
 def by_part(events: Iterable[Event]) -> dict[str, int]:
-    """How many there are in each part."""
-    counted = Counter(event.part for event in events)
-    return {part: counted[part] for part in PARTS}
+    """The number of kernels of each part."""
+    counts = Counter(event.part for event in events)
+    return {part: counts[part] for part in PARTS}
 
 
-def report(wanted: Sequence[StepCase]) -> Iterator[str]:
-    """A table of launches by part, then what is launched in the first case with anti-transfer."""
+def where(case: NetworkCase) -> str:
+    """The layer of anti-transfer, in words."""
+    return f"{case.at}, cached" if case.variant == CACHED else str(case.at or "none")
+
+
+def fields(case: NetworkCase) -> dict[str, Any]:
+    """A case for programs."""
+    plain = {"network": case.network, "at_layer": case.at, "cached": case.variant == CACHED}
+    return plain | {"batch": case.batch, "precision": case.precision}
+
+
+def plain() -> list[dict[str, Any]]:
+    """The launches of all cases, for programs."""
+    counted = [(case, step_launches(case)) for case in cases()]
+    return [{**fields(case), "launches": len(events), "by_part": by_part(events)} for case, events in counted]
+
+
+def report() -> Iterator[str]:
+    """A table of launches by part, then the launches of the first case with anti-transfer."""
     yield f"{'AT at':12}{'batch':>5}  {'precision':9}" + "".join(f"{part:>11}" for part in (*PARTS, "launches"))
-    shown: tuple[StepCase, list[Event]] | None = None
-    for case in wanted:
+    shown: tuple[NetworkCase, list[Event]] | None = None
+    for case in cases():
         events = step_launches(case)
         numbers = "".join(f"{n:11}" for n in (*by_part(events).values(), len(events)))
-        yield f"{case.where:12}{case.batch:5}  {case.precision:9}{numbers}"
-        if shown is None and case.at_layer:
+        yield f"{where(case):12}{case.batch:5}  {case.precision:9}{numbers}"
+        if shown is None and case.at:
             shown = case, events
     if shown:
         case, events = shown
-        yield f"\nAT at {case.where}, batch {case.batch}, {case.precision}"
-        counted = Counter((event.part, event.name) for event in events)
-        for (part, name), n in sorted(counted.items(), key=lambda item: (PARTS.index(item[0][0]), -item[1])):
+        yield f"\nAT at {where(case)}, batch {case.batch}, {case.precision}"
+        counts = Counter((event.part, event.name) for event in events)
+        for (part, name), n in sorted(counts.items(), key=lambda item: (PARTS.index(item[0][0]), -item[1])):
             yield f"{part:12}{n:5}  {name}"
 
 
-def plain(case: StepCase) -> dict[str, Any]:
-    """The launches of a case, for a program."""
-    events = step_launches(case)
-    return {"network": "quaternion", **vars(case), "launches": len(events), "by_part": by_part(events)}
-
-
-def _steps(case: StepCase, samples: Tensor) -> tuple[Steps, Batch]:
-    """What `qat train` runs when the samples' embeddings fit into the GPU's memory, as they do."""
-    config = NetworkConfig(domain="quaternion")
-    channels, *size = INPUT["quaternion"]
-    inputs = Rows(torch.empty(case.batch, *size, channels).permute(0, 3, 1, 2), CPU)
-    rows = {"inputs": inputs, "targets": Rows(torch.zeros(case.batch, dtype=torch.long), CPU)}
-    training = TrainingConfig(lr=LEARNING_RATE, batch=case.batch, precision=case.precision)  # type: ignore[arg-type]
-    anti_transfer = None
-    if case.at_layer:
-        anti_transfer = AntiTransfer(
-            AntiTransferConfig(random_twin=True, layers=[case.at_layer]), VGG16(config, CLASSES)
-        )
-        if case.cached:
-            with autocast(case.precision, CPU):
-                rows |= anti_transfer.remember(inputs.fetch, samples, case.batch)
-    classifier = SpeechClassifier(config, CLASSES)
-    objective = ClassificationObjective(classifier, anti_transfer, embedded=True, multi_label=False).train()
-    steps = Steps(objective, Examples(rows), training, CPU, training=True)
-    return steps, Batch({"numbers": samples}, case.batch, case.batch)
-
-
 class _Counter(TorchDispatchMode):
-    """Notes what would be launched; the program's own marks say in which part."""
+    """Notes what would be launched, by part, which the program marks itself."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -169,33 +147,27 @@ class _Counter(TorchDispatchMode):
                 self._marks.pop()
         elif func.namespace == "aten":
             count, name = _kernels(func, args, result)
-            size = _bytes((args, kwargs, result)) // max(count, 1)
+            size = tensor_bytes((args, kwargs, result)) // max(count, 1)
             self.events += [Event(self._part, name, None, size)] * count
         return result
 
     def _ours(self) -> None:
-        """Notes the launches that were recorded since."""
+        """Notes the launches that were recorded since the last call."""
         for entry in self._recording.launches:
-            # Whoever holds a gradient makes autograd copy it.
-            size = _bytes(entry.arguments)
+            # Without its tensors: a reference to a gradient makes autograd copy it.
+            size = tensor_bytes(entry.arguments)
             launch = replace(entry, arguments={name: _described(value) for name, value in entry.arguments.items()})
             self.events.append(Event(self._part, entry.kernel.__name__, launch, size))
         self._recording.launches.clear()
 
     @property
     def _part(self) -> str:
-        """The innermost; behind the last are the sums of losses over a pass."""
+        """The innermost part; after the last one come the sums of losses over a pass."""
         return next((mark for mark in reversed(self._marks) if mark in PARTS), PARTS[-1])
 
 
-def _bytes(values: Any) -> int:
-    """Of the tensors among these, each once."""
-    tensors = {id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}
-    return sum(x.numel() * x.itemsize for x in tensors.values())
-
-
 def _described(value: Any) -> Any:
-    """Tensors without memory in the place of an argument's."""
+    """An argument, with tensors without memory in place of its tensors."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     if isinstance(value, tuple):
@@ -212,8 +184,8 @@ def _kernels(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, str]:
         if name.startswith("_fused"):
             lists.pop()  # the numbers of steps
         return _multi_tensor(len(lists), [x.numel() for x in lists[0]]), name
-    made = [x for x in tree_leaves((result, args[0] if func._schema.is_mutable else None)) if isinstance(x, Tensor)]
-    if func.is_view or name in SILENT or not any(x.numel() for x in made):
+    written = [x for x in tree_leaves((result, args[0] if func._schema.is_mutable else None)) if isinstance(x, Tensor)]
+    if func.is_view or name in SILENT or not any(x.numel() for x in written):
         return 0, name
     if name == "_to_copy" and args[0].dtype != result.dtype:
         return 1, f"cast of {str(args[0].dtype)[6:]} to {str(result.dtype)[6:]}"
@@ -221,7 +193,7 @@ def _kernels(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, str]:
 
 
 def _multi_tensor(depth: int, sizes: Iterable[int]) -> int:
-    """Launches for lists of tensors of these sizes: one ends when its tensors or its blocks are used up."""
+    """Launches for lists of tensors of these sizes; one ends when its tensors or its blocks are used up."""
     launches = tensors = blocks = 0
     for size in sizes:
         tensors += 1

@@ -1,7 +1,7 @@
 """The layers of the quaternion VGG16 (WASPAA 2023): convolutions and linear maps, on their own.
 
-Ours, in each form, against the way of the public libraries, a real weight concatenated in each step and multiplied by
-cuDNN, and against cuDNN's real convolution of the same shape; baselines come in both memory formats.
+Ours, in each form, against the method of the public libraries, a real weight that is concatenated in each step and
+multiplied by cuDNN, and against cuDNN's real convolution of the same shape; baselines in both memory formats.
 """
 
 import functools
@@ -10,44 +10,31 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import qkernels
-from bench.case import (
-    BACKWARD,
-    FORWARD,
-    STEP,
-    Case,
-    Provider,
-    Results,
-    Run,
-    Suite,
-    differentiated,
-    reference_run,
-    relative_error,
-)
+from bench.case import BACKWARD, FORWARD, MODES, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
+from bench.gradients import differentiated, reference_run, relative_error
 from qkernels import algebra
 from qkernels.runtime.tolerances import tolerance
 
-# Bare products, without bias and ReLU.
-PRODUCT, DX, DW = "product", "dx", "dw"
-BARE = (PRODUCT, DX, DW)
-# A baseline must compute the right thing; how it rounds is its own affair: gradients of concatenated parts are summed
-# in the half type, and cuDNN may take Winograd's algorithm for float32.
+PRODUCT, DX, DW = BARE = ("product", "dx", "dw")  # without bias and ReLU
+# Baselines may round more: gradients of concatenated parts are summed in the half type, and cuDNN may take Winograd's
+# algorithm for float32.
 BASELINE_TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "float32": 1e-4}
-# Operands that runs rotate through take no more bytes than this.
-ROTATED_BYTES = 2**30
-X, WEIGHT, BIAS = range(3)
+X, WEIGHT = range(2)
+T = TypeVar("T")
 
 
 class Layer(NamedTuple):
-    """Real channels, kernel size and side of the square map; kernel 0 is a linear map."""
+    """A layer: real channels, kernel size (0: a linear map) and side of the square map."""
 
     name: str
     channels_in: int
@@ -56,7 +43,7 @@ class Layer(NamedTuple):
     side: int
 
 
-# The last four, of no network here, tell what the kernel's and the map's size do.
+# The last four are of no network here; they show the effect of the kernel's and the map's size.
 LAYERS = [
     Layer("conv 1", 4, 64, 3, 64),
     Layer("conv 2", 64, 64, 3, 64),
@@ -76,32 +63,22 @@ LAYERS = [
 ]
 
 
-class Shapes(NamedTuple):
-    """Of the operands."""
+class Operands(NamedTuple, Generic[T]):
+    """The operands, or their shapes; `real` is the weight of the real layer of the same shape."""
 
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    bias: tuple[int, ...]
-    dy: tuple[int, ...]
-    real: tuple[int, ...]
-
-
-class Operands(NamedTuple):
-    """`real` is the weight of the real layer of the same shape."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    dy: Tensor
-    real: Tensor
+    x: T
+    weight: T
+    bias: T
+    dy: T
+    real: T
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCase(Case):
     """A convolution, or a linear map (kernel 0) with maps of one pixel.
 
-    The works `forward`, `backward` and both are of the layer with bias and ReLU, and all gradients; `product`, `dx` and
-    `dw` are bare products. A layer of one input channel, the real network's first, has no quaternion weight.
+    The works "forward", "backward" and both include bias, ReLU and all gradients; "product", "dx" and "dw" are bare
+    products. A layer of one input channel, the real network's first, has no quaternion weight.
     """
 
     channels_in: int
@@ -123,15 +100,15 @@ class LayerCase(Case):
         return f"{self.channels_in} -> {self.channels_out}{map_}"
 
     @property
-    def shapes(self) -> Shapes:
+    def shapes(self) -> Operands[tuple[int, ...]]:
         c, d, window = self.channels_in, self.channels_out, self._window
         maps = () if self.linear else self.size
         weight = (4, d // 4, c // 4, *window) if self.quaternion else (0,)
-        return Shapes((self.batch, c, *maps), weight, (d,), (self.batch, d, *maps), (d, c, *window))
+        return Operands((self.batch, c, *maps), weight, (d,), (self.batch, d, *maps), (d, c, *window))
 
     @property
     def flops(self) -> int:
-        """Of the 16 products of the definition, which are those of a real layer of the same shape."""
+        """Those of the 16 products of the definition, as many as a real layer of the same shape has."""
         products = {STEP: 3, BACKWARD: 2}.get(self.work, 1)
         return 2 * products * math.prod(self.shapes.dy) * self.channels_in * math.prod(self._window)
 
@@ -139,23 +116,16 @@ class LayerCase(Case):
     def bytes(self) -> int:
         x, weight, bias, y, real = (math.prod(shape) for shape in self.shapes)
         w = weight or real
-        elements = {
-            PRODUCT: x + w + y,
-            DX: y + w + x,
-            DW: y + x + w,
-            FORWARD: x + w + bias + y,
-            BACKWARD: 2 * y + x + w + x + w + bias,  # dy, y, x, w in; dx, dw, db out
-        }
-        elements[STEP] = elements[FORWARD] + elements[BACKWARD]
-        return elements[self.work] * self.dtype.itemsize
+        forward, backward = x + w + bias + y, 2 * y + 2 * (x + w) + bias  # dy, y, x, w in; dx, dw, db out
+        elements = {FORWARD: forward, BACKWARD: backward, STEP: forward + backward}.get(self.work, x + w + y)
+        return elements * self.dtype.itemsize
 
     @property
     def sets(self) -> int:
-        one = sum(math.prod(shape) for shape in self.shapes) * self.dtype.itemsize
-        return min(2, max(1, ROTATED_BYTES // one))
+        return 2 if 2 * sum(map(math.prod, self.shapes)) * self.dtype.itemsize <= ROTATED_BYTES else 1
 
-    def operands(self, device: torch.device) -> Operands:
-        """In the memory format that ours reads, channels last on a GPU; a baseline's own is made from it."""
+    def operands(self, device: torch.device) -> Operands[Tensor]:
+        """Operands in the memory format of our layers, channels last on a GPU; baselines convert them."""
         generator = torch.Generator(device)
         generator.manual_seed(int(torch.randint(2**62, ())))
         drawn = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
@@ -164,13 +134,12 @@ class LayerCase(Case):
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         return Operands(*(_as(tensor, layout) for tensor in (x, scale * weight, bias, dy, scale * real)))
 
-    def gate(self, provider: Provider, operands: Operands, results: Results) -> tuple[float, float]:
+    def check(self, provider: Provider, operands: Operands[Tensor], results: Results) -> tuple[float, float]:
         """Relative Frobenius errors of output and gradients against float64."""
         names = {PRODUCT: ("y",), FORWARD: ("y",), DX: ("dx",), DW: ("dw",)}.get(self.work, ("y", "dx", "dw", "db"))
         worst = (0.0, 0.0)
-        exact = self._exact(operands, provider.real, results[0])
-        for name, actual, expected in zip(names, results, exact, strict=True):
-            error = relative_error(actual, expected)
+        for name, actual, exact in zip(names, results, self._exact(operands, provider.real, results[0]), strict=True):
+            error = relative_error(actual, exact)
             allowed = tolerance(name, self.precision) if provider.ours else BASELINE_TOLERANCE[self.precision]
             worst = max(worst, (error / allowed, error))
         return worst
@@ -183,82 +152,72 @@ class LayerCase(Case):
     def _window(self) -> tuple[int, ...]:
         return () if self.linear else (self.kernel, self.kernel)
 
-    def _exact(self, operands: Operands, real: bool, y: Tensor) -> list[Tensor]:
-        """What a provider should have returned; behind the ReLU of its own `y`: gradients jump where values are near 0.
+    def _exact(self, operands: Operands[Tensor], real: bool, y: Tensor) -> Sequence[Tensor]:
+        """Reference results: in float64 for float32; for half types in float32, whose error is 1/1000 of the tolerance.
 
-        In float64 for float32; for half types in float32, whose error is a thousandth of the tolerance.
+        The ReLU passes gradients where the provider's own `y` is positive, since they jump where values are near 0.
         """
-        wide = torch.float64 if self.dtype == torch.float32 else torch.float32
-        x, weight, bias, dy, real_weight = (tensor.to(wide) for tensor in operands)
-        weight = real_weight if real else algebra.expand_weight(weight.contiguous())
-        pad = self.kernel // 2
-        if self.work not in BARE:
-            dy = dy * (y > 0)
-
-        def gradients(*wanted: bool) -> tuple[Tensor, Tensor]:
-            if self.linear:
-                dx, dw = dy @ weight, dy.mT @ x
-            else:
-                window = ([1, 1], [pad, pad], [1, 1], False, [0, 0], 1)
-                dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [*wanted, False])
-            return dx, dw if real or not wanted[1] else algebra.contract_weight(dw.contiguous())
-
+        wide, bare = torch.float64 if self.dtype == torch.float32 else torch.float32, self.work in BARE
+        x, weight, bias, dy, dense = (tensor.to(wide).contiguous() for tensor in operands)
+        if not real:
+            dense = algebra.expand_weight(weight)
+        leaves = [leaf.requires_grad_() for leaf in {DX: [x], DW: [dense]}.get(self.work, [x, dense, bias])]
         with reference_run():
-            if self.work == DX:
-                return [gradients(True, False)[0]]
-            if self.work == DW:
-                return [gradients(False, True)[1]]
-            bare = F.linear(x, weight) if self.linear else F.conv2d(x, weight, None, padding=pad)
-            if self.work == PRODUCT:
-                return [bare]
-            forward = (bare + bias.view(1, -1, *[1] * (bare.dim() - 2))).relu()
-            if self.work == FORWARD:
-                return [forward]
-            return [forward, *gradients(True, True), dy.transpose(0, 1).flatten(1).sum(1)]
+            offset = None if bare else bias
+            exact = F.linear(x, dense, offset) if self.linear else F.conv2d(x, dense, offset, padding=self.kernel // 2)
+            output = exact.detach() if bare else exact.detach().relu()
+            if self.work in (PRODUCT, FORWARD):
+                return [output]
+            gradients = torch.autograd.grad(exact, leaves, dy if bare else dy * (y > 0))
+        if not real:
+            gradients = tuple(
+                algebra.contract_weight(gradient.contiguous()) if leaf is dense else gradient
+                for leaf, gradient in zip(leaves, gradients, strict=True)
+            )
+        return gradients if bare else (output, *gradients)
 
 
-def runs(
+def building(
     layer: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor],
-    prepare: Callable[[Operands], Operands] = lambda operands: operands,
-) -> Callable[[LayerCase, Sequence[Operands]], list[Run]]:
-    """Runs of a function of x, weight, bias or None, and whether a ReLU follows."""
+    prepare: Callable[[Operands[Tensor]], Operands[Tensor]] = lambda operands: operands,
+) -> Callable[[LayerCase, Operands[Tensor]], Run]:
+    """``(case, operands) -> run`` of a function of x, weight, bias or None, and whether a ReLU follows."""
 
-    def build(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
-        def bare(x: Tensor, weight: Tensor) -> Tensor:
-            return layer(x, weight, None, False)
+    def bare(x: Tensor, weight: Tensor) -> Tensor:
+        return layer(x, weight, None, False)
 
-        def whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return layer(x, weight, bias, True)
+    def whole(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer(x, weight, bias, True)
 
-        made = []
-        for x, weight, bias, dy, _ in map(prepare, sets):
-            if case.work in BARE:
-                work, wanted = (FORWARD, ()) if case.work == PRODUCT else (BACKWARD, ({DX: X, DW: WEIGHT}[case.work],))
-                made.append(differentiated(bare, (x, weight), dy, work, wanted))
-            else:
-                made.append(differentiated(whole, (x, weight, bias), dy, case.work))
-        return made
+    def build(case: LayerCase, operands: Operands[Tensor]) -> Run:
+        x, weight, bias, dy, _ = prepare(operands)
+        if case.work not in BARE:
+            return differentiated(whole, (x, weight, bias), dy, case.work)
+        if case.work == PRODUCT:
+            return differentiated(bare, (x, weight), dy, FORWARD)
+        run = differentiated(bare, (x, weight), dy, BACKWARD, (X if case.work == DX else WEIGHT,))
+        return lambda: run()[1:]
 
     return build
 
 
 def ours(form: str, fits: Callable[[LayerCase], bool]) -> Provider:
-    """The library's layer."""
+    """The library's layer in one of its forms."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        activation = "relu" if relu else None
         with qkernels.set_form(form):
-            activation = "relu" if relu else None
             if x.dim() == 2:
                 return qkernels.hamilton_linear(x, weight, bias, activation=activation)
             y = qkernels.hamilton_conv2d(x, weight, bias, padding=weight.shape[-1] // 2, activation=activation)
-            assert isinstance(y, Tensor)
-            return y
+        assert isinstance(y, Tensor)
+        return y
 
-    return Provider(f"ours {form}", runs(layer), fits, cpu=form != "signed", read=_without_output)
+    return Provider(f"ours {form}", building(layer), fits, cpu=form != "signed")
 
 
 def concatenated(weight: Tensor) -> Tensor:
-    """The real weight in the way of the public libraries: rows of signed components, put together by `cat`."""
+    """The real weight as the public libraries build it: rows of signed components, joined by `cat`."""
     parts = weight.unbind(0)
     signed = {1: parts, -1: [-part for part in parts]}
     rows = [torch.cat([signed[algebra.SIGNS[a][c]][a ^ c] for c in range(4)], 1) for a in range(4)]
@@ -271,37 +230,37 @@ def baseline(name: str, memory_format: torch.memory_format, real: bool, fits: Ca
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         return _layer(x, weight if real else concatenated(weight), bias, relu)
 
-    def prepare(operands: Operands) -> Operands:
+    def prepare(operands: Operands[Tensor]) -> Operands[Tensor]:
         x, weight, bias, dy, wide = operands
         x, dy, wide = (_as(tensor, memory_format) for tensor in (x, dy, wide))
         return Operands(x, wide if real else weight, bias, dy, wide)
 
-    return Provider(name, runs(layer, prepare), fits, real=real, read=_without_output)
+    return Provider(name, building(layer, prepare), fits, real=real)
 
 
-def compiled(name: str, fits: Callable[[LayerCase], bool], **options: Any) -> Provider:
-    """`torch.compile` of the layer with a concatenated weight."""
+def compiled(name: str, layers: Sequence[str], smoke: bool = True, **options: Any) -> Provider:
+    """`torch.compile` of the layer with a concatenated weight, for the named layers."""
 
-    def build(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
+    def build(case: LayerCase, operands: Operands[Tensor]) -> Run:
         @functools.partial(torch.compile, fullgraph=True, dynamic=False, **options)
         def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
             return _layer(x, concatenated(weight), bias, relu)
 
-        return runs(layer)(case, sets)
+        return building(layer)(case, operands)
 
-    return Provider(name, build, fits, read=_without_output)
+    return Provider(name, build, lambda case: case.variant == COMPILED and case.layer in layers, smoke=smoke)
 
 
 @functools.cache
 def speechbrain_module(name: str) -> Any:
-    """A module of SpeechBrain's quaternion networks, and nothing else of its import.
+    """A module of SpeechBrain's quaternion networks, without the side effects of its import.
 
-    SpeechBrain leaves modules that raise when somebody looks through `sys.modules`, as `inspect` does, and patches
-    PyTorch's iterators of batches in place: imported again it would patch its own patch, which then calls itself.
+    SpeechBrain leaves modules in `sys.modules` that raise when `inspect` looks at them, and patches PyTorch's iterators
+    of batches in place: imported again it would patch its own patch, which then calls itself.
     """
     from torch.utils.data import dataloader
 
-    importlib.import_module("qat.data.torchaudio_import")  # which SpeechBrain imports, and which may need this help
+    importlib.import_module("qat.data.torchaudio_import")  # for SpeechBrain, which imports torchaudio as well
     iterator: Any = dataloader._BaseDataLoaderIter
     own = {attribute: vars(iterator).get(attribute) for attribute in ("__init__", "_reset", "__old_init__")}
     try:
@@ -313,7 +272,7 @@ def speechbrain_module(name: str) -> Any:
             del sys.modules[module]
 
 
-def _speechbrain(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
+def _speechbrain(case: LayerCase, operands: Operands[Tensor]) -> Run:
     """The functions behind SpeechBrain's layers, without the transpositions around them."""
     ops = speechbrain_module("q_ops")
 
@@ -324,12 +283,8 @@ def _speechbrain(case: LayerCase, sets: Sequence[Operands]) -> list[Run]:
             y = ops.quaternion_conv_op(x, r, i, j, k, bias, 1, case.kernel // 2, 1, 1, False)
         return y.relu()
 
-    made = []
-    for x, weight, bias, dy, _ in sets:
-        x, dy = (_as(tensor, torch.contiguous_format) for tensor in (x, dy))
-        parts = weight.contiguous().unbind(0)
-        made.append(differentiated(layer, (x, *parts, bias), dy, case.work))
-    return made
+    x, dy = (_as(tensor, torch.contiguous_format) for tensor in (operands.x, operands.dy))
+    return differentiated(layer, (x, *operands.weight.contiguous().unbind(0), operands.bias), dy, case.work)
 
 
 def _stacked(results: Results) -> Results:
@@ -343,17 +298,8 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor
     return y.relu() if relu else y
 
 
-def _without_output(results: Results) -> Results:
-    """Gradients alone where there is one only: that of a bare product."""
-    return results[1:] if len(results) == 2 else results
-
-
 def _as(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
-
-
-def _quaternion(case: LayerCase) -> bool:
-    return case.quaternion
 
 
 def _whole(case: LayerCase) -> bool:
@@ -361,37 +307,30 @@ def _whole(case: LayerCase) -> bool:
 
 
 def _by_form(case: LayerCase) -> bool:
-    """Only for accurate float32 there is a choice; on a CPU it is that between q8 and dense."""
+    """Forms differ in accurate float32 alone; on a CPU they are q8 and dense."""
     wide = case.quaternion and case.channels_in >= 64
     return wide and case.precision == "float32" and (case.work in BARE or case.suite == "cpu")
 
 
-def _on_cpu(case: LayerCase) -> bool:
-    return case.suite == "cpu" and _by_form(case)
-
-
+_quaternion = attrgetter("quaternion")
 COMPILED = "against torch.compile"
 _AUTOTUNED = ("conv 2", "conv 6-7", "conv 11-13")
 PROVIDERS = [
     ours("auto", _quaternion),
     ours("signed", _by_form),
     ours("q8", _by_form),
-    ours("dense", _on_cpu),
+    ours("dense", lambda case: case.suite == "cpu" and _by_form(case)),
     baseline("concatenated, NCHW", torch.contiguous_format, False, _whole),
     baseline("concatenated, NHWC", torch.channels_last, False, _whole),
     baseline("real, NCHW", torch.contiguous_format, True, lambda case: not case.variant),
     baseline("real, NHWC", torch.channels_last, True, lambda case: not case.variant),
-    compiled("torch.compile", lambda case: case.variant == COMPILED),
-    compiled(
-        "torch.compile, max-autotune",
-        lambda case: case.variant == COMPILED and case.layer in _AUTOTUNED,
-        mode="max-autotune-no-cudagraphs",
-    )._replace(smoke=False),
+    compiled("torch.compile", [layer.name for layer in LAYERS]),
+    compiled("torch.compile, max-autotune", _AUTOTUNED, smoke=False, mode="max-autotune-no-cudagraphs"),
 ]
 if importlib.util.find_spec("speechbrain"):
     PROVIDERS.append(Provider("SpeechBrain", _speechbrain, _whole, read=_stacked))
 
-WIDE = 128  # input channels from which on products are compared
+WIDE = 128  # least number of input channels of the products that are compared
 BATCHES, PRECISIONS, WORKS = (20, 256), ("bf16", "float32", "fp16", "tf32"), (STEP, FORWARD, BACKWARD)
 
 
@@ -399,14 +338,11 @@ def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str
     """A layer in one of the two networks; the real one's maps are 8 times as high and twice as wide."""
     tall, wide = (8, 2) if network == "real" else (1, 1)
     channels_in = layer.channels_in
-    if network == "real" and layer.name == "conv 1":
-        channels_in = 1
-    if network == "real" and layer.name == "linear 1":
-        channels_in *= tall * wide
+    if network == "real":
+        channels_in = {"conv 1": 1, "linear 1": channels_in * tall * wide}.get(layer.name, channels_in)
+    fields: dict[str, Any] = {"suite": "conv" if layer.kernel else "linear", "layer": layer.name, **more}
     return LayerCase(
-        suite="conv" if layer.kernel else "linear",
         network=network,
-        layer=layer.name,
         batch=batch,
         precision=precision,
         work=work,
@@ -414,12 +350,12 @@ def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str
         channels_out=layer.channels_out,
         kernel=layer.kernel,
         size=(layer.side * tall, layer.side * wide),
-        **more,
+        **fields,
     )
 
 
 def count_of(name: str) -> int:
-    """How many layers of the network a name stands for.
+    """Number of layers of the network that a name stands for.
 
     >>> count_of("conv 11-13"), count_of("conv 2")
     (3, 1)
@@ -441,38 +377,28 @@ def _rank(layer: Layer, network: str, batch: int, precision: str, work: str) -> 
     return 2 + sum(far)
 
 
-def _grid(layers: Sequence[Layer], works: Sequence[str]) -> list[LayerCase]:
-    cases = []
+def _cases(layers: Sequence[Layer], works: Sequence[str]) -> Iterator[LayerCase]:
     names = itertools.product(("quaternion", "real"), BATCHES, PRECISIONS, works, layers)
     for network, batch, precision, work, layer in names:
         if network == "real" and layer.name == "conv 1" and work in BARE:
             continue  # one real product of one input channel: nothing to compare
         rank = _rank(layer, network, batch, precision, work)
-        modes = ("graph",) if work in BARE else ("graph", "eager")
-        cases.append(layer_case(layer, network, batch, precision, work, rank=rank, modes=modes))
-    return sorted(cases, key=lambda case: case.rank)
+        modes = ("graph",) if work in BARE else MODES
+        yield layer_case(layer, network, batch, precision, work, rank=rank, modes=modes)
 
 
-CONVS, LINEARS = LAYERS[:9], LAYERS[9:11]
-CONV = Suite(
-    [
-        *_grid(CONVS, (*WORKS, *BARE)),
-        *(layer_case(layer, "quaternion", 20, "bf16", STEP, variant=COMPILED, rank=3) for layer in CONVS),
-    ],
-    PROVIDERS,
-)
-LINEAR = Suite(_grid(LINEARS, WORKS), PROVIDERS)
-
-
-def _form_cases() -> list[LayerCase]:
-    cases = []
+def _form_cases() -> Iterator[LayerCase]:
     for divisor, full in itertools.product((1, 8), LAYERS):
         channels_in, channels_out = max(4, full.channels_in // divisor), full.channels_out // divisor
         layer = full._replace(channels_in=channels_in, channels_out=channels_out)
-        case = layer_case(layer, "quaternion", 20, "float32", STEP)
-        cases.append(replace(case, suite="forms", variant=f"width 1/{divisor}", modes=("eager",)))
-    return cases
+        more: dict[str, Any] = {"suite": "forms", "variant": f"width 1/{divisor}", "modes": ("eager",)}
+        yield layer_case(layer, "quaternion", 20, "float32", STEP, **more)
 
 
-# On which `cpu_form` of qkernels/ops/hamilton_conv/config.py rests: the real product or 8 thin ones, by shape.
-FORMS = Suite(_form_cases(), [ours(form, _quaternion) for form in ("dense", "q8", "auto")])
+CONVS, LINEARS = LAYERS[:9], LAYERS[9:11]
+_MORE: dict[str, Any] = {"variant": COMPILED, "rank": 3, "modes": ("graph",)}
+_compiled = (layer_case(layer, "quaternion", 20, "bf16", STEP, **_MORE) for layer in CONVS)
+CONV = Suite.of([*_cases(CONVS, (*WORKS, *BARE)), *_compiled], *PROVIDERS)
+LINEAR = Suite.of(_cases(LINEARS, WORKS), *PROVIDERS)
+# The basis of `cpu_form` in qkernels/ops/hamilton_conv/config.py: the real product or 8 thin ones, by shape.
+FORMS = Suite.of(_form_cases(), *(ours(form, _quaternion) for form in ("dense", "q8", "auto")))

@@ -1,7 +1,7 @@
 """Training steps, epochs and inference of the whole networks (WASPAA 2023).
 
-Ours, as `qat train` computes them, against the research code's way and against what `torch.compile` makes of a careful
-program. All start from the same weights and compute the same from the same inputs.
+Ours, as `qat train` computes them, against the research code's method and against a careful program under
+`torch.compile`. All start from the same weights and compute the same from the same inputs.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +21,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.atl import gram_flops
-from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite, reference_run, relative_error
+from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite
+from bench.gradients import reference_run, relative_error
 from bench.layers import COMPILED, concatenated
 from qat.anti_transfer import AntiTransfer
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, TrainingConfig, from_plain
 from qat.data.rows import Rows
 from qat.models import SpeechClassifier
-from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, VGG16, scaled, tap_name
+from qat.models.sizes import Sizes, layer_sizes
+from qat.models.vgg import INPUT, POOL_AFTER, VGG16, tap_name
 from qat.training.examples import Batch, Examples
 from qat.training.loop import train_epoch
 from qat.training.objectives import ClassificationObjective
 from qat.training.steps import Steps, autocast
 
-CLASSES, LEARNING_RATE, CACHED = 4, 1e-5, "cached targets"
+CLASSES, LEARNING_RATE = 4, 1e-5
+NO_AT, CACHED = "no AT", "cached targets"
 TRAIN, TWIN, EPOCH, LOGITS = "step", "twin forward", "epoch", "logits"
 CONTROL = "real-on-embedding"
 NETWORKS, PRECISIONS = ("quaternion", "real", CONTROL), ("bf16", "float32", "tf32")
@@ -41,10 +44,10 @@ DATA = Path(__file__).parent / "data" / "demo_embeddings.npz"
 # Relative errors of a loss, and of features and logits. In float32 cuDNN may take Winograd's algorithm: 1e-5 a layer.
 LOSS = {"bf16": 2e-2, "tf32": 2e-3, "float32": 1e-4}
 VALUES = {"bf16": 5e-2, "tf32": 5e-3, "float32": 3e-4}
-# 1 - cosine of the angle between all gradients, as one vector, and the exact ones; the same of each parameter's alone.
+# 1 - cosine of the angle between all gradients, as one vector, and the exact ones; the same for each parameter alone.
 # Rounding sends some gradients through another branch of a ReLU or max pool: in full width on a CPU, the baseline's and
-# ours alike, up to 0.009 and 0.07 in bfloat16, 1e-6 and 1e-4 in float32. The first alone would not see a wrong layer:
-# without anti-transfer nine tenths of the quaternion network's squared gradient are the last bias's.
+# ours alike, up to 0.009 and 0.07 in bfloat16, 1e-6 and 1e-4 in float32. The first alone would miss a wrong layer:
+# without anti-transfer the last bias has nine tenths of the quaternion network's squared gradient.
 TURN = {"bf16": 2.5e-2, "tf32": 5e-3, "float32": 1e-5}
 PART_TURN = {"bf16": 0.25, "tf32": 5e-2, "float32": 2e-3}
 # In a network this narrow a single branch turns the gradients by up to 0.02; it happens in float32 once in 100 runs.
@@ -55,15 +58,9 @@ ADAM_BYTES = 28  # a parameter: p, g, m, v read; p, m, v written, in float32
 
 @dataclass
 class Operands:
-    """The untrained networks and what they are given.
+    """The untrained network, the frozen twin (None without anti-transfer), inputs `[B, ...]` and class numbers `[B]`.
 
-    Args:
-        classifier: of the network to be trained; providers take copies.
-        twin: the frozen network, random too; None without anti-transfer.
-        x: inputs `[B, ...]`, NCHW; of an epoch those of all samples, on the CPU.
-        targets: `[B]` class numbers, where x is.
-        device: to compute on.
-        copies: the networks that providers were given.
+    Providers take copies of the networks, which are listed. Inputs of an epoch are those of all samples, on the CPU.
     """
 
     classifier: SpeechClassifier
@@ -74,14 +71,13 @@ class Operands:
     copies: list[nn.Module] = field(default_factory=list)
 
     def own_classifier(self) -> SpeechClassifier:
-        """A provider's own copy."""
-        self.copies.append(made := copy.deepcopy(self.classifier))
-        return made
+        self.copies.append(own := copy.deepcopy(self.classifier))
+        return own
 
     def own_twin(self) -> VGG16:
         assert self.twin is not None
-        self.copies.append(made := copy.deepcopy(self.twin))
-        return made
+        self.copies.append(own := copy.deepcopy(self.twin))
+        return own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +85,23 @@ class NetworkCase(Case):
     """A work of a whole network.
 
     "step" is forward, backward and Adam; its parts are "forward" (of the loss), "forward+backward", and the "twin
-    forward" that is in all of them. "epoch" is the steps of one and the loading of its samples; "logits" is inference.
+    forward" that is in all of them. "epoch" is the steps and the loading of the samples; "logits" is inference.
 
     Args:
-        width: of the network, as in `NetworkConfig`.
-        samples: of an epoch.
+        width: width of the network, as in `NetworkConfig`.
+        samples: number of samples of an epoch.
     """
 
     width: float = 1.0
     samples: int = 0
 
     @property
+    def config(self) -> NetworkConfig:
+        return NetworkConfig(domain=self.network, width=self.width)  # type: ignore[arg-type]
+
+    @property
     def at(self) -> int:
-        """The layer of anti-transfer, or 0."""
+        """The layer of anti-transfer; 0 for none."""
         return int(self.layer.split()[-1]) if self.layer.startswith("AT") else 0
 
     @property
@@ -114,9 +114,10 @@ class NetworkCase(Case):
 
     @property
     def flops(self) -> int:
-        """Of layers and Gram matrices, the target's too where it is cached: less than a hundredth of the step."""
+        """Those of layers and Gram matrices, also of the target's where it is cached: less than 1 % of the step."""
         forward, backward, tapped = self._passes
-        flops = sum(layer.flops for layer in forward) + sum((1 + layer.dx) * layer.flops for layer in backward)
+        flops = sum(layer.flops for layer in forward) + sum(2 * layer.flops for layer in backward)
+        flops -= sum(layer.flops for layer in backward[:1])  # whose input has no gradient
         if tapped:
             flops += sum(gram_flops(*tapped.features)[: 2 if backward else 1])
         return (self.samples or self.batch) * flops
@@ -130,15 +131,16 @@ class NetworkCase(Case):
         forward, backward, tapped = self._passes
         samples, steps = self.samples or self.batch, math.ceil(self.samples / self.batch) or 1
         elements = sum(samples * (s.inputs + s.outputs) + steps * s.weights for s in forward)
-        elements += sum(samples * ((1 + s.dx) * s.inputs + s.outputs) + 2 * steps * s.weights for s in backward)
+        elements += sum(samples * (2 * s.inputs + s.outputs) + 2 * steps * s.weights for s in backward)
+        elements -= samples * sum(s.inputs for s in backward[:1])  # which has no gradient
         elements += samples * (5 if backward else 2) * tapped.outputs if tapped else 0
         adam = ADAM_BYTES * steps * sum(s.weights for s in backward) if self.work in (TRAIN, EPOCH) else 0
         return elements * self.dtype.itemsize + adam
 
     @property
-    def _passes(self) -> tuple[list["Sizes"], list["Sizes"], "Sizes | None"]:
+    def _passes(self) -> tuple[list[Sizes], list[Sizes], Sizes | None]:
         """The layers that run forward, those that run backward, and that of anti-transfer."""
-        sizes = layer_sizes(self.network, self.width)
+        sizes = layer_sizes(self.config, CLASSES)
         if self.work == TWIN:
             return sizes[: self.at], [], None
         twin = [] if self.variant == CACHED or self.work == EPOCH else sizes[: self.at]
@@ -148,12 +150,11 @@ class NetworkCase(Case):
         return autocast(self.precision, device)
 
     def operands(self, device: torch.device) -> Operands:
-        """Random networks and inputs, the same each time; embeddings are not negative, an epoch's are the demo's."""
-        config = NetworkConfig(domain=self.network, width=self.width)  # type: ignore[arg-type]
+        """Random networks and inputs, the same in each call; embeddings are not negative, an epoch's are the demo's."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(1)
-            classifier = SpeechClassifier(config, CLASSES)
-            twin = VGG16(config, CLASSES) if self.at else None
+            classifier = SpeechClassifier(self.config, CLASSES)
+            twin = VGG16(self.config, CLASSES) if self.at else None
             x, targets = torch.randn(self.batch, *INPUT[self.network]), torch.randint(CLASSES, (self.batch,))
         x = x if self.network == "real" else x.abs()
         if self.work == EPOCH:
@@ -162,7 +163,7 @@ class NetworkCase(Case):
 
     @contextlib.contextmanager
     def checking(self, operands: Operands) -> Iterator[None]:
-        """Without dropout, by its rate: a training loop turns the training mode on by itself."""
+        """Without dropout, by its rate, since a training loop turns the training mode on."""
         modules = itertools.chain.from_iterable(network.modules() for network in operands.copies)
         rates = {module: module.p for module in modules if isinstance(module, nn.Dropout) and module.training}
         try:
@@ -173,10 +174,10 @@ class NetworkCase(Case):
             for module, rate in rates.items():
                 module.p = rate
 
-    def gate(self, provider: Provider, operands: Operands, results: Results) -> tuple[float, float]:
+    def check(self, provider: Provider, operands: Operands, results: Results) -> tuple[float, float]:
         """Loss, logits or frozen features, and gradients, against plain PyTorch from the initial weights.
 
-        An epoch's mean loss is held against that of the untrained network, which 50 steps at this learning rate lower
+        An epoch's mean loss is compared with that of the untrained network, which 50 steps at this learning rate lower
         by 0.2 % without anti-transfer and by 1.1 % with it.
         """
         (value, *gradients), (exact, *exact_gradients) = results, reference(self, operands)
@@ -196,18 +197,16 @@ class NetworkCase(Case):
 def turns(
     gradients: Sequence[Tensor], exact: Sequence[Tensor], allowed: float, part: float
 ) -> Iterator[tuple[float, float]]:
-    """Errors, in units of what is allowed and as they are, of each parameter's gradient and of all as one vector.
+    """Errors, as multiples of the tolerance and as they are, of each parameter's gradient and of all as one vector.
 
-    One minus the cosine; and the length, which may be off by as much as the allowed turn moves a vector.
+    The errors are one minus the cosine, with the tolerance `part` for each gradient and `allowed` for all, and that of
+    the length, which may be as large as the allowed turn.
     """
-
-    def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
-        each = [torch.dot(x.flatten().double(), y.flatten().double()) for x, y in zip(a, b, strict=True)]
-        return [*torch.stack(each).tolist(), torch.stack(each).sum().item()]
-
+    pairs = ((x.flatten().double(), y.flatten().double()) for x, y in zip(gradients, exact, strict=True))
+    products = torch.stack([torch.stack([x @ y, x @ x, y @ y]) for x, y in pairs])
     bounds = [part] * len(gradients) + [allowed]
-    products = zip(bounds, dots(gradients, exact), dots(gradients, gradients), dots(exact, exact), strict=True)
-    for bound, product, square, exact_square in products:
+    for bound, sums in zip(bounds, [*products.tolist(), products.sum(0).tolist()], strict=True):
+        product, square, exact_square = sums
         if square == exact_square == 0:
             continue  # of a layer behind one whose ReLUs are all off
         length = (square * exact_square) ** 0.5
@@ -216,48 +215,11 @@ def turns(
         yield stretch / (2 * bound) ** 0.5, stretch
 
 
-class Sizes(NamedTuple):
-    """Elements of a layer's input and output of one sample, of its parameters; multiplications of an output value.
-
-    `dx` tells whether the input has a gradient; `features` are channels and positions of the output.
-    """
-
-    inputs: int
-    outputs: int
-    weights: int
-    products: int
-    dx: bool
-    features: tuple[int, int]
-
-    @property
-    def flops(self) -> int:
-        """Of the forward pass for one sample; as many make dx, and as many dw. Biases are not counted."""
-        return 2 * self.outputs * self.products
-
-
-@functools.cache
-def layer_sizes(network: str, width: float) -> list[Sizes]:
-    """The 13 convolutions and 3 linear layers."""
-    c, *size = INPUT[network]
-    sharing = 4 if network == "quaternion" else 1
-    positions, sizes = math.prod(size), []
-    for n, channels in enumerate(CHANNELS, 1):
-        d = scaled(channels, width)
-        weights = 9 * c * d // sharing + d
-        sizes.append(Sizes(c * positions, d * positions, weights, 9 * c, n > 1, (d, positions)))
-        c, positions = d, positions // 4 if n in POOL_AFTER else positions
-    c, hidden = c * positions, scaled(HIDDEN, width)
-    for d, shared in ((hidden, sharing), (hidden, sharing), (CLASSES, 1)):
-        sizes.append(Sizes(c, d, c * d // shared + d, c, True, (d, 1)))
-        c = d
-    return sizes
-
-
 def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
     """Embeddings `[samples, 4, 64, 64]` in [0, 1] and emotions `[samples]` of 128 clips, repeated as needed.
 
-    Clips: of the training part of `qat demo`, synthesised speech, seed 1. Embeddings: by the RH-Emo that it trained,
-    divided by their maximum, in steps of 1/255. After `make demo` they were written by
+    The clips are from the training part of `qat demo` (synthesised speech, seed 1), the embeddings from the RH-Emo that
+    it trained, divided by their maximum, in steps of 1/255. After `make demo` they were written by
     `prepare(Path("runs/demo-synthetic/runs/ADDRESS"), DATA)`, ADDRESS of "baseline" in `plan.csv`.
     """
     with np.load(DATA) as file:
@@ -267,7 +229,7 @@ def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
 
 
 def prepare(run: Path, out: Path) -> None:
-    """Write what `demo_embeddings` reads, from a run of `qat demo`, in the folder that it was started in."""
+    """Write the file that `demo_embeddings` reads, from a run of `qat demo`, in the folder that it was started in."""
     from qat.training.checkpoint import load_checkpoint
     from qat.training.data import class_targets, load_data
     from qat.training.inference import load_classifier
@@ -284,28 +246,22 @@ def prepare(run: Path, out: Path) -> None:
 
 
 def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Tensor]:
-    """A VGG16 in plain PyTorch, with real weights put together in every call.
-
-    Args:
-        net: whose weights are read.
-        x: its input.
-        tap: a convolution.
-        stop: compute nothing behind it.
+    """A VGG16 in plain PyTorch, with the weights of `net` as real ones, which are computed in every call.
 
     Returns:
-        The features behind the tapped convolution's ReLU, if one is, then, unless stopped, the logits.
+        The features behind the ReLU of convolution `tap`, unless that is 0; then the logits, unless `stop`.
     """
 
     def weight_of(layer: Any) -> Tensor:
         return concatenated(layer.weight) if layer.weight.dim() % 2 else layer.weight
 
-    made = []
+    outputs = []
     for n, conv in enumerate(net.convs, 1):
         x = F.relu(F.conv2d(x, weight_of(conv), conv.bias, padding=1))  # type: ignore[arg-type]
         if n == tap:
-            made.append(x)
+            outputs.append(x)
             if stop:
-                return made
+                return outputs
         if n in POOL_AFTER:
             x = F.max_pool2d(x, 2)
     x = x.flatten(1)
@@ -315,14 +271,14 @@ def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Te
             x = F.relu(F.linear(x, weight_of(layer), layer.bias))  # type: ignore[arg-type]
         elif isinstance(layer, nn.Dropout):
             x = layer(x)
-    return [*made, F.linear(x, weight_of(head), head.bias)]  # type: ignore[arg-type]
+    return [*outputs, F.linear(x, weight_of(head), head.bias)]  # type: ignore[arg-type]
 
 
 def plain_loss(net: VGG16, twin: VGG16 | None, x: Tensor, targets: Tensor, at: int, *, careful: bool = True) -> Tensor:
     """Cross-entropy and anti-transfer at a layer by the definition, with Gram matrices in memory.
 
-    Without care, as the research code does it: the features again, in a forward pass of their own, and the twin's with
-    gradients of its parameters, which nobody reads.
+    If not careful, it is computed as in the research code: the features again, in a forward pass of their own, and the
+    twin's with gradients of its parameters, which nobody reads.
     """
     *features, logits = plain(net, x, at)
     loss = F.cross_entropy(logits, targets)
@@ -337,10 +293,10 @@ def plain_loss(net: VGG16, twin: VGG16 | None, x: Tensor, targets: Tensor, at: i
 
 
 def reference(case: NetworkCase, operands: Operands) -> Results:
-    """What a provider should return, without dropout; of an epoch, the mean loss of the untrained network.
+    """The exact results, without dropout; of an epoch, the mean loss of the untrained network.
 
     In float64 for narrow networks; in float32 for wide ones, in which float64 convolutions would take longer than all
-    that is timed, and whose own error is a tenth of what is allowed, or less.
+    that is timed, and whose own error is at most a tenth of the tolerance.
     """
     wide = torch.float64 if case.width < NARROW else torch.float32
     net, twin = (copy.deepcopy(network) for network in (operands.classifier.net, operands.twin))
@@ -377,13 +333,17 @@ def _training(case: NetworkCase, net: nn.Module, loss: Callable[[], Tensor], fus
         value.backward()
         if case.work == TRAIN:
             adam.step()
-        return value.detach(), *(p.grad for p in net.parameters() if p.grad is not None)
+        return value.detach(), *_gradients(net)
 
     return run
 
 
+def _gradients(net: nn.Module) -> list[Tensor]:
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
 def _inference(case: NetworkCase, net: nn.Module, function: Callable[[], Tensor], gradients: bool = False) -> Run:
-    """A run of what gives logits or features."""
+    """A run of a function that returns logits or features."""
     device = next(net.eval().parameters()).device
 
     def run() -> Results:
@@ -398,29 +358,29 @@ def _nhwc(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x) if x.is_cuda else x
 
 
-def _training_of(
-    case: NetworkCase, operands: Operands
-) -> tuple[ClassificationObjective, Examples, Callable[[bool], Steps]]:
-    """What `qat train` minimises, given which samples; and, captured or not, in which steps."""
+def training(
+    case: NetworkCase, classifier: SpeechClassifier, twin: VGG16 | None, inputs: Rows, targets: Rows, samples: Tensor
+) -> tuple[ClassificationObjective, Examples, TrainingConfig]:
+    """The objective of `qat train` for a case, its arguments by sample (of `samples`), and the settings of its steps.
+
+    Where the case's targets are cached, the twin computes them here.
+    """
+    rows, anti_transfer = {"inputs": inputs, "targets": targets}, None
+    if twin is not None:
+        anti_transfer = AntiTransfer(AntiTransferConfig(random_twin=True, layers=[case.at]), twin)
+        if case.variant == CACHED or case.work == EPOCH:
+            with case.autocast(inputs.device):
+                rows |= anti_transfer.remember(inputs.fetch, samples, case.batch)
+    objective = ClassificationObjective(classifier, anti_transfer, embedded=True, multi_label=False).train()
+    config = TrainingConfig(lr=LEARNING_RATE, batch=case.batch, precision=case.precision)  # type: ignore[arg-type]
+    return objective, Examples(rows), config
+
+
+def _training_of(case: NetworkCase, operands: Operands) -> tuple[ClassificationObjective, Examples, TrainingConfig]:
     device, samples, x = operands.device, torch.arange(len(operands.x)), operands.x.cpu()
     inputs = Rows.within(lambda numbers: x[numbers], samples.tolist(), device, math.inf)
-    rows = {"inputs": inputs, "targets": Rows(operands.targets.to(device), device)}
-    anti_transfer = None
-    if case.at:
-        anti_transfer = AntiTransfer(AntiTransferConfig(random_twin=True, layers=[case.at]), operands.own_twin())
-        if case.variant == CACHED or case.work == EPOCH:
-            with case.autocast(device):
-                rows |= anti_transfer.remember(inputs.fetch, samples, case.batch)
-    objective = ClassificationObjective(
-        operands.own_classifier(), anti_transfer, embedded=True, multi_label=False
-    ).train()
-    config = TrainingConfig(lr=LEARNING_RATE, batch=case.batch, precision=case.precision)  # type: ignore[arg-type]
-    examples = Examples(rows)
-
-    def steps(captured: bool) -> Steps:
-        return Steps(objective, examples, replace(config, capture=captured), device, training=True)
-
-    return objective, examples, steps
+    targets, twin = Rows(operands.targets.to(device), device), operands.own_twin() if case.at else None
+    return training(case, operands.own_classifier(), twin, inputs, targets, samples)
 
 
 def _ours(case: NetworkCase, operands: Operands) -> Run:
@@ -431,50 +391,41 @@ def _ours(case: NetworkCase, operands: Operands) -> Run:
     if case.work == TWIN:
         twin, name, x = operands.own_twin(), tap_name(case.at, "relu"), _nhwc(operands.x)
         return _inference(case, twin, lambda: twin.features_at(x, [name])[name])
-    objective, examples, steps_of = _training_of(case, operands)
+    objective, examples, config = _training_of(case, operands)
     numbers = {"numbers": torch.arange(case.batch, device=operands.device)}
     net = objective.classifier.net
     if case.work != TRAIN:
         return _training(case, net, lambda: objective(**examples.gather(numbers)).total, fused=True)
-    steps, batch = steps_of(False), Batch(numbers, case.batch, case.batch)
-    return lambda: (steps.train(batch), *(p.grad for p in net.parameters() if p.grad is not None))
+    steps = Steps(objective, examples, replace(config, capture=False), operands.device, training=True)
+    batch = Batch(numbers, case.batch, case.batch)
+    return lambda: (steps.train(batch), *_gradients(net))
 
 
-def _research(case: NetworkCase, operands: Operands) -> Run:
-    """Written from the paper in the manner of its code, with the paper's loss; see `plain_loss`."""
-    x, targets = operands.x, operands.targets
+def _plain_run(case: NetworkCase, operands: Operands, careful: bool) -> Run:
+    """`plain` and `plain_loss` in the style of the research code, with the paper's loss; or careful and compiled."""
+    x, targets = _nhwc(operands.x) if careful else operands.x, operands.targets
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False) if careful else lambda function: function
+    twin = operands.own_twin().requires_grad_(not careful) if case.at else None
     if case.work == TWIN:
-        frozen = operands.own_twin()
-        return _inference(case, frozen, lambda: plain(frozen, x, case.at, stop=True)[0], gradients=True)
+        assert twin is not None
+        return _inference(case, twin, lambda: plain(twin, x, case.at, stop=True)[0], gradients=not careful)
     net = operands.own_classifier().net
-    if case.work == LOGITS:
-        return _inference(case, net, lambda: plain(net, x)[0])
-    twin = operands.own_twin() if case.at else None
-    loss = functools.partial(plain_loss, net.train(), twin, x, targets, case.at, careful=False)
-    return _training(case, net, loss, fused=False)
-
-
-def _compiled(case: NetworkCase, operands: Operands) -> Run:
-    """A careful program, compiled: one forward pass, the twin's without gradients and no further than needed."""
-    x, targets, net = _nhwc(operands.x), operands.targets, operands.own_classifier().net
-    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
     if case.work == LOGITS:
         logits = compiled(lambda x: plain(net, x)[0])
         return _inference(case, net, lambda: logits(x))
-    twin = operands.own_twin().requires_grad_(False) if case.at else None
-    loss = compiled(lambda x, targets: plain_loss(net, twin, x, targets, case.at))
-    return _training(case, net.train(), lambda: loss(x, targets), fused=True)
+    loss = compiled(lambda x, targets: plain_loss(net, twin, x, targets, case.at, careful=careful))
+    return _training(case, net.train(), lambda: loss(x, targets), fused=careful)
 
 
 def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
     """The loop of `qat train`: embeddings on the device, the twin's targets computed before the first epoch."""
-    objective, _, steps_of = _training_of(case, operands)
+    objective, examples, config = _training_of(case, operands)
     samples, epochs = torch.arange(case.samples), itertools.count()
     dropout = next(module for module in objective.modules() if isinstance(module, nn.Dropout))
 
     @functools.cache
-    def steps(rate: float) -> Steps:  # a graph keeps the rate with which it was captured; results are judged without
-        return steps_of(True)
+    def steps(rate: float) -> Steps:  # a graph keeps the rate with which it was captured; results are checked without
+        return Steps(objective, examples, replace(config, capture=True), operands.device, training=True)
 
     def run() -> Results:
         return (torch.tensor(train_epoch(steps(dropout.p), samples, next(epochs))["total"]),)
@@ -483,7 +434,7 @@ def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
 
 
 def _research_epoch(case: NetworkCase, operands: Operands) -> Run:
-    """PyTorch's loader, the research code's step, and the loss asked for after each."""
+    """PyTorch's loader, the research code's step, and the value of the loss after each."""
     device, net = operands.device, operands.own_classifier().net.train()
     twin = operands.own_twin() if case.at else None
     adam = torch.optim.Adam(net.parameters(), LEARNING_RATE)
@@ -502,18 +453,12 @@ def _research_epoch(case: NetworkCase, operands: Operands) -> Run:
     return run
 
 
-def _provider(
-    name: str, run: Callable[[NetworkCase, Operands], Run], fits: Callable[[NetworkCase], bool] = lambda case: True
-) -> Provider:
-    return Provider(name, lambda case, sets: [run(case, operands) for operands in sets], fits)
-
-
-def _case(suite: str, network: str, layer: int | str, precision: str, work: str, rank: int, **more: Any) -> NetworkCase:
+def network_case(suite: str, network: str, layer: int | str, precision: str, work: str, **more: Any) -> NetworkCase:
     """A case of a network; "AT at layer n" for a number, "no AT" for 0."""
     if isinstance(layer, int):
-        layer = f"AT at layer {layer}" if layer else "no AT"
-    names: dict[str, Any] = {"batch": 20, "modes": ("graph", "eager"), **more}
-    return NetworkCase(suite=suite, network=network, layer=layer, precision=precision, work=work, rank=rank, **names)
+        layer = f"AT at layer {layer}" if layer else NO_AT
+    fields: dict[str, Any] = {"batch": 20, "modes": ("graph", "eager"), **more}
+    return NetworkCase(suite=suite, network=network, layer=layer, precision=precision, work=work, **fields)
 
 
 def _step_cases() -> Iterator[NetworkCase]:
@@ -524,36 +469,34 @@ def _step_cases() -> Iterator[NetworkCase]:
             for work in (TRAIN, *parts):
                 rank = 0 if network != CONTROL and layer in (0, 2, 13) and not variant else 1
                 rank += 2 * PRECISIONS.index(precision) + 2 * (work != TRAIN)
-                yield _case("step", network, layer, precision, work, rank, variant=variant)
+                yield network_case("step", network, layer, precision, work, rank=rank, variant=variant)
     for rank, (precision, layer) in enumerate(itertools.product(("bf16", "float32"), (2, 0, 13)), 1):
-        yield _case("step", "quaternion", layer, precision, TRAIN, rank, variant=COMPILED)
+        yield network_case("step", "quaternion", layer, precision, TRAIN, rank=rank, variant=COMPILED)
 
 
 def _inference_cases() -> Iterator[NetworkCase]:
     batches, precisions = (20, 1, 256), ("bf16", "tf32", "float32")
     for network, precision, batch in itertools.product(NETWORKS, precisions, batches):
         rank = 1 + (network == CONTROL) + batches.index(batch) + 2 * precisions.index(precision)
-        yield _case("inference", network, "whole network", precision, LOGITS, rank, batch=batch)
-    yield _case("inference", "quaternion", "whole network", "bf16", LOGITS, 3, variant=COMPILED)
+        yield network_case("inference", network, "whole network", precision, LOGITS, rank=rank, batch=batch)
+    yield network_case("inference", "quaternion", "whole network", "bf16", LOGITS, rank=3, variant=COMPILED)
 
 
 def _epoch_cases() -> Iterator[NetworkCase]:
-    """As many samples as the training part of IEMOCAP has."""
+    """Epochs of as many samples as the training part of IEMOCAP has."""
     more: dict[str, Any] = {"variant": "3143 samples", "samples": 3143, "modes": ("eager",)}
     names = itertools.product(("bf16", "float32", "tf32"), ("quaternion", "real-on-embedding"), (0, 2))
     for rank, (precision, network, layer) in enumerate(names, 1):
-        yield _case("epoch", network, layer, precision, EPOCH, rank, **more)
+        yield network_case("epoch", network, layer, precision, EPOCH, rank=rank, **more)
 
 
-def _suite(cases: Iterator[NetworkCase], *providers: Provider) -> Suite:
-    return Suite(sorted(cases, key=lambda case: case.rank), providers)
-
-
-_STEP_PROVIDERS = (
-    _provider("ours", _ours),
-    _provider("research style", _research, lambda case: case.variant != CACHED),
-    _provider("torch.compile", _compiled, lambda case: case.variant == COMPILED)._replace(smoke=False),
+_PROVIDERS = (
+    Provider("ours", _ours),
+    Provider("research style", functools.partial(_plain_run, careful=False), lambda case: case.variant != CACHED),
+    Provider(
+        "torch.compile", functools.partial(_plain_run, careful=True), lambda case: case.variant == COMPILED, smoke=False
+    ),
 )
-STEPS = _suite(_step_cases(), *_STEP_PROVIDERS)
-INFERENCE = _suite(_inference_cases(), *_STEP_PROVIDERS)
-EPOCHS = _suite(_epoch_cases(), _provider("ours", _our_epoch), _provider("research style", _research_epoch))
+STEPS = Suite.of(_step_cases(), *_PROVIDERS)
+INFERENCE = Suite.of(_inference_cases(), *_PROVIDERS)
+EPOCHS = Suite.of(_epoch_cases(), Provider("ours", _our_epoch), Provider("research style", _research_epoch))

@@ -1,36 +1,106 @@
-"""Programs that bench starts, and their ends."""
+"""Programs and processes that bench starts, and their ends."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+PYTHON = [sys.executable, "-m"]
+# The repository's configuration of pytest names plugins that a GPU machine need not have.
+PYTEST = [*PYTHON, "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
 
 
-def start(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, *, group: bool = True, **options: Any
-) -> "subprocess.Popen[str]":
-    """A program with text streams.
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], variables: Mapping[str, str] | None = None, **options: Any
+) -> Iterator["subprocess.Popen[str]"]:
+    """A program with text streams, which is killed with all that it started when the block ends.
 
-    Args:
-        command: the program and its arguments.
-        environment: its variables; this program's by default.
-        group: lead a group of its own, which `end` kills; else it ends with this program's group.
-        options: of `subprocess.Popen`.
+    It has this program's environment with some more variables; options are those of `subprocess.Popen`.
     """
-    variables = os.environ if environment is None else environment
-    path = os.pathsep.join(filter(None, (str(ROOT), variables.get("PYTHONPATH"))))
-    return subprocess.Popen(
-        command, env={**variables, "PYTHONPATH": path}, text=True, errors="replace", start_new_session=group, **options
-    )
+    environment = os.environ | (variables or {})
+    path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    text: dict[str, Any] = {"text": True, "errors": "replace"}
+    environment |= {"PYTHONPATH": path}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **text, **options)
+    try:
+        yield process
+    finally:
+        end(process)
 
 
 def end(process: "subprocess.Popen[Any]") -> None:
-    """Kills the program, if it still runs, and its group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a program and its group."""
+    _kill_group(process.pid)
     process.wait()
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """SIGTERM ends the block by SystemExit, so that nothing that it started is left running."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Worker(NamedTuple):
+    """A function that runs in a new process, and the pipe to it."""
+
+    process: Any
+    pipe: Connection
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, function: Callable[..., None], *arguments: Any) -> Iterator["Worker"]:
+        """Call ``function(pipe, *arguments)`` in a process, which is killed with its group when the block ends.
+
+        It is spawned, since CUDA does not survive a fork.
+        """
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_lead_group, args=(function, there, *arguments), daemon=True)
+        process.start()
+        there.close()
+        worker = cls(process, here)
+        try:
+            yield worker
+        finally:
+            worker.end()
+
+    def receive(self, until: float) -> Any:
+        """The next message.
+
+        Raises:
+            TimeoutError: there is none until `until` (`time.monotonic`).
+            EOFError, OSError: the process has ended.
+        """
+        if not self.pipe.poll(max(0.0, until - time.monotonic())):
+            raise TimeoutError
+        return self.pipe.recv()
+
+    def end(self) -> None:
+        """Kill the process and its group."""
+        if self.process.exitcode is None:
+            _kill_group(self.process.pid)
+            self.process.kill()  # which may not lead a group yet
+            self.process.join()
+
+
+def _lead_group(function: Callable[..., None], *arguments: Any) -> None:
+    os.setsid()
+    function(*arguments)

@@ -1,4 +1,4 @@
-"""Reports: the README's tables and charts from the committed results, or a page of one's own beside one run."""
+"""Reports: the README's tables and charts from the committed results, or a page about one folder of results."""
 
 import os
 import re
@@ -6,46 +6,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.charts import charts
-from bench.summary import Measured, load, load_run
+from bench.summary import Folder, load, load_folder
 from bench.tables import SECTIONS
 from qat.files import replacing
 
 
-def write_report(results_folder: Path, docs_folder: Path, readme: Path) -> None:
-    """Write the charts to `bench/*.svg` of a folder, and into a README what belongs between its markers.
+def write_readme(results_folder: Path, docs_folder: Path, readme: Path) -> None:
+    """Write the charts to `bench/*.svg` of a folder, and the sections into a README between its markers.
 
-    What stands between `<!-- bench: NAME -->` and `<!-- /bench -->` becomes the section NAME, of `SECTIONS`. A file is
-    replaced whole, after everything was made, and only if it changes.
+    The text between `<!-- bench: NAME -->` and `<!-- /bench -->` becomes the section NAME, of `SECTIONS`. Files are
+    replaced atomically, when all of them are computed, and only those that change.
 
     Raises:
-        ValueError: of `filled` and `load`.
+        ValueError: see `fill` and `load`.
     """
     root, folder = readme.parent, docs_folder / "bench"
-    measured = [m._replace(path=Path(os.path.relpath(m.path, root))) for m in load(results_folder)]
-    sections, drawn = _made(measured, Path(os.path.relpath(folder, root)))
-    text = filled(readme.read_bytes().decode(), sections, str(readme))
+    folders = [one._replace(path=Path(os.path.relpath(one.path, root))) for one in load(results_folder)]
+    sections, drawn = _sections(folders, Path(os.path.relpath(folder, root)))
+    text = fill(readme.read_bytes().decode(), sections, str(readme))
     _replace({**{folder / file: svg for file, svg in drawn.items()}, readme: text})
 
 
-def page(folder: Path) -> Path:
-    """Write all sections to `report.md` in a folder with a results.csv, and the charts beside it; returns its path.
+def write_page(folder: Path) -> Path:
+    """Write all sections to `report.md` in a folder with a results.csv, and the charts beside it; return its path.
 
-    Files are replaced as in `write_report`.
+    Files are replaced as by `write_readme`.
 
     Raises:
-        ValueError: of `load_run`.
+        ValueError: see `load_folder`.
     """
-    m = load_run(folder)
-    sections, drawn = _made([m._replace(path=Path(m.path.name))], Path())
+    loaded = load_folder(folder)
+    sections, drawn = _sections([loaded._replace(path=Path(loaded.path.name))], Path())
     titled = [f"## {name.capitalize()}\n\n{section}" for name, section in sections.items()]
     path = folder / "report.md"
-    text = "\n\n".join((f"# {m.device}", *titled)) + "\n"
+    text = "\n\n".join((f"# {loaded.device}", *titled)) + "\n"
     _replace({**{folder / file: svg for file, svg in drawn.items()}, path: text})
     return path
 
 
-def filled(text: str, sections: Mapping[str, str], name: str) -> str:
-    """A text with its sections between their markers, in the text's own line ends; nothing else is touched.
+def fill(text: str, sections: Mapping[str, str], name: str) -> str:
+    """A text with sections between their markers, in the text's own line ends; nothing else is touched.
 
     Raises:
         ValueError: an unknown section, or an opening or closing marker alone: the message has file, line and rule.
@@ -70,14 +70,14 @@ def filled(text: str, sections: Mapping[str, str], name: str) -> str:
     return "".join((*pieces, text[copied:]))
 
 
-def _made(measured: Sequence[Measured], images: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Sections by name, whose images are in a folder, and these: SVG by file name."""
-    drawn = charts(measured)
+def _sections(folders: Sequence[Folder], images: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Sections by name, whose images are in the folder `images`, and the images: SVG by file name."""
+    drawn = charts(folders)
     sections = {}
-    for name, make in SECTIONS.items():
-        files = [file for section, file in drawn if section == name]
+    for name, section in SECTIONS.items():
+        files = [file for of, file in drawn if of == name]
         lines = [f"![{file.removesuffix('.svg')}]({(images / file).as_posix()})" for file in files]
-        sections[name] = "\n\n".join((*lines, make(measured)))
+        sections[name] = "\n\n".join((*lines, section(folders)))
     return sections, {file: svg for (_, file), svg in drawn.items()}
 
 

@@ -1,89 +1,132 @@
-"""The results' schema: rows of results.csv, each with its provenance; reading, writing and matching them."""
+"""Rows of results: what they say, where they were measured, and their CSV files."""
 
 import csv
 import datetime
 import importlib.metadata
 import typing
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
+from bench.case import CaseName
 from qat.files import replacing
 from qat.results import record
 from qkernels import runtime
 
+R = TypeVar("R", "Row", "Fresh", "Shared")
 
-class Row(NamedTuple):
+
+@dataclass(frozen=True, kw_only=True)
+class Row(CaseName):
     """One line of results.csv; what was not measured is empty.
 
     Args:
-        suite, network, layer, variant, batch, precision, work: the case, see :class:`bench.case.Case`.
         mode: "graph" or "eager".
-        provider: who computed it; names of ours start with "ours".
+        provider: name of the provider; names of ours start with "ours".
         shape: sizes, for the reader.
-        status: "ok"; "REFUSED": its result is wrong, so that it has no time; "out of memory"; "not judged": what it
-            is judged by does not fit into memory; "failed"; "smoke": right, and not timed.
-        error: relative error of the worst result. error_over_tolerance: in units of what is allowed.
-        median_us, p20_us, p80_us: microseconds of one run. samples: how many were taken.
+        status: "ok"; "REFUSED": its result is wrong, so that it has no time; "out of memory"; "not judged": the
+            reference result does not fit into memory; "failed"; "smoke": right, and not timed.
+        error: relative error of the worst result. error_over_tolerance: as a multiple of the tolerance.
+        median_us, p20_us, p80_us: microseconds of one run. samples: number of timed runs.
         host_us: microseconds that Python is busy with one eager run before it returns.
         first_call_ms: milliseconds of the first run, with kernels compiled before.
-        peak_bytes: most memory of the GPU's allocator beside the operands.
+        peak_bytes: peak memory of the GPU's allocator without the operands.
         energy_mj: millijoules of one run, of the whole GPU.
         floor_us: of ours, the sum over its kernels of max(3 us, bytes that the kernel must move / measured bandwidth).
         flops, bytes: least work of the definition. percent_of_roof: its time at the measured rates over the median.
     """
 
-    suite: str
-    network: str
-    layer: str
-    variant: str
-    batch: int
-    precision: str
-    work: str
+    FILE: ClassVar[str] = "results.csv"
     mode: str
     provider: str
-    shape: str
+    shape: str = ""
     status: str
-    error: float | None
-    error_over_tolerance: float | None
-    median_us: float | None
-    p20_us: float | None
-    p80_us: float | None
-    samples: int | None
-    host_us: float | None
-    first_call_ms: float | None
-    peak_bytes: int | None
-    energy_mj: float | None
-    floor_us: float | None
+    error: float | None = None
+    error_over_tolerance: float | None = None
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    samples: int | None = None
+    host_us: float | None = None
+    first_call_ms: float | None = None
+    peak_bytes: int | None = None
+    energy_mj: float | None = None
+    floor_us: float | None = None
     flops: int
     bytes: int
-    percent_of_roof: float | None
+    percent_of_roof: float | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What names a row: nothing else is equal in two results of the same benchmark."""
-        return tuple(self[: Row._fields.index("shape")])
+        """What identifies the row within its results."""
+        return (*self.case_key, self.mode, self.provider)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh(CaseName):
+    """One line of fresh.csv, a case in a process of its own; what was not measured is empty.
+
+    Args:
+        provider: name of the provider.
+        status: "ok", "failed" or "out of time".
+        first_call_s: seconds of building and running it for the first time, with kernels compiled before.
+        cold_call_s: the same with nothing compiled before, while the other cases do so too.
+        peak_bytes: peak memory of the GPU's allocator, operands included.
+        gpu_bytes: the GPU's memory that the process took, by NVML.
+        host_bytes: on a CPU, growth of the process' peak resident memory after its imports.
+    """
+
+    FILE: ClassVar[str] = "fresh.csv"
+    provider: str
+    status: str
+    first_call_s: float | None = None
+    cold_call_s: float | None = None
+    peak_bytes: int | None = None
+    gpu_bytes: int | None = None
+    host_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared(CaseName):
+    """One line of sharing.csv, trainings of a case side by side; what was not measured is empty.
+
+    Args:
+        mode: how they share the device: "processes" (on a GPU: by time slices) or "MPS".
+        processes: number of processes. threads_each: CPU threads of each.
+        status: "ok"; "failed": a process did; "out of time"; or why there is no MPS.
+        samples_per_second: sum over all processes, the median of several windows.
+        trainings_relative: that over the value of the case's first row: one process that has the device to itself.
+        peak_bytes: highest peak memory of the GPU's allocator in a process, operands included.
+    """
+
+    FILE: ClassVar[str] = "sharing.csv"
+    mode: str
+    processes: int
+    threads_each: int
+    status: str
+    samples_per_second: float | None = None
+    trainings_relative: float | None = None
+    peak_bytes: int | None = None
+
+
+class Results(NamedTuple, Generic[R]):
+    """Rows of one file, and where they were measured (see `provenance`)."""
+
+    rows: list[R]
+    provenance: dict[str, str]
 
     @property
-    def case(self) -> tuple[Any, ...]:
-        """The key without the provider."""
-        return self.key[:-1]
-
-
-KINDS = typing.get_type_hints(Row)
-
-
-class Results(NamedTuple):
-    """Rows and where they come from, such as device, commit and versions (see `provenance`)."""
-
-    rows: list[Row]
-    provenance: dict[str, str]
+    def source(self) -> str:
+        """Commit, version and date, for captions."""
+        commit, torch, date = (self.provenance.get(name) or "unknown" for name in ("commit", "torch", "date"))
+        return f"commit {commit}, PyTorch {torch}, {date}"
 
 
 def provenance(commit: str | None = None) -> dict[str, str]:
-    """Where and with what rows are measured: device, commit, versions, time."""
+    """Device, commit, versions and time of a measurement."""
     from qkernels.runtime.__main__ import cpu_name
 
     return {
@@ -98,9 +141,14 @@ def provenance(commit: str | None = None) -> dict[str, str]:
     }
 
 
-def write(path: Path, rows: Iterable[NamedTuple], extra: dict[str, str]) -> None:
-    """The rows as CSV, each with its provenance; the file appears whole or not at all."""
-    lines = [{**row._asdict(), **extra} for row in rows]
+def git_commit() -> str:
+    """The commit that is checked out, "unknown" outside of a repository."""
+    return record.git_commit(Path(__file__).parents[1]) or "unknown"
+
+
+def write(path: Path, rows: Iterable[Any], provenance: dict[str, str]) -> None:
+    """Write dataclasses as CSV, each with its provenance; the file is replaced atomically."""
+    lines = [asdict(row) | provenance for row in rows]
     if not lines:
         return
     with replacing(path) as draft, draft.open("w", newline="") as file:
@@ -109,40 +157,38 @@ def write(path: Path, rows: Iterable[NamedTuple], extra: dict[str, str]) -> None
         writer.writerows(lines)
 
 
-def read(path: Path) -> Results:
-    """The rows of a results.csv, or of the one in a folder.
+def read(path: Path, kind: type[R]) -> Results[R]:
+    """The rows of a CSV file.
 
     Raises:
-        ValueError: there is no such file, or it is not a results.csv.
+        ValueError: there is no such file, or it lacks a column, or a value is of a wrong type.
     """
-    path = path / "results.csv" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such results")
-    return parse(path.read_text(), str(path))
+    return parse(path.read_text(encoding="utf-8"), str(path), kind)
 
 
-def parse(text: str, name: str) -> Results:
-    """The rows of a results.csv that was read already; `name` is what errors call it."""
+def parse(text: str, name: str, kind: type[R]) -> Results[R]:
+    """The rows of a CSV file's text, which errors call `name`."""
+    columns = [field.name for field in fields(kind)]
     lines = list(csv.DictReader(text.splitlines()))
-    if not lines or not set(Row._fields) <= set(lines[0]):
-        missing = sorted(set(Row._fields) - set(lines[0] if lines else ()))
-        raise ValueError(f"{name}: not a results.csv: it lacks the columns {', '.join(missing)}")
-    rows = [_row(line, f"{name}:{number}") for number, line in enumerate(lines, 2)]
-    return Results(rows, {name: value for name, value in lines[0].items() if name not in Row._fields})
+    if lacking := sorted(set(columns) - set(lines[0] if lines else ())):
+        raise ValueError(f"{name}: not a {kind.FILE}: it lacks the columns {', '.join(lacking)}")
+    hints = typing.get_type_hints(kind)
+    rows = [
+        kind(**{column: _value(line[column], hints[column], f"{name}:{number}: {column}") for column in columns})
+        for number, line in enumerate(lines, 2)
+    ]
+    return Results(rows, {column: value for column, value in lines[0].items() if column not in columns})
 
 
-def _row(line: dict[str, str], where: str) -> Row:
-    values: dict[str, Any] = {}
-    for field, kind in KINDS.items():
-        allowed = typing.get_args(kind) or (kind,)
-        try:
-            empty = not line[field] and type(None) in allowed
-            values[field] = None if empty else allowed[0](line[field])
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: {field} is {line[field]!r}; it must be {allowed[0].__name__}") from None
-    return Row(**values)
-
-
-def git_commit() -> str:
-    """What is checked out, "unknown" outside of a repository."""
-    return record.git_commit(Path(__file__).parents[1]) or "unknown"
+def _value(text: str | None, hint: Any, place: str) -> Any:
+    """A cell as a value of the type ``hint``; None where it is empty and may be."""
+    kind, *others = typing.get_args(hint) or (hint,)
+    if others and text == "":
+        return None
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{place} is {text!r}; it must be {what}{' or empty' if others else ''}") from None

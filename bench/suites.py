@@ -1,4 +1,4 @@
-"""The registry: suites by name, and the headline cases that are looked at more closely."""
+"""The suites by name, and the headline cases, of which more is measured."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,50 +9,32 @@ import torch
 from bench.atl import ATL
 from bench.case import STEP, Case, Provider, Suite
 from bench.layers import COMPILED, CONV, FORMS, LAYERS, LINEAR, layer_case
-from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, STEPS, TRAIN
+from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, NO_AT, STEPS, TRAIN
+
+AT = "AT at layer 2"
 
 
-def _first(suite: Suite, **wanted: Any) -> Any:
-    """The most valuable case with these fields."""
-    return next(case for case in suite.cases if all(getattr(case, name) == value for name, value in wanted.items()))
-
-
-def _here(case: Any, **changes: Any) -> Any:
-    """The case for a CPU."""
+def _on_cpu(case: Any, **changes: Any) -> Any:
     return replace(case, suite="cpu", precision="float32", modes=("eager",), rank=0, **changes)
 
 
 def _cpu() -> list[Suite]:
     """What makes sense without a GPU, in some minutes; whole networks at full width in batches of 4."""
-    layers = [_here(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
-    losses = [
-        _here(case)
-        for case in ATL.cases
-        if (case.network, case.variant, case.batch, case.precision, case.work)
-        == ("quaternion", "paper", 20, "bf16", STEP)
-    ]
-    plain = [("no AT", ""), ("AT at layer 2", "")]
-    more = [("AT at layer 7", ""), ("AT at layer 13", ""), ("AT at layer 2", CACHED), ("AT at layer 13", CACHED)]
-    more.append(("AT at layer 2", COMPILED))
+    layers = [_on_cpu(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
+    paper = ATL.where(network="quaternion", variant="paper", batch=20, precision="bf16", work=STEP)
+    losses = [_on_cpu(case) for case in paper]
+    plain = [(NO_AT, ""), (AT, "")]
+    more = [("AT at layer 7", ""), ("AT at layer 13", ""), (AT, CACHED), ("AT at layer 13", CACHED), (AT, COMPILED)]
     steps = [
-        _here(_first(STEPS, network=network, layer=layer, variant=variant, work=TRAIN), batch=4)
+        _on_cpu(STEPS.where(network=network, layer=layer, variant=variant, work=TRAIN)[0], batch=4)
         for network in NETWORKS
         for layer, variant in (plain + more if network == "quaternion" else plain)
     ]
-    inference = [_here(_first(INFERENCE, network=network, batch=1)) for network in NETWORKS]
-    epochs = [
-        _here(
-            _first(EPOCHS, network="quaternion", layer=layer), width=1 / 8, samples=200, variant="width 1/8, 200 clips"
-        )
-        for layer, _ in plain
-    ]
-    return [
-        Suite(layers, CONV.providers),
-        Suite(losses, ATL.providers),
-        Suite(steps, STEPS.providers),
-        Suite(inference, INFERENCE.providers),
-        Suite(epochs, EPOCHS.providers),
-    ]
+    inference = [_on_cpu(INFERENCE.where(network=network, batch=1)[0]) for network in NETWORKS]
+    small: dict[str, Any] = {"width": 1 / 8, "samples": 200, "variant": "width 1/8, 200 clips"}
+    epochs = [_on_cpu(EPOCHS.where(network="quaternion", layer=layer)[0], **small) for layer, _ in plain]
+    parts = ((layers, CONV), (losses, ATL), (steps, STEPS), (inference, INFERENCE), (epochs, EPOCHS))
+    return [Suite(cases, suite.providers) for cases, suite in parts]
 
 
 SUITES: dict[str, Sequence[Suite]] = {
@@ -69,7 +51,7 @@ ON_CPU = ("cpu", "forms")  # the other suites need a GPU
 
 
 def chosen(names: Sequence[str], device: torch.device, smoke: bool) -> list[Suite]:
-    """The suites with these names; without any, all that make sense on the device but "forms", which takes long.
+    """The suites with these names; by default all that make sense on the device but "forms", which takes long.
 
     Raises:
         ValueError: there is no such suite, or it needs a GPU that is not there.
@@ -85,15 +67,15 @@ def chosen(names: Sequence[str], device: torch.device, smoke: bool) -> list[Suit
 
 
 def _headline(suite: Suite, providers: Sequence[str], **wanted: Any) -> list[tuple[Case, Provider]]:
-    case = _first(suite, **wanted)
+    case = suite.where(**wanted)[0]
     return [(case, provider) for provider in suite.providers if provider.name in providers]
 
 
 def _gpu_headline() -> list[tuple[Case, Provider]]:
-    """Ten cases, ours and the best-known other way: steps, losses, layers."""
+    """Ten cases, ours and the best-known baseline: steps, losses, layers."""
     pairs, both = [], ("ours", "research style")
-    for network, layer in (("quaternion", "AT at layer 2"), ("real", "AT at layer 2"), ("quaternion", "no AT"),
-                           ("real", "no AT"), ("quaternion", "AT at layer 13")):  # fmt: skip
+    for network, layer in (("quaternion", AT), ("real", AT), ("quaternion", NO_AT), ("real", NO_AT),
+                           ("quaternion", "AT at layer 13")):  # fmt: skip
         pairs += _headline(STEPS, both, network=network, layer=layer, variant="", work=TRAIN)
     for layer in ("layers 1-2", "layers 11-13"):
         pairs += _headline(ATL, ("ours", "materialised"), network="quaternion", layer=layer, variant="paper")
@@ -103,11 +85,11 @@ def _gpu_headline() -> list[tuple[Case, Provider]]:
 
 
 def _cpu_headline() -> list[tuple[Case, Provider]]:
-    """Ours and the research style of the whole steps, for their memory."""
+    """Whole steps, for their memory; a loss and a layer."""
     layers, losses, steps, *_ = SUITES["cpu"]
     pairs = []
-    for network, layer in (("quaternion", "no AT"), ("quaternion", "AT at layer 2"), ("real-on-embedding", "no AT"),
-                           ("real", "no AT"), ("real", "AT at layer 2")):  # fmt: skip
+    for network, layer in (("quaternion", NO_AT), ("quaternion", AT), ("real-on-embedding", NO_AT), ("real", NO_AT),
+                           ("real", AT)):  # fmt: skip
         pairs += _headline(steps, ("ours", "research style"), network=network, layer=layer, variant="")
     pairs += _headline(losses, ("ours", "materialised"), layer="layers 1-2", variant="paper")
     pairs += _headline(layers, ("ours auto", "concatenated, NCHW"), layer="conv 6-7")

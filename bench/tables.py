@@ -1,127 +1,85 @@
-"""Sections of a report as Markdown tables, each made from all the runs that it is to show."""
+"""Sections of a report as Markdown tables, each a function of the folders of results."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from bench import grid as grids
+from bench import summary, words
 from bench.layers import count_of
-from bench.results import Results, Row
-from bench.sharing import PROCESSES, Shared, most
-from bench.summary import (
-    BYTES,
-    CACHED,
-    CONDITION,
-    FRESH_CASE,
-    MICROSECONDS,
-    MISSING,
-    NO_AT,
-    ORDERS,
-    OURS,
-    RESEARCH,
-    SEMANTICS,
-    Measure,
-    Measured,
-    Standing,
-    best,
-    combinations,
-    grouped,
-    joined,
-    median,
-    number,
-    place,
-    ratio,
-    scaled,
-    source,
-    standing,
-    standings,
-    words,
-)
+from bench.network import NO_AT
+from bench.results import Results, Row, Shared
+from bench.sharing import PROCESSES, most
+from bench.summary import CONDITION, ORDERS, Folder, best, combinations, grouped, median, place, ratio, standing
+from bench.words import MISSING, conditions, joined, number
 
-# At most: tables of one device and kind, its conditions and layers beside the paper, lines of a table.
+# Maximum number of tables of one device and kind, of conditions and layers beside the paper, of lines of a table.
 TABLES, CONDITIONS, LINES = 2, 2, 30
+Table = Callable[[Folder, list[Row]], str]
+More = Callable[[Folder], str]
 PAPER_NETWORKS = ("quaternion", "real")
 MEMORY = "Memory: the GPU allocator's peak beside the operands, or, on a CPU, what a fresh process grew by."
-SPREAD = 0.05  # of the median, from where on p20 and p80 are shown
-SECONDS = ((1.0, "s"),)
+NOTHING, UNMEASURED = "Not measured yet.", Folder(Path(), Results([], {"device": MISSING}))
 
 
-def layers(measured: Sequence[Measured]) -> str:
-    """Speed of convolutions and linear maps: the most valuable tables of each device, and all the others in short."""
-    return _by_device(measured, "layers", tuple(ORDERS), _layer_table, _overview)
-
-
-def anti_transfer(measured: Sequence[Measured]) -> str:
-    """Time and memory of the anti-transfer loss, by layer and semantics."""
-    return _by_device(measured, "anti-transfer", tuple(ORDERS), _loss_table)
-
-
-def step(measured: Sequence[Measured]) -> str:
-    """Time and memory by provider of training steps; in short of epochs, inference and first calls."""
-    return _by_device(measured, "step", CONDITION, _step_table, _beside_steps)
-
-
-def paper(measured: Sequence[Measured]) -> str:
+def paper(folders: Sequence[Folder]) -> str:
     """The paper's figures beside ours, each precision in its most valuable condition only."""
     against_real, against_none = [], []
-    for m in measured or [Measured(Path(), Results([], {"device": MISSING}), {})]:
+    for folder in folders or [UNMEASURED]:
         by_precision: dict[str, list[Row]] = {}
-        for _, rows in combinations(_whole_steps(m), CONDITION):
+        for _, rows in combinations(_whole_steps(folder), CONDITION):
             by_precision.setdefault(rows[0].precision, rows)
         for rows in list(by_precision.values())[:CONDITIONS] or [[]]:
-            where = joined(m.device, *(words(row, *CONDITION) for row in rows[:1]))
-            against_real += _against_real(m, where, rows)
-            against_none += _against_none(m, where, rows)
-    control = "control: real on the embedding"
-    head = ["training step", "conditions", "layer", "paper", "best providers", control, f"both {RESEARCH}", control]
-    cost = ["network", "provider", "conditions", "time (AT paper: 2.8x)", "memory (AT paper: up to +100 %)"]
+            where = joined(folder.device, *(conditions(row, *CONDITION) for row in rows[:1]))
+            against_real += _against_real(folder, where, rows)
+            against_none += _against_none(folder, where, rows)
     return f"""\
 Quaternion network against the real one (paper: WASPAA 2023, means over its trainings). *Best providers*: each side by
 the one with its lowest figure, named in this order. The *control*, a real network on the quaternion network's input
 against the real network, tells how much of the gain comes from the smaller input alone. {MEMORY}
 
-{_table(head, against_real)}
+{_table(against_real)}
 
 Anti-transfer (AT) against none, same network and provider, at the layers where it costs least and most (AT paper:
 Guizzo, Weyde and Tarroni, 2021, a real network). *Cached targets*: the frozen network is not run.
 
-{_table(cost, against_none)}"""
+{_table(against_none)}"""
 
 
-def sharing(measured: Sequence[Measured]) -> str:
+def sharing(folders: Sequence[Folder]) -> str:
     """Trainings an hour of one device by how it is shared."""
-    head = ["each trains", "mode", "processes", "threads of each", "samples/s in all", "trainings an hour"]
-    head += ["GPU allocator, each", "no result"]
     pieces = []
 
     def order(row: Shared) -> tuple[Any, ...]:
         return place(row.precision, ORDERS["precision"]), place(row.mode, (PROCESSES,)), row.processes
 
-    for m in measured:
-        lines = []
-        for row in sorted(m.shared.rows, key=order):
-            case = joined(words(row, "network"), row.layer, row.variant, words(row, "batch", "precision"))
-            speed = "" if row.samples_per_second is None else f"{row.samples_per_second:.0f}"
-            gain = "" if row.trainings_relative is None else f"{row.trainings_relative:.2f}x"
-            failed = "" if row.status == "ok" else row.status
-            sizes = [str(row.processes), str(row.threads_each), speed, gain, scaled(row.peak_bytes, BYTES), failed]
-            lines.append([case, row.mode, *sizes])
+    for folder in folders:
+        lines = [
+            {
+                "each trains": joined(conditions(row, "network"), row.layer, row.variant,
+                                      conditions(row, "batch", "precision")),
+                "mode": row.mode, "processes": str(row.processes), "threads of each": str(row.threads_each),
+                "samples/s in all": "" if row.samples_per_second is None else f"{row.samples_per_second:.0f}",
+                "trainings an hour": "" if row.trainings_relative is None else f"{row.trainings_relative:.2f}x",
+                "GPU allocator, each": words.size(row.peak_bytes), "no result": _unless_ok(row.status),
+            }
+            for row in sorted(folder.shared.rows, key=order)
+        ]  # fmt: skip
         if lines:
-            path = m.path.with_name("sharing.csv").as_posix()
-            caption = f"**{m.device}**: {source(m.shared.provenance)}. All rows in [{path}]({path})."
+            path = folder.path.with_name("sharing.csv").as_posix()
+            caption = f"**{folder.device}**: {folder.shared.source}. All rows in [{path}]({path})."
             against = "*Trainings an hour*: against one after another, each with the whole device."
-            pieces.append(f"{caption} {against}\n\n{_table(head, lines)}")
-    return "\n\n".join(pieces) or "Not measured yet."
+            pieces.append(f"{caption} {against}\n\n{_table(lines)}")
+    return "\n\n".join(pieces) or NOTHING
 
 
-def grid(measured: Sequence[Measured]) -> str:
+def grid(folders: Sequence[Folder]) -> str:
     """Hours of the paper's grid on one GPU."""
-    head = ["device", "steps", *(f"{network} network, an epoch" for network in grids.NETWORKS), "both, an epoch"]
-    head += ["both, 100 epochs", "quaternion network, 100 epochs, side by side"]
-    lines = [_grid_line(m, way) for m in measured if not m.on_cpu for way in grids.WAYS]
+    lines = [_grid_line(folder, way) for folder in folders if not folder.on_cpu for way in grids.WAYS]
     corpora = ", ".join(f"{name} {utterances}" for name, utterances in grids.CORPORA.items())
     whole, tapped = grids.TRAININGS + grids.OTHERS, ", ".join(map(str, grids.MEASURED))
     return f"""\
@@ -132,199 +90,199 @@ The other {grids.OTHERS} have other batches and inputs and are left out. An epoc
 is measured; between them it is interpolated linearly, and layer 1 is taken as layer {grids.MEASURED[0]}.
 *Side by side*: with the most trainings an hour of the table of that name, which are of anti-transfer at layer 2.
 
-{_table(head, lines or [[MISSING] * len(head)])}"""
-
-
-SECTIONS = {
-    "layers": layers,
-    "anti-transfer": anti_transfer,
-    "step": step,
-    "sharing": sharing,
-    "paper": paper,
-    "grid": grid,
-}
+{_table(lines or [_grid_line(UNMEASURED, grids.WAYS[0]) | {"steps": MISSING}])}"""
 
 
 def _by_device(
-    measured: Sequence[Measured],
-    kind: str,
-    fields: tuple[str, ...],
-    table: Callable[[Measured, list[Row]], str],
-    more: Callable[[Measured], str] = lambda measured: "",
+    folders: Sequence[Folder], kind: str, fields: tuple[str, ...], table: Table, more: More = lambda folder: ""
 ) -> str:
-    """Of each device a caption, the tables of its most valuable combinations, and what more there is."""
+    """For each device a caption, the tables of its most valuable combinations, and `more`."""
     pieces = []
-    for m in measured:
-        groups = combinations(_whole_steps(m) if kind == "step" else m.rows(kind), fields)
+    for folder in folders:
+        groups = combinations(_whole_steps(folder) if kind == "step" else folder.rows(kind), fields)
         if groups:
-            path = m.path.as_posix()
+            path = folder.path.as_posix()
             shown = f"{min(TABLES, len(groups))} of {len(groups)} tables, all rows in [{path}]({path})"
-            note = "" if kind == "layers" else f" {MEMORY}"
-            pieces.append(f"**{m.device}**: {m.source}. Medians, with p20 to p80 if over 5 % apart; {shown}.{note}")
-            pieces += [f"*{words(rows[0], *fields)}*\n\n{table(m, rows)}" for _, rows in groups[:TABLES]]
-            pieces.append(more(m))
-    return "\n\n".join(filter(None, pieces)) or "Not measured yet."
+            origin, note = folder.results.source, "" if kind == "layers" else f" {MEMORY}"
+            pieces.append(f"**{folder.device}**: {origin}. Medians, with p20 to p80 if over 5 % apart; {shown}.{note}")
+            pieces += [f"*{conditions(rows[0], *fields)}*\n\n{table(folder, rows)}" for _, rows in groups[:TABLES]]
+            pieces.append(more(folder))
+    return "\n\n".join(filter(None, pieces)) or NOTHING
 
 
-def _whole_steps(m: Measured) -> list[Row]:
-    return [row for row in m.rows("step") if row.work == "step"]
+def _whole_steps(folder: Folder) -> list[Row]:
+    return [row for row in folder.rows("step") if row.work == "step"]
 
 
-def _layer_table(m: Measured, rows: list[Row]) -> str:
-    head = ["layer", "ours", "best baseline", "by", "speed-up", "real layer / ours", "% of roof", "no time"]
+def _layer_table(folder: Folder, rows: list[Row]) -> str:
     lines = []
-    for line in standings(rows):
-        roof = line.ours.percent_of_roof if median(line.ours) and line.ours else None
-        numbers = [number(line.speedup), number(line.real), "" if roof is None else f"{roof:.0f}"]
-        lines.append([line.layer, _time(line.ours), _time(line.best), _name(line.best), *numbers, _failures(line)])
-    return _table(head, lines)
+    for line in summary.standings(rows):
+        roof = line.ours.percent_of_roof if line.ours and median(line.ours) else None
+        lines.append({
+            "layer": line.layer, "ours": words.time(line.ours), "best baseline": words.time(line.best),
+            "by": line.by, "speed-up": number(line.speedup), "real layer / ours": number(line.real),
+            "% of roof": "" if roof is None else f"{roof:.0f}", "no time": line.failures,
+        })  # fmt: skip
+    return _table(lines)
 
 
-def _overview(m: Measured) -> str:
+def _overview(folder: Folder) -> str:
     """Geometric mean of the speed-ups and the lowest, of every combination; "conv 11-13" counts three times."""
-    cells: dict[str, dict[str, str]] = {}
-    for _, rows in combinations(m.rows("layers"), tuple(ORDERS)):
-        weighed = [(line.speedup, count_of(line.layer)) for line in standings(rows) if line.speedup]
+    lines: dict[str, dict[str, str]] = {}
+    for _, rows in combinations(folder.rows("layers"), tuple(ORDERS)):
+        weighed = [(line.speedup, count_of(line.layer)) for line in summary.standings(rows) if line.speedup]
         if weighed:
             mean = math.exp(sum(n * math.log(speed) for speed, n in weighed) / sum(n for _, n in weighed))
-            column = cells.setdefault(words(rows[0], "work", "mode"), {})
-            column[words(rows[0], "network", "batch", "precision")] = f"{mean:.2f} ({min(weighed)[0]:.2f})"
-    names = list(dict.fromkeys(name for column in cells.values() for name in column))
-    table = _table(["", *cells], [[name, *(column.get(name, "") for column in cells.values())] for name in names])
+            name, column = conditions(rows[0], "network", "batch", "precision"), conditions(rows[0], "work", "mode")
+            lines.setdefault(name, {"": name})[column] = f"{mean:.2f} ({min(weighed)[0]:.2f})"
     title = "*All combinations: geometric mean of the speed-ups over the network's layers (the lowest)*"
-    return f"{title}\n\n{table}" if sum(map(len, cells.values())) > 1 else ""
+    return f"{title}\n\n{_table(list(lines.values()))}" if sum(map(len, lines.values())) > len(lines) + 1 else ""
 
 
-def _loss_table(m: Measured, rows: list[Row]) -> str:
-    head = ["loss", "layers", "ours", "cached target", "best baseline", "by", "speed-up", "cached"]
-    head += ["memory: ours", "cached", "least of the baselines", "no time"]
+def _loss_table(folder: Folder, rows: list[Row]) -> str:
     lines = []
     for (variant, layer), case in grouped(rows, attrgetter("variant", "layer")):
         line = standing(layer, case)
-        cached = next((row for row in case if row.provider == CACHED), None)
-        times = [_time(line.ours), _time(cached), _time(line.best), _name(line.best)]
-        gains = [number(line.speedup), number(ratio(median(line.best), median(cached)))]
-        baselines = [m.memory(row) for row in case if not row.provider.startswith("ours")]
+        cached = next((row for row in case if row.provider == summary.CACHED), None)
+        baselines = [folder.memory(row) for row in case if not row.provider.startswith("ours")]
         least = min((size for size in baselines if size is not None), default=None)
-        sizes = [*(m.memory(row) if row else None for row in (line.ours, cached)), least]
-        memory = [scaled(size, BYTES) for size in sizes]
-        lines.append([variant, layer.removeprefix("layers "), *times, *gains, *memory, _failures(line)])
-    return _table(head, sorted(lines, key=lambda line: (place(line[0], SEMANTICS), place(line[1]))))
+        ours, target = (words.size(folder.memory(row)) if row else "" for row in (line.ours, cached))
+        lines.append({
+            "loss": variant, "layers": layer.removeprefix("layers "), "ours": words.time(line.ours),
+            "cached target": words.time(cached), "best baseline": words.time(line.best), "by": line.by,
+            "speed-up": number(line.speedup), "speed-up, cached": number(ratio(median(line.best), median(cached))),
+            "memory: ours": ours, "memory: cached": target, "memory: least of the baselines": words.size(least),
+            "no time": line.failures,
+        })  # fmt: skip
+    return _table(sorted(lines, key=lambda line: (place(line["loss"], summary.SEMANTICS), place(line["layers"]))))
 
 
-def _step_table(m: Measured, rows: list[Row]) -> str:
-    providers = sorted({row.provider for row in rows}, key=lambda name: place(name, (*OURS, RESEARCH)))
+def _step_table(folder: Folder, rows: list[Row]) -> str:
+    providers = sorted({row.provider for row in rows}, key=lambda name: place(name, (*summary.OURS, summary.RESEARCH)))
     lines = []
-    for key, case in grouped(rows, attrgetter("network", "layer", "variant")):
-        cells = {row.provider: joined(_time(row), scaled(m.memory(row), BYTES)) for row in case}
-        lines.append([*key, *(cells.get(name, "") for name in providers), number(standing("", case).speedup)])
-    lines.sort(key=lambda line: (place(line[0], ORDERS["network"]), place(line[1]), line[2]))
-    return _table(["network", "layer", "variant", *providers, "speed-up"], lines)
+    for (network, layer, variant), case in grouped(rows, attrgetter("network", "layer", "variant")):
+        cells = {row.provider: joined(words.time(row), words.size(folder.memory(row))) for row in case}
+        line = {"network": network, "layer": layer, "variant": variant}
+        line |= {name: cells.get(name, "") for name in providers}
+        lines.append(line | {"speed-up": number(standing("", case).speedup)})
+    lines.sort(key=lambda line: (place(line["network"], ORDERS["network"]), place(line["layer"]), line["variant"]))
+    return _table(lines)
 
 
-def _beside_steps(m: Measured) -> str:
-    pieces = []
-    for kind in ("epoch", "inference"):
-        for _, rows in combinations(m.rows(kind), CONDITION)[:1]:
-            pieces.append(f"*{kind}, {words(rows[0], *CONDITION)}*\n\n{_step_table(m, rows)}")
-    return "\n\n".join(filter(None, (*pieces, _fresh_table(m))))
+def _beside_steps(folder: Folder) -> str:
+    pieces = [
+        f"*{kind}, {conditions(rows[0], *CONDITION)}*\n\n{_step_table(folder, rows)}"
+        for kind in ("epoch", "inference")
+        for _, rows in combinations(folder.rows(kind), CONDITION)[:1]
+    ]
+    return "\n\n".join(filter(None, (*pieces, _fresh_table(folder))))
 
 
-def _fresh_table(m: Measured) -> str:
-    path = m.path.with_name("fresh.csv").as_posix()
-    head = ["", "provider", "first call", "first call, nothing compiled"]
-    head += ["GPU allocator", "GPU (NVML)", "host memory", "no result"]
-    lines = []
-    for line in m.fresh.values():
-        *case, provider = (str(getattr(line, field)) for field in FRESH_CASE)
-        times = [scaled(seconds, SECONDS) for seconds in (line.first_call_s, line.cold_call_s)]
-        sizes = [scaled(size, BYTES) for size in (line.peak_bytes, line.gpu_bytes, line.host_bytes)]
-        lines.append([joined(*case), provider, *times, *sizes, "" if line.status == "ok" else line.status])
-    return f"*In fresh processes ([{path}]({path}))*\n\n{_table(head, lines)}" if lines else ""
+def _fresh_table(folder: Folder) -> str:
+    path = folder.path.with_name("fresh.csv").as_posix()
+    lines = [
+        {
+            "": joined(*map(str, row.case_key)), "provider": row.provider,
+            "first call": words.seconds(row.first_call_s),
+            "first call, nothing compiled": words.seconds(row.cold_call_s),
+            "GPU allocator": words.size(row.peak_bytes), "GPU (NVML)": words.size(row.gpu_bytes),
+            "host memory": words.size(row.host_bytes), "no result": _unless_ok(row.status),
+        }
+        for row in folder.fresh.rows
+    ]  # fmt: skip
+    return f"*In fresh processes ([{path}]({path}))*\n\n{_table(lines)}" if lines else ""
 
 
-def _against_real(m: Measured, where: str, rows: Sequence[Row]) -> list[list[str]]:
+def _against_real(folder: Folder, where: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     groups = grouped((row for row in rows if not row.variant), attrgetter("layer"))
     groups.sort(key=lambda group: place(group[0]))
-    lines = []
-    for layer, of_layer in groups[:CONDITIONS] or [(MISSING, [])]:
-        for figure, published, measure in (("time", "-80.5 %", median), ("memory", "-53.7 %", m.memory)):
-            sides = itertools.product((None, RESEARCH), ("quaternion", "real-on-embedding"))
-            changes = [_change(of_layer, network, measure, provider) for provider, network in sides]
-            lines.append([figure, where, layer, published, *changes])
-    return lines
+    measures = (("time", "-80.5 %", median), ("memory", "-53.7 %", folder.memory))
+    return [
+        {
+            "training step": figure, "conditions": where, "layer": layer, "paper": published,
+            "best providers": _change(of_layer, "quaternion", measure),
+            "control, best providers": _change(of_layer, "real-on-embedding", measure),
+            f"both {summary.RESEARCH}": _change(of_layer, "quaternion", measure, summary.RESEARCH),
+            f"control, {summary.RESEARCH}": _change(of_layer, "real-on-embedding", measure, summary.RESEARCH),
+        }
+        for layer, of_layer in groups[:CONDITIONS] or [(MISSING, [])]
+        for figure, published, measure in measures
+    ]  # fmt: skip
 
 
-def _change(rows: Sequence[Row], network: str, measure: Measure, provider: str | None) -> str:
+def _change(rows: Sequence[Row], network: str, measure: summary.Measure, provider: str | None = None) -> str:
     """A network against the real one: by one provider, or each by its best."""
-    found = []
+    sides = []
     for side in (network, "real"):
         if not (lowest := best(rows, side, measure, provider)):
-            mine = [row for row in rows if row.network == side and provider in (None, row.provider)]
-            return joined(MISSING, *(f"{side}: {row.provider} {row.status}" for row in mine if row.status != "ok"))
-        found.append(lowest)
-    names = "" if provider else f" ({found[0][1]}, {found[1][1]})"
-    return f"{100 * (found[0][0] / found[1][0] - 1):+.1f} %{names}"
+            failed = [row for row in rows if row.network == side and row.status != "ok"]
+            shown = [row for row in failed if provider in (None, row.provider)]
+            return joined(MISSING, *(f"{side}: {row.provider} {row.status}" for row in shown))
+        sides.append(lowest)
+    names = "" if provider else f" ({sides[0][1]}, {sides[1][1]})"
+    return f"{100 * (sides[0][0] / sides[1][0] - 1):+.1f} %{names}"
 
 
-def _against_none(m: Measured, where: str, rows: Sequence[Row]) -> list[list[str]]:
+def _against_none(folder: Folder, where: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     bases = {(row.network, row.provider): row for row in rows if row.layer == NO_AT}
-    tapped_rows = (
-        row
-        for row in rows
-        if row.layer != NO_AT and row.network in PAPER_NETWORKS and not row.variant.startswith("against ")
+    tapped = [row for row in rows if row.layer != NO_AT and not row.variant.startswith("against ")]
+    groups = grouped(
+        (row for row in tapped if row.network in PAPER_NETWORKS), attrgetter("network", "provider", "variant")
     )
-    groups = grouped(tapped_rows, attrgetter("network", "provider", "variant"))
     groups.sort(key=lambda group: (place(group[0][0], ORDERS["network"]), group[0][1:]))
-    lines = []
-    for (network, provider, variant), tapped in groups or [((MISSING, MISSING, ""), [])]:
-        costs = [_costs(tapped, bases.get((network, provider)), measure) for measure in (median, m.memory)]
-        lines.append([network, joined(provider, variant), where, *costs])
-    return lines
+    return [
+        {
+            "network": network, "provider": joined(provider, variant), "conditions": where,
+            "time (AT paper: 2.8x)": _costs(with_at, bases.get((network, provider)), median),
+            "memory (AT paper: up to +100 %)": _costs(with_at, bases.get((network, provider)), folder.memory),
+        }
+        for (network, provider, variant), with_at in groups or [((MISSING, MISSING, ""), [])]
+    ]  # fmt: skip
 
 
-def _costs(tapped: Sequence[Row], without: Row | None, measure: Measure) -> str:
-    """With anti-transfer over without, at the layers where it is least and most; those that failed."""
+def _costs(tapped: Sequence[Row], without: Row | None, measure: summary.Measure) -> str:
+    """With anti-transfer over without, at the layers where it is least and most; the layers that failed."""
     base = measure(without) if without else None
-    found = [(cost, row.layer) for row in tapped if (cost := ratio(measure(row), base))]
-    ends = dict.fromkeys((min(found), max(found))) if found else ()
+    costs = [(cost, row.layer) for row in tapped if (cost := ratio(measure(row), base))]
+    ends = dict.fromkeys((min(costs), max(costs))) if costs else ()
     spans = [f"{cost:.2f}x ({layer})" for cost, layer in ends] or [MISSING]
     failed = [f"{row.layer} {row.status}" for row in tapped if row.status != "ok"]
     return joined(" to ".join(spans), *failed).replace("AT at ", "")
 
 
-def _grid_line(m: Measured, way: grids.Way) -> list[str]:
-    times = [grids.measured(m.results.rows, network, way) for network in grids.NETWORKS]
-    quaternion, real = (grids.epoch_seconds(found) / 3600 if found else math.nan for found in times)
-    shared = most(m.shared.rows, grids.PRECISION) if way == grids.SHARED else None
+def _grid_line(folder: Folder, way: grids.Way) -> dict[str, str]:
+    times = [grids.measured(folder.results.rows, network, way) for network in grids.NETWORKS]
+    quaternion, real = (grids.epoch_seconds(each) / 3600 if each else math.nan for each in times)
+    shared = most(folder.shared.rows, grids.PRECISION) if way == grids.SHARED else None
     gain = (shared.trainings_relative if shared else None) or math.nan
-    both = quaternion + real
-    hours = (quaternion, real, both, 100 * both, 100 * quaternion / gain)
-    cells = [MISSING if math.isnan(value) else f"{value:.3g} h" for value in hours]
-    return [m.device, joined(way.provider, way.variant, "CUDA graph" if way.mode == "graph" else way.mode), *cells]
+    hours = {
+        "quaternion network, an epoch": quaternion, "real network, an epoch": real, "both, an epoch": quaternion + real,
+        "both, 100 epochs": 100 * (quaternion + real),
+        "quaternion network, 100 epochs, side by side": 100 * quaternion / gain,
+    }  # fmt: skip
+    steps = joined(way.provider, way.variant, "CUDA graph" if way.mode == "graph" else way.mode)
+    cells = {name: MISSING if math.isnan(value) else f"{value:.3g} h" for name, value in hours.items()}
+    return {"device": folder.device, "steps": steps, **cells}
 
 
-def _time(row: Row | None) -> str:
-    """A median with its unit, p20 to p80 where they are far apart; the status of what has none."""
-    if row is None or row.status != "ok":
-        return row.status if row else ""
-    low, middle, high = (scaled(us, MICROSECONDS) for us in (row.p20_us, row.median_us, row.p80_us))
-    wide = low and high and (row.p80_us or 0) - (row.p20_us or 0) > SPREAD * (row.median_us or 0)
-    return f"{middle} ({low} to {high})" if middle and wide else middle or "not timed"
+def _unless_ok(status: str) -> str:
+    return "" if status == "ok" else status
 
 
-def _name(row: Row | None) -> str:
-    return row.provider if row else ""
-
-
-def _failures(line: Standing) -> str:
-    return joined(*(f"{row.provider}: {row.status}" for row in line.failed))
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown of the first `LINES`, without the columns that are empty in all."""
+def _table(lines: Sequence[Mapping[str, str]]) -> str:
+    """Markdown of the first `LINES`, cells by column, without the columns that are empty in all."""
     shown = lines[:LINES]
-    kept = [n for n in range(len(head)) if any(line[n] for line in shown)]
-    rows = [[cells[n].replace("|", r"\|") for n in kept] for cells in (head, *shown)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ["---"] * len(kept), *rows[1:]))
+    columns = [name for name in dict.fromkeys(itertools.chain(*shown)) if any(line.get(name) for line in shown)]
+    rows = [columns, ["---"] * len(columns), *([line.get(name, "") for name in columns] for line in shown)]
+    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
     return table if len(lines) <= LINES else f"{table}\n\n{len(lines) - LINES} more lines are not shown."
+
+
+# Speed of convolutions and linear maps: the most valuable tables of each device, and all the others in short.
+layers = functools.partial(_by_device, kind="layers", fields=tuple(ORDERS), table=_layer_table, more=_overview)
+# Time and memory of the loss by layer and semantics; of steps by provider, and in short of epochs and first calls.
+anti_transfer = functools.partial(_by_device, kind="anti-transfer", fields=tuple(ORDERS), table=_loss_table)
+step = functools.partial(_by_device, kind="step", fields=CONDITION, table=_step_table, more=_beside_steps)
+SECTIONS: Mapping[str, Callable[[Sequence[Folder]], str]] = {
+    "layers": layers, "anti-transfer": anti_transfer, "step": step, "sharing": sharing, "paper": paper, "grid": grid
+}  # fmt: skip

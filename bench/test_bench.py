@@ -1,6 +1,6 @@
 """The headline cases for pytest-benchmark: `pytest bench --benchmark-json=FILE`.
 
-On a CPU those of the suite "cpu". Wall clock of eager calls, up to the end of their work; results.csv has more.
+On a CPU those of the suite "cpu". The wall clock of eager calls, until their work is done; results.csv has more.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_headline(case: Case, provider: Provider, benchmark: Any) -> None:
     with switched(case.precision):
         operands = case.operands(DEVICE)
-        run = provider.build(case, [operands])[0]
+        run = provider.build(case, operands)
         with case.checking(operands):
-            excess, error = case.gate(provider, operands, provider.read(run()))
-        assert excess <= 1, f"wrong: error {error:.1e}, {excess:.2f} times what is allowed"
+            excess, error = case.check(provider, operands, provider.read(run()))
+        assert excess <= 1, f"wrong: error {error:.1e}, {excess:.2f} times the tolerance"
 
         def finished() -> None:
             run()

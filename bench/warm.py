@@ -1,4 +1,4 @@
-"""Compiles kernels in parallel before they are tested or timed.
+"""Kernels are compiled in parallel before they are tested or timed.
 
 Triton compiles a kernel at its first launch, for 1 to 9 s, and keeps it on disk where every process finds it. So
 recorded launches (`qkernels.runtime.recording`) are compiled in as many processes as there are cores; the launches
@@ -20,7 +20,7 @@ COMPILE_CRASHED = "a compiling process died"
 
 
 class Spec(NamedTuple):
-    """What Triton compiles once: kernel, arguments by position, launch options. Tensors are given by their type."""
+    """What Triton compiles once: kernel, arguments by position (tensors by their type), launch options."""
 
     module: str
     kernel: str
@@ -53,10 +53,10 @@ def _typical(value: Any, constant: bool, specialized: bool) -> Any:
 
 
 def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tuple[int, list[str]]:
-    """Compiles every kernel among `launches` once, for the present GPU; what `seconds` do not suffice for is left.
+    """Compile every kernel among `launches` once, for the present GPU, until the time is over.
 
     Returns:
-        How many kernels there were, and what went wrong: a broken kernel is for its test to report.
+        The number of kernels, and the errors, which do not raise: a broken kernel is for its test to report.
     """
     # Longest first: a product of four components takes several times as long as a kernel that adds or copies.
     specs = sorted({spec_of(launch) for launch in launches}, key=lambda spec: -len(str(spec.arguments)))

@@ -15,13 +15,13 @@ import pandas as pd
 
 from qat.campaign.plan import RUNS, Campaign
 from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
-from qat.data.corpora import CORPORA
+from qat.data.corpora import CORPORA, FOUR_EMOTIONS
 from qat.data.splits import counts
 from qat.models.rhemo import DIMENSIONS
-from qat.models.vgg import CHANNELS, HIDDEN, INPUT, POOL_AFTER, scaled
+from qat.models.sizes import layer_sizes
+from qat.models.vgg import HIDDEN, scaled
 from qat.results.record import Result, read_result
 
-_FOUR_EMOTIONS = 4490  # of IEMOCAP's utterances
 _WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
 _ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}  # training and validation
 _RHEMO_CONVOLUTIONS = 16e6  # multiplications of encoder and decoder, a sample
@@ -95,7 +95,7 @@ def flop_of_epoch(experiment: AnyExperiment) -> float:
         fixed = not network.embeds or network.rhemo_mode == "frozen"
         if not (at.cache and fixed):
             deepest = 13 if at.position == "pool5" else max(at.layers)
-            twin = 2 * sum(_convolutions(network)[:deepest])
+            twin = _vgg(network, deepest)
     return train * (3 * forward + twin) + validation * (forward + twin)
 
 
@@ -104,24 +104,12 @@ def _forward(experiment: AnyExperiment) -> float:
         hidden, pixels = scaled(HIDDEN, experiment.rhemo.width), 64 * 64
         heads = (1 + len(DIMENSIONS)) * (pixels * hidden + hidden * hidden)
         return 2 * (_RHEMO_CONVOLUTIONS + heads)
-    network = experiment.network
-    _, height, width = INPUT[network.domain]
-    cells = 49 if network.adaptive_pool else (height // 32) * (width // 32)
-    hidden = scaled(HIDDEN, network.width)
-    linear = scaled(CHANNELS[-1], network.width) * cells * hidden + hidden * hidden
-    return 2 * (sum(_convolutions(network)) + linear)
+    return _vgg(experiment.network, 15)
 
 
-def _convolutions(network: NetworkConfig) -> list[float]:
-    """Multiplications of each convolution, a sample."""
-    channels, height, width = INPUT[network.domain]
-    found = []
-    for layer, out in enumerate((scaled(c, network.width) for c in CHANNELS), 1):
-        found.append(9.0 * channels * out * height * width)
-        channels = out
-        if layer in POOL_AFTER:
-            height, width = height // 2, width // 2
-    return found
+def _vgg(network: NetworkConfig, layers: int) -> float:
+    """Operations of a sample's forward pass through the first layers."""
+    return sum(layer.flops for layer in layer_sizes(network, 1)[:layers])
 
 
 def _samples(experiment: AnyExperiment) -> tuple[float, float]:
@@ -131,7 +119,7 @@ def _samples(experiment: AnyExperiment) -> tuple[float, float]:
         return _WORDS.get(name, _WORDS["librispeech"])
     items = (CORPORA[name].utterances if name in CORPORA else 0) or CORPORA["iemocap"].utterances
     if name == "iemocap" and "emotion" in where:
-        items = _FOUR_EMOTIONS
+        items = FOUR_EMOTIONS
     if name == "demo" and "speaker" in where:
         items = items * len(where["speaker"]) // 18
     if experiment.split.rule != "random" and name in _ACTOR:

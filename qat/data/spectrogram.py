@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat.config.experiment import INPUT_BINS, INPUT_FRAMES, WORD_FRAMES, SpectrogramConfig
-from qat.data.torchaudio_import import torchaudio
 
 LAST_WORD_OFFSET = 340
 
@@ -221,6 +220,8 @@ def _check_rows(rows: Tensor, frames: int) -> None:
 
 @lru_cache
 def _transform(window: int, hop: int) -> tuple[torch.nn.Module, float]:
+    from qat.data.torchaudio_import import torchaudio  # which a machine that only benchmarks may lack
+
     transform = torchaudio.transforms.Spectrogram(
         n_fft=window,
         hop_length=hop,

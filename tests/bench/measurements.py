@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import summary
-from bench.fresh import Fresh
-from bench.results import Results, Row, write
-from bench.sharing import Shared
+from bench.network import NO_AT
+from bench.results import Fresh, Results, Row, Shared, write
 
 GPU = {"device": "Some GPU", "threads": "16", "commit": "abc1234", "torch": "2.11.0", "date": "2026-11-24 20:00 UTC"}
 CPU = {**GPU, "device": "cpu: Some CPU", "threads": "2"}
-STEP = {"suite": "step", "layer": summary.NO_AT, "work": "step", "provider": "ours"}
+STEP = {"suite": "step", "layer": NO_AT, "work": "step", "provider": "ours"}
 LOSS = {"suite": "atl", "layer": "layers 1-2", "variant": "paper", "provider": "ours"}
 
 
@@ -23,38 +22,42 @@ def row(median: float = 100.0, **fields: Any) -> Row:
         "flops": 10**9, "bytes": 10**7,
     }  # fmt: skip
     times = dict.fromkeys(("median_us", "p20_us", "p80_us"), median if fields.get("status", "ok") == "ok" else None)
-    return Row(**{**dict.fromkeys(Row._fields), **plain, **times, **fields})
+    return Row(**{**plain, **times, **fields})
 
 
-def measured(*rows: Any, fresh: Any = (), shared: Any = (), **provenance: Any) -> summary.Measured:
-    """A run of these rows, first runs and trainings side by side, these of another commit."""
-    lines = {tuple(getattr(line, field) for field in summary.FRESH_CASE): line for line in fresh}
+def measured(*rows: Any, fresh: Any = (), shared: Any = (), **provenance: Any) -> summary.Folder:
+    """A folder of these rows, first calls and trainings side by side, the last of another commit."""
     origin = {**GPU, **provenance}
-    beside = summary.Sharing(list(shared), {**origin, "commit": "def5678"} if shared else {})
-    return summary.Measured(Path("results/gpu/results.csv"), Results(list(rows), origin), lines, beside)
+    beside = Results(list(shared), {**origin, "commit": "def5678"} if shared else {})
+    first = Results(list(fresh), origin if fresh else {})
+    return summary.Folder(Path("results/gpu/results.csv"), Results(list(rows), origin), first, beside)
 
 
 def fresh_of(row: Row, **values: Any) -> Fresh:
     """The first run of a row's case and provider."""
-    return Fresh(**{field: getattr(row, field) for field in summary.FRESH_CASE} | {"status": "ok"} | values)
+    return Fresh(**row.case | {"provider": row.provider, "status": "ok"} | values)
 
 
 def shared(processes: int, relative: float | None, **fields: Any) -> Shared:
     """A row of trainings side by side, of 1000 samples a second for one of them."""
-    case = ("epoch", "quaternion", "AT at layer 2", "9 samples", 20, "bf16", "epoch", "processes", processes, 1, "ok")
-    return Shared(*case, relative and 1000 * relative, relative)._replace(**fields)
+    plain = {
+        "suite": "epoch", "network": "quaternion", "layer": "AT at layer 2", "variant": "9 samples", "batch": 20,
+        "precision": "bf16", "work": "epoch", "mode": "processes", "processes": processes, "threads_each": 1,
+        "status": "ok", "samples_per_second": relative and 1000 * relative, "trainings_relative": relative,
+    }  # fmt: skip
+    return Shared(**{**plain, **fields})
 
 
 def lines_of(text: str) -> list[dict[str, str]]:
-    """The lines of all Markdown tables, by their head; of columns of one name the first is meant, the next has a 2."""
+    """The lines of all Markdown tables, by their head."""
     found = []
     for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
         head, rule, *body = [
             [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()
         ]
         assert set(rule) == {"---"}
-        names = [name if name not in head[:n] else f"{name} 2" for n, name in enumerate(head)]
-        found += [dict(zip(names, line, strict=True)) for line in body]
+        assert len(set(head)) == len(head)
+        found += [dict(zip(head, line, strict=True)) for line in body]
     return found
 
 
@@ -74,7 +77,7 @@ def steps() -> list[Row]:
     }  # fmt: skip
     rows = []
     for (network, provider), values in times.items():
-        for layer, us in zip((summary.NO_AT, "AT at layer 2", "AT at layer 13"), values, strict=True):
+        for layer, us in zip((NO_AT, "AT at layer 2", "AT at layer 13"), values, strict=True):
             names = {**STEP, "network": network, "provider": provider, "layer": layer}
             rows.append(row(us, **names, peak_bytes=int(us * us) * 1000))
     cached = {**STEP, "layer": "AT at layer 2", "variant": "cached targets"}
@@ -82,7 +85,7 @@ def steps() -> list[Row]:
     return [*rows, row(21.0, **cached, peak_bytes=440_000), part]
 
 
-def everything(**provenance: Any) -> summary.Measured:
+def everything(**provenance: Any) -> summary.Folder:
     """A run with rows for every section and chart."""
     rows = [row(50.0, layer=layer) for layer in ("conv 2", "conv 6-7")]
     rows.append(row(80.0, layer="conv 2", provider="concatenated, NHWC"))
@@ -97,11 +100,11 @@ def everything(**provenance: Any) -> summary.Measured:
     return measured(*rows, roof_bandwidth="4e12", roof_bf16="8e14", **provenance)
 
 
-def committed(folder: Path, name: str, m: summary.Measured) -> Path:
+def committed(folder: Path, name: str, m: summary.Folder) -> Path:
     """A run in the folder of its name below bench/results."""
     target = folder / "bench/results" / name
     target.mkdir(parents=True)
     write(target / "results.csv", m.results.rows, m.results.provenance)
-    write(target / "fresh.csv", m.fresh.values(), m.results.provenance)
-    write(target / "sharing.csv", m.shared.rows, dict(m.shared.provenance))
+    write(target / "fresh.csv", m.fresh.rows, m.fresh.provenance)
+    write(target / "sharing.csv", m.shared.rows, m.shared.provenance)
     return target

@@ -1,4 +1,4 @@
-"""Layers and losses of the benchmark: their operations are counted again, their gates must refuse what is wrong."""
+"""Layers and losses of the benchmark: their operations are counted again, their checks must refuse what is wrong."""
 
 import importlib.util
 import itertools
@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import atl, layers
-from bench.case import BACKWARD, FORWARD, STEP, differentiated
+from bench.case import BACKWARD, FORWARD, STEP
+from bench.gradients import differentiated
 from bench.suites import HEADLINE, SUITES
 from qkernels import anti_transfer_loss
 
@@ -37,7 +38,7 @@ def test_flops_of_a_convolution_are_those_of_a_count() -> None:
 @pytest.mark.parametrize("case", [CONV, LINEAR, replace(CONV, work=layers.DX), replace(CONV, work=FORWARD)], ids=str)
 def test_flops_are_pytorchs_for_the_real_layer(case: Any) -> None:
     real = next(provider for provider in layers.PROVIDERS if provider.real)
-    run = real.build(case, [case.operands(CPU)])[0]
+    run = real.build(case, case.operands(CPU))
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == case.flops
@@ -127,23 +128,24 @@ def test_flops_of_the_released_loss_are_those_of_a_count(rows: int, columns: int
 @pytest.mark.parametrize("case", [CONV, LINEAR, *(replace(CONV, work=w) for w in layers.BARE), LOSS], ids=str)
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("factor", [1.001, math.nan])
-def test_the_gate_refuses_a_wrong_part(case: Any, part: Any, factor: Any) -> None:
+def test_a_wrong_part_is_refused(case: Any, part: Any, factor: Any) -> None:
     provider = atl.PROVIDERS[0] if case is LOSS else AUTO
     operands = case.operands(CPU)
-    results = list(provider.read(provider.build(case, [operands])[0]()))
-    excess, error = case.gate(provider, operands, tuple(results))
+    results = list(provider.read(provider.build(case, operands)()))
+    excess, error = case.check(provider, operands, tuple(results))
     assert excess <= 1
     assert error < 1e-5
     results[part % len(results)] = factor * results[part % len(results)]
-    assert not case.gate(provider, operands, tuple(results))[0] <= 1
+    assert not case.check(provider, operands, tuple(results))[0] <= 1
 
 
 def test_each_set_of_operands_has_a_run_of_its_own() -> None:
     sets = [CONV.operands(CPU) for _ in range(3)]
     for provider in layers.PROVIDERS:
         if provider.fits(CONV) and provider.cpu:
-            for operands, run in zip(sets, provider.build(CONV, sets), strict=True):
-                assert CONV.gate(provider, operands, provider.read(run()))[0] <= 1
+            runs = [provider.build(CONV, operands) for operands in sets]
+            for operands, run in zip(sets, runs, strict=True):
+                assert CONV.check(provider, operands, provider.read(run()))[0] <= 1
 
 
 @pytest.mark.parametrize("work", [FORWARD, BACKWARD, STEP])
@@ -186,7 +188,7 @@ def test_suites_have_what_they_should() -> None:
     steps = {(case.network, case.layer, case.variant) for case in SUITES["step"][0].cases}
     assert len(steps) == 3 * (1 + 3 * 2) + 3  # three of them against torch.compile
     for suites in SUITES.values():
-        keys = [case.key for suite in suites for case in suite.cases]
+        keys = [case.case_key for suite in suites for case in suite.cases]
         assert len(keys) == len(set(keys))
         assert all(any(p.fits(case) for p in suite.providers) for suite in suites for case in suite.cases)
 

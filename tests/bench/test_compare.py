@@ -1,12 +1,13 @@
 """Results against results: what counts as a change, and where committed results are found."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.compare import LINES, compare, load, text
+from bench.compare import LINES, compare, load
 from bench.results import Results, Row, write
 
 PROVENANCE = {"device": "A GPU", "threads": "8", "commit": "abc"}
@@ -18,10 +19,10 @@ def row(**fields: Any) -> Row:
         "work": "forward", "mode": "graph", "provider": "ours auto", "shape": "", "status": "ok", "median_us": 100.0,
         "p20_us": 100.0, "p80_us": 100.0, "peak_bytes": 10**7, "flops": 1, "bytes": 1,
     }  # fmt: skip
-    return Row(**{**dict.fromkeys(Row._fields), **plain, **fields})
+    return Row(**{**plain, **fields})
 
 
-def results(*rows: Any, **provenance: Any) -> Results:
+def results(*rows: Any, **provenance: Any) -> Results[Row]:
     return Results(list(rows), {**PROVENANCE, **provenance})
 
 
@@ -87,7 +88,7 @@ def test_rows_of_one_side_are_counted_by_suite() -> None:
     found = compare(before, results(row(), row(suite="step")))
     assert (found.only_before, found.only_after) == ({"linear": 2, "atl": 1}, {"step": 1})
     assert not found.regressions
-    summary = text(found).splitlines()[-1]
+    summary = str(found).splitlines()[-1]
     assert summary == "1 rows compared: nothing changed; only before: 1 of atl, 2 of linear; only after: 1 of step"
 
 
@@ -102,19 +103,19 @@ def test_text_is_worst_first() -> None:
         row(layer="much slower", median_us=300.0),
         row(layer="large", peak_bytes=2 * 10**7),
     )
-    lines = text(compare(before, after)).splitlines()
+    lines = str(compare(before, after)).splitlines()
     order = [next(name for name in names if f", {name}," in line) for line in lines[:-1]]
     assert order == ["wrong", "much slower", "large", "a bit slower", "faster"]
-    assert "100 -> 300 us" in lines[1]
+    assert "100 µs -> 300 µs" in lines[1]
     assert "3.00x" in lines[1]
-    assert "10 -> 20 MB" in lines[2]
+    assert "10 MB -> 20 MB" in lines[2]
     assert lines[-1] == "6 rows compared: 1 now REFUSED; 2 slower; 1 more memory; 1 faster"
 
 
 def test_a_long_table_is_cut_and_says_so() -> None:
     rows = [row(layer=f"conv {n}") for n in range(LINES + 3)]
-    slow = [one._replace(median_us=200.0) for one in rows]
-    lines = text(compare(results(*rows), results(*slow))).splitlines()
+    slow = [replace(one, median_us=200.0) for one in rows]
+    lines = str(compare(results(*rows), results(*slow))).splitlines()
     assert len(lines) == LINES + 2
     assert lines[-2:] == ["and 3 more", f"{LINES + 3} rows compared: {LINES + 3} slower"]
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_tests, sharing
+from bench import gpu_tests
+from bench.processes import terminating
 
 FILES = {
     "test_fine": "def test(): pass",
@@ -45,7 +46,7 @@ def test_what_hangs_ends_with_the_time_and_with_this_program(told: bool, tmp_pat
     if told:
         ending = threading.Thread(target=terminate, args=(note,))
         ending.start()
-        with pytest.raises(SystemExit), sharing.terminating():
+        with pytest.raises(SystemExit), terminating():
             gpu_tests.run([file], 60, tmp_path)
         ending.join()
     else:

@@ -1,14 +1,14 @@
 """The hours of the paper's grid, counted training by training."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench import grid
 from bench.case import FORWARD
-from bench.network import CACHED, STEPS, TRAIN
-from bench.summary import NO_AT
+from bench.network import CACHED, NO_AT, STEPS, TRAIN
 from tests.bench.measurements import row
 
 SPLIT = {"IEMOCAP": (3143, 898), "RAVDESS": (1008, 288), "TESS": (1960, 560)}
@@ -56,7 +56,7 @@ def rows_of(way: Any, network: str = "quaternion") -> Any:
 @pytest.mark.parametrize("way", grid.WAYS)
 def test_times_are_of_the_way_that_is_asked_for(way: Any) -> None:
     found = rows_of(way)
-    slower = [one._replace(median_us=9e9, **wrong) for one in found
+    slower = [replace(one, median_us=9e9, **wrong) for one in found
               for wrong in ({"batch": 256}, {"precision": "float32"}, {"network": "real"}, {"variant": "other"},
                             {"provider": "x"}, {"mode": "none"}, {"work": "forward+backward"})]  # fmt: skip
     assert grid.measured(slower + found + slower, "quaternion", way) == times(0.25)
@@ -64,7 +64,7 @@ def test_times_are_of_the_way_that_is_asked_for(way: Any) -> None:
     for one in found:
         rest = [other for other in found if other is not one]
         assert grid.measured(rest, "quaternion", way) is None
-        assert grid.measured([*rest, one._replace(status="failed")], "quaternion", way) is None
+        assert grid.measured([*rest, replace(one, status="failed")], "quaternion", way) is None
 
 
 def test_what_it_needs_is_measured_by_the_suite() -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as bench
 from bench import launches
-from bench.launches import PARTS, StepCase, by_part, step_launches
+from bench.launches import PARTS, by_part, step_case, step_launches
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -23,7 +23,7 @@ LIMITS = {0: 69, 2: 75, 13: 86}
 
 
 def step(at_layer: Any, cached: bool = False, batch: int = 20, precision: str = "bf16", arch: int = 90) -> Any:
-    return step_launches(StepCase(at_layer=at_layer, cached=cached, batch=batch, precision=precision), arch)
+    return step_launches(step_case(at_layer, cached, batch, precision), arch)
 
 
 def names(events: Any, part: Any = None) -> Any:
@@ -145,7 +145,7 @@ def test_kernels_for_many_tensors(depth: int, sizes: Any, expected: int) -> None
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [StepCase(at_layer=2, cached=True, batch=20, precision="bf16")]
+    wanted = [step_case(2, True, 20, "bf16")]
     monkeypatch.setattr(launches, "cases", lambda: wanted)
     assert bench.main(["launches", "--json"]) == 0
     (case,) = json.loads(capsys.readouterr().out)["cases"]

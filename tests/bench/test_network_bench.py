@@ -1,4 +1,4 @@
-"""The whole networks' benchmark: who computes what, its gate and its counts, in tiny cases on a CPU."""
+"""The whole networks' benchmark: its providers, checks and counts, in tiny cases on a CPU."""
 
 import subprocess
 import sys
@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import network
 from bench.atl import gram_flops
-from bench.case import FORWARD, STEP, relative_error
+from bench.case import FORWARD, STEP
+from bench.gradients import relative_error
 from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, STEPS, TRAIN, TWIN
+from qat.config import NetworkConfig
+from qat.models.sizes import layer_sizes
 
 CPU = torch.device("cpu")
 SUITES = {"step": STEPS, "inference": INFERENCE, "epoch": EPOCHS}
@@ -47,7 +50,7 @@ def provider(name: Any, suite: Any = STEPS) -> Any:
 
 
 def checked(case: Any, operands: Any, chosen: Any) -> Any:
-    run = chosen.build(case, [operands])[0]
+    run = chosen.build(case, operands)
     with case.checking(operands):
         return run()
 
@@ -68,7 +71,7 @@ def test_providers_are_right(case: Any, chosen: Any) -> None:
     results = checked(case, operands, chosen)
     count = 1 + len(list(operands.classifier.net.parameters())) if case.work in (TRAIN, STEP) else 1
     assert len(results) == count
-    assert case.gate(chosen, operands, results)[0] <= 1
+    assert case.check(chosen, operands, results)[0] <= 1
 
 
 @pytest.mark.slow
@@ -76,7 +79,7 @@ def test_providers_are_right(case: Any, chosen: Any) -> None:
 @pytest.mark.timeout(1200)
 def test_the_compiled_program_is_right(case: Any) -> None:
     operands, compiled = case.operands(CPU), provider("torch.compile")
-    assert case.gate(compiled, operands, checked(case, operands, compiled))[0] <= 1
+    assert case.check(compiled, operands, checked(case, operands, compiled))[0] <= 1
 
 
 def test_bfloat16_is_right_within_its_own_bounds() -> None:
@@ -84,8 +87,8 @@ def test_bfloat16_is_right_within_its_own_bounds() -> None:
     operands = case.operands(CPU)
     for chosen in STEPS.providers[:2]:
         results = checked(case, operands, chosen)
-        assert case.gate(chosen, operands, results)[1] > 1e-6  # it is bfloat16
-        assert case.gate(chosen, operands, results)[0] <= 1
+        assert case.check(chosen, operands, results)[1] > 1e-6  # it is bfloat16
+        assert case.check(chosen, operands, results)[0] <= 1
 
 
 def _scaled(number: Any, factor: Any) -> Any:
@@ -111,15 +114,15 @@ def test_wrong_results_are_refused(wrong: Any, width: Any) -> None:
     case = replace(tiny("quaternion", 2), width=width)
     operands, ours = case.operands(CPU), provider("ours")
     results = tuple(x.clone() for x in checked(case, operands, ours))
-    assert case.gate(ours, operands, results)[0] <= 1
-    assert case.gate(ours, operands, wrong(results))[0] > 1
+    assert case.check(ours, operands, results)[0] <= 1
+    assert case.check(ours, operands, wrong(results))[0] > 1
 
 
 def test_a_gradient_too_few_is_an_error() -> None:
     case = tiny("real-on-embedding")
     operands, ours = case.operands(CPU), provider("ours")
     with pytest.raises(AssertionError, match="gradients of every parameter"):
-        case.gate(ours, operands, checked(case, operands, ours)[:-1])
+        case.check(ours, operands, checked(case, operands, ours)[:-1])
 
 
 @pytest.mark.parametrize("work", [FORWARD, TRAIN])
@@ -128,7 +131,7 @@ def test_anti_transfer_with_another_weight_is_refused(work: Any, monkeypatch: py
     operands, ours = case.operands(CPU), provider("ours")
     config = network.AntiTransferConfig
     monkeypatch.setattr(network, "AntiTransferConfig", lambda **options: config(**options, beta=1.01))
-    assert case.gate(ours, operands, checked(case, operands, ours))[0] > 1
+    assert case.check(ours, operands, checked(case, operands, ours))[0] > 1
 
 
 @pytest.mark.parametrize("case", [tiny("quaternion", 7, TWIN), distinct(INFERENCE)[0]], ids=str)
@@ -136,14 +139,14 @@ def test_wrong_values_are_refused(case: Any) -> None:
     operands, ours = case.operands(CPU), provider("ours")
     (values,) = checked(case, operands, ours)
     for wrong in (1.001 * values, values.flip(0), torch.full_like(values, torch.nan)):
-        assert case.gate(ours, operands, (wrong,))[0] > 1
+        assert case.check(ours, operands, (wrong,))[0] > 1
 
 
 def test_an_epoch_of_other_data_or_a_part_of_it_is_refused() -> None:
     case = distinct(EPOCHS)[0]
     operands, ours = case.operands(CPU), provider("ours", EPOCHS)
     (loss,) = checked(case, operands, ours)
-    assert case.gate(ours, operands, (0.8 * loss,))[0] > 1  # four batches of five
+    assert case.check(ours, operands, (0.8 * loss,))[0] > 1  # four batches of five
 
 
 def test_an_allowed_turn_and_the_same_length_are_right_and_no_more() -> None:
@@ -172,7 +175,7 @@ def test_dropout_is_there_when_timed_and_not_when_checked(
 ) -> None:
     case = distinct(SUITES[suite])[0]
     operands = case.operands(CPU)
-    run = provider(name, SUITES[suite]).build(case, [operands])[0]
+    run = provider(name, SUITES[suite]).build(case, operands)
     seen, dropout = [], torch.nn.functional.dropout
 
     def seeing(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -191,7 +194,7 @@ def test_dropout_is_there_when_timed_and_not_when_checked(
 def test_dropout_comes_back_after_an_error() -> None:
     case = tiny("real-on-embedding")
     operands = case.operands(CPU)
-    provider("ours").build(case, [operands])
+    provider("ours").build(case, operands)
     with pytest.raises(KeyboardInterrupt), case.checking(operands):
         raise KeyboardInterrupt
     assert {module.p for module in dropouts(operands)} == {0.5}
@@ -259,7 +262,7 @@ class Operators(TorchDispatchMode):
 
 def dispatched(case: Any, name: Any) -> Any:
     operands = case.operands(CPU)
-    run = provider(name).build(case, [operands])[0]
+    run = provider(name).build(case, operands)
     with Operators() as operators:
         run()
     return operators.names
@@ -285,7 +288,7 @@ def test_the_compiled_program_is_careful() -> None:
 def test_gradients_of_the_trained_network_do_not_pile_up(name: str) -> None:
     case = tiny("quaternion", 2, STEP)
     operands = case.operands(CPU)
-    run = provider(name).build(case, [operands])[0]
+    run = provider(name).build(case, operands)
     with case.checking(operands):
         once = [gradient.clone() for gradient in run()]
         for first, second in zip(once, run(), strict=True):
@@ -295,7 +298,7 @@ def test_gradients_of_the_trained_network_do_not_pile_up(name: str) -> None:
 def test_the_research_style_piles_up_gradients_of_the_twin() -> None:
     case = tiny("quaternion", 7)
     operands = case.operands(CPU)
-    ours, research = (provider(name).build(case, [operands])[0] for name in ("ours", "research style"))
+    ours, research = (provider(name).build(case, operands) for name in ("ours", "research style"))
     twins = [made for made in operands.copies if isinstance(made, network.VGG16)]
     with case.checking(operands):
         ours(), research()
@@ -325,7 +328,7 @@ def test_the_host_waits_for_nothing_in_a_step(name: str, at: int) -> None:
 @pytest.mark.parametrize("work", [FORWARD, STEP, TRAIN])
 def test_flops_are_those_of_the_layers(name: Any, work: Any) -> None:
     case = tiny(name, 0, work)
-    run = provider("research style").build(case, [case.operands(CPU)])[0]
+    run = provider("research style").build(case, case.operands(CPU))
     with FlopCounterMode(display=False) as counter:
         run()
     assert case.flops == counter.get_total_flops()
@@ -334,8 +337,8 @@ def test_flops_are_those_of_the_layers(name: Any, work: Any) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_flops_of_anti_transfer_are_the_twins_and_the_losss(name: Any) -> None:
     operands = tiny(name, 7).operands(CPU)
-    run = provider("ours").build(tiny(name, 7, TWIN), [operands])[0] if name != "quaternion" else None
-    research = provider("research style").build(tiny(name, 7, TWIN), [operands])[0]
+    run = provider("ours").build(tiny(name, 7, TWIN), operands) if name != "quaternion" else None
+    research = provider("research style").build(tiny(name, 7, TWIN), operands)
     with FlopCounterMode(display=False) as counter:
         (features,) = (run or research)()
     twin = counter.get_total_flops()
@@ -385,9 +388,9 @@ def test_an_epoch_is_its_steps() -> None:
 def test_flops_of_the_paper() -> None:
     full = next(case for case in STEPS.cases if (case.network, case.at, case.work) == ("quaternion", 0, FORWARD))
     assert full.flops == pytest.approx(20 * 2 * (1.255e9 + 2048 * 4096 + 4096**2), rel=1e-3)
-    assert sum(sizes.weights for sizes in network.layer_sizes("quaternion", 1.0)) == 9_998_020
-    assert sum(sizes.weights for sizes in network.layer_sizes("real", 1.0)) == 165_733_060
-    assert sum(sizes.weights for sizes in network.layer_sizes("real-on-embedding", 1.0)) == 39_905_668
+    networks = [NetworkConfig(domain=domain) for domain in ("quaternion", "real", "real-on-embedding")]
+    weights = [sum(layer.weights for layer in layer_sizes(config, 4)) for config in networks]
+    assert weights == [9_998_020, 165_733_060, 39_905_668]
 
 
 def test_suites_are_in_the_order_of_their_value() -> None:
@@ -421,7 +424,8 @@ def test_embeddings_of_the_demo_repeat() -> None:
     assert network.DATA.stat().st_size < 1e6
 
 
-ABSENT = ("soundfile", "soxr", "jsonargparse", "submitit", "tensorboard", "speechbrain", "espeakng_loader")
+ABSENT = ("soundfile", "soxr", "jsonargparse", "submitit", "tensorboard", "speechbrain", "espeakng_loader",
+          "torchaudio", "torchmetrics", "jinja2", "matplotlib", "pandas", "sklearn")  # fmt: skip
 
 
 def test_nothing_is_needed_that_a_gpu_machine_may_lack() -> None:
@@ -429,13 +433,13 @@ def test_nothing_is_needed_that_a_gpu_machine_may_lack() -> None:
 import sys
 for name in {ABSENT}:
     sys.modules[name] = None
-import torch
+import bench.__main__, bench.compare, bench.gpu_tests, bench.test_bench, qkernels.runtime.__main__, torch
 from bench.network import EPOCHS, INFERENCE, STEPS
 for suite in (EPOCHS, INFERENCE, STEPS):
     case = suite.cases[1].tiny()
     for provider in suite.providers[:2]:
         if provider.fits(case):
-            provider.build(case, [case.operands(torch.device("cpu"))])[0]()
+            provider.build(case, case.operands(torch.device("cpu")))()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

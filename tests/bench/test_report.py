@@ -31,7 +31,7 @@ def test_the_readme_is_filled_and_nothing_else_touched(tmp_path: Path, monkeypat
     readme = tmp_path / "README.md"
     readme.write_text(marked(*tables.SECTIONS), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    report.write_report(Path("bench/results"), Path("docs"), Path("README.md"))
+    report.write_readme(Path("bench/results"), Path("docs"), Path("README.md"))
     text = readme.read_text(encoding="utf-8")
     assert "old" not in text
     outside = re.sub(r"(-->\n).*?(<!-- /bench -->)", r"\1old\n\2", text, flags=re.DOTALL)
@@ -57,27 +57,27 @@ def test_the_readme_is_filled_and_nothing_else_touched(tmp_path: Path, monkeypat
 def test_a_second_run_changes_nothing_wherever_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     committed(tmp_path, "gpu", everything())
     (tmp_path / "README.md").write_text(marked(*tables.SECTIONS), encoding="utf-8")
-    report.write_report(tmp_path / "bench/results", tmp_path / "docs", tmp_path / "README.md")
+    report.write_readme(tmp_path / "bench/results", tmp_path / "docs", tmp_path / "README.md")
     once = state(tmp_path)
     monkeypatch.chdir(tmp_path / "bench")
-    report.write_report(Path("results"), Path("../docs"), Path("../README.md"))
+    report.write_readme(Path("results"), Path("../docs"), Path("../README.md"))
     assert state(tmp_path) == once
 
 
 def test_line_ends_and_bytes_outside_stay() -> None:
     text = "\ufeffa \r\n\tü <!-- bench: x --> old <!-- /bench --> tail  \r\n"
     assert (
-        report.filled(text, {"x": "1\n2"}, "f")
+        report.fill(text, {"x": "1\n2"}, "f")
         == "\ufeffa \r\n\tü <!-- bench: x -->\r\n1\r\n2\r\n<!-- /bench --> tail  \r\n"
     )
-    assert report.filled("no marker\n", {"x": "1"}, "f") == "no marker\n"
+    assert report.fill("no marker\n", {"x": "1"}, "f") == "no marker\n"
 
 
 def test_windows_line_ends_stay_in_the_file(tmp_path: Path) -> None:
     committed(tmp_path, "gpu", measured(row()))
     readme = tmp_path / "README.md"
     readme.write_bytes(marked("paper").replace("\n", "\r\n").encode())
-    report.write_report(tmp_path / "bench/results", tmp_path / "docs", readme)
+    report.write_readme(tmp_path / "bench/results", tmp_path / "docs", readme)
     assert re.search(rb"[^\r]\n", readme.read_bytes()) is None
     assert b"not measured" in readme.read_bytes()
 
@@ -101,7 +101,7 @@ def test_wrong_markers_change_no_file(tmp_path: Path, text: str, message: str) -
     readme.write_text(text)
     before = state(tmp_path)
     with pytest.raises(ValueError, match=re.escape(str(readme)) + message) as caught:
-        report.write_report(tmp_path / "bench/results", tmp_path / "docs", readme)
+        report.write_readme(tmp_path / "bench/results", tmp_path / "docs", readme)
     assert "\n" not in str(caught.value)
     assert state(tmp_path) == before
 
@@ -118,7 +118,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="disk full"):
-        report.write_report(tmp_path / "bench/results", tmp_path / "docs", readme)
+        report.write_readme(tmp_path / "bench/results", tmp_path / "docs", readme)
     monkeypatch.undo()
     assert state(tmp_path) == before
 
@@ -130,7 +130,7 @@ def test_a_page_has_all_sections_and_its_charts_beside_it(tmp_path: Path) -> Non
     m = everything()
     first = fresh_of(row(), first_call_s=2.5)
     folder = committed(tmp_path, "mine", measured(*m.results.rows, fresh=[first], shared=[shared(1, 1.0)]))
-    path = report.page(folder)
+    path = report.write_page(folder)
     assert path == folder / "report.md"
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^#+ .*$", text, re.MULTILINE) == [
@@ -149,13 +149,13 @@ def test_a_page_has_all_sections_and_its_charts_beside_it(tmp_path: Path) -> Non
 
 def test_a_page_is_the_same_again_wherever_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = committed(tmp_path, "mine", everything())
-    report.page(folder)
+    report.write_page(folder)
     once = state(tmp_path)
     monkeypatch.chdir(folder)
-    assert report.page(Path()) == Path("report.md")
+    assert report.write_page(Path()) == Path("report.md")
     assert state(tmp_path) == once
     (folder / "report.md").write_text("old")
-    report.page(Path())
+    report.write_page(Path())
     now = state(tmp_path)
     assert [name for name in now if now[name] != once[name]] == ["bench/results/mine/report.md"]
     assert {name: data for name, (data, _) in now.items()} == {name: data for name, (data, _) in once.items()}
@@ -174,7 +174,7 @@ def test_a_page_appears_after_its_charts_or_not_at_all(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="disk full"):
-        report.page(folder)
+        report.write_page(folder)
     new = {Path(name).name for name in set(state(tmp_path)) - set(before)}
     assert new == {"layers.svg", "roofline.svg", "memory.svg"}
 
@@ -219,7 +219,7 @@ def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
     root = Path(report.__file__).parents[1]
     shutil.copytree(root / "bench/results", tmp_path / "bench/results")
     shutil.copy(root / "README.md", tmp_path)
-    report.write_report(tmp_path / "bench/results", tmp_path / "docs", tmp_path / "README.md")
+    report.write_readme(tmp_path / "bench/results", tmp_path / "docs", tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == (root / "README.md").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "docs/bench").iterdir()} == {
         path.name for path in (root / "docs/bench").iterdir()

@@ -1,14 +1,15 @@
 """The runner and the command line of the benchmark, without a GPU."""
 
-import argparse
 import contextlib
 import csv
-import json
 import math
+import os
+import signal
 import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from bench import __main__ as cli
 from bench import fresh, layers, results, run
 from bench.case import BACKWARD, FORWARD, STEP, Roof, Suite
 from bench.network import STEPS
-from bench.suites import SUITES
+from bench.processes import Worker
+from bench.suites import HEADLINE, SUITES
 from bench.targets import Target
-from bench.timing import CpuClock, Timing
+from bench.timing import Clock, Timing
 from qkernels import runtime
 from qkernels.runtime.precision import precision_of
 
@@ -55,8 +57,9 @@ def wrong(results: Any) -> Any:
 
 
 def build_with(change: Any) -> Any:
-    def build(case: Any, sets: Any) -> Any:
-        return [lambda one=one: change(one()) for one in RIGHT.build(case, sets)]
+    def build(case: Any, operands: Any) -> Any:
+        run = RIGHT.build(case, operands)
+        return lambda: change(run())
 
     return build
 
@@ -81,7 +84,7 @@ def test_nan_is_refused() -> None:
 
 
 def test_only_the_judged_run_is_checked() -> None:
-    """What a case switches off for its gate, such as dropout, is on when it is timed."""
+    """What a case switches off for its check, such as dropout, is on when it is timed."""
 
     class Checked(layers.LayerCase):
         @contextlib.contextmanager
@@ -92,8 +95,9 @@ def test_only_the_judged_run_is_checked() -> None:
 
     checking, seen = [], []
 
-    def build(case: Any, sets: Any) -> Any:
-        return [lambda one=one: (seen.append(bool(checking)), one())[1] for one in RIGHT.build(case, sets)]
+    def build(case: Any, operands: Any) -> Any:
+        run = RIGHT.build(case, operands)
+        return lambda: (seen.append(bool(checking)), run())[1]
 
     case = Checked(**{field.name: getattr(TINY, field.name) for field in fields(TINY)})
     (row,) = run.measure(case, [RIGHT._replace(build=build)], CPU, Watch())
@@ -107,7 +111,7 @@ def test_only_the_judged_run_is_checked() -> None:
 def test_what_raises_is_a_row_and_the_others_are_measured(
     error: Any, status: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build(case: Any, sets: Any) -> None:
+    def build(case: Any, operands: Any) -> None:
         raise error
 
     broken, right = run.measure(TINY, [RIGHT._replace(name="broken", build=build), RIGHT], CPU, Watch())
@@ -130,10 +134,10 @@ def test_a_case_that_raises_costs_its_own_rows(capsys: pytest.CaptureFixture[str
 
 
 def test_what_cannot_be_judged_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gate(self: Any, provider: Any, operands: Any, results: Any) -> None:
+    def check(self: Any, provider: Any, operands: Any, results: Any) -> None:
         raise torch.OutOfMemoryError("float64")
 
-    monkeypatch.setattr(layers.LayerCase, "gate", gate)
+    monkeypatch.setattr(layers.LayerCase, "check", check)
     (row,) = run.measure(TINY, [RIGHT], CPU, Watch())
     assert (row.status, row.median_us) == ("not judged", None)
 
@@ -160,18 +164,19 @@ def test_rows_know_the_roof_and_the_floor() -> None:
 
 def test_the_most_valuable_cases_come_first_and_the_budget_drops_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [replace(TINY, layer=f"conv {n}", rank=rank) for n, rank in enumerate((2, 0, 1))]
-    whole = run.Session([Suite(cases, [RIGHT])], CPU)
+    whole = run.Schedule([Suite(cases, [RIGHT])], CPU)
     assert [(case.layer, providers) for case, providers, _ in whole.planned(set())] == [
         ("conv 1", [RIGHT]), ("conv 2", [RIGHT]), ("conv 0", [RIGHT])
     ]  # fmt: skip
-    assert [case.layer for case, *_ in whole.planned({cases[1].key})] == ["conv 2", "conv 0"]
+    assert [case.layer for case, *_ in whole.planned({cases[1].case_key})] == ["conv 2", "conv 0"]
     assert list(whole._replace(deadline=time.monotonic()).planned(set())) == []
     assert capsys.readouterr().out == "dropped, out of budget: 3 cases of the suite conv\n"
 
 
 def test_a_provider_that_a_cpu_has_not_is_left_out() -> None:
     signed = next(provider for provider in layers.PROVIDERS if provider.name == "ours signed")
-    assert run.providers_of(Suite([], [RIGHT, signed._replace(fits=lambda case: True)]), TINY, CPU) == [RIGHT]
+    suite = Suite([], [RIGHT, signed._replace(fits=lambda case: True)])
+    assert run.Schedule([suite], CPU).providers(suite, TINY) == [RIGHT]
 
 
 @pytest.fixture
@@ -195,7 +200,7 @@ def test_kernels_are_planned_and_not_launched(planned: Any) -> None:
     assert names(STEP) == [[], before + timed]
     before, timed = run.recorded_launches(replace(TINY, work=FORWARD), RIGHT, CPU)
     x, weight, bias, y, _ = TINY.operands(CPU)
-    assert run._bytes(timed[-1]) >= x.nbytes + weight.nbytes + bias.nbytes + y.nbytes
+    assert run.tensor_bytes(timed[-1].arguments) >= x.nbytes + weight.nbytes + bias.nbytes + y.nbytes
 
 
 def test_the_kernels_of_a_whole_step_are_planned(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,9 +224,9 @@ def test_the_precision_switches_are_set_and_restored() -> None:
 
     seen, before = [], precisions()
 
-    def build(case: Any, sets: Any) -> Any:
+    def build(case: Any, operands: Any) -> Any:
         seen.append(precisions())
-        return RIGHT.build(case, sets)
+        return RIGHT.build(case, operands)
 
     for precision in ("tf32", "float32"):
         run.measure(replace(TINY, precision=precision), [RIGHT._replace(build=build)], CPU)
@@ -233,7 +238,7 @@ def test_smoke_judges_every_suite_and_claims_no_time(tmp_path: Path) -> None:
     assert cli.main(["run", "--smoke", "--out", str(tmp_path)]) == 0
     with (tmp_path / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert set(lines[0]) == {*results.Row._fields, *PROVENANCE}
+    assert set(lines[0]) == {*(field.name for field in fields(results.Row)), *PROVENANCE}
     assert {line["suite"] for line in lines} == set(SUITES)
     assert {line["status"] for line in lines} == {"smoke"}
     for name in ("median_us", "p20_us", "p80_us", "samples", "host_us", "first_call_ms", "peak_bytes", "energy_mj",
@@ -247,18 +252,18 @@ def test_smoke_judges_every_suite_and_claims_no_time(tmp_path: Path) -> None:
         assert {line["work"] for line in lines if line["suite"] == name} == works
     with (tmp_path / "targets.csv").open() as file:
         judged = list(csv.DictReader(file))
-    assert set(judged[0]) == {*Target._fields, *PROVENANCE}
+    assert set(judged[0]) == {*(field.name for field in fields(Target)), *PROVENANCE}
     assert {target["verdict"] for target in judged} == {"not measured"}
-    read = results.read(tmp_path)
+    read = results.read(tmp_path / "results.csv", results.Row)
     assert len(read.rows) == len(lines)
     assert set(read.provenance) == PROVENANCE
 
 
-def test_the_gate_turns_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_turns_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = Suite([TINY], [RIGHT._replace(build=build_with(wrong))])
     monkeypatch.setattr(cli, "chosen", lambda *_: [suite])
     assert cli.main(["run", "--smoke", "--out", str(tmp_path)]) == 1
-    assert results.read(tmp_path).rows[0].status == "REFUSED"
+    assert results.read(tmp_path / "results.csv", results.Row).rows[0].status == "REFUSED"
 
 
 @pytest.fixture
@@ -266,27 +271,27 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`bench run` measures two tiny cases."""
     cases = [TINY, replace(TINY, layer="conv 3", rank=1)]
     monkeypatch.setattr(cli, "chosen", lambda *_: [Suite(cases, [RIGHT])])
-    monkeypatch.setattr(CpuClock, "roof", lambda self, precisions: Roof(1e9, {"float32": 1e9}))
+    monkeypatch.setattr(Clock, "roof", lambda self, precisions: Roof(1e9, {"float32": 1e9}))
     return cases
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_is_written_and_resumed(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--commit", "abc", "--out", str(tmp_path)]) == 0
-    whole = results.read(tmp_path)
+    whole = results.read(tmp_path / "results.csv", results.Row)
     assert [(row.layer, row.status) for row in whole.rows] == [("conv 2", "ok"), ("conv 3", "ok")]
     assert all(row.p20_us <= row.median_us <= row.p80_us and row.percent_of_roof > 0 for row in whole.rows)
     assert (whole.provenance["commit"], whole.provenance["roof_bandwidth"]) == ("abc", "1e+09")
     results.write(tmp_path / "results.csv", whole.rows[:1], whole.provenance)
     capsys.readouterr()
     assert cli.main(["run", "--commit", "abc", "--resume", "--out", str(tmp_path)]) == 0
-    again = results.read(tmp_path)
+    again = results.read(tmp_path / "results.csv", results.Row)
     assert again.rows[0] == whole.rows[0]
     assert [row.layer for row in again.rows] == ["conv 2", "conv 3"]
     assert "conv 2" not in capsys.readouterr().out
     assert cli.main(["run", "--commit", "def", "--resume", "--out", str(tmp_path)]) == 2
     assert "commit abc, this is def" in capsys.readouterr().err
-    assert results.read(tmp_path) == again
+    assert results.read(tmp_path / "results.csv", results.Row) == again
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -305,25 +310,27 @@ def test_a_lost_or_hanging_device_costs_one_case(hangs: bool, tmp_path: Path, mo
         if hangs:
             assert started.wait(20)
             raise SystemExit(0)
-        return [row._replace(status="ok") for row in run.unmeasured(arguments[0], arguments[1], "failed")]
+        return [replace(row, status="ok") for row in run.unmeasured(arguments[0], arguments[1], "failed")]
 
     def synchronize() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(cli.os, "execv", execv)
-    monkeypatch.setattr(cli, "CASE_SECONDS", 0.2)
+    monkeypatch.setattr(run, "CASE_SECONDS", 0.2)
     monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run.Schedule, "_compile", lambda self, cases: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    options = argparse.Namespace(suites=["conv"], out=tmp_path, commit="abc")
-    whole = run.Session([Suite([replace(TINY, rank=1)], [RIGHT])], torch.device("cuda"), deadline=time.monotonic() + 50)
-    monkeypatch.setattr(run.Session, "_compile", lambda self, planned: {})
+    monkeypatch.setattr(cli, "chosen", lambda *_: [Suite([replace(TINY, rank=1)], [RIGHT])])
+    monkeypatch.setattr(cli, "clock_of", lambda device: SimpleNamespace(roof=lambda precisions: Roof(1e9, {})))
+    monkeypatch.setattr(cli, "provenance", lambda commit: {"commit": commit})
     with pytest.raises(SystemExit):
-        list(cli._measured(options, [], set(), {"commit": "abc"}, whole))
+        cli.main(["run", "conv", "--out", str(tmp_path), "--commit", "abc", "--budget", "50"])
     (command,) = commands
     assert command[1:7] == ["-m", "bench", "run", "conv", "--out", str(tmp_path)]
     assert command[-3:] == ["--commit", "abc", "--resume"]
     assert 40 < float(command[command.index("--budget") + 1]) <= 50
-    (row,) = results.read(tmp_path).rows
+    (row,) = results.read(tmp_path / "results.csv", results.Row).rows
     assert (row.layer, row.status) == ("conv 2", "failed")
 
 
@@ -337,25 +344,25 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         cli.chosen(["conv"], CPU, smoke=False)
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="it lacks the columns batch"):
-        results.read(tmp_path)
+        results.read(tmp_path / "results.csv", results.Row)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (row,) = run.measure(TINY, [RIGHT], CPU)
     results.write(tmp_path / "results.csv", [row, row], {"device": "d"})
-    assert results.read(tmp_path) == results.Results([row, row], {"device": "d"})
+    assert results.read(tmp_path / "results.csv", results.Row) == results.Results([row, row], {"device": "d"})
     text = (tmp_path / "results.csv").read_text()
     for damaged, message in (
-        (text.replace(f",{row.flops},", ",many,"), "results.csv:2: flops is 'many'; it must be int"),
+        (text.replace(f",{row.flops},", ",many,"), "results.csv:2: flops is 'many'; it must be a whole number$"),
         (text[: text.rindex(str(row.flops))], "3: flops is '"),
     ):
         (tmp_path / "results.csv").write_text(damaged)
         with pytest.raises(ValueError, match=message):
-            results.read(tmp_path)
+            results.read(tmp_path / "results.csv", results.Row)
 
 
 def test_the_cpu_clock_measures_milliseconds() -> None:
-    clock = CpuClock()
+    clock = Clock()
     times = clock.time({"slow": [lambda: time.sleep(0.02)], "fast": [lambda: None]}, "eager")
     assert 2e4 <= min(times["slow"].samples) < 2e5
     assert max(times["fast"].samples) < 1e4
@@ -366,37 +373,65 @@ def test_the_cpu_clock_measures_milliseconds() -> None:
 
 
 def test_roof_of_a_cpu_is_a_rate() -> None:
-    roof = CpuClock().roof(["float32"])
+    roof = Clock().roof(["float32"])
     assert 1e8 < roof.bandwidth < 1e13
     assert 1e8 < roof.flops["float32"] < 1e14
 
 
 def test_a_fresh_process_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, so that what this one holds does not count."""
-    number = next(n for n, (case, _) in enumerate(cli.HEADLINE["cpu"]) if case.layer == "conv 6-7")
-    start = fresh._process
-    monkeypatch.setattr(fresh, "_process", lambda _, *arguments: start(number, *arguments))
-    ((_, row),) = fresh.measured(cli.HEADLINE["cpu"][number : number + 1], CPU, math.inf)
-    assert (row.layer, row.provider, row.status) == ("conv 6-7", cli.HEADLINE["cpu"][number][1].name, "ok")
-    case = cli.HEADLINE["cpu"][number][0]
-    assert 0.5 * case.bytes < row.host_bytes < 100 * case.bytes
+    headline = HEADLINE["cpu"]
+    number = next(n for n, (case, _) in enumerate(headline) if case.layer == "conv 6-7")
+    start = Worker.start
+    monkeypatch.setattr(fresh, "HEADLINE", {"cpu": headline[number : number + 1]})
+    monkeypatch.setattr(Worker, "start", lambda function, device, _, caches: start(function, device, number, caches))
+    ((_, row),) = fresh.measured("cpu", math.inf)
+    assert (row.layer, row.provider, row.status) == ("conv 6-7", headline[number][1].name, "ok")
+    assert 0.5 * headline[number][0].bytes < row.host_bytes < 100 * headline[number][0].bytes
     assert 0 < row.first_call_s < 60
     assert row.gpu_bytes is row.peak_bytes is row.cold_call_s is None
 
 
 def test_a_process_that_fails_says_why(capfd: Any) -> None:
-    with fresh._process(10**6, CPU, {}) as process:
-        assert fresh._report_of(process, math.inf) == ("failed", {})
+    with Worker.start(fresh._report, "cpu", 10**6, {}) as worker:
+        assert fresh._received(worker, math.inf) == ("failed", {})
+        worker.process.join()
     assert "IndexError" in capfd.readouterr().err
 
 
+def hangs(pipe: Any) -> None:
+    time.sleep(600)
+
+
+def test_a_process_that_hangs_is_out_of_time() -> None:
+    with Worker.start(hangs) as worker:
+        assert fresh._received(worker, time.monotonic()) == ("out of time", {})
+    assert worker.process.exitcode == -signal.SIGKILL
+
+
+def test_caches_are_those_of_the_process(tmp_path: Path) -> None:
+    """Which have to be set before it compiles anything, not before it imports."""
+    pytest.importorskip("triton")
+    with Worker.start(tell_caches, {name: str(tmp_path / name) for name in fresh.CACHES}) as worker:
+        assert worker.receive(time.monotonic() + 60) == [str(tmp_path / name) for name in fresh.CACHES]
+
+
+def tell_caches(pipe: Any, caches: Any) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from triton import knobs
+
+    assert knobs.cache.dir
+    assert cache_dir()
+    os.environ.update(caches)
+    pipe.send([knobs.cache.dir, cache_dir()])
+
+
 def test_out_of_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(fresh.measured(cli.HEADLINE["cpu"], CPU, time.monotonic())) == []
-    assert capsys.readouterr().out == f"dropped, out of budget: {len(cli.HEADLINE['cpu'])} processes\n"
+    assert list(fresh.measured("cpu", time.monotonic())) == []
+    assert capsys.readouterr().out == f"dropped, out of budget: {len(HEADLINE['cpu'])} processes\n"
 
 
-def test_reports_are_json(capsys: pytest.CaptureFixture[str]) -> None:
-    fresh.report(TINY, RIGHT, CPU)
-    found = json.loads(capsys.readouterr().out.removeprefix(fresh.REPORT))
-    assert set(found) == {"first_call_s", "peak_bytes", "host_bytes", "used"}
-    assert set(found) - {"used"} <= set(fresh.Fresh._fields)
+def test_costs_are_fields_of_a_row() -> None:
+    costs = fresh.costs(TINY, RIGHT, CPU)
+    assert set(costs) == {"first_call_s", "peak_bytes", "host_bytes", "used"}
+    assert set(costs) - {"used"} <= {field.name for field in fields(results.Fresh)}

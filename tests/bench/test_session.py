@@ -1,6 +1,5 @@
 """`python -m bench session`, with stand-ins for its parts."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from bench import __main__ as cli
 from bench import session
 from bench.session import Part
 from bench.suites import ON_CPU, SUITES
+from tests.bench.programs import gone
 
 CHECK = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
 
@@ -33,17 +33,6 @@ def told(name: Any, suites: Any = ()) -> Any:
 def asked(out: Any) -> Any:
     """What such parts have printed."""
     return [line.removeprefix("asked ") for line in (out / "log.txt").read_text().splitlines() if "asked [" in line]
-
-
-def gone(pid: Any) -> Any:
-    """It runs no more, soon: what is killed takes a moment to end, and its parent another to notice."""
-    until = time.monotonic() + 10
-    with contextlib.suppress(OSError):
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.02)
-    return True
 
 
 HANGS = """
@@ -83,8 +72,7 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: 
     assert "told before\n== fails: exit code 1 after " in log
     assert "No module named 'nowhere'" in log
     assert "hangs        out of time\n" in log
-    for pid in log.split("pids ")[1].splitlines()[0].split():
-        assert gone(pid)
+    assert gone(log.split("pids ")[1].splitlines()[0])
 
 
 def test_what_is_left_running_ends_with_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,14 +155,14 @@ def test_the_parts_are_commands_and_all_suites_are_among_them(tmp_path: Path) ->
     assert {*session.NEEDS, *ON_CPU} == set(SUITES)
     measured = [part.suites for part in parts if "{suites}" in part.command]
     assert measured == [["step"], ["atl"], ["conv"], list(session.NEEDS)]
-    parser, commands = cli._parser()
+    parser = cli.parser()
     known = {"{suites}": ["step", "conv"], "{budget}": ["10"], "{resume}": ["--resume"]}
     for part in parts:
         program, *words = (new for word in part.command[2:] for new in known.get(word, [word]))
         if program == "bench":
             options = parser.parse_args(words)
             assert options.out == tmp_path
-            assert options.command in commands
+            assert options.command in cli.COMMANDS
             assert getattr(options, "budget", None) or options.seconds == 10
             assert options.command == "tests" or options.commit == "abc"
 
@@ -209,6 +197,6 @@ def test_make_gpu_is_this_command() -> None:
     [line] = made.stdout.splitlines()
     python, _, program, *words = line.split()
     assert (python, program) == ("py", "bench")
-    options = cli._parser()[0].parse_args(words)
+    options = cli.parser().parse_args(words)
     assert (options.command, options.seconds) == ("session", 525)
     assert (options.out, options.commit) == (Path("some/where"), "abc")

@@ -20,16 +20,18 @@ import torch
 from bench import __main__ as cli
 from bench import sharing
 from bench.network import EPOCHS, NetworkCase
-from bench.results import write
-from bench.sharing import MPS, PROCESSES, Found, Report, Setting, Shared, Worker
+from bench.processes import Worker, terminating
+from bench.results import Shared, write
+from bench.sharing import MPS, PROCESSES, Setting, Window
 from tests.bench.measurements import GPU as GPU_NAMED
 from tests.bench.measurements import row, shared
+from tests.bench.programs import gone, running
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CASE = sharing.cases(CPU)[0]
 TINY = replace(CASE.tiny(), variant="tiny")
 TWO_CORES = sharing.plan(CPU, 2)
-HEARD = sharing._heard
+RECEIVE = Worker.receive
 
 
 def test_the_cases_are_of_the_promised_network() -> None:
@@ -70,22 +72,23 @@ def test_rows_are_medians_over_one_that_is_alone() -> None:
     alone, two, broken = (Setting(PROCESSES, n, 1) for n in (1, 2, 4))
     other = replace(CASE, precision="bf16")
     found = {
-        (CASE, alone): Found([10.0, 30.0, 20.0], []),
-        (CASE, two): Found([50.0], [3, 7, 5]),
-        (CASE, broken): Found([], [], "failed"),
-        (other, alone): Found([100.0], [1]),
-        (other, two): Found([90.0], [1]),
+        (CASE, alone): [Window(10.0), Window(30.0), Window(20.0)],
+        (CASE, two): [Window(50.0, 7)],
+        (CASE, broken): [Window(status="failed")],
+        (other, alone): [Window(100.0, 1)],
+        (other, two): [Window(90.0, 1)],
     }
     rows = sharing.rows(found)
-    assert rows[1] == Shared(*CASE.key, PROCESSES, 2, 1, "ok", 50.0, 2.5, 7)
+    sizes = {"samples_per_second": 50.0, "trainings_relative": 2.5, "peak_bytes": 7}
+    assert rows[1] == Shared(**CASE.case, mode=PROCESSES, processes=2, threads_each=1, status="ok", **sizes)
     assert [(row.samples_per_second, row.trainings_relative, row.status) for row in rows] == [
         (20.0, 1.0, "ok"), (50.0, 2.5, "ok"), (None, None, "failed"), (100.0, 1.0, "ok"), (90.0, 0.9, "ok"),
     ]  # fmt: skip
     del found[CASE, alone]
-    assert sharing.rows({(CASE, alone): Found([], [], "failed"), **found})[1].trainings_relative is None
+    assert sharing.rows({(CASE, alone): [Window(status="failed")], **found})[1].trainings_relative is None
     assert sharing.most(rows, "float32") == rows[1]
     assert sharing.most(rows, "tf32") is None
-    assert sharing.most([rows[1]._replace(status="failed"), rows[0]], "float32") == rows[0]
+    assert sharing.most([replace(rows[1], status="failed"), rows[0]], "float32") == rows[0]
 
 
 # Windows
@@ -132,18 +135,18 @@ def answer(name: Any, pipe: Any, told: Any) -> None:
                 pipe.close()
                 return
             if name != "hangs":
-                pipe.send(Report(float(name), 10 * int(name)))
+                pipe.send((float(name), 10 * int(name)))
 
 
 def test_a_window_is_the_sum_of_its_processes(workers: Any) -> None:
     three = workers("1", "2", "4")
     before = time.time()
-    assert sharing._window(three, Setting(PROCESSES, 2, 8), 4.5) == Found([3.0], [10, 20])
+    assert sharing._window(three, Setting(PROCESSES, 2, 8), 4.5) == Window(3.0, 20)
     (one, *rest), (two, *same) = sorted(workers.told)
     assert (one, two) == ("1", "2")
     assert rest == same == [rest[0], 4.5, 8]
     assert before < rest[0] < time.time() + 1  # they start together, when all have been told
-    assert sharing._window(three, Setting(PROCESSES, 3, 8), 4.5).rates == [7.0]
+    assert sharing._window(three, Setting(PROCESSES, 3, 8), 4.5).rate == 7.0
 
 
 @pytest.mark.parametrize(("what", "status"), [("dies", "failed"), ("hangs", "out of time")])
@@ -151,13 +154,13 @@ def test_a_process_costs_its_window_only(workers: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(sharing, "WINDOW_SECONDS", 0.4)
     three = workers("1", what, "4")
     ended = three[1]
-    assert sharing._window(three, Setting(PROCESSES, 1, 1), 0.1) == Found([1.0], [10])
-    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Found([], [], status)
+    assert sharing._window(three, Setting(PROCESSES, 1, 1), 0.1) == Window(1.0, 10)
+    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Window(status=status)
     assert ended.process.killed
     assert len(three) == 2
     # Those that are left have no old report in their pipes.
-    assert sharing._window(three, Setting(PROCESSES, 2, 1), 0.1) == Found([5.0], [10, 40])
-    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Found([], [], "failed")
+    assert sharing._window(three, Setting(PROCESSES, 2, 1), 0.1) == Window(5.0, 40)
+    assert sharing._window(three, Setting(PROCESSES, 3, 1), 0.1) == Window(status="failed")
 
 
 @pytest.fixture
@@ -186,12 +189,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_settings_take_turns_and_a_right_window_is_enough(scripted: Any) -> None:
     whole, one, both = sharing.plan(CPU, 2)[PROCESSES]
-    right = Found([10.0], [])
-    failed = Found([], [], "failed")
+    right = Window(10.0)
+    failed = Window(status="failed")
     opened = scripted({
-        whole: [right, Found([40.0], []), Found([20.0], [])],
-        one: [failed, Found([30.0], []), failed],
-        both: [failed, failed, Found([], [], "out of time")],
+        whole: [right, Window(40.0), Window(20.0)],
+        one: [failed, Window(30.0), failed],
+        both: [failed, failed, Window(status="out of time")],
     })  # fmt: skip
     steps = list(sharing.measured([CASE], CPU, 2, math.inf))
     assert opened == [(2, {})]
@@ -205,7 +208,7 @@ def test_settings_take_turns_and_a_right_window_is_enough(scripted: Any) -> None
 def test_what_is_out_of_time_is_said(
     scripted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = scripted({setting: [Found([1.0], [])] for setting in sharing.plan(CPU, 2)[PROCESSES]})
+    opened = scripted({setting: [Window(1.0)] for setting in sharing.plan(CPU, 2)[PROCESSES]})
     assert list(sharing.measured([CASE], CPU, 2, time.monotonic())) == []
     assert not opened
     assert capsys.readouterr().out == f"dropped, out of budget: 3 rows of {CASE}, processes\n"
@@ -218,7 +221,7 @@ def test_what_is_out_of_time_is_said(
 
 def test_without_mps_the_other_rows_are_measured(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    opened = scripted({setting: [Found([1.0], [5])] for setting in sharing.plan(GPU, 16)[PROCESSES]})
+    opened = scripted({setting: [Window(1.0, 5)] for setting in sharing.plan(GPU, 16)[PROCESSES]})
     *_, rows = sharing.measured([CASE], GPU, 16, math.inf)
     assert opened == [(8, {})]
     assert [(row.mode, row.processes, row.samples_per_second) for row in rows] == [
@@ -269,23 +272,6 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return tmp_path
 
 
-def running(pids: str) -> bool:
-    """One of them does; a process that nobody has waited for yet does not."""
-    for pid in pids.split():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                return True
-    return False
-
-
-def gone(pids: str) -> bool:
-    """None of them runs any more, soon: what is killed takes a moment to end."""
-    until = time.monotonic() + 10
-    while running(pids) and time.monotonic() < until:
-        time.sleep(0.02)
-    return not running(pids)
-
-
 def test_the_service_ends_with_its_context(service: Any) -> None:
     used = []
 
@@ -312,7 +298,7 @@ def test_a_service_that_does_not_start_says_why(service: Any, monkeypatch: pytes
 
 
 def test_rows_through_the_service_need_its_server(scripted: Any, service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = {setting: [Found([1.0], [5])] for settings in sharing.plan(GPU, 4).values() for setting in settings}
+    windows = {setting: [Window(1.0, 5)] for settings in sharing.plan(GPU, 4).values() for setting in settings}
     opened = scripted(windows)
     *_, rows = sharing.measured([CASE], GPU, 4, math.inf)
     assert {row.status for row in rows} == {"ok"}
@@ -341,8 +327,7 @@ def test_a_process_is_warm_before_it_is_ready_and_takes_its_share_of_the_cores(m
 
     epochs, said, windows, before = [], [], [(0.0, 0.0, 2), (0.0, 0.0, 1)], torch.get_num_threads()
     pipe = SimpleNamespace(send=said.append, recv=receive)
-    monkeypatch.setattr(os, "setsid", lambda: None)
-    monkeypatch.setattr(sharing, "OURS", sharing.OURS._replace(build=lambda case, sets: [run]))
+    monkeypatch.setattr(sharing, "OURS", sharing.OURS._replace(build=lambda case, operands: run))
     monkeypatch.setenv("SHARED", "no")
     try:
         sharing._serve(pipe, TINY, "cpu", {"SHARED": "yes"})
@@ -351,7 +336,7 @@ def test_a_process_is_warm_before_it_is_ready_and_takes_its_share_of_the_cores(m
     assert epochs == [(0, before)] * sharing.WARM + [(1, 2), (2, 1)]
     assert os.environ["SHARED"] == "yes"
     assert said[0] == "ready"
-    assert all(isinstance(report, Report) and report.peak_bytes is None for report in said[1:])
+    assert said[1:] == [(0.0, None)] * 2  # of windows without length
 
 
 def with_child(pipe: Any) -> None:
@@ -378,7 +363,7 @@ def test_sigterm_ends_what_was_started() -> None:
     ended = []
 
     def wait() -> None:
-        with sharing.terminating():
+        with terminating():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
@@ -396,7 +381,7 @@ def test_who_does_not_start_costs_half_of_the_time(monkeypatch: pytest.MonkeyPat
 
     class Started:
         def __init__(self, target: Any, args: Any, daemon: Any) -> None:
-            self.pipe, self.name = args[0], len(started)
+            self.pipe, self.name = args[1], len(started)
             started.append(self)
 
         def start(self) -> None:
@@ -406,7 +391,7 @@ def test_who_does_not_start_costs_half_of_the_time(monkeypatch: pytest.MonkeyPat
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Started)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     monkeypatch.setattr(Worker, "end", lambda self: ended.append(self.process.name))
-    monkeypatch.setattr(sharing, "_heard", lambda worker, until: limits.append(until) or HEARD(worker, until))
+    monkeypatch.setattr(Worker, "receive", lambda self, until: limits.append(until) or RECEIVE(self, until))
     now = time.monotonic()
     with sharing._pool(CASE, CPU, 3, {}, now + 2.0) as ready:
         assert [worker.process.name for worker in ready] == [0, 2]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.launches import StepCase, step_launches
+from bench.launches import step_case, step_launches
 from qkernels.ops.hamilton_conv import config, launch
 from qkernels.ops.hamilton_conv.config import Plan
 from qkernels.ops.hamilton_conv.launch import Epilogue
@@ -205,8 +205,7 @@ def special(value: Any) -> Any:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("at_layer", "batch", "precision"), [*steps()])
 def test_every_launch_of_a_step(at_layer: Any, batch: Any, precision: Any, tmp_path: Path) -> None:
-    case = StepCase(at_layer=at_layer, cached=False, batch=batch, precision=precision)
-    entries = distinct(step_launches(case))
+    entries = distinct(step_launches(step_case(at_layer, False, batch, precision)))
     problems, kinds = [], set()
     for entry in entries:
         name, how = entry.kernel.__name__, entry.arguments.get("META")

@@ -103,6 +103,9 @@ CORPORA = {
 }
 """The corpora by name."""
 
+FOUR_EMOTIONS = 4490
+"""Number of IEMOCAP's utterances of the four emotions that the paper uses."""
+
 EMOTION = tuple(name for name, about in CORPORA.items() if about.utterances)
 """Corpora of emotions."""
 
