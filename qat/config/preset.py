@@ -37,14 +37,35 @@ _PARTS = ("demo-corpus", "small-recorded")
 ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
 """What tells trainings apart. RH-Emo's stages have no ``network``, and what follows it only emotion trainings have."""
 
-VALUES: Mapping[str, Sequence[Any]] = {
+METHODS = {
+    "none": "no AT",
+    "single_S": "single S",
+    "single_W": "single W",
+    "dual_SW": "dual SW",
+    "dual_WS": "dual WS",
+}
+"""Titles of the attribute ``at``: without anti-transfer (AT), against the network of speakers or of words, or against
+both, one after the other."""
+
+SPLITS = {
+    "random": ("random",),
+    "actor": ("speaker", "speaker-in-order", "paper-actor"),
+    "confounded": ("confounded",),
+}
+"""The attribute ``split``, and the values of ``split.rule`` that it stands for."""
+
+VALUES: dict[str, Sequence[Any]] = {
     "stage": ("rhemo-1", "rhemo-2", "word", "speaker", "emotion"),
-    "network": ("quaternion", "real"),
-    "split": ("random", "actor", "confounded"),
-    "at": ("none", "single_S", "single_W", "dual_SW", "dual_WS"),
+    "network": ("real", "quaternion"),
+    "split": tuple(SPLITS),
+    "at": tuple(METHODS),
     "layer": range(14),
 }
-"""What attributes can be, where that is known; layer 0 is that of ``at`` none."""
+"""Values of the attributes, in the order of the paper's tables; ``at`` none has layer 0."""
+
+PAPER_CORPORA = ("iemocap", "ravdess", "tess")
+PAPER_SPLITS = ("random", "actor")
+"""What the paper's tables are about."""
 
 Plain = dict[str, Any]
 

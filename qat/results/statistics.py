@@ -7,6 +7,7 @@ trainings are compared, and not trained networks, it is the seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -167,18 +168,10 @@ def false_discovery(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in false_discovery_control(list(p_values))] if len(p_values) else []
 
 
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n - 1 in the denominator) over seeds; no deviation from a single one.
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds (n - 1 in the denominator); None of fewer than two.
 
-    Raises:
-        ValueError: there are no values.
-
-    >>> mean_and_sd([0.25, 0.5, 0.75])
-    (0.5, 0.25)
-    >>> mean_and_sd([0.5])
-    (0.5, None)
+    >>> deviation([0.25, 0.5, 0.75]), deviation([0.5])
+    (0.25, None)
     """
-    if len(values) == 0:
-        raise ValueError("values is empty; a mean needs at least one")
-    array = np.asarray(values, dtype=float)
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
+    return stdev(values) if len(values) > 1 else None

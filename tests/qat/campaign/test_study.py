@@ -335,8 +335,7 @@ def test_shortcut_rate_counts_answers_that_are_the_voices_own_emotion():
     assert shortcut_rate(predictions) == 0.5
 
 
-def test_linear_probe_finds_what_is_there_and_not_what_is_not():
-    rng = np.random.default_rng()
+def test_linear_probe_finds_what_is_there_and_not_what_is_not(rng):
     labels = np.repeat(["x", "y", "z"], 60).astype(object)
     texts = np.tile([f"t{i}" for i in range(20)], 9).astype(object)
     noise = rng.normal(size=(180, 30)).astype(np.float32)
@@ -347,8 +346,7 @@ def test_linear_probe_finds_what_is_there_and_not_what_is_not():
     assert linear_probe(signal, labels, texts) > 0.9
 
 
-def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number():
-    rng = np.random.default_rng()
+def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number(rng):
     labels = np.tile(["x", "y", "z"], 40).astype(object)
     texts = np.repeat([f"t{i:02d}" for i in range(24)], 5).astype(object)
     for width in (7, 500):

@@ -18,7 +18,8 @@ from qat.campaign.sweep import plan_sweep, read_plan
 from qat.commands.parser import instance
 from qat.config import Experiment, to_plain
 from qat.files import sha256_of
-from qat.report.report import collect, summary_table
+from qat.results.runs import RunsFolder
+from qat.results.tables import summary_table
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from tests.qat.campaign.running import is_locked, longer, parent, trainer, wait_for
@@ -226,7 +227,7 @@ def test_one_command_trains_all_and_the_same_again_goes_on_whatever_stopped_it(
     assert told["problems"] == []
     assert [(run / "result.json").stat().st_mtime_ns for run in runs] == written
     assert not list(tmp_path.rglob("error.txt"))
-    table = summary_table(collect(tmp_path / "out"))
+    table = summary_table(RunsFolder.read(tmp_path / "out").runs)
     assert sorted(zip(table["name"], table["seeds"], strict=True)) == [("folder-later.csv", 2), ("folder-tiny.csv", 2)]
 
     # All is finished: no job.
