@@ -57,7 +57,7 @@ class Stages:
         return replace(made, training=replace(made.training, seed=attributes["seed"]))
 
     def _experiment(self, stage: str, attributes: Mapping[str, Any], own: Plain | None = None) -> AnyExperiment:
-        settings = merge({}, [Layer({}, own or {})], settings_of(stage, attributes, self.layers))
+        settings = merge({}, [Layer(own or {})], settings_of(stage, attributes, self.layers))
         corpus = settings["corpus"]
         corpus.setdefault("folder", str(self.folders.get(corpus["name"], self.corpora / corpus["name"])))
         settings["cache"] = str(self.campaign.folder / "cache")

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
-
 from qat.campaign.plan import Campaign
 from qat.campaign.stages import Stages
-from qat.config.parsing import prefix_errors
+from qat.config import from_plain, prefix_errors
 from qat.config.preset import VALUES, parse_layers, read_layers, read_yaml
 from qat.data.corpora import module
 
@@ -266,10 +264,5 @@ def _read(kind: type[T], source: str | Path, names: Sequence[str]) -> T:
         plain = read_yaml(Path(source), source)
     else:
         raise ValueError(f"{source}: must be a file, or one of {', '.join(names)}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
     with prefix_errors(source):
-        if not isinstance(plain, dict):
-            raise ValueError(f"must have settings such as {', '.join(one.name for one in fields(kind))}")  # type: ignore[arg-type]
-        chosen = parser.instantiate(parser.parse_object(plain))
-        return kind(**{one.name: chosen[one.name] for one in fields(kind)})  # type: ignore[arg-type]
+        return from_plain(kind, plain)

@@ -15,10 +15,9 @@ pretrain rhemo`` in RH-Emo's stages; each kind of training takes what it has.
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -27,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from qat.config import AnyExperiment, Experiment, RHEmoExperiment, flatten
-from qat.config.parsing import check, instantiate, parser_of, prefix_errors
+from qat.config.experiment import AnyExperiment, Experiment, RHEmoExperiment
+from qat.config.plain import flatten, from_plain, prefix_errors, typed_setting
 
 NAMES = ("paper", "released-code", "demo", "small")
 _PARTS = ("demo-corpus", "small-recorded")
@@ -75,16 +74,36 @@ class Layer:
     """Settings of some trainings.
 
     Args:
-        when: allowed values by attribute; empty: of all trainings.
         settings: nested, as in a YAML file.
+        when: allowed value by attribute, or a list of them; empty: of all trainings.
     """
 
-    when: Mapping[str, Sequence[Any]]
     settings: Plain
+    when: Plain = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.when.items():
+            if name not in ATTRIBUTES:
+                raise ValueError(f"when: {name!r} must be one of {', '.join(ATTRIBUTES)}")
+            for value in _listed(values) if name in VALUES else ():
+                if value not in VALUES[name]:
+                    raise ValueError(f"when: {name}: {value!r} must be one of {', '.join(map(str, VALUES[name]))}")
+        for name, value in flatten(self.settings).items():
+            try:
+                typed_setting(Experiment, name, value)
+            except ValueError as error:  # it may be RH-Emo's
+                with suppress(ValueError):
+                    typed_setting(RHEmoExperiment, name, value)
+                    continue
+                raise error
 
     def matches(self, attributes: Mapping[str, Any]) -> bool:
         """Whether a training with these attributes takes it."""
-        return all(name in attributes and attributes[name] in values for name, values in self.when.items())
+        return all(name in attributes and attributes[name] in _listed(values) for name, values in self.when.items())
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def kind_of(stage: str) -> type[AnyExperiment]:
@@ -137,7 +156,6 @@ def parse_layers(listed: Any, source: object) -> list[Layer]:
     """
     if not isinstance(listed, list):
         raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
-    parsers: dict[type[AnyExperiment], Any] = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
     layers: list[Layer] = []
     for number, one in enumerate(listed, 1):
         with prefix_errors(source, f"layer {number}"):
@@ -145,22 +163,8 @@ def parse_layers(listed: Any, source: object) -> list[Layer]:
                 if one["preset"] not in (*NAMES, *_PARTS):
                     raise ValueError(f"preset: {one['preset']!r} must be one of {', '.join((*NAMES, *_PARTS))}")
                 layers += _packaged(one["preset"])
-                continue
-            if not isinstance(one, dict) or not {"settings"} <= one.keys() <= {"settings", "when"}:
-                raise ValueError(f"{one!r} must have `settings` and perhaps `when`, and nothing else")
-            when, settings = one.get("when") or {}, one["settings"]
-            for name, value in (("when", when), ("settings", settings)):
-                if not isinstance(value, dict):
-                    raise ValueError(f"{name}: {value!r} must be names and values")
-            if unknown := [name for name in when if name not in ATTRIBUTES]:
-                raise ValueError(f"when: {unknown[0]!r} must be one of {', '.join(ATTRIBUTES)}")
-            when = {name: value if isinstance(value, list) else [value] for name, value in when.items()}
-            for name, values in when.items():
-                for value in values if name in VALUES else ():
-                    if value not in VALUES[name]:
-                        raise ValueError(f"when: {name}: {value!r} must be one of {', '.join(map(str, VALUES[name]))}")
-            _check(settings, parsers)
-        layers.append(Layer(when, settings))
+            else:
+                layers.append(from_plain(Layer, one))
     return layers
 
 
@@ -172,7 +176,7 @@ def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -
         layers: the later wins.
         base: nested settings.
 
-    >>> layer = Layer({"network": ["real"]}, {"training": {"batch": 40}})
+    >>> layer = Layer({"training": {"batch": 40}}, {"network": "real"})
     >>> merge({"network": "real"}, [layer], {"training": {"batch": 20, "seed": 2}})
     {'training': {'batch': 40, 'seed': 2}}
     """
@@ -210,29 +214,5 @@ def experiment(settings: Plain, stage: str) -> AnyExperiment:
     Raises:
         ValueError: a wrong or unknown setting.
     """
-    return _experiment(json.dumps(settings, sort_keys=True), stage)
-
-
-@cache  # parsing takes a tenth of a second, and hundreds of trainings differ in nothing but their layer
-def _experiment(settings: str, stage: str) -> AnyExperiment:
-    kind: Any = kind_of(stage)
-    parser, plain = parser_of(kind), json.loads(settings)
     with prefix_errors(stage):
-        for setting, value in flatten(plain).items():
-            check(kind, setting, value)
-        made: AnyExperiment = instantiate(parser, kind, parser.parse_object(plain))
-        return made
-
-
-def _check(settings: Plain, parsers: Mapping[type[AnyExperiment], Any]) -> None:
-    """Every setting must be one of a kind of experiment, with a value that it takes."""
-    for setting, value in flatten(settings).items():
-        refused: list[Exception] = []
-        for kind, parser in parsers.items():
-            try:
-                check(kind, setting, value)
-                parser.parse_object({setting: value})
-            except (ArgumentError, ValueError, TypeError) as error:
-                refused.append(error)
-        if len(refused) == len(parsers):
-            raise refused[0]
+        return from_plain(kind_of(stage), settings)

@@ -227,8 +227,9 @@ def test_a_design_of_ones_own_may_have_second_halves(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("emotion: []\nsede: 3", "sede"),
-        ("[]", "must have settings such as emotion, seeds"),
+        ("emotion: []\nsede: 3", "unknown setting sede; Design has emotion, seeds, "),
+        ("emotion: [{start: word}]", "emotion\\[0\\]: must have name"),
+        ("[]", "\\[\\] must be a mapping of settings"),
         ("emotion: [{name: a, against: nobody}]", "a: against: 'nobody' must be one of speaker, word, random"),
         ("emotion: [{name: a, loss: channel}]", "a: loss: 'channel' must be one of"),
         ("emotion: [{name: a, layer: [14]}]", "a: layer: 14 must be one of each, last, 1, 2"),
