@@ -9,10 +9,9 @@ spectrograms, reading and judging the test part are not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pandas as pd
 
+from qat.campaign.options import Assumed
 from qat.campaign.plan import RUNS, Campaign
 from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
 from qat.data.corpora import CORPORA
@@ -25,24 +24,6 @@ _FOUR_EMOTIONS = 4490  # of IEMOCAP's utterances
 _WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
 _ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}  # training and validation
 _RHEMO_CONVOLUTIONS = 16e6  # multiplications of encoder and decoder, a sample
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What is taken where nothing was measured.
-
-    Args:
-        epochs: of a training, unless its settings allow fewer, or its patience asks for more.
-        tflops: arithmetic of a training, 1e12 operations a second.
-    """
-
-    epochs: int = 60
-    tflops: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "tflops"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be above 0")
 
 
 def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:

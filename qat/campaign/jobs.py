@@ -16,7 +16,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
 from qat.files import Busy, held, holder, write_text
@@ -54,65 +54,6 @@ _LAST_BREATH = 1.0
 
 _REQUEUES = 10
 """Times that a job may use up its time limit before it is given up."""
-
-
-@dataclass(frozen=True)
-class SlurmConfig:
-    """What every job asks of a Slurm cluster.
-
-    Args:
-        partition: where jobs queue; the cluster's default if absent.
-        account: who is charged; the user's default if absent.
-        minutes: time limit of a job. One that reaches it, or is preempted, queues again and goes on.
-        gpus: of a job.
-        cpus: cores of a job; one for each training at once if absent.
-        mem: memory of a job in GB; the cluster's default if absent.
-        extra: further options of sbatch by their long names, e.g. ``{qos: high, constraint: a100}``.
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    minutes: int = 1440
-    gpus: int = 1
-    cpus: int | None = None
-    mem: float | None = None
-    extra: dict[str, str | int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"slurm.{name}: {value} must be at least {least}")
-        if self.mem is not None and self.mem <= 0:
-            raise ValueError(f"slurm.mem: {self.mem:g} must be above 0")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where trainings run, and how many at once.
-
-    Args:
-        at_once: number of trainings side by side in each job, on its one GPU; if above 1, each has one CPU thread.
-        jobs: number of jobs; runs are assigned round-robin, and an idle job takes runs that nobody has started. One
-            for each GPU that this process sees, or one, if absent.
-        cluster: ``slurm``, ``local``, or ``auto``, which is ``slurm`` where there is an sbatch.
-        slurm: what jobs ask of it.
-    """
-
-    at_once: int = 1
-    jobs: int | None = None
-    cluster: Literal["auto", "local", "slurm"] = "auto"
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("at_once", "jobs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: {value} must be at least 1")
-        if self.cluster == "slurm" and shutil.which("sbatch") is None:
-            raise ValueError("cluster: 'slurm' must have the command sbatch, which is not on the PATH")
-
-    @property
-    def is_slurm(self) -> bool:
-        return self.cluster == "slurm" or (self.cluster == "auto" and shutil.which("sbatch") is not None)
 
 
 @dataclass(frozen=True)

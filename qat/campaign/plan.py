@@ -78,6 +78,15 @@ class Campaign:
         """One row per training with :data:`COLUMNS`, what is built on first; two that are the same share a ``run``."""
         return pd.DataFrame(list(self._rows), columns=list(COLUMNS), dtype=object)
 
+    @property
+    def labels(self) -> dict[Path, str]:
+        """Name of each run, and its seed where it has one."""
+        seeds = dict(zip(self.table["run"], self.table["seed"], strict=True))
+        return {
+            path: name if seeds[path.name] is None else f"{name}, seed {seeds[path.name]}"
+            for path, name in self.names.items()
+        }
+
     def address(self, experiment: AnyExperiment) -> str:
         """16 hex digits that stand for all settings which decide what is learnt and are not the defaults.
 
@@ -166,6 +175,12 @@ class Campaign:
         if file not in self._hashes:  # RH-Emo has half a gigabyte, and hundreds of trainings name it
             self._hashes[file] = sha256_of(file)
         return self._hashes[file]
+
+
+def no_folder(corpora: Mapping[str, Path]) -> ValueError:
+    """The error that corpora have no folder."""
+    text = "{0}: no folder {1}; name it with --folders '{{{0}: DIR}}'"
+    return ValueError("; ".join(text.format(*item) for item in corpora.items()))
 
 
 @cache

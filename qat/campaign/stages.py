@@ -56,6 +56,13 @@ class Stages:
         assert isinstance(made, Experiment)
         return replace(made, training=replace(made.training, seed=attributes["seed"]))
 
+    def transferring(self, training: Experiment, against: str, layers: list[int]) -> Experiment:
+        """The same training with anti-transfer at some layers, against ``speaker``, ``word`` or ``random`` weights."""
+        at = training.anti_transfer
+        random = against == "random" or at.random_twin
+        twin = None if random else self.orthogonal(against, training.network.domain)
+        return replace(training, anti_transfer=replace(at, twin=twin, random_twin=random, layers=layers))
+
     def _experiment(self, stage: str, attributes: Mapping[str, Any], own: Plain | None = None) -> AnyExperiment:
         settings = merge({}, [Layer(own or {})], settings_of(stage, attributes, self.layers))
         corpus = settings["corpus"]

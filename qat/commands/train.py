@@ -10,9 +10,7 @@ from jsonargparse import Namespace
 
 from qat.commands.parser import Commands, Parser, instance
 from qat.config import CorpusConfig, Experiment, RHEmoExperiment, flatten, to_plain
-from qat.config.preset import NAMES, Plain, kind_of, read_layers, settings_of
-
-_SPLITS = {"speaker": "actor", "speaker-in-order": "actor", "paper-actor": "actor", "confounded": "confounded"}
+from qat.config.preset import NAMES, SPLITS, Plain, kind_of, read_layers, settings_of
 
 
 class TrainingParser(Parser):
@@ -52,7 +50,8 @@ def preset_settings(stage: str, preset: str, own: Namespace) -> Plain:
         attributes["network"] = own.get("network.domain", "quaternion")
     if stage == "emotion":
         attributes |= {"corpus": corpus or CorpusConfig().name}
-        attributes |= {"split": _SPLITS.get(own.get("split.rule", "random"), "random")}
+        rule = own.get("split.rule")
+        attributes |= {"split": next((split for split, rules in SPLITS.items() if rule in rules), "random")}
         transfers = own.get("anti_transfer.twin") or own.get("anti_transfer.random_twin")
         attributes |= {"at": ("dual_SW" if initial else "single_S") if transfers else "none"}
         attributes |= {"layer": own.get("anti_transfer.layers", [2])[0] if transfers else 0}

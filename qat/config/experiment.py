@@ -23,7 +23,12 @@ Domain = Literal["quaternion", "real", "real-on-embedding"]
 Task = Literal["emotion", "speaker", "word", "word-presence"]
 
 
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
+def require(holds: object, name: str, value: object, rule: str) -> None:
+    """Refuse the value of a setting unless its rule holds.
+
+    Raises:
+        ValueError: naming all three.
+    """
     if not holds:
         raise ValueError(f"{name}: {value!r} must be {rule}")
 
@@ -139,11 +144,11 @@ class SplitConfig:
     fold: int = 1
 
     def __post_init__(self) -> None:
-        _require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
-        _require(self.folds == 0 or self.folds >= 3, "split.folds", self.folds, "0 or at least 3")
-        _require(self.fold >= 1, "split.fold", self.fold, "at least 1")
+        require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
+        require(self.folds == 0 or self.folds >= 3, "split.folds", self.folds, "0 or at least 3")
+        require(self.fold >= 1, "split.fold", self.fold, "at least 1")
         if self.rule == "confounded":
-            _require(self.group == "speaker", "split.group", self.group, "'speaker' with rule 'confounded'")
+            require(self.group == "speaker", "split.group", self.group, "'speaker' with rule 'confounded'")
 
 
 @dataclass(frozen=True)
@@ -178,11 +183,11 @@ class NetworkConfig:
     outputs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.width > 0, "network.width", self.width, "above 0")
-        _require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
-        _require(self.outputs is None or self.outputs >= 1, "network.outputs", self.outputs, "at least 1, or absent")
+        require(self.width > 0, "network.width", self.width, "above 0")
+        require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
+        require(self.outputs is None or self.outputs >= 1, "network.outputs", self.outputs, "at least 1, or absent")
         if self.domain == "quaternion":
-            _require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
+            require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
 
     @property
     def embeds(self) -> bool:
@@ -230,18 +235,18 @@ class AntiTransferConfig:
     def __post_init__(self) -> None:
         layers = self.layers
         valid = bool(layers) and all(1 <= layer <= 13 for layer in layers) and len(set(layers)) == len(layers)
-        _require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
+        require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
         number = not isinstance(self.beta, list) or len(self.beta) == len(layers)
-        _require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
-        _require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
+        require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
+        require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
         if self.position == "pre-relu" and not self.loss.takes_negative:
             rule = f"behind a ReLU with loss {self.loss.plain()}, which takes no negative features"
-            _require(False, "anti_transfer.position", self.position, rule)
-        _require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
+            require(False, "anti_transfer.position", self.position, rule)
+        require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
         if self.position == "pool5":
-            _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
+            require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
         if self.random_twin:
-            _require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
+            require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
 
     @property
     def betas(self) -> list[float]:
@@ -305,14 +310,14 @@ class TrainingConfig:
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "training.lr", self.lr, "above 0")
-        _require(0 < self.lr_factor <= 1, "training.lr_factor", self.lr_factor, "above 0 and at most 1")
-        _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent")
+        require(self.lr > 0, "training.lr", self.lr, "above 0")
+        require(0 < self.lr_factor <= 1, "training.lr_factor", self.lr_factor, "above 0 and at most 1")
+        require(self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent")
         for name in ("data_mib", "checkpoint_seconds"):
-            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
         for name in ("batch", "epochs", "patience", "lr_patience"):
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
 
 
 EXECUTION = ("device", "capture", "data_mib", "checkpoint_seconds")
@@ -370,9 +375,9 @@ class RHEmoConfig:
     beta_vad: float = 100.0
 
     def __post_init__(self) -> None:
-        _require(self.width > 0, "rhemo.width", self.width, "above 0")
+        require(self.width > 0, "rhemo.width", self.width, "above 0")
         for name in ("beta", "beta_class", "beta_vad"):
-            _require(getattr(self, name) >= 0, f"rhemo.{name}", getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, f"rhemo.{name}", getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def from_plain(kind: type[C], plain: Any, place: str = "") -> C:
     if not isinstance(plain, dict):
         raise ValueError(f"{before}{'null' if plain is None else repr(plain)} must be a mapping of settings")
     plain = with_loss(plain) if kind is AntiTransferConfig else plain
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     if unknown := [str(name) for name in plain if name not in hints]:
         raise ValueError(f"{before}unknown setting {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def typed_setting(kind: type[Any], name: str, value: Any) -> Any:
     """
     hint: Any = kind
     for part in str(name).split("."):
-        hints = _hints(hint) if dataclasses.is_dataclass(hint) else {}
+        hints = _hints(hint) if dataclasses.is_dataclass(hint) else {}  # type: ignore[arg-type]
         if part not in hints:
             raise ValueError(f"{name}: unknown setting; {getattr(hint, '__name__', hint)} has {', '.join(hints)}")
         hint = hints[part]

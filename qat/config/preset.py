@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from qat.config.experiment import AnyExperiment, Experiment, RHEmoExperiment
+from qat.config.experiment import AnyExperiment, Experiment, RHEmoExperiment, require
 from qat.config.plain import flatten, from_plain, prefix_errors, typed_setting
 
 NAMES = ("paper", "released-code", "demo", "small")
@@ -62,11 +62,24 @@ VALUES: dict[str, Sequence[Any]] = {
 }
 """Values of the attributes, in the order of the paper's tables; ``at`` none has layer 0."""
 
+TASKS = {"S": "speaker", "W": "word"}
+"""Orthogonal task by its letter in the attribute ``at``."""
+
 PAPER_CORPORA = ("iemocap", "ravdess", "tess")
 PAPER_SPLITS = ("random", "actor")
 """What the paper's tables are about."""
 
 Plain = dict[str, Any]
+
+
+def check_values(name: str, values: Sequence[Any], allowed: Sequence[Any]) -> None:
+    """Refuse a value that is not among the allowed ones.
+
+    Raises:
+        ValueError: naming it and them.
+    """
+    for value in values:
+        require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,9 @@ class Layer:
 
     def __post_init__(self) -> None:
         for name, values in self.when.items():
-            if name not in ATTRIBUTES:
-                raise ValueError(f"when: {name!r} must be one of {', '.join(ATTRIBUTES)}")
-            for value in _listed(values) if name in VALUES else ():
-                if value not in VALUES[name]:
-                    raise ValueError(f"when: {name}: {value!r} must be one of {', '.join(map(str, VALUES[name]))}")
+            check_values("when", [name], ATTRIBUTES)
+            if name in VALUES:
+                check_values(f"when: {name}", as_list(values), VALUES[name])
         for name, value in flatten(self.settings).items():
             try:
                 typed_setting(Experiment, name, value)
@@ -99,10 +110,11 @@ class Layer:
 
     def matches(self, attributes: Mapping[str, Any]) -> bool:
         """Whether a training with these attributes takes it."""
-        return all(name in attributes and attributes[name] in _listed(values) for name, values in self.when.items())
+        return all(name in attributes and attributes[name] in as_list(values) for name, values in self.when.items())
 
 
-def _listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """A list, or the only value of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -160,8 +172,7 @@ def parse_layers(listed: Any, source: object) -> list[Layer]:
     for number, one in enumerate(listed, 1):
         with prefix_errors(source, f"layer {number}"):
             if isinstance(one, dict) and one.keys() == {"preset"}:
-                if one["preset"] not in (*NAMES, *_PARTS):
-                    raise ValueError(f"preset: {one['preset']!r} must be one of {', '.join((*NAMES, *_PARTS))}")
+                check_values("preset", [one["preset"]], (*NAMES, *_PARTS))
                 layers += _packaged(one["preset"])
             else:
                 layers.append(from_plain(Layer, one))

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -130,7 +132,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("words", "action", "resumes"),
-    [(["train", "--out", "x"], (train, "run_train"), True), (["demo"], (campaign, "run_demo"), False)],
+    [(["train", "--out", "x"], (train, "run_train"), True), (["demo"], (campaign, "run_study"), False)],
 )
 def test_interruption_is_told_and_has_its_own_exit_code(words, action, resumes, monkeypatch, capsys):
     def interrupted(options):
@@ -179,3 +181,17 @@ def test_every_command_explains_itself(capsys):
         code, out, _ = run(capsys, *words, "--help")
         assert code == 0
         assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["grid", "--help"]]
+)
+def test_help_and_version_import_no_torch(words):
+    code = (
+        "import sys\nfrom qat.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'pandas', 'matplotlib'} & sys.modules.keys()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout

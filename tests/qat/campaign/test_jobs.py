@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qat.campaign import jobs
-from qat.campaign.jobs import Layout, SlurmConfig, train
+from qat.campaign.jobs import train
+from qat.campaign.options import Layout, SlurmConfig
 from qat.campaign.plan import Campaign
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
 from qat.files import held, write_text
@@ -166,6 +167,27 @@ def test_what_is_built_on_is_waited_for_and_nothing_else(experiment, tmp_path, m
     outcomes = train(campaign, replace(LOCAL, jobs=2))
     assert [one.status for one in outcomes] == ["finished"] * 4
     assert not thaw
+
+
+def test_more_jobs_are_submitted_when_more_is_ready_than_the_jobs_there_are_take(experiment, tmp_path, monkeypatch):
+    """One run is ready at first, so one job starts; two wait for it, and the slot that was free gets a job."""
+    submitted = []
+
+    def submit(driver, ready):
+        submit_array(driver, ready)
+        submitted.append((len(ready), len(driver.jobs)))
+
+    submit_array = jobs._Driver.submit
+    monkeypatch.setattr(jobs._Driver, "submit", submit)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    campaign = Campaign(tmp_path)
+    twin = campaign.add(replace(experiment, task="speaker"))
+    for layer in (2, 13):
+        campaign.add(longer(replace(experiment, anti_transfer=AntiTransferConfig(twin, [layer])), 6))
+    outcomes = train(campaign, replace(LOCAL, jobs=2))
+    assert [one.status for one in outcomes] == ["finished"] * 3
+    assert submitted[0] == (1, 1)
+    assert max(count for _, count in submitted) >= 2
 
 
 def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 import qat
 from qat import cli
-from qat.campaign.cost import Assumed, estimate, flop_of_epoch
-from qat.campaign.grid import Selection, plan_grid
+from qat.campaign.cost import estimate, flop_of_epoch
+from qat.campaign.grid import plan_grid
+from qat.campaign.options import Assumed, Selection
 from qat.config.preset import VALUES
 from qat.files import write_json
 

@@ -11,8 +11,9 @@ import yaml
 from sklearn.linear_model import LogisticRegression
 
 from qat import cli
-from qat.campaign.grid import Selection, plan_grid
-from qat.campaign.jobs import Layout, train
+from qat.campaign.grid import plan_grid
+from qat.campaign.jobs import train
+from qat.campaign.options import Layout, Selection
 from qat.campaign.plan import Campaign
 from qat.campaign.study import DESIGNS, SPEECHES, obtain, plan_study, read_design, read_speech
 from qat.commands.parser import instance
@@ -164,14 +165,14 @@ def test_layers_and_the_real_network_can_be_left_out(tmp_path):
 
 
 def test_a_brief_one_leaves_out_what_it_says(tmp_path):
-    brief = replace(STUDY, layers=[13], real=False, short=True)
+    brief = replace(STUDY, layers=[13], real=False, brief=True)
     assert set(runs_of(plan_study(tmp_path, brief, read_speech("synthetic")))) == {
         *("from-random", "from-random-at-speaker-channel-13", "from-random-at-word-channel-13"),
         *("from-speaker", *(f"from-speaker-at-speaker-{loss}-13" for loss in STUDY.losses)),
         "from-speaker-at-random-channel-13",
         *("from-word", "from-word-at-word-channel-13", "from-word-at-random-channel-13"),
     }
-    assert len(brief.remarks()) == len(replace(brief, short=False).remarks()) + 1
+    assert len(brief.remarks()) == len(replace(brief, brief=False).remarks()) + 1
 
 
 def test_demo_grid_and_train_mean_the_same_training(tmp_path):
@@ -203,6 +204,26 @@ def test_demo_grid_and_train_mean_the_same_training(tmp_path):
             options = options[word]
         kind = RHEmoExperiment if name.startswith("rhemo") else Experiment
         assert campaign.address(instance(kind, options)) == runs[name].name
+
+
+def test_the_demo_may_be_planned_with_the_papers_settings(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--preset", "paper", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    campaign = planned(Path("runs/demo-synthetic"), "demo", preset="paper")
+    assert [run["run"] for run in told["runs"]] == [path.name for path in campaign.trainings]
+    assert (told["trainings"], told["finished"], list(tmp_path.iterdir())) == (4 + 6, 0, [])
+    stages = {run["stage"]: campaign.trainings[Path("runs") / run["run"]] for run in told["runs"]}
+    assert {one.corpus.name for one in stages.values()} == {"demo"}
+    expected = {
+        "rhemo-1": (1e-3, 50),
+        "rhemo-2": (1e-6, 20),
+        "word": (5e-5, 300),
+        "speaker": (5e-5, 300),
+        "emotion": (1e-5, 20),
+    }
+    assert {name: (one.training.lr, one.training.batch) for name, one in stages.items()} == expected
+    assert stages["emotion"].network.width == 1.0
 
 
 def test_a_design_of_ones_own_may_have_second_halves(tmp_path):
