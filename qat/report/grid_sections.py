@@ -10,22 +10,7 @@ from markupsafe import Markup
 from qat.config.preset import METHODS
 from qat.report import figures, sections
 from qat.report.figures import Dot, DotPanel, Line
-from qat.report.page import (
-    at_layer,
-    cells,
-    count,
-    digits,
-    interval,
-    layer_number,
-    memory,
-    percent,
-    plus_minus,
-    points,
-    records,
-    signed,
-    span,
-    times,
-)
+from qat.report.page import at_layer, count, interval, percent, plus_minus, records, signed, span, times
 from qat.report.sections import Row, Section
 from qat.report.view import KINDS, GridView, guess
 from qat.results import paper
@@ -98,21 +83,13 @@ def missing(view: GridView) -> Section:
 
 
 def gains(view: GridView) -> Section:
-    columns = {
-        "Cells with": (view.called, "what"),
-        "Cells": (count, "cells"),
-        "Ours": (points, "gain"),
-        "Paper's table, same cells": (points, "paper_same"),
-        "Paper's table": (points, "paper_table"),
-        "Paper's text": (points, "paper_text"),
-    }
     tables = []
     for kind, corpora in view.kinds.items():
         means = paper.gains(of_corpora(view.table1, corpora)).query("cells > 0")
-        means["paper_same"] = means["paper_same"].where(means["cells"] != means["paper_cells"])
-        if len(means):
-            tables.append((kind, KINDS[kind].capitalize(), view.listing(corpora), cells(records(means), columns)))
-    return {"head": list(columns), "tables": tables} if tables else None
+        same = means["paper_same"].where(means["cells"] != means["paper_cells"])
+        rows = records(means.assign(what=means["what"].map(view.called), paper_same=same))
+        tables += [(kind, KINDS[kind].capitalize(), view.listing(corpora), rows)] if rows else []
+    return {"tables": tables} if tables else None
 
 
 def layers(view: GridView) -> Section:
@@ -145,26 +122,17 @@ def layers(view: GridView) -> Section:
 
 def cells_of_table1(view: GridView) -> Section:
     """All about every cell of table 1, a table for each corpus."""
-    columns = {
-        "Network, split": ("{},\N{NO-BREAK SPACE}{}".format, "network", "split"),
-        "AT": (lambda at: METHODS[at].replace(" ", "\N{NO-BREAK SPACE}"), "at"),
-        "Layer": (layer_number, "layer"),
-        "Valida\N{SOFT HYPHEN}tion, %": (percent, "validation_accuracy"),
-        "Test ± sd, %": (plus_minus, "accuracy", "accuracy_sd"),
-        "Seeds": (count, "seeds"),
-        "95 % interval": (interval, "accuracy_low", "accuracy_high"),
-        "Gain [95 %]": (points, "gain", "gain_low", "gain_high"),
-        "By test (layer)": (at_layer, "test_accuracy", "test_layer"),
-        "Opti\N{SOFT HYPHEN}mism": (lambda optimism, layer: points(optimism) if layer else "–", "optimism", "layer"),
-        "Paper (layer)": (at_layer, "paper_accuracy", "paper_layer"),
-        "Minus paper": (points, "difference"),
-    }
-    tables = []
+    space, tables = "\N{NO-BREAK SPACE}", []
     for corpus, table in view.table1[view.table1["accuracy"].notna()].groupby("corpus", sort=False):
         known = [table[name].dropna() for name in ("clips", "speakers")]
         sizes = [span(values) if len(values) else "an unknown number of" for values in known]
-        tables.append((view.called(str(corpus)), *sizes, cells(records(table), columns)))
-    return {"head": list(columns), "tables": tables} if tables else None
+        table = table.assign(
+            place=table["network"] + "," + space + table["split"],
+            method=table["at"].map(METHODS).str.replace(" ", space),
+            optimism=table["optimism"].where(table["layer"] > 0),
+        )
+        tables.append((view.called(str(corpus)), *sizes, records(table)))
+    return {"tables": tables} if tables else None
 
 
 def costs(view: GridView) -> Section:
@@ -195,7 +163,7 @@ def costs(view: GridView) -> Section:
         if panels := {title: lines for title, lines in panels.items() if lines}:
             slug = "-".join("".join(c if c.isalnum() else " " for c in str(device).lower()).split())
             charts.append((device, slug, figures.by_layer(panels, "times no AT")))
-    return {"body": body, "charts": charts, **_cost_table(view, ratios)}
+    return {"body": body, "charts": charts, "rows": _cost_rows(view, ratios)}
 
 
 def limits(view: GridView) -> Section:
@@ -236,27 +204,15 @@ def _accuracy(row: Row) -> str:
     return Markup("<br>").join(lines)
 
 
-def _cost_table(view: GridView, ratios: pd.DataFrame) -> dict[str, Any]:
+def _cost_rows(view: GridView, ratios: pd.DataFrame) -> list[Row]:
     """Means by device, network, kind of anti-transfer and layer."""
-    names, costs = ["device", "network", "kind", "layer"], list(_COSTS)
+    names = ["device", "network", "kind", "layer"]
     table = view.costs[view.costs["stage"] == "emotion"]
-    own, more = (one.assign(kind=one["at"].str.split("_").str[0]).groupby(names) for one in (table, ratios))
+    kinds = {"none": "no AT"} | {at: f"{at.split('_')[0]} AT" for at in METHODS if at != "none"}
+    own, more = (one.assign(kind=one["at"].map(kinds)).groupby(names) for one in (table, ratios))
     means = own[["epoch_seconds", "epochs"]].mean()
     means = means.assign(peak_memory=own["peak_memory"].max(), seeds=own["seeds"].sum())
-    means = means.join(more[costs].mean().add_suffix("_ratio")).reset_index()
-    columns = {
-        "Network": (str, "network"),
-        "AT": (lambda kind: "no AT" if kind == "none" else f"{kind} AT", "kind"),
-        "Layer": (layer_number, "layer"),
-        "Device": (str, "device"),
-        "Seconds per epoch": (digits, "epoch_seconds"),
-        "Time, times no AT": (digits, "epoch_seconds_ratio"),
-        "Peak memory": (memory, "peak_memory"),
-        "Memory, times no AT": (digits, "peak_memory_ratio"),
-        "Epochs": (count, "epochs"),
-        "Trainings": (count, "seeds"),
-    }
-    return {"head": list(columns), "rows": cells(records(means), columns)}
+    return records(means.join(more[list(_COSTS)].mean().add_suffix("_ratio")).reset_index())
 
 
 def _lines(table: pd.DataFrame, names: list[str]) -> list[Line]:

@@ -26,7 +26,22 @@ class Page:
         self.tables = 0
         self.drawings: dict[str, Drawing] = {}
         self._templates = Environment(loader=PackageLoader("qat.report"), autoescape=True, undefined=StrictUndefined)
-        self._templates.filters |= {one.__name__: one for one in (count, percent, decimal, duration, memory, points)}
+        shown = (
+            at_layer,
+            bar,
+            count,
+            decimal,
+            digits,
+            duration,
+            interval,
+            layer_number,
+            memory,
+            percent,
+            plus_minus,
+            points,
+        )
+        self._formats: dict[str, Callable[..., str]] = {one.__name__: one for one in shown}
+        self._templates.filters |= self._formats
         self._templates.globals |= {"figure": self.figure, "table": self.table, "folded": self.folded}
 
     def render(self, template: str, **values: Any) -> Markup:
@@ -61,20 +76,31 @@ class Page:
         return self.render("figure", svg=Markup(svg), number=number, caption=caption)
 
     def table(
-        self, head: Sequence[str], body: Sequence[Sequence[str]], words: int, *, caller: Callable[[], str]
+        self,
+        rows: Iterable[Any],
+        columns: Mapping[str, Sequence[str]] | Sequence[str],
+        words: int,
+        *,
+        caller: Callable[[], str],
     ) -> Markup:
         """A numbered table without its empty columns.
 
         Args:
-            head: titles of the columns.
-            body: rows of cells.
+            rows: mappings, or lists of cells.
+            columns: for each title the name of a value, or of a format and of its values; of lists of cells the titles.
             words: number of columns of text at the left; the others are numbers.
             caller: gives the caption.
         """
         self.tables += 1
+        head, body = list(columns), list(rows)
+        if isinstance(columns, Mapping):
+            body = [[self._cell(row, *column) for column in columns.values()] for row in body]
         shown = [n for n in range(len(head)) if n < words or any(row[n] != "–" for row in body)]
         caption = Markup(" ").join(map(Markup, caller().split()))
         return self.render("table", head=head, body=body, words=words, shown=shown, number=self.tables, caption=caption)
+
+    def _cell(self, row: Mapping[str, Any], first: str, *names: str) -> str:
+        return self._formats[first](*(row[name] for name in names)) if names else str(row[first])
 
     def folded(self, title: str, note: str = "", *, caller: Callable[[], str]) -> Markup:
         """Content behind its title, or the content itself where there is no title."""
@@ -93,15 +119,6 @@ def folder_beside(out: Path) -> Path:
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
-
-
-def cells(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, Sequence[Any]]) -> list[list[str]]:
-    """A table's body: a row for each of ``rows``, whose cells are a function of some of its values.
-
-    >>> cells([{"name": "a", "low": 0.5, "high": 0.75}], {"Name": (str, "name"), "Interval": (interval, "low", "high")})
-    [['a', '50.0 to 75.0']]
-    """
-    return [[show(*(row[name] for name in names)) for show, *names in columns.values()] for row in rows]
 
 
 def _or_dash(show: Callable[..., str]) -> Callable[..., str]:

@@ -12,46 +12,30 @@ from qat.report.page import Page
 from qat.report.sections import Section
 from qat.report.view import View, read_view
 
-Sections = tuple[tuple[str, Callable[[Any], Section]], ...]
-
-RUNS: Sections = (
-    ("In short", sections.verdict),
-    ("What was trained", sections.trained),
-    ("Results", sections.results),
-    ("What is missing", sections.missing),
-    ("What anti-transfer changed, over seeds", sections.differences),
-    ("Accuracy by speaker", sections.speakers),
-    ("Wrong answers to listen to", sections.wrong),
-    ("Training curves", sections.curves),
-    ("Confusion matrices", sections.confusions),
-    ("Similarity to the frozen network", sections.similarity),
-    ("Networks trained beforehand", sections.beforehand),
-    ("Parameters, time and memory", sections.resources),
-    ("What this cannot show", sections.limits),
-    ("Provenance and settings", sections.provenance),
+SECTIONS: tuple[tuple[str, Callable[[Any], Section] | None, Callable[[Any], Section] | None], ...] = (
+    ("In short", sections.verdict, grid_sections.verdict),
+    ("What was trained", sections.trained, None),
+    ("What is real, and what is there", None, grid_sections.real),
+    ("Table 1", None, grid_sections.table1),
+    ("Results", sections.results, None),
+    ("What is missing", sections.missing, grid_sections.missing),
+    ("What anti-transfer changed, over seeds", sections.differences, None),
+    ("Average gains by anti-transfer", None, grid_sections.gains),
+    ("Accuracy by layer", None, grid_sections.layers),
+    ("Every cell of table 1", None, grid_sections.cells_of_table1),
+    ("Accuracy by speaker", sections.speakers, sections.speakers),
+    ("Wrong answers to listen to", sections.wrong, sections.wrong),
+    ("Training curves", sections.curves, sections.curves),
+    ("Confusion matrices", sections.confusions, sections.confusions),
+    ("Similarity to the frozen network", sections.similarity, sections.similarity),
+    ("Networks trained beforehand", sections.beforehand, sections.beforehand),
+    ("Parameters, time and memory", sections.resources, sections.resources),
+    ("Time and memory beside the papers", None, grid_sections.costs),
+    ("What this cannot show", sections.limits, grid_sections.limits),
+    ("Provenance and settings", sections.provenance, sections.provenance),
 )
-"""Heading and function of each section; its template has the name of its module and function."""
-
-GRID: Sections = (
-    ("In short", grid_sections.verdict),
-    ("What is real, and what is there", grid_sections.real),
-    ("Table 1", grid_sections.table1),
-    ("What is missing", grid_sections.missing),
-    ("Average gains by anti-transfer", grid_sections.gains),
-    ("Accuracy by layer", grid_sections.layers),
-    ("Every cell of table 1", grid_sections.cells_of_table1),
-    ("Accuracy by speaker", sections.speakers),
-    ("Wrong answers to listen to", sections.wrong),
-    ("Training curves", sections.curves),
-    ("Confusion matrices", sections.confusions),
-    ("Similarity to the frozen network", sections.similarity),
-    ("Networks trained beforehand", sections.beforehand),
-    ("Parameters, time and memory", sections.resources),
-    ("Time and memory beside the papers", grid_sections.costs),
-    ("What this cannot show", grid_sections.limits),
-    ("Provenance and settings", sections.provenance),
-)
-"""The same of a grid."""
+"""Heading of each section, its function for runs, and that for a grid; a template has the name of its module and
+function."""
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -88,8 +72,9 @@ def report_and_tables(folder: Path, out: Path | None = None, *, short: bool) -> 
 def _write(view: View, out: Path | None) -> Path:
     out = view.folder.folder / "report.html" if out is None else Path(out)
     page, shown = Page(), []
-    for heading, section in GRID if view.is_grid else RUNS:
-        if (values := section(view)) is not None:
+    for heading, of_runs, of_grid in SECTIONS:
+        section = of_grid if view.is_grid else of_runs
+        if section and (values := section(view)) is not None:
             template = f"{section.__module__.rpartition('.')[2]}/{section.__name__}"
             shown.append((heading, page.render(template, view=view, **values)))
     document = page.render("page", title=view.title, sections=shown, label=view.label)

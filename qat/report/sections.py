@@ -19,21 +19,7 @@ from markupsafe import Markup
 from qat.config import Experiment, flatten, to_plain
 from qat.report import figures
 from qat.report.figures import BLUE, RED, SOFT, Dot, DotPanel
-from qat.report.page import (
-    bar,
-    cells,
-    count,
-    decimal,
-    digits,
-    duration,
-    interval,
-    memory,
-    percent,
-    plus_minus,
-    points,
-    records,
-    span,
-)
+from qat.report.page import percent, points, records, span
 from qat.report.view import View
 from qat.results.runs import TASKS, FinishedRun, Group, made_with
 from qat.results.tables import MEASURES, means
@@ -102,20 +88,6 @@ def missing(view: View) -> Section:
 def results(view: View) -> Section:
     if not view.main:
         return None
-    columns = {
-        "Setting": (str, "name"),
-        "Starts from": (str, "start"),
-        "Anti-transfer": (str, "anti_transfer"),
-        "Accuracy ± sd, %": (plus_minus, "accuracy", "accuracy_sd"),
-        "95 % interval": (interval, "accuracy_low", "accuracy_high"),
-        "UA, %": (percent, "uar"),
-        "Difference [95 %], points": (points, "difference", "difference_low", "difference_high"),
-        "Withheld, %": (percent, "withheld_accuracy"),
-        "Short\N{SOFT HYPHEN}cut, %": (percent, "shortcut_rate"),
-        "Speaker probe, %": (percent, "voice_probe"),
-        "Word probe, %": (percent, "word_probe"),
-        "Average precision": (decimal, "average_precision"),
-    }
     groups = {group.name: group for group in view.main}
     findings = []
     for row in records(view.results[view.results["difference"].notna()]):
@@ -127,7 +99,7 @@ def results(view: View) -> Section:
             if "–" not in (percent(base[column]), percent(row[column]))
         )
         findings.append((row, moved))
-    return {"head": list(columns), "body": cells(records(view.results), columns), "findings": findings}
+    return {"rows": records(view.results), "findings": findings}
 
 
 def differences(view: View) -> Section:
@@ -225,27 +197,13 @@ def similarity(view: View) -> Section:
 
 def beforehand(view: View) -> Section:
     """Networks that the others build on."""
-    columns = {
-        "Network": (str, "name"),
-        "Task": (TASKS.get, "task"),
-        "Corpus": (str, "corpus"),
-        "Classes": (count, "classes"),
-        "Accuracy, %": (plus_minus, "accuracy", "accuracy_sd"),
-        "UA, %": (percent, "uar"),
-        "Average precision": (decimal, "average_precision"),
-        "Recon\N{SOFT HYPHEN}struction": (decimal, "reconstruction"),
-        "Constant": (decimal, "constant"),
-        "Live channels of 4": (digits, "live_channels"),
-        "Epochs": (count, "epochs"),
-        "Time": (duration, "seconds"),
-    }
     rows = [
         means(group)
-        | {"name": group.name, "task": group.first.task, "corpus": group.first.experiment.corpus.name}
+        | {"name": group.name, "task": TASKS[group.first.task], "corpus": group.first.experiment.corpus.name}
         | {"classes": len(group.first.true_classes) or None, "live_channels": group.score("live_channels")}
         for group in view.others
     ]
-    return {"head": list(columns), "body": cells(rows, columns)} if rows else None
+    return {"rows": rows} if rows else None
 
 
 def resources(view: View) -> Section:
@@ -257,24 +215,13 @@ def resources(view: View) -> Section:
         stages.setdefault(planned.get(run.folder.name, TASKS[run.task]), []).append(run)
     seconds = {stage: sum(run.result.seconds or 0 for run in runs) for stage, runs in stages.items()}
     total = sum(seconds.values())
-    body = [
-        [stage, count(len(runs)), bar(seconds[stage] / total), duration(seconds[stage]), memory(_peak(runs))]
-        for stage, runs in (stages.items() if total else ())
+    rows: list[Row] = [
+        {"stage": stage, "runs": len(runs), "seconds": seconds[stage], "share": seconds[stage] / (total or 1)}
+        | {"memory": max((run.result.peak_memory for run in runs if run.result.peak_memory), default=None)}
+        for stage, runs in stages.items()
     ]
-    columns = {
-        "Network": (str, "name"),
-        "Parameters": (count, "parameters"),
-        "Epochs": (count, "epochs"),
-        "Kept epoch": (count, "kept_epoch"),
-        "Seconds per epoch": (digits, "epoch_seconds"),
-        "Time of a run": (duration, "seconds"),
-        "Peak memory": (memory, "peak_memory"),
-    }
-    return {
-        "stages": [*body, ["all", count(len(view.runs)), "", duration(total), "–"]] if body else None,
-        "head": list(columns),
-        "body": None if view.is_grid else cells(view.rows.values(), columns),
-    }
+    rows.append({"stage": "all", "runs": len(view.runs), "seconds": total, "share": None, "memory": None})
+    return {"stages": rows if total else None}
 
 
 def limits(view: View) -> Section:
@@ -333,10 +280,6 @@ def _breaks(groups: Sequence[Group]) -> list[int]:
 
 def _logs(column: str) -> Callable[[Group], bool]:
     return lambda group: any(run.metrics is not None and column in run.metrics for run in group.runs)
-
-
-def _peak(runs: Sequence[FinishedRun]) -> int | None:
-    return max((run.result.peak_memory for run in runs if run.result.peak_memory), default=None)
 
 
 def _speaker_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
