@@ -293,7 +293,10 @@ def as_saved_before(loss: Loss) -> dict[str, object]:
     return dict(zip(("gram", "centred"), loss.gram, strict=True))
 
 
-@pytest.mark.parametrize("loss", EVERY, ids=repr)
+SAVED_BEFORE = [loss for loss in EVERY if loss.gram or isinstance(loss, FoldedRowwise | CosSquared | MseSigmoid)]
+
+
+@pytest.mark.parametrize("loss", SAVED_BEFORE, ids=repr)
 def test_settings_are_read_back_as_they_are_and_were_saved(loss):
     config = AntiTransferConfig(layers=[2, 5], beta=[1.0, 0.5], loss=loss, random_twin=True)
     plain = json.loads(json.dumps(to_plain(config)))
