@@ -40,8 +40,8 @@ class Stages:
     def orthogonal(self, task: str, network: str) -> Path:
         """The network of an orthogonal task, ``speaker`` or ``word``."""
         if (task, network) not in self._orthogonal:
-            made = self._experiment(task, {"network": network})
-            folder = self.campaign.add(made, f"{task} {network}", stage=task, network=network)
+            training = self._experiment(task, {"network": network})
+            folder = self.campaign.add(training, f"{task} {network}", stage=task, network=network)
             self._orthogonal[task, network] = folder
         return self._orthogonal[task, network]
 
@@ -52,9 +52,9 @@ class Stages:
             attributes: all of :data:`qat.config.preset.ATTRIBUTES` but the stage.
             own: nested settings that lie over the preset's.
         """
-        made = self._experiment("emotion", attributes, own)
-        assert isinstance(made, Experiment)
-        return replace(made, training=replace(made.training, seed=attributes["seed"]))
+        emotion = self._experiment("emotion", attributes, own)
+        assert isinstance(emotion, Experiment)
+        return replace(emotion, training=replace(emotion.training, seed=attributes["seed"]))
 
     def transferring(self, training: Experiment, against: str, layers: list[int]) -> Experiment:
         """The same training with anti-transfer at some layers, against ``speaker``, ``word`` or ``random`` weights."""
@@ -68,7 +68,7 @@ class Stages:
         corpus = settings["corpus"]
         corpus.setdefault("folder", str(self.folders.get(corpus["name"], self.corpora / corpus["name"])))
         settings["cache"] = str(self.campaign.folder / "cache")
-        made = experiment(settings, stage)
-        if isinstance(made, Experiment) and made.network.embeds and made.network.rhemo is None:
-            made = replace(made, network=replace(made.network, rhemo=self.rhemo))
-        return made
+        one = experiment(settings, stage)
+        if isinstance(one, Experiment) and one.network.embeds and one.network.rhemo is None:
+            one = replace(one, network=replace(one.network, rhemo=self.rhemo))
+        return one

@@ -37,7 +37,7 @@ class Speech:
         split: how it is divided: ``random``, ``actor`` or ``confounded``.
         preset: preset that learns something from it, where the command line names no other.
         settings: layers over the preset, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
-            networks of speakers and words learn from, none with a voice that the emotion networks are judged on.
+            networks of speakers and words learn from, none with a speaker that the emotion networks are judged on.
         redraw: whether each seed draws a split of its own, in every design.
     """
 

@@ -117,8 +117,8 @@ def _names(values: dict[str, list[Any]]) -> dict[str, list[str]]:
 
 def _slug(value: Any) -> str:
     """
-    >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/voice")), _slug({"speaker": ["ann", "ben"]})
-    ('2+13', '0.5', 'voice', 'speaker-ann+ben')
+    >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/speaker")), _slug({"speaker": ["ann", "ben"]})
+    ('2+13', '0.5', 'speaker', 'speaker-ann+ben')
     """
     if isinstance(value, Loss):
         plain = value.plain()

@@ -119,7 +119,7 @@ class SplitConfig:
             ``part`` says (LibriSpeech's subsets); ``part-train-only``: its training part three times, as the released
             code's word task has it;
             ``confounded``: the listed speakers, and each training speaker says one emotion always and the others
-            with ``leak`` of its sentences, so that the voice predicts the emotion.
+            with ``leak`` of its sentences, so that the speaker predicts the emotion.
         seed: shuffles the files, the speakers, or which emotion is whose.
         train: speakers of the training part (rules ``speaker`` and ``confounded``).
         validation: speakers of the validation part.

@@ -191,11 +191,11 @@ def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -
     >>> merge({"network": "real"}, [layer], {"training": {"batch": 20, "seed": 2}})
     {'training': {'batch': 40, 'seed': 2}}
     """
-    known = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
+    groups = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
     settings = {group: dict(value) if isinstance(value, dict) else value for group, value in base.items()}
     for layer in layers:
         for group, value in layer.settings.items() if layer.matches(attributes) else ():
-            if known is None or group in known:
+            if groups is None or group in groups:
                 settings[group] = settings.get(group, {}) | value if isinstance(value, dict) else value
     return settings
 

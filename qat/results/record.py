@@ -85,7 +85,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Probes:
-    """Accuracy of linear classifiers of the voice and of the text from one layer's features."""
+    """Accuracy of linear classifiers of the speaker and of the text from one layer's features."""
 
     voice_probe: float | None = None
     word_probe: float | None = None
@@ -98,7 +98,7 @@ class Analysis(Probes):
     Args:
         voice_probe, word_probe: probes of the last layer of anti-transfer.
         voice_probe_chance, word_probe_chance: accuracy of guessing.
-        shortcut_rate: share of the withheld clips that are answered with the voice's own emotion.
+        shortcut_rate: share of the withheld clips that are answered with the speaker's own emotion.
         layers: probes by layer.
     """
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TASKS = {
     "emotion": "emotion",
     "rhemo": "RH-Emo embedding",
-    "speaker": "who speaks",
-    "word": "which word",
-    "word-presence": "which words occur",
+    "speaker": "speaker",
+    "word": "word",
+    "word-presence": "words that occur",
 }
 """What networks are trained for, in the order of a report."""
 

@@ -104,7 +104,7 @@ MEASURES = {
     "accuracy": "accuracy",
     "withheld_accuracy": "accuracy, withheld",
     "shortcut_rate": "shortcut rate",
-    "voice_probe": "voice probe",
+    "voice_probe": "speaker probe",
     "word_probe": "word probe",
 }
 """What `seed_differences` compares, in the order of a report."""
