@@ -33,7 +33,7 @@ def plan_grid(
     Args:
         folder: folder of the campaign.
         preset: preset, of :data:`qat.config.preset.NAMES`, or a file of the same form.
-        selection: which trainings.
+        selection: emotion trainings.
         seeds: seeds of the emotion trainings; what they build on has one.
         folders: folders of the corpora, by name; ``corpora/NAME`` for others.
         settings: file of layers, see :mod:`qat.config.preset`, that lie over the preset's.

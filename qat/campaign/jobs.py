@@ -121,7 +121,7 @@ def train(campaign: Campaign, layout: Layout | None = None) -> list[Outcome]:
 
     Args:
         campaign: trainings; on a cluster, the nodes see its folder under the same path. ``.jobs`` in it has logs.
-        layout: where they run; by default one after another, on every GPU that this process sees.
+        layout: machine and number of jobs; by default one after another, on every GPU that this process sees.
 
     Returns:
         What became of each training, in the order of the campaign.
@@ -195,7 +195,7 @@ class _Driver:
     Args:
         runs: runs that are not done; what a run builds on comes before it.
         folder: folder of the campaign.
-        layout: where they run.
+        layout: machine and number of jobs.
     """
 
     def __init__(self, runs: list[_Run], folder: Path, layout: Layout) -> None:

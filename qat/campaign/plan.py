@@ -60,7 +60,7 @@ class Campaign:
             experiment: training; it builds on others of the campaign by the folders that this method returned for them.
             name: name in reports; its address by default.
             probe: whether the trained network is probed.
-            attributes: what tells it from others, of :data:`qat.config.preset.ATTRIBUTES`.
+            attributes: its attributes, of :data:`qat.config.preset.ATTRIBUTES`.
 
         Returns:
             Its run folder.
@@ -136,16 +136,16 @@ class Campaign:
         corpora = (experiment.corpus for experiment in self.trainings.values())
         return {corpus.name: corpus.folder for corpus in corpora if not corpus.folder.exists()}
 
-    def write(self, asked: Mapping[str, Any]) -> None:
+    def write(self, about: Mapping[str, Any]) -> None:
         """Write ``plan.csv``, which a report reads, and ``campaign.yaml``; they replace those of an earlier plan here.
 
         Args:
-            asked: what was asked for: design, preset, selection and so on.
+            about: options of the campaign: design, preset, selection and so on.
         """
         buffer = io.StringIO()
         self.table.to_csv(buffer, index=False)
         write_text(self.folder / "plan.csv", buffer.getvalue())
-        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(asked)), sort_keys=False, width=120))
+        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(about)), sort_keys=False, width=120))
 
     @cached_property
     def _absolute(self) -> Path:

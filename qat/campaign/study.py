@@ -29,12 +29,12 @@ _AT = {task: f"single_{letter}" for letter, task in TASKS.items()}
 
 @dataclass(frozen=True)
 class Speech:
-    """What a study's networks learn from.
+    """The corpora of a study.
 
     Args:
         about: description for the report.
         corpus: emotion corpus.
-        split: how it is divided: ``random``, ``actor`` or ``confounded``.
+        split: its division: ``random``, ``actor`` or ``confounded``.
         preset: preset that learns something from it, where the command line names no other.
         settings: layers over the preset, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
             networks of speakers and words learn from, none with a speaker that the emotion networks are judged on.
@@ -60,7 +60,8 @@ class Entry:
         name: name in reports; ``{start}``, ``{against}``, ``{loss}`` and ``{layer}`` stand for the values.
         start: initial weights: ``random``, the network of an orthogonal task (``speaker``, ``word``), or the name of an
             earlier emotion training (then this one is its second half).
-        against: what anti-transfer pushes away from: ``speaker``, ``word``, or a ``random`` twin as the control.
+        against: network that anti-transfer pushes away from: ``speaker``, ``word``, or a ``random`` twin as the
+            control.
         loss: names in the design's ``losses``; the preset's own loss if empty.
         layer: ``each`` of the design's layers, the ``last`` of them, or numbers.
         watch: without anti-transfer: the similarity at all layers of the design is only monitored (beta 0).
@@ -105,7 +106,7 @@ class Design:
         redraw: whether each seed draws a split of its own.
         real: whether the real network takes part.
         brief: whether it is the brief study.
-        not_run: what it leaves out, for the report.
+        not_run: remarks for the report on what it leaves out.
     """
 
     emotion: list[Entry]
@@ -138,20 +139,12 @@ class Design:
 
 
 def read_design(source: str | Path) -> Design:
-    """The design of a name (``demo``, ``study``) or file.
-
-    Raises:
-        ValueError: no such design, or a file that is not of this form.
-    """
+    """The design with this name (``demo``, ``study``), or in this file."""
     return _read(Design, source, DESIGNS)
 
 
 def read_speech(source: str | Path) -> Speech:
-    """The speech of a name (``synthetic``, ``recorded``) or file.
-
-    Raises:
-        ValueError: no such speech, or a file that is not of this form.
-    """
+    """The speech with this name (``synthetic``, ``recorded``), or in this file."""
     return _read(Speech, source, SPEECHES)
 
 
@@ -168,8 +161,8 @@ def plan_study(
 
     Args:
         folder: folder of the campaign.
-        design: which emotion trainings.
-        speech: what is listened to.
+        design: emotion trainings.
+        speech: corpus and preset.
         preset: preset instead of the speech's.
         seeds: seeds of the emotion trainings instead of the design's.
         folders: folders of corpora, by name; ``corpora/NAME`` below the campaign's folder for others.
@@ -244,6 +237,11 @@ def _add(
 
 
 def _read(kind: type[T], source: str | Path, names: Sequence[str]) -> T:
+    """What a packaged YAML file or one of the user's describes.
+
+    Raises:
+        ValueError: no such name or file, or a file that is not of this form.
+    """
     if source in names:
         plain = read_yaml(files("qat.campaign") / "designs" / f"{source}.yaml", source)
     elif Path(source).is_file():

@@ -165,7 +165,7 @@ def _train(options: Namespace, campaign: Campaign, about: Mapping[str, Any], pre
     Args:
         options: options of :func:`_add_engine_arguments`.
         campaign: campaign.
-        about: what ``campaign.yaml`` says of it, before the options that all designs share.
+        about: its part of ``campaign.yaml``, before the options that all designs share.
         prepare: called before anything is trained.
     """
     from qat.campaign.cost import estimate

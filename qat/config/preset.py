@@ -161,7 +161,7 @@ def parse_layers(listed: Any, source: object) -> list[Layer]:
 
     Args:
         listed: content of the file, or of a part of it.
-        source: where it was read, for errors.
+        source: name of the file, for errors.
 
     Raises:
         ValueError: as in :func:`read_layers`.
@@ -183,7 +183,7 @@ def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -
     """The settings of a training: ``base``, and over it every layer that holds; of groups, field by field.
 
     Args:
-        attributes: of the training, see :data:`ATTRIBUTES`.
+        attributes: attributes of the training, see :data:`ATTRIBUTES`.
         layers: the later wins.
         base: nested settings.
 

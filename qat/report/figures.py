@@ -145,7 +145,7 @@ class Line:
     """A line of `by_layer`.
 
     Args:
-        label: in the legend; lines of one label look alike.
+        label: label in the legend; lines of one label look alike.
         look: its colour: that of an anti-transfer method, a network or ``mean``.
         values: by layer, or one level, dashed.
         hollow: dotted with hollow squares, to tell two lines of one colour apart.
@@ -174,8 +174,8 @@ def by_layer(panels: Mapping[str, Sequence[Line]], ylabel: str, guess: float | N
 
     Args:
         panels: lines by title.
-        ylabel: of the values.
-        guess: what guessing gives, dotted in red.
+        ylabel: label of the values.
+        guess: accuracy of guessing, dotted in red.
     """
     ticks = {layer for lines in panels.values() for line in lines for layer in line.layers}
     legend: dict[str, Any] = {}

@@ -64,7 +64,7 @@ class Page:
         Args:
             drawing: the figure.
             name: name of its files.
-            groups: what its panels show; there is room for the first `figures.PANELS`.
+            groups: settings of its panels, of which the first `figures.PANELS` are drawn.
             caller: gives the caption.
         """
         self.drawings[name] = drawing

@@ -62,7 +62,7 @@ def report_and_tables(folder: Path, out: Path | None = None, *, short: bool) -> 
     """Write the report of a folder; returns what a terminal shows of it, and the file, ``report``.
 
     Args:
-        folder, out: as of `write_report`.
+        folder, out: as in `write_report`.
         short: leave out what a terminal has no room for.
     """
     view = read_view(folder)

@@ -50,7 +50,7 @@ class Setting:
     """One setting of a grid, over its seeds; what a stage does not have is empty, and the layer 0.
 
     Args:
-        name: as the plan calls it.
+        name: name in the plan.
         planned: number of trainings, one a seed.
         group: the finished ones.
     """
@@ -76,10 +76,10 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class PaperGrid:
-    """The paper's trainings that a folder has planned, and what of them there is.
+    """The paper's trainings that a folder has planned, and those that are finished.
 
     Args:
-        settings: in the order of the paper's tables.
+        settings: settings in the order of the paper's tables.
         planned: number of trainings; settings that are the same experiment share one.
         finished: number of these that are finished.
     """
@@ -310,7 +310,7 @@ def figure2(table: pd.DataFrame) -> pd.DataFrame:
     another.
 
     Args:
-        table: of `layers`, of corpora that may be averaged.
+        table: table from `layers`, of corpora that may be averaged.
 
     Returns:
         ``network, split, at, layer, accuracy, corpora``: ``at`` is ``single_S``, ``single_W``, ``none`` (the baseline,
@@ -336,7 +336,7 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Time per epoch and peak memory of pairs of settings that differ in one thing, on one device.
 
     Args:
-        table: of `resources`.
+        table: table from `resources`.
 
     Returns:
         One row a pair: ``what`` (``AT / no AT`` or ``quaternion / real``), ``device``, the first one's ``corpus,

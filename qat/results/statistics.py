@@ -47,7 +47,7 @@ def cluster_interval(
         clusters: `[n]`, the speaker of each clip.
         level: nominal coverage.
         draws: bootstrap draws.
-        seed: of the draws; the same call gives the same interval.
+        seed: seed of the draws; the same call gives the same interval.
 
     Returns:
         The interval; None with fewer than two clusters, or when all clusters have the same mean: no spread
