@@ -54,13 +54,13 @@ def _add(stages: Stages, attributes: Mapping[str, Any]) -> Path:
     """Add an emotion training; the second half of dual anti-transfer goes on from the single one."""
     kind, _, tasks = attributes["at"].partition("_")
     training = stages.emotion(attributes)
+    if kind == "dual":
+        first = _add(stages, {**attributes, "at": f"single_{tasks[0]}"})
+        training = replace(training, training=replace(training.training, initial=first))
     name = " ".join(["emotion", *(attributes[name] for name in ("network", "corpus", "split", "at"))])
     if tasks:
         training = stages.transferring(training, TASKS[tasks[-1]], [attributes["layer"]])
         name += f" layer {attributes['layer']}"
     else:
         training = replace(training, anti_transfer=AntiTransferConfig())  # also where layers name a twin for all
-    if kind == "dual":
-        first = _add(stages, {**attributes, "at": f"single_{tasks[0]}"})
-        training = replace(training, training=replace(training.training, initial=first))
     return stages.campaign.add(training, name, stage="emotion", **attributes)
