@@ -17,7 +17,7 @@ from qat.campaign.options import Selection
 from qat.campaign.plan import Campaign
 from qat.campaign.stages import Stages
 from qat.config import AntiTransferConfig
-from qat.config.preset import TASKS, read_layers
+from qat.config.preset import TASKS, read_overrides
 
 
 def plan_grid(
@@ -36,13 +36,13 @@ def plan_grid(
         selection: emotion trainings.
         seeds: seeds of the emotion trainings; what they build on has one.
         folders: folders of the corpora, by name; ``corpora/NAME`` for others.
-        settings: file of layers, see :mod:`qat.config.preset`, that lie over the preset's.
+        settings: file of overrides, see :mod:`qat.config.preset`, applied after the preset's.
 
     Raises:
         ValueError: wrong settings.
     """
     chosen, campaign = selection or Selection(), Campaign(folder)
-    stages = Stages(campaign, read_layers(preset) + (read_layers(settings) if settings else []), folders or {})
+    stages = Stages(campaign, read_overrides(preset) + (read_overrides(settings) if settings else []), folders or {})
     for place in product(seeds, chosen.networks, chosen.corpora, chosen.splits, chosen.at):
         attributes = dict(zip(("seed", "network", "corpus", "split", "at"), place, strict=True))
         for layer in [0] if attributes["at"] == "none" else chosen.layers:
@@ -62,5 +62,5 @@ def _add(stages: Stages, attributes: Mapping[str, Any]) -> Path:
         training = stages.transferring(training, TASKS[tasks[-1]], [attributes["layer"]])
         name += f" layer {attributes['layer']}"
     else:
-        training = replace(training, anti_transfer=AntiTransferConfig())  # also where layers name a twin for all
+        training = replace(training, anti_transfer=AntiTransferConfig())  # also where overrides name a twin for all
     return stages.campaign.add(training, name, stage="emotion", **attributes)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, Experiment
-from qat.config.preset import Layer, Plain, experiment, merge, settings_of
+from qat.config.preset import Override, Plain, experiment, merge, settings_of
 
 
 class Stages:
@@ -18,15 +18,19 @@ class Stages:
 
     Args:
         campaign: campaign.
-        layers: layers of the preset, and over it.
+        overrides: overrides of the preset, and those after them.
         folders: folders of corpora, by name.
         corpora: folder of the other corpora.
     """
 
     def __init__(
-        self, campaign: Campaign, layers: Sequence[Layer], folders: Mapping[str, Path], corpora: Path = Path("corpora")
+        self,
+        campaign: Campaign,
+        overrides: Sequence[Override],
+        folders: Mapping[str, Path],
+        corpora: Path = Path("corpora"),
     ) -> None:
-        self.campaign, self.layers, self.folders, self.corpora = campaign, layers, folders, corpora
+        self.campaign, self.overrides, self.folders, self.corpora = campaign, overrides, folders, corpora
         self._orthogonal: dict[tuple[str, str], Path] = {}
 
     @cached_property
@@ -64,7 +68,7 @@ class Stages:
         return replace(training, anti_transfer=replace(at, twin=twin, random_twin=random, layers=layers))
 
     def _experiment(self, stage: str, attributes: Mapping[str, Any], own: Plain | None = None) -> AnyExperiment:
-        settings = merge({}, [Layer(own or {})], settings_of(stage, attributes, self.layers))
+        settings = merge({}, [Override(own or {})], settings_of(stage, attributes, self.overrides))
         corpus = settings["corpus"]
         corpus.setdefault("folder", str(self.folders.get(corpus["name"], self.corpora / corpus["name"])))
         settings["cache"] = str(self.campaign.folder / "cache")

@@ -18,7 +18,7 @@ from qat.campaign.plan import Campaign, no_folder
 from qat.campaign.stages import Stages
 from qat.config import from_plain, prefix_errors
 from qat.config.experiment import require
-from qat.config.preset import TASKS, VALUES, as_list, check_values, parse_layers, read_layers, read_yaml
+from qat.config.preset import TASKS, VALUES, as_list, check_values, parse_overrides, read_overrides, read_yaml
 from qat.data.corpora import module
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Speech:
         corpus: emotion corpus.
         split: its division: ``random``, ``actor`` or ``confounded``.
         preset: preset that learns something from it, where the command line names no other.
-        settings: layers over the preset, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
+        settings: overrides after the preset's, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
             networks of speakers and words learn from, none with a speaker that the emotion networks are judged on.
         redraw: whether each seed draws a split of its own, in every design.
     """
@@ -166,15 +166,15 @@ def plan_study(
         preset: preset instead of the speech's.
         seeds: seeds of the emotion trainings instead of the design's.
         folders: folders of corpora, by name; ``corpora/NAME`` below the campaign's folder for others.
-        settings: file of layers over the preset and the speech.
+        settings: file of overrides after those of preset and speech.
 
     Raises:
         ValueError: wrong settings.
     """
     campaign = Campaign(folder)
-    layers = read_layers(preset or speech.preset) + parse_layers(speech.settings, "settings")
-    layers += read_layers(settings) if settings else []
-    stages = Stages(campaign, layers, folders or {}, folder / "corpora")
+    overrides = read_overrides(preset or speech.preset) + parse_overrides(speech.settings, "settings")
+    overrides += read_overrides(settings) if settings else []
+    stages = Stages(campaign, overrides, folders or {}, folder / "corpora")
     for seed in seeds or range(1, design.seeds + 1):
         runs: dict[tuple[str, str], Path] = {}
         for entry in design.emotion:

@@ -127,7 +127,9 @@ def run_grid(options: Namespace) -> Any:
 
 
 def _add_settings_arguments(parser: ArgumentParser, default: str) -> None:
-    parser.add_argument("--settings", type=Path | None, default=None, help="file of layers that lie over the preset's")
+    parser.add_argument(
+        "--settings", type=Path | None, default=None, help="file of overrides, applied after the preset's"
+    )
     parser.add_argument("--folders", type=dict[str, Path], default={}, help=f"folders of corpora (default: {default})")
 
 
@@ -220,7 +222,7 @@ def add_preset(commands: Commands) -> None:
 def run_preset(options: Namespace) -> Any:
     import yaml
 
-    from qat.config.preset import experiment, read_layers, settings_of
+    from qat.config.preset import experiment, read_overrides, settings_of
     from qat.data.corpora import EMOTION
 
     check_values("--corpus", [options.corpus], EMOTION)
@@ -229,7 +231,7 @@ def run_preset(options: Namespace) -> Any:
         place |= {name: options[name] for name in ("corpus", "split", "at")}
         place["layer"] = 0 if options.at == "none" else options.layer
     # Whole, because other commands have other defaults; but for the folder, which is the user's to say.
-    whole = to_plain(experiment(settings_of(options.stage, place, read_layers(options.name)), options.stage))
+    whole = to_plain(experiment(settings_of(options.stage, place, read_overrides(options.name)), options.stage))
     del whole["corpus"]["folder"]
     if place.get("layer"):
         whole["anti_transfer"]["layers"] = [place["layer"]]

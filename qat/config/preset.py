@@ -1,15 +1,15 @@
-"""Presets: the settings of every training of the paper's grid, as files of layers that lie over each other.
+"""Presets: the settings of every training of the paper's grid, as files of overrides.
 
 ``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``small``
-is what learns in minutes, and ``demo`` the same on synthesised speech. A file is a list of layers::
+is what learns in minutes, and ``demo`` the same on synthesised speech. A file is a list of overrides::
 
     - preset: small
     - settings: {training: {batch: 20}}
     - when: {network: real, stage: [word, speaker]}
       settings: {training: {batch: 40}}
 
-``preset`` stands for all layers of another one. A layer holds for the trainings that have every attribute of its
-``when``, with that value or one of a list; the later layer wins. Settings are those of ``qat train``, or of ``qat
+``preset`` stands for all overrides of another one. An override holds for the trainings that have every attribute of its
+``when``, with that value or one of a list; the later override wins. Settings are those of ``qat train``, or of ``qat
 pretrain rhemo`` in RH-Emo's stages; each kind of training takes what it has.
 """
 
@@ -83,7 +83,7 @@ def check_values(name: str, values: Sequence[Any], allowed: Sequence[Any]) -> No
 
 
 @dataclass(frozen=True)
-class Layer:
+class Override:
     """Settings of some trainings.
 
     Args:
@@ -123,25 +123,25 @@ def kind_of(stage: str) -> type[AnyExperiment]:
     return RHEmoExperiment if stage.startswith("rhemo") else Experiment
 
 
-def read_layers(source: str | Path) -> list[Layer]:
-    """The layers of a preset, or of a file of the same form.
+def read_overrides(source: str | Path) -> list[Override]:
+    """The overrides of a preset, or of a file of the same form.
 
     Raises:
         ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
-            values, are named with the layer's number.
+            values, are named with the override's number.
     """
     if source in (*NAMES, *_PARTS):
         return list(_packaged(str(source)))
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
-    return parse_layers(read_yaml(path, source), source)
+    return parse_overrides(read_yaml(path, source), source)
 
 
 @cache
-def _packaged(name: str) -> tuple[Layer, ...]:
+def _packaged(name: str) -> tuple[Override, ...]:
     file = files("qat.config") / "presets" / f"{name}.yaml"
-    return tuple(parse_layers(read_yaml(file, name), name))
+    return tuple(parse_overrides(read_yaml(file, name), name))
 
 
 def read_yaml(file: Traversable, source: object) -> Any:
@@ -156,58 +156,58 @@ def read_yaml(file: Traversable, source: object) -> Any:
         raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
-def parse_layers(listed: Any, source: object) -> list[Layer]:
-    """The layers of a list as a preset file holds it.
+def parse_overrides(listed: Any, source: object) -> list[Override]:
+    """The overrides of a list as a preset file holds it.
 
     Args:
         listed: content of the file, or of a part of it.
         source: name of the file, for errors.
 
     Raises:
-        ValueError: as in :func:`read_layers`.
+        ValueError: as in :func:`read_overrides`.
     """
     if not isinstance(listed, list):
-        raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
-    layers: list[Layer] = []
+        raise ValueError(f"{source}: must be a list of overrides, each with `settings` and perhaps `when`")
+    overrides: list[Override] = []
     for number, one in enumerate(listed, 1):
-        with prefix_errors(source, f"layer {number}"):
+        with prefix_errors(source, f"override {number}"):
             if isinstance(one, dict) and one.keys() == {"preset"}:
                 check_values("preset", [one["preset"]], (*NAMES, *_PARTS))
-                layers += _packaged(one["preset"])
+                overrides += _packaged(one["preset"])
             else:
-                layers.append(from_plain(Layer, one))
-    return layers
+                overrides.append(from_plain(Override, one))
+    return overrides
 
 
-def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -> Plain:
-    """The settings of a training: ``base``, and over it every layer that holds; of groups, field by field.
+def merge(attributes: Mapping[str, Any], overrides: Sequence[Override], base: Plain) -> Plain:
+    """The settings of a training: ``base``, and over it every override that holds; of groups, field by field.
 
     Args:
         attributes: attributes of the training, see :data:`ATTRIBUTES`.
-        layers: the later wins.
+        overrides: the later wins.
         base: nested settings.
 
-    >>> layer = Layer({"training": {"batch": 40}}, {"network": "real"})
-    >>> merge({"network": "real"}, [layer], {"training": {"batch": 20, "seed": 2}})
+    >>> override = Override({"training": {"batch": 40}}, {"network": "real"})
+    >>> merge({"network": "real"}, [override], {"training": {"batch": 20, "seed": 2}})
     {'training': {'batch': 40, 'seed': 2}}
     """
     groups = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
     settings = {group: dict(value) if isinstance(value, dict) else value for group, value in base.items()}
-    for layer in layers:
-        for group, value in layer.settings.items() if layer.matches(attributes) else ():
+    for override in overrides:
+        for group, value in override.settings.items() if override.matches(attributes) else ():
             if groups is None or group in groups:
                 settings[group] = settings.get(group, {}) | value if isinstance(value, dict) else value
     return settings
 
 
-def settings_of(stage: str, attributes: Mapping[str, Any], layers: Sequence[Layer]) -> Plain:
+def settings_of(stage: str, attributes: Mapping[str, Any], overrides: Sequence[Override]) -> Plain:
     """The settings of one training of a preset, nested; what they do not say has its default.
 
     Args:
         stage: stage of the training.
         attributes: its other :data:`ATTRIBUTES`, as far as it has them; an emotion training's corpus is IEMOCAP if
             absent.
-        layers: layers of the preset; they lie over those of ``presets/stages.yaml``, which hold for all presets.
+        overrides: overrides of the preset, applied after those of ``presets/stages.yaml``, which hold for all presets.
 
     >>> settings_of("speaker", {"network": "real"}, [])
     {'network': {'domain': 'real'}, 'corpus': {'name': 'iemocap', 'options': {'speaker': 'session'}}, 'task': 'speaker'}
@@ -216,7 +216,7 @@ def settings_of(stage: str, attributes: Mapping[str, Any], layers: Sequence[Laye
     base: Plain = {"corpus": {"name": attributes["corpus"]}} if "corpus" in attributes else {}
     if "network" in attributes and kind_of(stage) is Experiment:
         base["network"] = {"domain": attributes["network"]}
-    return merge(attributes, [*_packaged("stages"), *layers], base)
+    return merge(attributes, [*_packaged("stages"), *overrides], base)
 
 
 def experiment(settings: Plain, stage: str) -> AnyExperiment:

@@ -18,7 +18,7 @@ from qat.campaign.plan import Campaign
 from qat.campaign.study import DESIGNS, SPEECHES, obtain, plan_study, read_design, read_speech
 from qat.commands.parser import instance
 from qat.config import Experiment, RHEmoExperiment, to_plain
-from qat.config.preset import read_layers
+from qat.config.preset import read_overrides
 from qat.data.corpora import demo
 from qat.results.probes import linear_probe, shortcut_rate
 from qat.training.data import read_corpus
@@ -276,7 +276,7 @@ def test_a_start_that_is_not_there_is_named(tmp_path):
 def test_packaged_designs_and_speeches_are_readable():
     assert [read_design(name).emotion[0].name for name in DESIGNS] == ["baseline", "from-{start}"]
     for name in SPEECHES:
-        read_layers(read_speech(name).preset)
+        read_overrides(read_speech(name).preset)
 
 
 @pytest.mark.timeout(1200)
