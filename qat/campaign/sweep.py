@@ -23,7 +23,7 @@ def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> 
 
     Args:
         folder: folder of the campaign.
-        file: plan, see :class:`Plan`.
+        file: plan, see :class:`Sweep`.
         seeds: values of ``training.seed``, instead of the file's.
 
     Raises:
@@ -49,8 +49,8 @@ def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a plan file holds. The runs are all combinations of what varies, the first setting varying slowest.
+class Sweep:
+    """The content of a plan file. The runs are all combinations of what varies, the first setting varying slowest.
 
     Args:
         base: settings of every run, as ``qat train --config`` takes them.
@@ -62,12 +62,12 @@ class Plan:
 
 
 def read_plan(file: Path, seeds: Sequence[int] | None = None) -> list[tuple[str, Experiment]]:
-    """Name and experiment of every training of a plan file, see :class:`Plan`.
+    """Name and experiment of every training of a plan file, see :class:`Sweep`.
 
     Args, Raises: as :func:`plan_sweep`.
     """
     with prefix_errors(file):
-        plan = from_plain(Plan, read_yaml(file, "plan"))
+        plan = from_plain(Sweep, read_yaml(file, "plan"))
     vary = plan.vary | ({SEED: list(seeds)} if seeds is not None else {})
     with prefix_errors(file, "base"):
         for setting, value in flatten(plan.base).items():

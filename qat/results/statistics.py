@@ -22,10 +22,11 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference, and its interval where the data allow one."""
+    """A mean difference, its interval where the data allow one, and the number of seeds behind it."""
 
     mean: float
     interval: Interval | None
+    seeds: int = 1
 
 
 def cluster_interval(
@@ -103,7 +104,7 @@ def paired_difference(
         ValueError: the lengths differ.
 
     >>> paired_difference([1, 1, 0], [0, 1, 0], ["a", "a", "a"])
-    Difference(mean=0.3333333333333333, interval=None)
+    Difference(mean=0.3333333333333333, interval=None, seeds=1)
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape:

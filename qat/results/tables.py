@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from qat.results.runs import FinishedRun, Group, devices, group_runs
 from qat.results.statistics import (
-    Interval,
+    Difference,
     cluster_interval,
     deviation,
     false_discovery,
@@ -184,15 +184,7 @@ def _settings(run: FinishedRun, free: tuple[str, ...]) -> dict[str, Any]:
     return {"kind": run.result.kind} | settings
 
 
-class Change(NamedTuple):
-    """A mean difference, its interval over speakers where the data allow one, and the number of seeds behind it."""
-
-    mean: float
-    interval: Interval | None
-    seeds: int
-
-
-def clip_difference(group: Group, base: Group) -> Change | None:
+def clip_difference(group: Group, base: Group) -> Difference | None:
     """Accuracy minus the baseline's on the seeds that both have; an interval if both answered the same clips."""
     pairs = _pairs(group, base)
     if not pairs:
@@ -200,8 +192,8 @@ def clip_difference(group: Group, base: Group) -> Change | None:
     both = [(a.answers, b.answers) for a, b in pairs]
     if all(a is not None and b is not None and a.index.equals(b.index) and (a["speaker"] != "").all() for a, b in both):
         first, second = (pd.concat(tables) for tables in zip(*both, strict=True))
-        change = paired_difference(first["right"], second["right"], list(first["speaker"]))
-        return Change(*change, len(pairs))
+        difference = paired_difference(first["right"], second["right"], list(first["speaker"]))
+        return difference._replace(seeds=len(pairs))
     scores = [(a.score("test", "accuracy"), b.score("test", "accuracy")) for a, b in pairs]
     measured = [a - b for a, b in scores if a is not None and b is not None]
-    return Change(fmean(measured), None, len(pairs)) if len(measured) == len(pairs) else None
+    return Difference(fmean(measured), None, len(pairs)) if len(measured) == len(pairs) else None

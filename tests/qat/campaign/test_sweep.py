@@ -96,7 +96,7 @@ def test_names_are_short_and_unique_but_for_the_seed(tmp_path, vary, names):
         ("base: [", "not readable as YAML"),
         ("base: 3", "base: 3 must be a mapping"),
         ("vary: 3", "vary: 3 must be a mapping"),
-        ("bases: {task: emotion}", "unknown setting bases; Plan has base, vary"),
+        ("bases: {task: emotion}", "unknown setting bases; Sweep has base, vary"),
         ("base: {training: {sed: 1}}", "base: training.sed: unknown setting; TrainingConfig has lr, "),
         ("base: {training: {lr: wide}}", "base: training.lr: 'wide' must be a number"),
         ("base: {training: 3}", "base: training: 3 must be of one setting; this is a group of them"),

@@ -79,7 +79,7 @@ def test_a_paired_difference_is_first_minus_second_and_forgets_what_both_share(r
     hard = np.repeat(np.linspace(0.1, 0.7, speakers), each)
     draw = rng.random(speakers * each)
     first, second = draw < hard + 0.15, draw < hard
-    mean, interval = paired_difference(first, second, clusters)
+    mean, interval, _ = paired_difference(first, second, clusters)
     assert mean == pytest.approx(first.mean() - second.mean())
     assert mean > 0
     assert interval == pytest.approx(tuple(cluster_interval(first.astype(float) - second, clusters)))
