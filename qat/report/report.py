@@ -66,7 +66,8 @@ def report_and_tables(folder: Path, out: Path | None = None, *, short: bool) -> 
         short: leave out what a terminal has no room for.
     """
     view = read_view(folder)
-    return {"report": _write(view, out)} | view.terminal(short)
+    report = _write(view, out)
+    return view.terminal(short) | {"report": report}
 
 
 def _write(view: View, out: Path | None) -> Path:
