@@ -11,7 +11,7 @@ import os
 import sys
 
 import qat
-from qat.commands import campaign, corpus, doctor, inference, report, train
+from qat.commands import campaign, corpus, inspection, train
 from qat.commands.output import show
 from qat.commands.parser import Action, Commands, Parser
 
@@ -59,10 +59,10 @@ def build_parser() -> tuple[Parser, dict[str, Action]]:
     campaign.add_sweep(commands)
     campaign.add_grid(commands)
     campaign.add_preset(commands)
-    inference.add_evaluate(commands)
-    inference.add_predict(commands)
-    report.add_report(commands)
-    doctor.add_doctor(commands)
+    inspection.add_evaluate(commands)
+    inspection.add_predict(commands)
+    inspection.add_report(commands)
+    inspection.add_doctor(commands)
     return parser, commands.actions
 
 

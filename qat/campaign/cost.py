@@ -9,10 +9,9 @@ spectrograms, reading and judging the test part are not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pandas as pd
 
+from qat.campaign.options import Assumed
 from qat.campaign.plan import RUNS, Campaign
 from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
 from qat.data.corpora import CORPORA, FOUR_EMOTIONS
@@ -25,24 +24,6 @@ from qat.results.record import Result, read_result
 _WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
 _ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}  # training and validation
 _RHEMO_CONVOLUTIONS = 16e6  # multiplications of encoder and decoder, a sample
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What is taken where nothing was measured.
-
-    Args:
-        epochs: of a training, unless its settings allow fewer, or its patience asks for more.
-        tflops: arithmetic of a training, 1e12 operations a second.
-    """
-
-    epochs: int = 60
-    tflops: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "tflops"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be above 0")
 
 
 def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:
@@ -58,24 +39,21 @@ def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:
         that are left), ``tflops``, ``hours`` (of those that are left, one after another on one device) and ``basis``:
         where epochs and rate come from.
     """
-    done = campaign.finished()
-    rows = []
+    finished, rows = campaign.finished(), []
     for (stage, network), group in campaign.table.fillna("").groupby(["stage", "network"], sort=False):
         runs = {RUNS / run: campaign.trainings[RUNS / run] for run in group["run"]}
-        work = {path: flop_of_epoch(one) for path, one in runs.items()}
-        finished = [path for path in runs if path in done]
-        left = [path for path in runs if path not in done]
-        known = [read_result(campaign.folder / path / "result.json") for path in finished]
-        measured = _measured(known, [work[path] for path in finished])
+        results = {path: read_result(campaign.folder / path / "result.json") for path in runs if path in finished}
+        measured = _measured([(runs[path], result) for path, result in results.items()])
         epochs, rate, basis = measured or (assumed.epochs, assumed.tflops, "assumed")
-        lengths = [_length(runs[path].training, epochs) for path in left]
-        flop = sum(length * work[path] for length, path in zip(lengths, left, strict=True))
+        remaining = [experiment for path, experiment in runs.items() if path not in results]
+        lengths = [_length(experiment.training, epochs) for experiment in remaining]
+        flop = sum(length * flop_of_epoch(one) for length, one in zip(lengths, remaining, strict=True))
         rows.append(
             {
                 "stage": stage,
                 "network": network,
                 "trainings": len(runs),
-                "finished": len(finished),
+                "finished": len(results),
                 "epochs": sum(lengths) / len(lengths) if lengths else 0.0,
                 "tflops": rate,
                 "hours": flop / (rate * 1e12) / 3600,
@@ -128,18 +106,15 @@ def _samples(experiment: AnyExperiment) -> tuple[float, float]:
     return counts(items)[:2]
 
 
-def _measured(results: list[Result], work: list[float]) -> tuple[int, float, str] | None:
-    """Epochs, rate and where they come from, of finished runs."""
-    known = [
-        (n, flop * n, seconds, result.device)
-        for result, flop in zip(results, work, strict=True)
-        if (n := result.epochs) and (seconds := result.seconds)
-    ]
-    if not known:
+def _measured(runs: list[tuple[AnyExperiment, Result]]) -> tuple[int, float, str] | None:
+    """Mean epochs and rate of finished runs, and where they come from."""
+    timed = [(result, result.epochs * flop_of_epoch(one)) for one, result in runs if result.epochs and result.seconds]
+    if not timed:
         return None
-    devices = ", ".join(sorted({device for *_, device in known}))
-    epochs, flop, seconds = (sum(values) for values in list(zip(*known, strict=True))[:3])
-    return round(epochs / len(known)), flop / seconds / 1e12, f"measured in {len(known)} of them on {devices}"
+    devices = ", ".join(sorted({result.device for result, _ in timed}))
+    epochs, seconds = (sum(getattr(result, name) for result, _ in timed) for name in ("epochs", "seconds"))
+    rate = sum(flop for _, flop in timed) / seconds / 1e12
+    return round(epochs / len(timed)), rate, f"measured in {len(timed)} of them on {devices}"
 
 
 def _length(training: TrainingConfig, epochs: int) -> int:

@@ -8,53 +8,16 @@ at each of 13 layers, and as many that go on from those with AT against the othe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from qat.campaign.options import Selection
 from qat.campaign.plan import Campaign
 from qat.campaign.stages import Stages
 from qat.config import AntiTransferConfig
-from qat.config.preset import VALUES, read_layers
-from qat.data.corpora import EMOTION
-
-_TASKS = {"S": "speaker", "W": "word"}
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which of the grid's emotion trainings; what they build on comes along.
-
-    Args:
-        corpora: emotion corpora, of those that ``qat corpus list`` shows.
-        networks: ``quaternion``, ``real``.
-        splits: ``random``, ``actor``; ``confounded`` for the demo corpus.
-        at: kinds of anti-transfer: ``none``, ``single_S``, ``single_W``, ``dual_SW``, ``dual_WS``.
-        layers: layers that it is applied to, 1 to 13.
-    """
-
-    corpora: list[str] = field(default_factory=lambda: ["iemocap", "ravdess", "tess"])
-    networks: list[str] = field(default_factory=lambda: ["quaternion", "real"])
-    splits: list[str] = field(default_factory=lambda: ["random", "actor"])
-    at: list[str] = field(default_factory=lambda: list(VALUES["at"]))
-    layers: list[int] = field(default_factory=lambda: list(range(1, 14)))
-
-    def __post_init__(self) -> None:
-        allowed: dict[str, Sequence[Any]] = {
-            "corpora": EMOTION,
-            "networks": VALUES["network"],
-            "splits": VALUES["split"],
-            "at": VALUES["at"],
-            "layers": range(1, 14),
-        }
-        for one in fields(self):
-            values = getattr(self, one.name)
-            for value in values:
-                if value not in allowed[one.name]:
-                    raise ValueError(f"{one.name}: {value!r} must be one of {', '.join(map(str, allowed[one.name]))}")
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{one.name}: {values!r} must be one or more, each once")
+from qat.config.preset import TASKS, read_overrides
 
 
 def plan_grid(
@@ -70,16 +33,16 @@ def plan_grid(
     Args:
         folder: folder of the campaign.
         preset: preset, of :data:`qat.config.preset.NAMES`, or a file of the same form.
-        selection: which trainings.
+        selection: emotion trainings.
         seeds: seeds of the emotion trainings; what they build on has one.
         folders: folders of the corpora, by name; ``corpora/NAME`` for others.
-        settings: file of layers, see :mod:`qat.config.preset`, that lie over the preset's.
+        settings: file of overrides, see :mod:`qat.config.preset`, applied after the preset's.
 
     Raises:
         ValueError: wrong settings.
     """
     chosen, campaign = selection or Selection(), Campaign(folder)
-    stages = Stages(campaign, read_layers(preset) + (read_layers(settings) if settings else []), folders or {})
+    stages = Stages(campaign, read_overrides(preset) + (read_overrides(settings) if settings else []), folders or {})
     for place in product(seeds, chosen.networks, chosen.corpora, chosen.splits, chosen.at):
         attributes = dict(zip(("seed", "network", "corpus", "split", "at"), place, strict=True))
         for layer in [0] if attributes["at"] == "none" else chosen.layers:
@@ -90,17 +53,14 @@ def plan_grid(
 def _add(stages: Stages, attributes: Mapping[str, Any]) -> Path:
     """Add an emotion training; the second half of dual anti-transfer goes on from the single one."""
     kind, _, tasks = attributes["at"].partition("_")
-    made = stages.emotion(attributes)
-    initial, transfer = made.training.initial, made.anti_transfer
+    training = stages.emotion(attributes)
     if kind == "dual":
-        initial = _add(stages, {**attributes, "at": f"single_{tasks[0]}"})
+        first = _add(stages, {**attributes, "at": f"single_{tasks[0]}"})
+        training = replace(training, training=replace(training.training, initial=first))
+    name = " ".join(["emotion", *(attributes[name] for name in ("network", "corpus", "split", "at"))])
     if tasks:
-        twin = None if transfer.random_twin else stages.orthogonal(_TASKS[tasks[-1]], attributes["network"])
-        transfer = replace(transfer, layers=[attributes["layer"]], twin=twin)
+        training = stages.transferring(training, TASKS[tasks[-1]], [attributes["layer"]])
+        name += f" layer {attributes['layer']}"
     else:
-        transfer = AntiTransferConfig()  # also where settings of all emotion trainings have a twin
-    made = replace(made, anti_transfer=transfer, training=replace(made.training, initial=initial))
-    words = ["emotion", *(attributes[name] for name in ("network", "corpus", "split", "at"))]
-    if tasks:
-        words.append(f"layer {attributes['layer']}")
-    return stages.campaign.add(made, " ".join(words), stage="emotion", **attributes)
+        training = replace(training, anti_transfer=AntiTransferConfig())  # also where overrides name a twin for all
+    return stages.campaign.add(training, name, stage="emotion", **attributes)

@@ -16,7 +16,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
 from qat.files import Busy, held, holder, write_text
@@ -54,65 +54,6 @@ _LAST_BREATH = 1.0
 
 _REQUEUES = 10
 """Times that a job may use up its time limit before it is given up."""
-
-
-@dataclass(frozen=True)
-class SlurmConfig:
-    """What every job asks of a Slurm cluster.
-
-    Args:
-        partition: where jobs queue; the cluster's default if absent.
-        account: who is charged; the user's default if absent.
-        minutes: time limit of a job. One that reaches it, or is preempted, queues again and goes on.
-        gpus: of a job.
-        cpus: cores of a job; one for each training at once if absent.
-        mem: memory of a job in GB; the cluster's default if absent.
-        extra: further options of sbatch by their long names, e.g. ``{qos: high, constraint: a100}``.
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    minutes: int = 1440
-    gpus: int = 1
-    cpus: int | None = None
-    mem: float | None = None
-    extra: dict[str, str | int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"slurm.{name}: {value} must be at least {least}")
-        if self.mem is not None and self.mem <= 0:
-            raise ValueError(f"slurm.mem: {self.mem:g} must be above 0")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where trainings run, and how many at once.
-
-    Args:
-        at_once: number of trainings side by side in each job, on its one GPU; if above 1, each has one CPU thread.
-        jobs: number of jobs; runs are assigned round-robin, and an idle job takes runs that nobody has started. One
-            for each GPU that this process sees, or one, if absent.
-        cluster: ``slurm``, ``local``, or ``auto``, which is ``slurm`` where there is an sbatch.
-        slurm: what jobs ask of it.
-    """
-
-    at_once: int = 1
-    jobs: int | None = None
-    cluster: Literal["auto", "local", "slurm"] = "auto"
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("at_once", "jobs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: {value} must be at least 1")
-        if self.cluster == "slurm" and shutil.which("sbatch") is None:
-            raise ValueError("cluster: 'slurm' must have the command sbatch, which is not on the PATH")
-
-    @property
-    def is_slurm(self) -> bool:
-        return self.cluster == "slurm" or (self.cluster == "auto" and shutil.which("sbatch") is not None)
 
 
 @dataclass(frozen=True)
@@ -138,22 +79,38 @@ class _Run:
     """One run of a campaign as a job sees it: all paths are absolute.
 
     Args:
+        folder: folder of the run.
         experiment: training.
         name: name in reports.
         probe: whether the trained network is probed.
         needs: folders of the runs that it builds on.
     """
 
+    folder: Path
     experiment: AnyExperiment
     name: str = ""
     probe: bool = False
     needs: tuple[Path, ...] = ()
 
-    def is_ready(self) -> bool:
-        return all(_result(need).is_file() for need in self.needs)
+    @property
+    def error(self) -> Path:
+        return self.folder / "error.txt"
 
-    def is_done(self, folder: Path) -> bool:
-        return _result(folder).is_file() and (not self.probe or (folder / "analysis.json").is_file())
+    @property
+    def lock(self) -> Path:
+        return self.folder / ".lock"
+
+    def missing(self) -> list[Path]:
+        """The runs that it builds on and that are not finished."""
+        return [need for need in self.needs if not (need / "result.json").is_file()]
+
+    def is_done(self) -> bool:
+        analysed = not self.probe or (self.folder / "analysis.json").is_file()
+        return analysed and (self.folder / "result.json").is_file()
+
+    def is_free(self) -> bool:
+        """Whether it is ready and nobody trains it. Only a new call of :func:`train` tries again what has failed."""
+        return not (self.is_done() or self.error.is_file() or self.missing() or _is_held(self.lock))
 
 
 def train(campaign: Campaign, layout: Layout | None = None) -> list[Outcome]:
@@ -164,7 +121,7 @@ def train(campaign: Campaign, layout: Layout | None = None) -> list[Outcome]:
 
     Args:
         campaign: trainings; on a cluster, the nodes see its folder under the same path. ``.jobs`` in it has logs.
-        layout: where they run; by default one after another, on every GPU that this process sees.
+        layout: machine and number of jobs; by default one after another, on every GPU that this process sees.
 
     Returns:
         What became of each training, in the order of the campaign.
@@ -179,23 +136,24 @@ def train(campaign: Campaign, layout: Layout | None = None) -> list[Outcome]:
     layout = layout or Layout()
     folder = campaign.folder.absolute()
     finished = campaign.finished()
-    runs = {
-        folder / path: _Run(
+    runs = [
+        _Run(
+            folder / path,
             _with_absolute_paths(experiment),
             campaign.names[path],
             path in campaign.probed,
             tuple(folder / need for need in campaign.needs(experiment)),
         )
         for path, experiment in campaign.trainings.items()
-    }
-    for path, run in runs.items():
-        if path.relative_to(folder) not in finished:
-            check_run(path, run.experiment)
-    left = {path: run for path, run in runs.items() if not run.is_done(path)}
-    for path in left:
-        _error(path).unlink(missing_ok=True)
-    logs = _Driver(left, folder, layout).drive() if left else None
-    return [_outcome(path.relative_to(folder), path, run, logs) for path, run in runs.items()]
+    ]
+    for run in runs:
+        if run.folder.relative_to(folder) not in finished:
+            check_run(run.folder, run.experiment)
+    remaining = [run for run in runs if not run.is_done()]
+    for run in remaining:
+        run.error.unlink(missing_ok=True)
+    logs = _Driver(remaining, folder, layout).drive() if remaining else None
+    return [_outcome(run, folder, logs) for run in runs]
 
 
 def _with_absolute_paths(config: C) -> C:
@@ -210,18 +168,6 @@ def _with_absolute_paths(config: C) -> C:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def _result(folder: Path) -> Path:
-    return folder / "result.json"
-
-
-def _error(folder: Path) -> Path:
-    return folder / "error.txt"
-
-
-def _lock(folder: Path) -> Path:
-    return folder / ".lock"
-
-
 def _is_held(lock: Path) -> bool:
     try:
         with held(lock):
@@ -230,15 +176,16 @@ def _is_held(lock: Path) -> bool:
         return True
 
 
-def _outcome(path: Path, folder: Path, run: _Run, logs: Path | None) -> Outcome:
-    if run.is_done(folder):
-        return Outcome(path, "finished", result=json.loads(_result(folder).read_text(encoding="utf-8")))
-    if _error(folder).is_file():
-        return Outcome(path, "failed", _error(folder).read_text(encoding="utf-8").partition("\n")[0])
-    if missing := [need for need in run.needs if not _result(need).is_file()]:
-        return Outcome(path, "waiting", f"builds on {missing[0].relative_to(folder.parents[1])}, which is not finished")
-    if _is_held(_lock(folder)):
-        return Outcome(path, "busy", f"{holder(_lock(folder))} is training it")
+def _outcome(run: _Run, folder: Path, logs: Path | None) -> Outcome:
+    path = run.folder.relative_to(folder)
+    if run.is_done():
+        return Outcome(path, "finished", result=json.loads((run.folder / "result.json").read_text(encoding="utf-8")))
+    if run.error.is_file():
+        return Outcome(path, "failed", run.error.read_text(encoding="utf-8").partition("\n")[0])
+    if missing := run.missing():
+        return Outcome(path, "waiting", f"builds on {missing[0].relative_to(folder)}, which is not finished")
+    if _is_held(run.lock):
+        return Outcome(path, "busy", f"{holder(run.lock)} is training it")
     return Outcome(path, "stopped", f"the jobs ended before it; the logs in {logs} may tell why")
 
 
@@ -246,12 +193,12 @@ class _Driver:
     """Submits jobs and waits for them.
 
     Args:
-        runs: runs that are not done, by their folders.
+        runs: runs that are not done; what a run builds on comes before it.
         folder: folder of the campaign.
-        layout: where they run.
+        layout: machine and number of jobs.
     """
 
-    def __init__(self, runs: dict[Path, _Run], folder: Path, layout: Layout) -> None:
+    def __init__(self, runs: list[_Run], folder: Path, layout: Layout) -> None:
         from submitit import AutoExecutor
 
         logging.getLogger("submitit").setLevel(logging.ERROR)
@@ -266,7 +213,7 @@ class _Driver:
         self.offered: set[Path] = set()  # a run that its job did not train is not tried again
         self.waiting: set[Path] = set()
         self.gone: set[str] = set()  # arrays that Slurm no longer knows
-        self.asked = time.monotonic()
+        self.last_query = time.monotonic()
 
     def drive(self) -> Path:
         """Wait until nothing is ready that was not tried; returns the folder of the jobs' logs."""
@@ -274,7 +221,7 @@ class _Driver:
 
         try:
             with held(self.alive):
-                self.submit({path for path, run in self.runs.items() if run.is_ready()})
+                self.submit({run.folder for run in self.runs if not run.missing()})
                 _watch(self)
         except (FailedJobError, FailedSubmissionError) as error:
             text = " ".join(str(error).split())
@@ -298,7 +245,7 @@ class _Driver:
         if not chosen:
             return
         self.offered |= ready
-        self.asked = time.monotonic()
+        self.last_query = time.monotonic()
         # Jobs on this machine end with this process, not by a terminal's Ctrl-C; sbatch's words are in the error.
         with _blocked(), redirect_stderr(io.StringIO()):
             jobs = self.executor.submit_array([self.slots[n] for n in chosen])
@@ -318,26 +265,26 @@ class _Driver:
         """Number of runs that are done, have failed, or build on one that has."""
         failed: set[Path] = set()
         done = 0
-        for path, run in self.runs.items():  # what a run builds on comes before it
-            if run.is_done(path):
+        for run in self.runs:
+            if run.is_done():
                 done += 1
-            elif _error(path).is_file() or not failed.isdisjoint(run.needs):
-                failed.add(path)
+            elif run.error.is_file() or not failed.isdisjoint(run.needs):
+                failed.add(run.folder)
         return done + len(failed)
 
     def top_up(self) -> None:
         """Submit jobs for runs that have become ready and that no job has taken since the last look."""
         if not self.free_slots():
             return
-        ready = {path for path, run in self.runs.items() if path not in self.offered and run.is_ready()}
-        untaken = {path for path in ready if _is_free(path, self.runs[path])}
-        self.offered |= ready - untaken
+        ready = [run for run in self.runs if run.folder not in self.offered and not run.missing()]
+        untaken = {run.folder for run in ready if run.is_free()}
+        self.offered |= {run.folder for run in ready} - untaken
         self.submit(untaken & self.waiting)
         self.waiting = untaken
 
     def ask_slurm(self) -> None:
-        if time.monotonic() - self.asked > _ASK_SLURM:
-            self.asked = time.monotonic()
+        if time.monotonic() - self.last_query > _ASK_SLURM:
+            self.last_query = time.monotonic()
             queued = _queued()
             if queued is not None:
                 self.gone = {job.job_id.partition("_")[0] for job in self.jobs} - queued
@@ -369,14 +316,14 @@ def _queued() -> set[str] | None:
     return set(answer.stdout.split()) if answer.returncode == 0 else None
 
 
-def _slots(runs: dict[Path, _Run], layout: Layout, driver: Path | None) -> list[_Job]:
+def _slots(runs: list[_Run], layout: Layout, driver: Path | None) -> list[_Job]:
     """Every job that there may be at once, each with all runs; first its own, round-robin."""
     gpus = [] if layout.is_slurm else _gpus()
     jobs = min(layout.jobs or len(gpus) or 1, len(runs))
-    shares = [list(runs)[n::jobs] for n in range(jobs)]
+    shares = [runs[n::jobs] for n in range(jobs)]
     return [
         _Job(
-            runs={run: runs[run] for share in shares[n:] + shares[:n] for run in share},
+            runs=[run for share in shares[n:] + shares[:n] for run in share],
             at_once=min(layout.at_once, len(shares[0])),
             one_thread=layout.at_once > 1,
             gpu=gpus[n % len(gpus)] if gpus else None,
@@ -414,14 +361,14 @@ class _Job:
     """Trains one run after the other that is ready and free, each in a process of its own. What submitit calls.
 
     Args:
-        runs: runs by their folders, in the order in which this job prefers them.
+        runs: runs, in the order in which this job prefers them.
         at_once: number of processes at once.
         one_thread: whether each has one CPU thread.
         gpu: the only GPU that they may see; None leaves that to the cluster.
         driver: file that is locked as long as somebody waits for this job; it ends without.
     """
 
-    runs: dict[Path, _Run]
+    runs: list[_Run]
     at_once: int
     one_thread: bool
     gpu: str | None
@@ -433,22 +380,21 @@ class _Job:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         resource_tracker.ensure_running()  # now, because starting it unblocks SIGTERM for what is started afterwards
-        running: dict[int, tuple[Path, Any]] = {}
+        running: dict[int, tuple[_Run, Any]] = {}
         try:
             while True:
-                while len(running) < self.at_once and (folder := self._next(running)) is not None:
-                    arguments = (self.runs[folder], folder, self.one_thread)
-                    process = context.Process(target=_train, args=arguments)
+                while len(running) < self.at_once and (run := self._next(running)) is not None:
+                    process = context.Process(target=_train, args=(run, self.one_thread))
                     with _blocked():
                         process.start()
-                    running[process.sentinel] = folder, process
+                    running[process.sentinel] = run, process
                 if not running:
                     return
                 for ended in wait(list(running), timeout=1):
-                    folder, process = running.pop(ended)  # type: ignore[arg-type]
+                    run, process = running.pop(ended)  # type: ignore[arg-type]
                     process.join()
                     if process.exitcode:
-                        _record_death(folder, process.exitcode)
+                        _record_death(run, process.exitcode)
                 if self.driver is not None and not _is_held(self.driver):
                     return
         finally:
@@ -457,9 +403,9 @@ class _Job:
             for _, process in running.values():
                 process.join()
 
-    def _next(self, running: dict[int, tuple[Path, Any]]) -> Path | None:
-        mine = {folder for folder, _ in running.values()}  # which may not have locked it yet
-        return next((path for path, run in self.runs.items() if path not in mine and _is_free(path, run)), None)
+    def _next(self, running: dict[int, tuple[_Run, Any]]) -> _Run | None:
+        started = {run.folder for run, _ in running.values()}  # whose processes may not have locked them yet
+        return next((run for run in self.runs if run.folder not in started and run.is_free()), None)
 
     def checkpoint(self) -> Any:
         """What submitit queues again when the time is up or the job is preempted: the same, which goes on."""
@@ -468,22 +414,15 @@ class _Job:
         return DelayedSubmission(self)
 
 
-def _is_free(folder: Path, run: _Run) -> bool:
-    """Whether a run is ready and nobody trains it. Only a new call of :func:`train` tries again what has failed."""
-    if run.is_done(folder) or _error(folder).is_file() or not run.is_ready():
-        return False
-    return not _is_held(_lock(folder))
-
-
-def _record_death(folder: Path, code: int) -> None:
+def _record_death(run: _Run, code: int) -> None:
     """The process of a run has died: it has failed, unless the job is being killed too or another has taken over."""
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    with suppress(Busy), held(_lock(folder)):
+    cause = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    with suppress(Busy), held(run.lock):
         time.sleep(_LAST_BREATH)
-        write_text(_error(folder), f"the process {how}\n")
+        write_text(run.error, f"the process {cause}\n")
 
 
-def _train(run: _Run, folder: Path, one_thread: bool) -> None:
+def _train(run: _Run, one_thread: bool) -> None:
     """One training in this process, unless another one is at it; what goes wrong is written to its folder."""
     for number in _signals():
         signal.signal(number, lambda *_: None)
@@ -491,27 +430,25 @@ def _train(run: _Run, folder: Path, one_thread: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if one_thread:
         torch.set_num_threads(1)
-    with suppress(Busy), held(_lock(folder)):
-        if _error(folder).is_file():
+    with suppress(Busy), held(run.lock):
+        if run.error.is_file():
             return
         try:
-            _train_and_probe(run, folder)
+            _train_and_probe(run)
         except Exception as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())
-            write_text(_error(folder), f"{line}\n\n{traceback.format_exc()}")
+            write_text(run.error, f"{line}\n\n{traceback.format_exc()}")
 
 
-def _train_and_probe(run: _Run, folder: Path) -> None:
+def _train_and_probe(run: _Run) -> None:
     from qat.results.probes import analyse
     from qat.training.classifier import train_classifier
     from qat.training.rhemo import pretrain_rhemo
 
-    if isinstance(run.experiment, RHEmoExperiment):
-        pretrain_rhemo(run.experiment, folder, resume=True, quiet=True, name=run.name or None)
-    else:
-        train_classifier(run.experiment, folder, resume=True, quiet=True, name=run.name or None)
+    train_one: Any = pretrain_rhemo if isinstance(run.experiment, RHEmoExperiment) else train_classifier
+    train_one(run.experiment, run.folder, resume=True, quiet=True, name=run.name or None)
     if run.probe:
-        analyse(folder)
+        analyse(run.folder)
 
 
 def _end_with_parent() -> None:

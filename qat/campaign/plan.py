@@ -60,7 +60,7 @@ class Campaign:
             experiment: training; it builds on others of the campaign by the folders that this method returned for them.
             name: name in reports; its address by default.
             probe: whether the trained network is probed.
-            attributes: what tells it from others, of :data:`qat.config.preset.ATTRIBUTES`.
+            attributes: its attributes, of :data:`qat.config.preset.ATTRIBUTES`.
 
         Returns:
             Its run folder.
@@ -77,6 +77,15 @@ class Campaign:
     def table(self) -> pd.DataFrame:
         """One row per training with :data:`COLUMNS`, what is built on first; two that are the same share a ``run``."""
         return pd.DataFrame(list(self._rows), columns=list(COLUMNS), dtype=object)
+
+    @property
+    def labels(self) -> dict[Path, str]:
+        """Name of each run, and its seed where it has one."""
+        seeds = dict(zip(self.table["run"], self.table["seed"], strict=True))
+        return {
+            path: name if seeds[path.name] is None else f"{name}, seed {seeds[path.name]}"
+            for path, name in self.names.items()
+        }
 
     def address(self, experiment: AnyExperiment) -> str:
         """16 hex digits that stand for all settings which decide what is learnt and are not the defaults.
@@ -127,16 +136,16 @@ class Campaign:
         corpora = (experiment.corpus for experiment in self.trainings.values())
         return {corpus.name: corpus.folder for corpus in corpora if not corpus.folder.exists()}
 
-    def write(self, asked: Mapping[str, Any]) -> None:
+    def write(self, about: Mapping[str, Any]) -> None:
         """Write ``plan.csv``, which a report reads, and ``campaign.yaml``; they replace those of an earlier plan here.
 
         Args:
-            asked: what was asked for: design, preset, selection and so on.
+            about: options of the campaign: design, preset, selection and so on.
         """
         buffer = io.StringIO()
         self.table.to_csv(buffer, index=False)
         write_text(self.folder / "plan.csv", buffer.getvalue())
-        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(asked)), sort_keys=False, width=120))
+        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(about)), sort_keys=False, width=120))
 
     @cached_property
     def _absolute(self) -> Path:
@@ -166,6 +175,12 @@ class Campaign:
         if file not in self._hashes:  # RH-Emo has half a gigabyte, and hundreds of trainings name it
             self._hashes[file] = sha256_of(file)
         return self._hashes[file]
+
+
+def no_folder(corpora: Mapping[str, Path]) -> ValueError:
+    """The error that corpora have no folder."""
+    text = "{0}: no folder {1}; name it with --folders '{{{0}: DIR}}'"
+    return ValueError("; ".join(text.format(*item) for item in corpora.items()))
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, Experiment
-from qat.config.preset import Layer, Plain, experiment, merge, settings_of
+from qat.config.preset import Override, Plain, experiment, merge, settings_of
 
 
 class Stages:
@@ -18,15 +18,19 @@ class Stages:
 
     Args:
         campaign: campaign.
-        layers: layers of the preset, and over it.
+        overrides: overrides of the preset, and those after them.
         folders: folders of corpora, by name.
         corpora: folder of the other corpora.
     """
 
     def __init__(
-        self, campaign: Campaign, layers: Sequence[Layer], folders: Mapping[str, Path], corpora: Path = Path("corpora")
+        self,
+        campaign: Campaign,
+        overrides: Sequence[Override],
+        folders: Mapping[str, Path],
+        corpora: Path = Path("corpora"),
     ) -> None:
-        self.campaign, self.layers, self.folders, self.corpora = campaign, layers, folders, corpora
+        self.campaign, self.overrides, self.folders, self.corpora = campaign, overrides, folders, corpora
         self._orthogonal: dict[tuple[str, str], Path] = {}
 
     @cached_property
@@ -40,8 +44,8 @@ class Stages:
     def orthogonal(self, task: str, network: str) -> Path:
         """The network of an orthogonal task, ``speaker`` or ``word``."""
         if (task, network) not in self._orthogonal:
-            made = self._experiment(task, {"network": network})
-            folder = self.campaign.add(made, f"{task} {network}", stage=task, network=network)
+            training = self._experiment(task, {"network": network})
+            folder = self.campaign.add(training, f"{task} {network}", stage=task, network=network)
             self._orthogonal[task, network] = folder
         return self._orthogonal[task, network]
 
@@ -52,16 +56,23 @@ class Stages:
             attributes: all of :data:`qat.config.preset.ATTRIBUTES` but the stage.
             own: nested settings that lie over the preset's.
         """
-        made = self._experiment("emotion", attributes, own)
-        assert isinstance(made, Experiment)
-        return replace(made, training=replace(made.training, seed=attributes["seed"]))
+        emotion = self._experiment("emotion", attributes, own)
+        assert isinstance(emotion, Experiment)
+        return replace(emotion, training=replace(emotion.training, seed=attributes["seed"]))
+
+    def transferring(self, training: Experiment, against: str, layers: list[int]) -> Experiment:
+        """The same training with anti-transfer at some layers, against ``speaker``, ``word`` or ``random`` weights."""
+        at = training.anti_transfer
+        random = against == "random" or at.random_twin
+        twin = None if random else self.orthogonal(against, training.network.domain)
+        return replace(training, anti_transfer=replace(at, twin=twin, random_twin=random, layers=layers))
 
     def _experiment(self, stage: str, attributes: Mapping[str, Any], own: Plain | None = None) -> AnyExperiment:
-        settings = merge({}, [Layer({}, own or {})], settings_of(stage, attributes, self.layers))
+        settings = merge({}, [Override(own or {})], settings_of(stage, attributes, self.overrides))
         corpus = settings["corpus"]
         corpus.setdefault("folder", str(self.folders.get(corpus["name"], self.corpora / corpus["name"])))
         settings["cache"] = str(self.campaign.folder / "cache")
-        made = experiment(settings, stage)
-        if isinstance(made, Experiment) and made.network.embeds and made.network.rhemo is None:
-            made = replace(made, network=replace(made.network, rhemo=self.rhemo))
-        return made
+        one = experiment(settings, stage)
+        if isinstance(one, Experiment) and one.network.embeds and one.network.rhemo is None:
+            one = replace(one, network=replace(one.network, rhemo=self.rhemo))
+        return one

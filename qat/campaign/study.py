@@ -9,36 +9,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
-
-from qat.campaign.plan import Campaign
+from qat.campaign.plan import Campaign, no_folder
 from qat.campaign.stages import Stages
-from qat.config.parsing import prefix_errors
-from qat.config.preset import VALUES, parse_layers, read_layers, read_yaml
+from qat.config import from_plain, prefix_errors
+from qat.config.experiment import require
+from qat.config.preset import TASKS, VALUES, as_list, check_values, parse_overrides, read_overrides, read_yaml
 from qat.data.corpora import module
 
 T = TypeVar("T")
 
 DESIGNS, SPEECHES = ("demo", "study"), ("synthetic", "recorded")
-_AT = {"speaker": "single_S", "word": "single_W"}
+_AT = {task: f"single_{letter}" for letter, task in TASKS.items()}
 
 
 @dataclass(frozen=True)
 class Speech:
-    """What a study's networks learn from.
+    """The corpora of a study.
 
     Args:
         about: description for the report.
         corpus: emotion corpus.
-        split: how it is divided: ``random``, ``actor`` or ``confounded``.
+        split: its division: ``random``, ``actor`` or ``confounded``.
         preset: preset that learns something from it, where the command line names no other.
-        settings: layers over the preset, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
-            networks of speakers and words learn from, none with a voice that the emotion networks are judged on.
+        settings: overrides after the preset's, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
+            networks of speakers and words learn from, none with a speaker that the emotion networks are judged on.
         redraw: whether each seed draws a split of its own, in every design.
     """
 
@@ -49,6 +48,9 @@ class Speech:
     settings: list[Any] = field(default_factory=list)
     redraw: bool = False
 
+    def __post_init__(self) -> None:
+        check_values("split", [self.split], VALUES["split"])
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -58,7 +60,8 @@ class Entry:
         name: name in reports; ``{start}``, ``{against}``, ``{loss}`` and ``{layer}`` stand for the values.
         start: initial weights: ``random``, the network of an orthogonal task (``speaker``, ``word``), or the name of an
             earlier emotion training (then this one is its second half).
-        against: what anti-transfer pushes away from: ``speaker``, ``word``, or a ``random`` twin as the control.
+        against: network that anti-transfer pushes away from: ``speaker``, ``word``, or a ``random`` twin as the
+            control.
         loss: names in the design's ``losses``; the preset's own loss if empty.
         layer: ``each`` of the design's layers, the ``last`` of them, or numbers.
         watch: without anti-transfer: the similarity at all layers of the design is only monitored (beta 0).
@@ -102,8 +105,8 @@ class Design:
         losses: settings of ``anti_transfer`` by name.
         redraw: whether each seed draws a split of its own.
         real: whether the real network takes part.
-        short: whether it is the brief study.
-        not_run: what it leaves out, for the report.
+        brief: whether it is the brief study.
+        not_run: remarks for the report on what it leaves out.
     """
 
     emotion: list[Entry]
@@ -112,25 +115,18 @@ class Design:
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     redraw: bool = False
     real: bool = True
-    short: bool = False
+    brief: bool = False
     not_run: list[Remark] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for layer in self.layers or [0]:
-            if layer not in range(1, 14):
-                raise ValueError(f"layers: {self.layers} must be one or more of 1 to 13")
+        rule = "one or more of 1 to 13"
+        require(self.layers and set(self.layers) <= set(VALUES["layer"][1:]), "layers", self.layers, rule)
         for entry in self.emotion:
-            rules: tuple[tuple[str, Any, Sequence[Any]], ...] = (
-                ("against", entry.against, ("speaker", "word", "random")),
-                ("loss", entry.loss, ("", *self.losses)),
-                ("layer", entry.layer, ("each", "last", *range(1, 14))),
-                ("network", entry.network, VALUES["network"]),
-            )
-            for name, value, allowed in rules:
-                for one in _listed(value):
-                    if one not in allowed:
-                        text = ", ".join(map(str, filter(None, allowed)))
-                        raise ValueError(f"{entry.name}: {name}: {one!r} must be one of {text}")
+            with prefix_errors(entry.name):
+                check_values("against", as_list(entry.against), ("speaker", "word", "random"))
+                check_values("loss", as_list(entry.loss), ("", *self.losses))
+                check_values("layer", as_list(entry.layer), ("each", "last", *VALUES["layer"][1:]))
+                check_values("network", [entry.network], VALUES["network"])
 
     def remarks(self) -> list[str]:
         """What is left out, in sentences."""
@@ -138,29 +134,18 @@ class Design:
         return [
             remark.text.format(layers=layers)
             for remark in self.not_run
-            if remark.brief in (None, self.short) and remark.real in (None, self.real)
+            if remark.brief in (None, self.brief) and remark.real in (None, self.real)
         ]
 
 
 def read_design(source: str | Path) -> Design:
-    """The design of a name (``demo``, ``study``) or file.
-
-    Raises:
-        ValueError: no such design, or a file that is not of this form.
-    """
+    """The design with this name (``demo``, ``study``), or in this file."""
     return _read(Design, source, DESIGNS)
 
 
 def read_speech(source: str | Path) -> Speech:
-    """The speech of a name (``synthetic``, ``recorded``) or file.
-
-    Raises:
-        ValueError: no such speech, or a file that is not of this form.
-    """
-    speech = _read(Speech, source, SPEECHES)
-    if speech.split not in VALUES["split"]:
-        raise ValueError(f"{source}: split: {speech.split!r} must be one of {', '.join(VALUES['split'])}")
-    return speech
+    """The speech with this name (``synthetic``, ``recorded``), or in this file."""
+    return _read(Speech, source, SPEECHES)
 
 
 def plan_study(
@@ -176,24 +161,24 @@ def plan_study(
 
     Args:
         folder: folder of the campaign.
-        design: which emotion trainings.
-        speech: what is listened to.
+        design: emotion trainings.
+        speech: corpus and preset.
         preset: preset instead of the speech's.
         seeds: seeds of the emotion trainings instead of the design's.
         folders: folders of corpora, by name; ``corpora/NAME`` below the campaign's folder for others.
-        settings: file of layers over the preset and the speech.
+        settings: file of overrides after those of preset and speech.
 
     Raises:
         ValueError: wrong settings.
     """
     campaign = Campaign(folder)
-    layers = read_layers(preset or speech.preset) + parse_layers(speech.settings, "settings")
-    layers += read_layers(settings) if settings else []
-    stages = Stages(campaign, layers, folders or {}, folder / "corpora")
+    overrides = read_overrides(preset or speech.preset) + parse_overrides(speech.settings, "settings")
+    overrides += read_overrides(settings) if settings else []
+    stages = Stages(campaign, overrides, folders or {}, folder / "corpora")
     for seed in seeds or range(1, design.seeds + 1):
         runs: dict[tuple[str, str], Path] = {}
         for entry in design.emotion:
-            if (entry.network == "real" and not design.real) or (design.short and not entry.brief):
+            if (entry.network == "real" and not design.real) or (design.brief and not entry.brief):
                 continue
             for name, run in _add(entry, design, speech, stages, seed, runs):
                 runs[entry.network, name] = run
@@ -217,7 +202,7 @@ def obtain(campaign: Campaign, packages: Path | None = None) -> None:
         elif hasattr(corpus, "fetch"):
             corpus.fetch(folder, from_dir=packages)
         else:
-            raise ValueError(f"{name}: no folder {folder}; name it with --folders '{{{name}: DIR}}'")
+            raise no_folder({name: folder})
 
 
 def _add(
@@ -227,49 +212,41 @@ def _add(
     layers = {"each": design.layers, "last": design.layers[-1:]}.get(str(entry.layer), entry.layer)
     added = []
     for start, against, loss, layer in itertools.product(
-        _listed(entry.start), _listed(entry.against), _listed(entry.loss), [0] if entry.watch else _listed(layers)
+        as_list(entry.start), as_list(entry.against), as_list(entry.loss), [0] if entry.watch else as_list(layers)
     ):
         attributes = {"network": entry.network, "corpus": speech.corpus, "split": speech.split, "seed": seed}
-        at = "none" if entry.watch else _AT.get(against)
-        attributes |= {"layer": layer} | ({"at": at} if at else {})
-        made = stages.emotion(attributes, {"anti_transfer": design.losses[loss]} if loss else None)
+        at = {"at": "none"} if entry.watch else {} if against == "random" else {"at": _AT[against]}
+        training = stages.emotion(
+            attributes | {"layer": layer} | at, {"anti_transfer": design.losses[loss]} if loss else None
+        )
         if design.redraw or speech.redraw:
-            made = replace(made, split=replace(made.split, seed=seed))
-        transfer = made.anti_transfer
-        random = against == "random" or transfer.random_twin
-        twin = None if random else stages.orthogonal(against, entry.network)
-        transfer = replace(transfer, twin=twin, random_twin=random, layers=design.layers if entry.watch else [layer])
+            training = replace(training, split=replace(training.split, seed=seed))
+        training = stages.transferring(training, against, design.layers if entry.watch else [layer])
         if entry.watch:
-            transfer = replace(transfer, beta=0.0)
-        initial = made.training.initial
-        if start in _AT:
-            initial = stages.orthogonal(start, entry.network)
-        elif start != "random":
-            if (entry.network, start) not in runs:
+            training = replace(training, anti_transfer=replace(training.anti_transfer, beta=0.0))
+        if start != "random":
+            if start not in _AT and (entry.network, start) not in runs:
                 raise ValueError(f"{entry.name}: start: {start!r} must be random, speaker, word or an earlier entry")
-            initial = runs[entry.network, start]
-        made = replace(made, anti_transfer=transfer, training=replace(made.training, initial=initial))
+            initial = stages.orthogonal(start, entry.network) if start in _AT else runs[entry.network, start]
+            training = replace(training, training=replace(training.training, initial=initial))
         name = entry.name.format(start=start, against=against, loss=loss, layer=layer)
-        attributes.pop("at", None)  # which is what the cells of the paper's table 1 are told by
-        added.append((name, stages.campaign.add(made, name, probe=True, stage="emotion", **attributes)))
+        # Without the attribute `at`, which is what the cells of the paper's table 1 are told by.
+        run = stages.campaign.add(training, name, probe=True, stage="emotion", **attributes, layer=layer)
+        added.append((name, run))
     return added
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _read(kind: type[T], source: str | Path, names: Sequence[str]) -> T:
+    """What a packaged YAML file or one of the user's describes.
+
+    Raises:
+        ValueError: no such name or file, or a file that is not of this form.
+    """
     if source in names:
         plain = read_yaml(files("qat.campaign") / "designs" / f"{source}.yaml", source)
     elif Path(source).is_file():
         plain = read_yaml(Path(source), source)
     else:
         raise ValueError(f"{source}: must be a file, or one of {', '.join(names)}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
     with prefix_errors(source):
-        if not isinstance(plain, dict):
-            raise ValueError(f"must have settings such as {', '.join(one.name for one in fields(kind))}")  # type: ignore[arg-type]
-        chosen = parser.instantiate(parser.parse_object(plain))
-        return kind(**{one.name: chosen[one.name] for one in fields(kind)})  # type: ignore[arg-type]
+        return from_plain(kind, plain)

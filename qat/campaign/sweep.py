@@ -6,14 +6,13 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from qat.campaign.plan import Campaign
-from qat.config import Experiment, flatten
-from qat.config.parsing import check, instantiate, parser_of, prefix_errors
+from qat.config import Experiment, flatten, from_plain, prefix_errors, to_plain, typed_setting
+from qat.config.preset import read_yaml
 from qkernels.losses import Loss
 
 SEED = "training.seed"
@@ -24,7 +23,7 @@ def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> 
 
     Args:
         folder: folder of the campaign.
-        file: plan, see :func:`read_plan`.
+        file: plan, see :class:`Sweep`.
         seeds: values of ``training.seed``, instead of the file's.
 
     Raises:
@@ -49,49 +48,50 @@ def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> 
     return campaign
 
 
-def read_plan(file: Path, seeds: Sequence[int] | None = None) -> list[tuple[str, Experiment]]:
-    """Name and experiment of every training of a plan file.
+@dataclass(frozen=True)
+class Sweep:
+    """The content of a plan file. The runs are all combinations of what varies, the first setting varying slowest.
 
-    The file holds ``base``, the settings of every run as ``qat train --config`` takes them, and ``vary``, a list of
-    values for each setting that varies, by its dotted name. The runs are all combinations, the first setting varying
-    slowest.
+    Args:
+        base: settings of every run, as ``qat train --config`` takes them.
+        vary: list of values for each setting that varies, by its dotted name.
+    """
+
+    base: dict[str, Any] = field(default_factory=dict)
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def read_plan(file: Path, seeds: Sequence[int] | None = None) -> list[tuple[str, Experiment]]:
+    """Name and experiment of every training of a plan file, see :class:`Sweep`.
 
     Args, Raises: as :func:`plan_sweep`.
     """
-    plan = ArgumentParser(exit_on_error=False)
-    plan.add_argument("--base", type=dict[str, Any], default={})
-    plan.add_argument("--vary", type=dict[str, list[Any]], default={})
-    parser = parser_of(Experiment)
-    text = file.read_text(encoding="utf-8")
     with prefix_errors(file):
-        read = plan.parse_string(text)
-        base, vary = read.base or {}, read.vary or {}
-    if seeds is not None:
-        vary[SEED] = list(seeds)
+        plan = from_plain(Sweep, read_yaml(file, "plan"))
+    vary = plan.vary | ({SEED: list(seeds)} if seeds is not None else {})
     with prefix_errors(file, "base"):
-        for setting, value in flatten(base).items():
-            check(Experiment, setting, value)
-        settings = parser.parse_object(base)
+        for setting, value in flatten(plan.base).items():
+            typed_setting(Experiment, setting, value)
     values: dict[str, list[Any]] = {}
     for setting, listed in vary.items():
-        values[setting] = []
-        for value in listed:
-            with prefix_errors(file, "vary", f"{setting} {value!r}"):
-                check(Experiment, setting, value)
-                values[setting].append(parser.parse_object({setting: value})[setting])
-        if not listed or any(value in values[setting][:n] for n, value in enumerate(values[setting])):
-            raise ValueError(f"{file}: vary: {setting}: {listed!r} must be a list of one or more values, each once")
+        with prefix_errors(file, "vary"):
+            values[setting] = [typed_setting(Experiment, setting, value) for value in listed]
+            if not listed or any(value in values[setting][:n] for n, value in enumerate(values[setting])):
+                raise ValueError(f"{setting}: {listed!r} must be a list of one or more values, each once")
     names = _names({setting: listed for setting, listed in values.items() if setting != SEED})
     trainings = []
     for numbers in itertools.product(*(range(len(listed)) for listed in values.values())):
         choice = dict(zip(values, numbers, strict=True))
+        settings = {group: dict(value) if isinstance(value, dict) else value for group, value in plan.base.items()}
         for setting, n in choice.items():
-            settings[setting] = values[setting][n]
-        with prefix_errors(
-            file, ", ".join(f"{setting} {vary[setting][n]!r}" for setting, n in choice.items()) or "base"
-        ):
-            experiment = instantiate(parser, Experiment, settings)
-        assert isinstance(experiment, Experiment)
+            group, _, name = setting.partition(".")
+            if name:
+                settings.setdefault(group, {})[name] = to_plain(values[setting][n])
+            else:
+                settings[group] = values[setting][n]
+        where = ", ".join(f"{setting} {vary[setting][n]!r}" for setting, n in choice.items()) or "base"
+        with prefix_errors(file, where):
+            experiment = from_plain(Experiment, settings)
         name = ",".join(names[setting][n] for setting, n in choice.items() if setting != SEED)
         trainings.append((name or "base", experiment))
     return trainings
@@ -117,8 +117,8 @@ def _names(values: dict[str, list[Any]]) -> dict[str, list[str]]:
 
 def _slug(value: Any) -> str:
     """
-    >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/voice")), _slug({"speaker": ["ann", "ben"]})
-    ('2+13', '0.5', 'voice', 'speaker-ann+ben')
+    >>> _slug([2, 13]), _slug(0.5), _slug(Path("runs/speaker")), _slug({"speaker": ["ann", "ben"]})
+    ('2+13', '0.5', 'speaker', 'speaker-ann+ben')
     """
     if isinstance(value, Loss):
         plain = value.plain()

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from qat.campaign.cost import Assumed
-from qat.campaign.grid import Selection
-from qat.campaign.jobs import SlurmConfig
+from qat.campaign.options import Assumed, Layout, Selection, SlurmConfig
 from qat.commands.parser import Commands, instance
 from qat.config import to_plain
-from qat.config.preset import NAMES, VALUES
-from qat.data.corpora import EMOTION
+from qat.config.preset import NAMES, VALUES, check_values
 
 if TYPE_CHECKING:
     from qat.campaign.plan import Campaign
@@ -29,73 +26,51 @@ HOURS = (
 
 
 def add_demo(commands: Commands) -> None:
-    """``qat demo``."""
-    parser = commands.add("demo", run_demo, "The whole method on a small corpus, from recordings to a report.")
-    _add_study_arguments(parser)
-
-
-def run_demo(options: Namespace) -> Any:
-    from qat.campaign.study import read_design
-
-    return _run_study(options, "demo", read_design("demo"))
+    _add_study(commands, "demo", "The whole method on a small corpus, from recordings to a report.")
 
 
 def add_study(commands: Commands) -> None:
-    """``qat study``."""
-    parser = commands.add(
-        "study",
-        run_study,
+    text = (
         "Does anti-transfer help, where and why: many settings and seeds on a small corpus, in hours on two cores. The "
-        "same command goes on where it was stopped.",
+        "same command goes on where it was stopped."
     )
-    parser.add_argument(
-        "--design", type=str, default="study", help="study, demo, or a YAML file like those in qat/campaign/designs"
-    )
-    _add_study_arguments(parser)
-    parser.add_argument("--layers", type=list[int] | None, default=None, help="layers instead of the design's")
-    parser.add_argument("--real", type=bool | None, default=None, help="whether the real network takes part")
-    parser.add_argument("--brief", action="store_true", help="only what the design calls brief, about half")
+    _add_study(commands, "study", text)
 
 
-def run_study(options: Namespace) -> Any:
-    from qat.campaign.study import read_design
-
-    chosen = {name: options[name] for name in ("layers", "real") if options[name] is not None}
-    design = replace(read_design(options.design), **chosen)
-    return _run_study(options, options.design, replace(design, short=options.brief or design.short))
-
-
-def _add_study_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--speech",
-        type=str,
-        default="synthetic",
-        help="synthetic (made on the spot), recorded (290 MB from Debian's archive), or a YAML file like theirs",
-    )
-    parser.add_argument("--from", type=Path | None, default=None, help="folder of Debian packages downloaded already")
-    parser.add_argument(
-        "--out", type=Path | None, default=None, help="folder for everything (default: runs/DESIGN-SPEECH)"
-    )
-    parser.add_argument("--preset", type=str | None, default=None, help=f"instead of the speech's: {PRESETS}")
+def _add_study(commands: Commands, design: str, text: str) -> None:
+    parser = commands.add(design, run_study, text)
+    add = parser.add_argument
+    add("--design", type=str, default=design, help="study, demo, or a YAML file like those in qat/campaign/designs")
+    speech = "synthetic (made on the spot), recorded (290 MB from Debian's archive), or a YAML file like theirs"
+    add("--speech", type=str, default="synthetic", help=speech)
+    add("--from", type=Path | None, default=None, help="folder of Debian packages that were downloaded before")
+    add("--out", type=Path | None, default=None, help="folder for everything (default: runs/DESIGN-SPEECH)")
+    add("--preset", type=str | None, default=None, help=f"instead of the speech's: {PRESETS}")
+    add("--layers", type=list[int] | None, default=None, help="layers instead of the design's")
+    add("--real", type=bool | None, default=None, help="whether the real network takes part")
+    add("--brief", action="store_true", help="only the entries that the design calls brief, about half of `study`")
     _add_settings_arguments(parser, "DIR/corpora/NAME")
     _add_engine_arguments(parser, at_once=2, cluster="local")
 
 
-def _run_study(options: Namespace, name: str, design: Any) -> Any:
-    from qat.campaign.study import obtain, plan_study, read_speech
+def run_study(options: Namespace) -> Any:
+    from qat.campaign.study import obtain, plan_study, read_design, read_speech
 
-    speech, seeds = read_speech(options.speech), _seeds(options)
-    folder = options.out or Path("runs") / f"{Path(name).stem}-{Path(options.speech).stem}"
+    design, speech, seeds = read_design(options.design), read_speech(options.speech), _seeds(options)
+    real = design.real if options.real is None else options.real
+    brief = options.brief or design.brief
+    design = replace(design, layers=options.layers or design.layers, real=real, brief=brief)
+    folder = options.out or Path("runs") / f"{Path(options.design).stem}-{Path(options.speech).stem}"
     campaign = plan_study(folder, design, speech, options.preset, seeds, options.folders, options.settings)
-    asked = {
-        "design": name,
+    about = {
+        "design": options.design,
         "preset": options.preset or speech.preset,
-        "selection": {"layers": design.layers, "real": design.real, "brief": design.short},
+        "selection": {"layers": design.layers, "real": real, "brief": brief},
         "speech": options.speech,
         "about": speech.about,
         "not_run": design.remarks(),
     }
-    result = _carry_out(options, campaign, asked, lambda: obtain(campaign, options["from"]))
+    result = _train(options, campaign, about, lambda: obtain(campaign, options["from"]))
     if options.dry_run or not campaign.finished():
         return result
     from qat.report.report import report_and_tables
@@ -104,14 +79,12 @@ def _run_study(options: Namespace, name: str, design: Any) -> Any:
 
 
 def add_sweep(commands: Commands) -> None:
-    """``qat sweep``."""
-    parser = commands.add(
-        "sweep",
-        run_sweep,
+    text = (
         "Train every combination of what varies in a plan: `base` has the settings of `qat train`, `vary` a list of "
         "values for each dotted setting, e.g. `training.seed: [1, 2]`. Each run has its own process and folder; one "
-        "that fails ends no other.",
+        "that fails ends no other."
     )
+    parser = commands.add("sweep", run_sweep, text)
     parser.add_argument("plan", type=Path, help="YAML file of settings and of what varies")
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs; the same again goes on with them")
     _add_engine_arguments(parser)
@@ -121,18 +94,16 @@ def run_sweep(options: Namespace) -> Any:
     from qat.campaign.sweep import plan_sweep
 
     campaign = plan_sweep(options.out, options.plan, _seeds(options))
-    return _carry_out(options, campaign, {"design": str(options.plan)})
+    return _train(options, campaign, {"design": str(options.plan)})
 
 
 def add_grid(commands: Commands) -> None:
-    """``qat grid``."""
-    parser = commands.add(
-        "grid",
-        run_grid,
+    text = (
         "Train the paper's grid, or a part of it: RH-Emo, the networks of words and speakers, then for each corpus, "
         "split and network one without anti-transfer and one for each kind of it and layer. What is finished is never "
-        "trained again.",
+        "trained again."
     )
+    parser = commands.add("grid", run_grid, text)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; the same again goes on with it")
     parser.add_argument("--preset", type=str, default="paper", help=PRESETS)
     parser.add_class_arguments(Selection)
@@ -142,53 +113,39 @@ def add_grid(commands: Commands) -> None:
 
 def run_grid(options: Namespace) -> Any:
     from qat.campaign.grid import plan_grid
+    from qat.campaign.plan import no_folder
 
-    selection = instance(Selection, options)
-    seeds = _seeds(options) or [1]
+    selection, seeds = instance(Selection, options), _seeds(options) or [1]
     campaign = plan_grid(options.out, options.preset, selection, seeds, options.folders, options.settings)
 
-    def refuse() -> None:
+    def check_corpora() -> None:
         if missing := campaign.missing_corpora():
-            text = "{0}: no folder {1}; name it with --folders '{{{0}: DIR}}'"
-            raise ValueError("; ".join(text.format(*item) for item in missing.items()))
+            raise no_folder(missing)
 
-    asked = {"design": "grid", "preset": options.preset, "selection": to_plain(selection)}
-    return _carry_out(options, campaign, asked, refuse)
+    about = {"design": "grid", "preset": options.preset, "selection": to_plain(selection)}
+    return _train(options, campaign, about, check_corpora)
 
 
 def _add_settings_arguments(parser: ArgumentParser, default: str) -> None:
-    parser.add_argument("--settings", type=Path | None, default=None, help="file of layers that lie over the preset's")
+    parser.add_argument(
+        "--settings", type=Path | None, default=None, help="file of overrides, applied after the preset's"
+    )
     parser.add_argument("--folders", type=dict[str, Path], default={}, help=f"folders of corpora (default: {default})")
 
 
 def _add_engine_arguments(parser: ArgumentParser, at_once: int = 1, cluster: str = "auto") -> None:
-    """What all commands of many trainings have in common."""
-    parser.add_argument(
-        "--seeds",
-        type=int | list[int] | None,
-        default=None,
-        help="seeds of the emotion trainings: how many, or a list (default: the design's, or 1)",
-    )
-    parser.add_argument(
-        "--at-once",
-        type=int,
-        default=at_once,
-        help="trainings side by side in each job; one CPU thread each if many",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int | None,
-        default=None,
-        help="jobs that share the runs (default: one for each visible GPU, or one)",
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=["auto", "local", "slurm"],
-        default=cluster,
-        help="this machine, or a job array of Slurm; auto is slurm where there is an sbatch",
-    )
+    """The arguments of every command of many trainings."""
+    add = parser.add_argument
+    seeds = "seeds of the emotion trainings: how many, or a list (default: the design's, or 1)"
+    add("--seeds", type=int | list[int] | None, default=None, help=seeds)
+    many = "trainings side by side in each job; one CPU thread each if many"
+    add("--at-once", type=int, default=at_once, help=many)
+    jobs = "jobs that share the runs (default: one for each visible GPU, or one)"
+    add("--jobs", type=int | None, default=None, help=jobs)
+    where = "this machine, or a job array of Slurm; auto is slurm where there is an sbatch"
+    add("--cluster", choices=["auto", "local", "slurm"], default=cluster, help=where)
     parser.add_class_arguments(SlurmConfig, "slurm")
-    parser.add_argument("--dry-run", action="store_true", help="only tell what would be trained, and what it may cost")
+    add("--dry-run", action="store_true", help="only list the trainings, and estimate their cost")
     parser.add_class_arguments(Assumed, "assumed")
 
 
@@ -204,68 +161,57 @@ def _seeds(options: Namespace) -> list[int] | None:
     return chosen
 
 
-def _carry_out(options: Namespace, campaign: Campaign, asked: Mapping[str, Any], prepare: Any = None) -> dict[str, Any]:
-    """Train a campaign, or tell what would be trained.
+def _train(options: Namespace, campaign: Campaign, about: Mapping[str, Any], prepare: Any = None) -> dict[str, Any]:
+    """Train a campaign, or list its trainings with ``--dry-run``.
 
     Args:
         options: options of :func:`_add_engine_arguments`.
         campaign: campaign.
-        asked: what ``campaign.yaml`` says before the settings that all designs share.
+        about: its part of ``campaign.yaml``, before the options that all designs share.
         prepare: called before anything is trained.
     """
     from qat.campaign.cost import estimate
-    from qat.campaign.jobs import Layout, train
+    from qat.campaign.jobs import train
 
     layout = Layout(options.at_once, options.jobs, options.cluster, options.slurm)
     total = {"trainings": len(campaign.trainings), "finished": len(campaign.finished())}
     if options.dry_run:
         stages = estimate(campaign, options.assumed)
         hours = {"hours": round(float(stages["hours"].sum()), 2), "note": HOURS}
-        runs = campaign.table if options.json else campaign.table[["name", "seed", "run"]]
-        shown = {"runs": runs.to_dict("records")} if options.json or len(runs) <= 50 else {}
+        table = campaign.table if options.json else campaign.table[["name", "seed", "run"]]
+        shown = {"runs": table.to_dict("records")} if options.json or len(table) <= 50 else {}
         return total | shown | {"stages": stages.to_dict("records")} | hours | {"problems": []}
     if prepare is not None:
         prepare()
     common = {name: options[name] for name in ("seeds", "folders") if name in options}
     settings = options.get("settings")
-    common["settings"] = settings.read_text(encoding="utf-8") if settings else None
-    campaign.write(dict(asked) | common)
-    outcomes = train(campaign, layout)
-    seeds = dict(zip(campaign.table["run"], campaign.table["seed"], strict=True))
-
-    def named(outcome: Any) -> dict[str, Any]:
-        seed = seeds[outcome.path.name]
-        name = campaign.names[outcome.path]
-        return {"training": name if seed is None else f"{name}, seed {seed}", "run": outcome.path.as_posix()}
-
+    campaign.write({**about, **common, "settings": settings.read_text(encoding="utf-8") if settings else None})
+    outcomes, labels = train(campaign, layout), campaign.labels
+    names = {one.path: {"training": labels[one.path], "run": one.path.as_posix()} for one in outcomes}
+    runs = [
+        names[one.path]
+        | {"status": one.status, "epochs": one.result and one.result["epochs"]}
+        | {"accuracy": one.result and one.result["parts"]["test"].get("accuracy")}
+        for one in outcomes
+    ]
     return total | {
         "finished": sum(one.status == "finished" for one in outcomes),
         "folder": options.out or campaign.folder,
-        "runs": [
-            {
-                **named(one),
-                "status": one.status,
-                "epochs": one.result and one.result["epochs"],
-                "accuracy": one.result and one.result["parts"]["test"].get("accuracy"),
-            }
-            for one in outcomes
-        ],
-        "problems": [named(one) | {"problem": one.error} for one in outcomes if one.error],
+        "runs": runs,
+        "problems": [names[one.path] | {"problem": one.error} for one in outcomes if one.error],
     }
 
 
 def add_preset(commands: Commands) -> None:
-    """``qat preset``."""
-    parser = commands.add(
-        "preset",
-        run_preset,
+    text = (
         "Print a preset's settings of one training, for `qat train --config FILE` (or `qat pretrain ...`): the paper's "
-        "reading of what paper and released code disagree on, the code's, or what learns in minutes.",
+        "reading of what paper and released code disagree on, the code's, or what learns in minutes."
     )
+    parser = commands.add("preset", run_preset, text)
     parser.add_argument("name", type=str, help=PRESETS)
     parser.add_argument("--stage", choices=[*VALUES["stage"]], default="emotion")
     parser.add_argument("--network", choices=[*VALUES["network"]], default="quaternion", help="not in RH-Emo's stages")
-    parser.add_argument("--corpus", choices=[*EMOTION], default="iemocap", help="this and what follows: of emotion")
+    parser.add_argument("--corpus", type=str, default="iemocap", help="this and what follows: of emotion trainings")
     parser.add_argument("--split", choices=[*VALUES["split"]], default="random")
     parser.add_argument(
         "--at", choices=[*VALUES["at"]], default="none", help="anti-transfer against (S)peakers, (W)ords"
@@ -276,14 +222,16 @@ def add_preset(commands: Commands) -> None:
 def run_preset(options: Namespace) -> Any:
     import yaml
 
-    from qat.config.preset import experiment, read_layers, settings_of
+    from qat.config.preset import experiment, read_overrides, settings_of
+    from qat.data.corpora import EMOTION
 
+    check_values("--corpus", [options.corpus], EMOTION)
     place = {} if options.stage.startswith("rhemo") else {"network": options.network}
     if options.stage == "emotion":
         place |= {name: options[name] for name in ("corpus", "split", "at")}
         place["layer"] = 0 if options.at == "none" else options.layer
     # Whole, because other commands have other defaults; but for the folder, which is the user's to say.
-    whole = to_plain(experiment(settings_of(options.stage, place, read_layers(options.name)), options.stage))
+    whole = to_plain(experiment(settings_of(options.stage, place, read_overrides(options.name)), options.stage))
     del whole["corpus"]["folder"]
     if place.get("layer"):
         whole["anti_transfer"]["layers"] = [place["layer"]]

@@ -15,14 +15,27 @@ from qat.config import CorpusConfig, Experiment, SpectrogramConfig
 
 def add_corpus(commands: Commands) -> None:
     group = commands.group("corpus", "Make, fetch and check corpora.")
-    _add_list(group)
-    _add_make(group)
-    _add_fetch(group)
-    _add_check(group)
+    group.add("list", run_list, "List the supported corpora.")
+    _add_name_and_folder(group.add("make", run_make, "Synthesise a corpus."))
+    fetch = group.add("fetch", run_fetch, "Fetch recorded human speech from Debian's archive.")
+    _add_name_and_folder(fetch)
+    fetch.add_argument("--from", type=Path | None, default=None, help="folder of packages that were downloaded before")
+    text = (
+        "Compare a folder with the published corpus, and try to read every file. `problems` are files that are missing "
+        "or cannot be used; the exit code is then 1. `remarks` are files that are not part of the corpus, or are "
+        "duplicates."
+    )
+    check = group.add("check", run_check, text)
+    check.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
+    folder = "folder of the corpus (for csv the manifest file)"
+    check.add_argument("dir", type=Path | None, nargs="?", default=None, help=folder)
+    check.add_argument("--folder", type=Path | None, default=None, help="the same as DIR")
+    check.add_argument("--options", type=dict[str, Any], default={}, help="options of the reader, e.g. '{words: 500}'")
 
 
-def _add_list(commands: Commands) -> None:
-    commands.add("list", run_list, "List the supported corpora.")
+def _add_name_and_folder(parser: ArgumentParser) -> None:
+    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the corpus")
 
 
 def run_list(options: Namespace) -> Any:
@@ -34,60 +47,31 @@ def run_list(options: Namespace) -> Any:
     }
     if options.json:
         return described
-    for about in described.values():
-        about["what"] = "\n    ".join([about["what"], *(f"{k}: {v}" for k, v in about.items() if v and k != "what")])
-    return {name: about["what"] for name, about in described.items()}
-
-
-def _add_make(commands: Commands) -> None:
-    _add_corpus_arguments(commands.add("make", run_make, "Synthesise a corpus."))
+    return {
+        name: "\n    ".join([about.pop("what"), *(f"{key}: {value}" for key, value in about.items() if value)])
+        for name, about in described.items()
+    }
 
 
 def run_make(options: Namespace) -> Any:
-    return _counts(_maker(options, "make", "fetch")(options.folder))
-
-
-def _add_fetch(commands: Commands) -> None:
-    parser = commands.add("fetch", run_fetch, "Fetch recorded human speech from Debian's archive.")
-    _add_corpus_arguments(parser)
-    parser.add_argument("--from", type=Path | None, default=None, help="folder of packages that were downloaded before")
+    return _counts(_maker(options.name, "make", "fetch")(options.folder))
 
 
 def run_fetch(options: Namespace) -> Any:
-    return _counts(_maker(options, "fetch", "make")(options.folder, from_dir=options["from"]))
+    return _counts(_maker(options.name, "fetch", "make")(options.folder, from_dir=options["from"]))
 
 
-def _add_corpus_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
-    parser.add_argument("--folder", type=Path, required=True, help="folder of the corpus (for csv the manifest file)")
-
-
-def _maker(options: Namespace, verb: str, other: str) -> Callable[..., Any]:
+def _maker(name: str, verb: str, other: str) -> Callable[..., Any]:
+    """The function ``make`` or ``fetch`` of a corpus."""
     from qat.data.corpora import CORPORA, module
 
-    corpus = module(options.name)
+    corpus = module(name)
     if not hasattr(corpus, verb):
-        source = CORPORA[options.name].source
+        source = CORPORA[name].source
         advice = f"use `{source}`" if hasattr(corpus, other) else f"get it from {source}"
-        raise ValueError(f"{options.name}: not supported by `corpus {verb}`; {advice}")
+        raise ValueError(f"{name}: not supported by `corpus {verb}`; {advice}")
     function: Callable[..., Any] = getattr(corpus, verb)
     return function
-
-
-def _add_check(commands: Commands) -> None:
-    parser = commands.add(
-        "check",
-        run_check,
-        "Compare a folder with the published corpus, and try to read every file. `problems` are files that are missing "
-        "or cannot be used; the exit code is then 1. `remarks` are files that are not part of the corpus, or are "
-        "duplicates.",
-    )
-    parser.add_argument("name", type=str, help="name of the corpus, see `qat corpus list`")
-    parser.add_argument(
-        "dir", type=Path | None, nargs="?", default=None, help="folder of the corpus (for csv the manifest file)"
-    )
-    parser.add_argument("--folder", type=Path | None, default=None, help="the same as DIR")
-    parser.add_argument("--options", type=dict[str, Any], default={}, help="options of the reader, e.g. '{words: 500}'")
 
 
 def run_check(options: Namespace) -> Any:
@@ -97,11 +81,8 @@ def run_check(options: Namespace) -> Any:
     if folder is None or (options.dir and options.folder):
         raise ValueError(f"name the folder of {options.name} once: `qat corpus check {options.name} DIR`")
     checked = corpora.check(options.name, folder, **options.options)
-    return _counts(checked.manifest) | {
-        "unusable": len(checked.problems),
-        "problems": checked.problems.to_dict("records"),
-        "remarks": checked.remarks.to_dict("records"),
-    }
+    tables = {name: getattr(checked, name).to_dict("records") for name in ("problems", "remarks")}
+    return _counts(checked.manifest) | {"unusable": len(checked.problems)} | tables
 
 
 def _counts(manifest: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ SUMMARY = {
     "difference": "AT\ngains",
     "withheld_accuracy": "with-\nheld",
     "shortcut_rate": "short-\ncut",
-    "voice_probe": "voice\nprobe",
+    "voice_probe": "speaker\nprobe",
 }
 """Columns that a terminal has room for, with their headings; ``summary.csv`` and ``--json`` have every column."""
 
@@ -29,21 +29,22 @@ def show(result: Any, as_json: bool) -> None:
     if isinstance(result, str):
         print(result, end="")
         return
-    if isinstance(result, list):
-        console.print(_table(result))
-        return
-    for name, value in result.items():
-        if name == "parts":
-            names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
-            console.print(_table([{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]))
-        elif name in ("problems", "remarks", "runs", "stages", "table1"):
-            if value:
-                console.print(_table(value))
-        elif name == "summary":
-            shown = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
-            console.print(_table(shown.round(3).rename(columns=SUMMARY).to_dict("records")))
+    for name, value in result.items() if isinstance(result, dict) else [("", result)]:
+        if rows := _rows(name, value):
+            console.print(_table(rows))
         elif name != "experiment" and not (isinstance(value, (list, dict)) and not value):
             console.print(f"{name}: {value}", highlight=False)
+
+
+def _rows(name: str, value: Any) -> list[dict[str, Any]]:
+    """The rows of a value that is shown as a table; none of any other."""
+    if name == "parts":
+        names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
+        return [{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]
+    if name == "summary":
+        value = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
+        value = value.round(3).rename(columns=SUMMARY).to_dict("records")
+    return value if isinstance(value, list) and value and isinstance(value[0], dict) else []
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+from qkernels.losses import Loss, loss_of
 
 Action = Callable[[Namespace], Any]
 """Runs a command with its options; the result is printed."""
@@ -49,6 +54,16 @@ class Commands:
         parser = Parser(description=text)
         self._subcommands.add_subcommand(name, parser, help=text)
         return Commands(parser, self.actions, f"{self._prefix}{name} ")
+
+
+def _parsed_loss(value: Any) -> Loss:
+    """The loss of a name or mapping, also of one as text."""
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    return loss_of(value)
+
+
+register_type(Loss, Loss.plain, _parsed_loss, type_check=isinstance)
 
 
 def instance(kind: type[Any], options: Namespace) -> Any:

@@ -10,9 +10,7 @@ from jsonargparse import Namespace
 
 from qat.commands.parser import Commands, Parser, instance
 from qat.config import CorpusConfig, Experiment, RHEmoExperiment, flatten, to_plain
-from qat.config.preset import NAMES, Plain, kind_of, read_layers, settings_of
-
-_SPLITS = {"speaker": "actor", "speaker-in-order": "actor", "paper-actor": "actor", "confounded": "confounded"}
+from qat.config.preset import NAMES, SPLITS, Plain, kind_of, read_overrides, settings_of
 
 
 class TrainingParser(Parser):
@@ -52,11 +50,12 @@ def preset_settings(stage: str, preset: str, own: Namespace) -> Plain:
         attributes["network"] = own.get("network.domain", "quaternion")
     if stage == "emotion":
         attributes |= {"corpus": corpus or CorpusConfig().name}
-        attributes |= {"split": _SPLITS.get(own.get("split.rule", "random"), "random")}
+        rule = own.get("split.rule")
+        attributes |= {"split": next((split for split, rules in SPLITS.items() if rule in rules), "random")}
         transfers = own.get("anti_transfer.twin") or own.get("anti_transfer.random_twin")
         attributes |= {"at": ("dual_SW" if initial else "single_S") if transfers else "none"}
         attributes |= {"layer": own.get("anti_transfer.layers", [2])[0] if transfers else 0}
-    settings = settings_of(stage, attributes, read_layers(preset))
+    settings = settings_of(stage, attributes, read_overrides(preset))
     if corpus not in (None, settings["corpus"]["name"]):
         settings["corpus"] = {"name": corpus}  # another corpus has other speakers
     settings["corpus"].setdefault("folder", str(Path("corpora") / settings["corpus"]["name"]))
@@ -97,7 +96,10 @@ def _training_parser(stage: str, text: str) -> TrainingParser:
     names = ", ".join(NAMES)
     parser.add_argument("--config", action="config", help="YAML file of settings; options after it take precedence")
     parser.add_argument(
-        "--preset", type=str | None, default=None, help=f"{names} or a file of layers; all other settings win over it"
+        "--preset",
+        type=str | None,
+        default=None,
+        help=f"{names} or a file of overrides; all other settings win over it",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same settings")

@@ -16,7 +16,7 @@ from qat.config.experiment import (
     Task,
     TrainingConfig,
 )
-from qat.config.plain import difference, flatten, from_plain, identity_settings, to_plain
+from qat.config.plain import difference, flatten, from_plain, identity_settings, prefix_errors, to_plain, typed_setting
 
 __all__ = [
     "EXECUTION",
@@ -37,5 +37,7 @@ __all__ = [
     "flatten",
     "from_plain",
     "identity_settings",
+    "prefix_errors",
     "to_plain",
+    "typed_setting",
 ]

@@ -23,20 +23,27 @@ Domain = Literal["quaternion", "real", "real-on-embedding"]
 Task = Literal["emotion", "speaker", "word", "word-presence"]
 
 
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
+def require(holds: object, name: str, value: object, rule: str) -> None:
+    """Refuse the value of a setting unless its rule holds.
+
+    Raises:
+        ValueError: naming all three.
+    """
     if not holds:
         raise ValueError(f"{name}: {value!r} must be {rule}")
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Which recordings.
+    """The recordings of an experiment.
 
     Args:
         name: a known corpus (``qat corpus list``) or ``csv`` for a manifest of your own.
         folder: the corpus folder, or the manifest file when ``name`` is ``csv``.
-        where: keep the rows whose column has one of these values, e.g. ``{speaker: [en-us+f1, en-us+m1]}``.
-        options: of the corpus's reader, e.g. ``{speaker: session}`` for iemocap; ``qat corpus list`` names them.
+        where: allowed values by column of the manifest, e.g. ``{speaker: [en-us+f1, en-us+m1]}``; other rows are
+            dropped.
+        options: options of the corpus's reader, e.g. ``{speaker: session}`` for iemocap; ``qat corpus list`` names
+            them.
     """
 
     name: str = "demo"
@@ -47,17 +54,17 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class SpectrogramConfig:
-    """How audio becomes spectrograms.
+    """Settings of the spectrograms.
 
     Args:
-        sample_rate: in Hz.
-        hop: between windows, in samples.
-        frame_seconds: length of one cut.
-        cut: "audio" cuts the audio in non-overlapping pieces of `frame_seconds`, drops the remainder and fills a short
-            file with zeros at its end (WASPAA 2023). "reference" is the released code's rule: blocks are counted from
-            the end of the file's spectrogram, and a file longer than two blocks ends with a block that overlaps.
-            "word" makes one cut per file, cut or filled with zeros to 170 frames.
-        time_order: "natural", or "reversed" (last frame first) as in the released code.
+        sample_rate: sample rate in Hz.
+        hop: hop between windows, in samples.
+        frame_seconds: length of one cut in seconds.
+        cut: rule by which a file is cut. "audio" cuts the audio in non-overlapping pieces of `frame_seconds`, drops the
+            remainder and fills a short file with zeros at its end (WASPAA 2023). "reference" is the released code's
+            rule: blocks are counted from the end of the file's spectrogram, and a file longer than two blocks ends with
+            a block that overlaps. "word" makes one cut per file, cut or filled with zeros to 170 frames.
+        time_order: order of the frames: "natural", or "reversed" (last frame first) as in the released code.
     """
 
     sample_rate: int = 16000
@@ -104,26 +111,25 @@ class SpectrogramConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How recordings are divided into train, validation and test.
+    """Division of the recordings into training, validation and test part.
 
     Args:
-        rule: ``random`` 70/20/10 over files, the paper's random split; ``speaker`` 70/20/10 over speakers, or the
-            speakers listed below; ``speaker-in-order``: the same without shuffling them (RAVDESS: 17, 5 and 2 actors);
-            ``paper-actor``: the released code's lists for the corpora (or manifest files) named iemocap, ravdess, tess
-            and emodb; ``folds``: one fold of a cross-validation over speakers; ``part``: as the corpus's column
-            ``part`` says (LibriSpeech's subsets); ``part-train-only``: its training part three times, as the released
-            code's word task has it;
-            ``confounded``: the listed speakers, and each training speaker says one emotion always and the others
-            with ``leak`` of its sentences, so that the voice predicts the emotion.
-        seed: shuffles the files, the speakers, or which emotion is whose.
+        rule: rule of the split: ``random`` 70/20/10 over files, the paper's random split; ``speaker`` 70/20/10 over
+            speakers, or the speakers listed below; ``speaker-in-order``: the same without shuffling them (RAVDESS: 17,
+            5 and 2 actors); ``paper-actor``: the released code's lists for the corpora (or manifest files) named
+            iemocap, ravdess, tess and emodb; ``folds``: one fold of a cross-validation over speakers; ``part``: as the
+            corpus's column ``part`` says (LibriSpeech's subsets); ``part-train-only``: its training part three times,
+            as the released code's word task has it; ``confounded``: the listed speakers, and each training speaker says
+            one emotion always and the others with ``leak`` of its sentences, so that the speaker predicts the emotion.
+        seed: seed of the shuffled files or speakers, or of which speaker says which emotion.
         train: speakers of the training part (rules ``speaker`` and ``confounded``).
         validation: speakers of the validation part.
         test: speakers of the test part.
         leak: share of sentences kept in the other emotions (``confounded``).
-        group: the column that stands for the speaker in the rules ``speaker``, ``speaker-in-order`` and ``folds``:
+        group: column that stands for the speaker in the rules ``speaker``, ``speaker-in-order`` and ``folds``:
             ``session`` for leave-one-session-out, ``text`` or ``script`` for parts that share no sentence.
-        folds: how many (``folds``), at least 3; 0: as many as groups, leave-one-out.
-        fold: which one is the test part, from 1; the next one is the validation part.
+        folds: number of folds (rule ``folds``), at least 3; 0: one for each group, leave-one-out.
+        fold: number of the fold that is the test part, from 1; the next one is the validation part.
     """
 
     rule: Literal[
@@ -139,11 +145,11 @@ class SplitConfig:
     fold: int = 1
 
     def __post_init__(self) -> None:
-        _require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
-        _require(self.folds == 0 or self.folds >= 3, "split.folds", self.folds, "0 or at least 3")
-        _require(self.fold >= 1, "split.fold", self.fold, "at least 1")
+        require(0 <= self.leak <= 1, "split.leak", self.leak, "from 0 to 1")
+        require(self.folds == 0 or self.folds >= 3, "split.folds", self.folds, "0 or at least 3")
+        require(self.fold >= 1, "split.fold", self.fold, "at least 1")
         if self.rule == "confounded":
-            _require(self.group == "speaker", "split.group", self.group, "'speaker' with rule 'confounded'")
+            require(self.group == "speaker", "split.group", self.group, "'speaker' with rule 'confounded'")
 
 
 @dataclass(frozen=True)
@@ -151,20 +157,20 @@ class NetworkConfig:
     """The VGG16 that is trained (WASPAA 2023, section 3; tables 1.2 and 1.3 of the method).
 
     Args:
-        domain: ``quaternion`` on the RH-Emo embedding; ``real`` on the spectrogram; ``real-on-embedding``: the
-            control that tells the smaller input from the Hamilton product.
-        width: multiplies every hidden width (1 is the paper's network).
-        dropout: of the two hidden linear layers.
-        init: ``default`` is quaternion Glorot (convolutions) and He (linears), or torchvision's VGG law in the real
-            domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
-        adaptive_pool: average pool to 7x7 before the classifier, as torchvision does.
+        domain: kind of network: ``quaternion`` on the RH-Emo embedding; ``real`` on the spectrogram;
+            ``real-on-embedding``: the control that tells the smaller input from the Hamilton product.
+        width: factor of every hidden width (1 is the paper's network).
+        dropout: dropout probability of the two hidden linear layers.
+        init: initialisation: ``default`` is quaternion Glorot (convolutions) and He (linears), or torchvision's VGG law
+            in the real domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
+        adaptive_pool: whether an average pool to 7x7 precedes the classifier, as in torchvision.
         rhemo: checkpoint of RH-Emo whose encoder makes the embedding (both embedding domains need it).
-        rhemo_mode: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen weights, batch norm in train
-            mode; ``trainable``: trained along.
-        outputs: of the last layer, if more than there are classes (8 for TESS's 7 in the released code); the others are
+        rhemo_mode: treatment of RH-Emo in training: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen
+            weights, batch norm in train mode; ``trainable``: trained along.
+        outputs: number of outputs, if more than there are classes (8 for TESS's 7 in the released code); the others are
             called ``unused-8`` and so on, and are never right.
-        embedding_scale: ``none``, or what embeddings are divided by, over the training part: their ``max`` or ``rms``
-            (root mean square). Without batch norm, thirteen layers hardly learn from values far from 1.
+        embedding_scale: divisor of the embeddings, over the training part: their ``max`` or ``rms`` (root mean square);
+            or ``none``. Without batch norm, thirteen layers hardly learn from values far from 1.
     """
 
     domain: Domain = "quaternion"
@@ -178,11 +184,11 @@ class NetworkConfig:
     outputs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.width > 0, "network.width", self.width, "above 0")
-        _require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
-        _require(self.outputs is None or self.outputs >= 1, "network.outputs", self.outputs, "at least 1, or absent")
+        require(self.width > 0, "network.width", self.width, "above 0")
+        require(0 <= self.dropout < 1, "network.dropout", self.dropout, "from 0 to below 1")
+        require(self.outputs is None or self.outputs >= 1, "network.outputs", self.outputs, "at least 1, or absent")
         if self.domain == "quaternion":
-            _require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
+            require(self.init != "pytorch", "network.init", self.init, "'default' or 'he' in the quaternion domain")
 
     @property
     def embeds(self) -> bool:
@@ -198,10 +204,10 @@ class AntiTransferConfig:
         layers: convolution layers 1..13 to push apart; their losses are summed.
         beta: weight of the loss, of every layer or a list with one for each of ``layers``; 0 only monitors the
             similarity.
-        position: which features layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
+        position: features that layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
             ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
             in the released code).
-        loss: what is compared, and how: a name, or a mapping of it and the loss's options, such as ``{name:
+        loss: loss by its name, or a mapping of name and options, such as ``{name:
             folded-rowwise, clamp: product}``. The squared cosine of Gram matrices over the channels, ``gram-channel``
             (the paper's), or over the positions, ``gram-position``, which no rotation of the channels changes, so that
             it also sees what two unrelated networks have in common; both of features that are ``centred`` first, if
@@ -211,11 +217,11 @@ class AntiTransferConfig:
             1.7, with which the code ran). ``cos-squared`` and ``mse-sigmoid``: the older code's distances of maps by
             ``aggregation`` (none, mean, sum, max, mul_comp, pairwise, stochastic_pairwise; of mse-sigmoid also gram),
             one value per batch, see ``qkernels.losses``.
-        cache: compute what the twin gives of every sample once, before training, instead of in every step. It takes
-            effect where the network is given the same of a sample each time: in the ``real`` domain or with
+        cache: whether the twin's features of every sample are computed once, before training, instead of in every step.
+            It takes effect where a sample's input is the same in every epoch: in the ``real`` domain or with
             ``network.rhemo_mode`` ``frozen``, unless words move in their canvas.
-        cache_mib: MiB that this may take of the device's memory; what takes more is kept in the host's.
-        random_twin: keep the twin's random initialisation: the control that shows what the twin's knowledge adds.
+        cache_mib: maximum size of that cache in the device's memory, in MiB; a larger one is kept in the host's.
+        random_twin: whether the twin keeps its random initialisation, as the control of what its knowledge adds.
     """
 
     twin: Path | None = None
@@ -230,18 +236,18 @@ class AntiTransferConfig:
     def __post_init__(self) -> None:
         layers = self.layers
         valid = bool(layers) and all(1 <= layer <= 13 for layer in layers) and len(set(layers)) == len(layers)
-        _require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
+        require(valid, "anti_transfer.layers", layers, "one or more of VGG16's convolutions 1 to 13, each once")
         number = not isinstance(self.beta, list) or len(self.beta) == len(layers)
-        _require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
-        _require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
+        require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
+        require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
         if self.position == "pre-relu" and not self.loss.takes_negative:
             rule = f"behind a ReLU with loss {self.loss.plain()}, which takes no negative features"
-            _require(False, "anti_transfer.position", self.position, rule)
-        _require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
+            require(False, "anti_transfer.position", self.position, rule)
+        require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
         if self.position == "pool5":
-            _require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
+            require(len(layers) == 1, "anti_transfer.layers", layers, "one layer with position pool5")
         if self.random_twin:
-            _require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
+            require(self.twin is None, "anti_transfer.twin", str(self.twin), "absent with random_twin")
 
     @property
     def betas(self) -> list[float]:
@@ -255,31 +261,31 @@ class TrainingConfig:
 
     Args:
         lr: Adam's learning rate.
-        lr_factor: what it is multiplied by after ``lr_patience`` epochs without a lower validation loss; 1 keeps it.
-        lr_patience: see ``lr_factor``.
+        lr_factor: factor of the learning rate after ``lr_patience`` epochs without a lower validation loss.
+        lr_patience: number of epochs before ``lr_factor`` applies.
         weight_decay: Adam's L2 term.
-        clip: longest gradient, of all parameters as one vector; a longer one is shortened to this.
+        clip: maximum global gradient norm; absent disables clipping.
         batch: samples per step, over all processes together.
-        epochs: at most so many.
+        epochs: maximum number of epochs.
         patience: epochs without a lower validation loss before stopping.
-        keep: which state becomes ``model.safetensors``: the ``best`` (lowest validation loss) or the ``last``.
-        stopping: ``standard`` or ``reference-window`` (the released code's rule).
-        seed: of initialisation, order, dropout and word offsets.
-        word_offset: where a word lies in its canvas: one random place per ``sample`` or per ``batch`` in training.
+        keep: state that becomes ``model.safetensors``: the ``best`` (lowest validation loss) or the ``last``.
+        stopping: early-stopping rule: ``standard`` or ``reference-window`` (the released code's).
+        seed: seed of initialisation, order, dropout and word offsets.
+        word_offset: random place of a word in its canvas in training: one per ``sample`` or one per ``batch``.
         initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer), with
             RH-Emo's encoder where both train it; the last layer is initialised anew where the classes are others.
-        initial_head: ``keep`` the last layer of ``initial`` where the classes are the same; ``new`` initialises it anew
-            even there, as the released code does.
-        accuracy: over ``samples``; ``batches``: the mean of the accuracies of consecutive batches, as in the released
-            code, which gives the samples of a last, short batch more weight.
-        device: ``auto`` takes CUDA where there is one.
-        precision: ``float32``; ``tf32``: products of float32 rounded to TF32 on GPUs that can; ``bf16``: layers compute
-            in bfloat16, weights and optimiser stay float32.
-        deterministic: take PyTorch's deterministic algorithms.
-        capture: run every step on a GPU as one captured CUDA graph: the same numbers, in a fraction of the time.
-        data_mib: MiB of inputs that are kept on the device; where they take more, batches are read from the host.
-        checkpoint_seconds: states are written at the end of an epoch when so much time has passed since the last were;
-            0 writes them after every epoch. An interruption costs what came after them.
+        initial_head: treatment of the last layer of ``initial`` where the classes are the same: ``keep``, or ``new``
+            initialises it anew even there, as the released code does.
+        accuracy: mean over ``samples``, or over ``batches``: the mean of the accuracies of consecutive batches, as in
+            the released code, which gives the samples of a last, short batch more weight.
+        device: PyTorch device; ``auto`` is CUDA where there is one.
+        precision: arithmetic: ``float32``; ``tf32``: products of float32 rounded to TF32 on GPUs that can; ``bf16``:
+            layers compute in bfloat16, weights and optimiser stay float32.
+        deterministic: whether PyTorch's deterministic algorithms are used.
+        capture: whether every step on a GPU is one captured CUDA graph: the same numbers, in a fraction of the time.
+        data_mib: maximum size of inputs kept on the device, in MiB; of larger ones, batches are read from the host.
+        checkpoint_seconds: minimum time between checkpoints, which are written at the end of an epoch; 0 writes one
+            after every epoch. An interruption loses the epochs since the last one.
     """
 
     lr: float = 1e-5
@@ -305,14 +311,14 @@ class TrainingConfig:
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "training.lr", self.lr, "above 0")
-        _require(0 < self.lr_factor <= 1, "training.lr_factor", self.lr_factor, "above 0 and at most 1")
-        _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent")
+        require(self.lr > 0, "training.lr", self.lr, "above 0")
+        require(0 < self.lr_factor <= 1, "training.lr_factor", self.lr_factor, "above 0 and at most 1")
+        require(self.clip is None or self.clip > 0, "training.clip", self.clip, "above 0, or absent")
         for name in ("data_mib", "checkpoint_seconds"):
-            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
         for name in ("batch", "epochs", "patience", "lr_patience"):
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
 
 
 EXECUTION = ("device", "capture", "data_mib", "checkpoint_seconds")
@@ -325,16 +331,16 @@ class Experiment:
 
     Args:
         corpus: the recordings.
-        task: what is recognised: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words
+        task: recognised classes: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words
             of the vocabulary a line holds).
-        features: how audio becomes spectrograms.
-        normalisation: ``paper`` divides by the training maximum before RH-Emo and standardises for the real network;
-            ``log`` is log(1 + 1000 S / max) / log 1001.
-        split: how recordings are divided.
+        features: settings of the spectrograms.
+        normalisation: scale of the spectrograms: ``paper`` divides by the training maximum before RH-Emo and
+            standardises for the real network; ``log`` is log(1 + 1000 S / max) / log 1001.
+        split: division into training, validation and test part.
         network: the VGG16.
         anti_transfer: the extra loss.
         training: the optimisation.
-        cache: where prepared spectrograms are kept.
+        cache: folder of prepared spectrograms.
     """
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -358,7 +364,7 @@ class RHEmoConfig:
     """RH-Emo's own shape and loss weights (method section 3).
 
     Args:
-        width: multiplies the heads' hidden width 4096; the encoder and decoder are always the published ones.
+        width: factor of the heads' hidden width 4096; the encoder and decoder are always the published ones.
         beta: weight of the supervised terms (0 in stage 1, 0.01 in stage 2).
         beta_class: weight of the emotion term within them.
         beta_vad: weight of each of the valence, arousal and dominance terms within them.
@@ -370,9 +376,9 @@ class RHEmoConfig:
     beta_vad: float = 100.0
 
     def __post_init__(self) -> None:
-        _require(self.width > 0, "rhemo.width", self.width, "above 0")
+        require(self.width > 0, "rhemo.width", self.width, "above 0")
         for name in ("beta", "beta_class", "beta_vad"):
-            _require(getattr(self, name) >= 0, f"rhemo.{name}", getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, f"rhemo.{name}", getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True)
@@ -381,12 +387,12 @@ class RHEmoExperiment:
 
     Args:
         corpus: the recordings.
-        features: how audio becomes spectrograms.
+        features: settings of the spectrograms.
         normalisation: ``max`` (the paper's) or ``log``; both map the training part to 0..1.
-        split: how recordings are divided.
+        split: division into training, validation and test part.
         rhemo: width and loss weights.
         training: the optimisation; in stage 2 ``training.initial`` names stage 1's run.
-        cache: where prepared spectrograms are kept.
+        cache: folder of prepared spectrograms.
     """
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

@@ -1,18 +1,19 @@
-"""Settings as plain data, for YAML and JSON: written, read, compared."""
+"""Settings as plain data, for YAML and JSON: written, read and checked, compared."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from qat.config.experiment import EXECUTION, AntiTransferConfig, AnyExperiment, Experiment, RHEmoExperiment
 from qkernels.losses import Loss, loss_of
 
 C = TypeVar("C")
-
-_type_hints = cache(get_type_hints)  # a grid compares hundreds of trainings with what is there
 
 
 def to_plain(config: Any) -> Any:
@@ -67,21 +68,109 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     return None
 
 
-def from_plain(kind: type[C], plain: dict[str, Any]) -> C:
-    """Undo :func:`to_plain`: the config of class ``kind`` that a run or checkpoint was saved with."""
+def from_plain(kind: type[C], plain: Any, place: str = "") -> C:
+    """The config of class ``kind`` from plain data: undoes :func:`to_plain`, and reads what users write.
+
+    Args:
+        kind: dataclass.
+        plain: its fields; those that are absent have their defaults.
+        place: dotted name of the config within what it is a part of.
+
+    Raises:
+        ValueError: an unknown setting or a wrong value, by its dotted name.
+
+    >>> from_plain(Experiment, {"training": {"lr": "1e-3"}}).training.lr
+    0.001
+    >>> from_plain(Experiment, {"training": {"lr": "fast"}})
+    Traceback (most recent call last):
+    ValueError: training.lr: 'fast' must be a number
+    """
+    before = f"{place}: " if place else ""
+    if not isinstance(plain, dict):
+        raise ValueError(f"{before}{'null' if plain is None else repr(plain)} must be a mapping of settings")
     plain = with_loss(plain) if kind is AntiTransferConfig else plain
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(plain.keys() - known):
-        raise ValueError(f"{kind.__name__}: unknown setting {', '.join(unknown)}; saved by another version?")
-    values = dict(plain)
-    for name, hint in _type_hints(kind).items():  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(hint) and name in values:
-            values[name] = from_plain(hint, values[name])  # type: ignore[arg-type]
-        elif hint is Loss and name in values:
-            values[name] = loss_of(values[name])
-        elif Path in (hint, *get_args(hint)) and values.get(name) is not None:
-            values[name] = Path(values[name])
-    return kind(**values)
+    hints = _hints(kind)  # type: ignore[arg-type]
+    if unknown := [str(name) for name in plain if name not in hints]:
+        raise ValueError(f"{before}unknown setting {', '.join(unknown)}; {kind.__name__} has {', '.join(hints)}")
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in plain:
+            raise ValueError(f"{before}must have {field.name}")
+    dot = f"{place}." if place else ""
+    return kind(**{name: _typed(hints[name], value, f"{dot}{name}") for name, value in plain.items()})
+
+
+def typed_setting(kind: type[Any], name: str, value: Any) -> Any:
+    """The typed value of one setting of the dataclass ``kind``, by its dotted name.
+
+    Raises:
+        ValueError: no such setting, or a wrong value.
+    """
+    hint: Any = kind
+    for part in str(name).split("."):
+        hints = _hints(hint) if dataclasses.is_dataclass(hint) else {}  # type: ignore[arg-type]
+        if part not in hints:
+            raise ValueError(f"{name}: unknown setting; {getattr(hint, '__name__', hint)} has {', '.join(hints)}")
+        hint = hints[part]
+    if dataclasses.is_dataclass(hint):
+        raise ValueError(f"{name}: {value!r} must be of one setting; this is a group of them")
+    return _typed(hint, value, name)
+
+
+@contextmanager
+def prefix_errors(*place: object) -> Iterator[None]:
+    """Say in one line where a wrong setting stands.
+
+    Raises:
+        ValueError: instead of any error of a setting, with ``place`` before it.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(": ".join([*map(str, place), " ".join(str(error).split())])) from None
+
+
+_RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+
+
+@cache  # a grid compares hundreds of trainings with what is there
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    """A plain value as one of the type ``hint``."""
+    of, inner = get_origin(hint) or hint, get_args(hint)
+    if of in (Union, UnionType):
+        *others, last = [one for one in inner if one is not NoneType]
+        if value is None and NoneType in inner:
+            return None
+        for one in others:
+            with suppress(ValueError):
+                return _typed(one, value, place)
+        return _typed(last, value, place)
+    if hint is Any or (dataclasses.is_dataclass(of) and isinstance(value, of)):  # type: ignore[arg-type]
+        return value
+    if hint is Loss:
+        return loss_of(value)
+    if dataclasses.is_dataclass(of):
+        return from_plain(of, value, place)  # type: ignore[arg-type]
+    if of is list and isinstance(value, list):
+        return [_typed(inner[0], one, f"{place}[{n}]") for n, one in enumerate(value)]
+    if of is dict and isinstance(value, dict):
+        return {_typed(inner[0], key, place): _typed(inner[1], one, f"{place}.{key}") for key, one in value.items()}
+    if of is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if (of is Literal and value in inner) or (of in (str, bool) and isinstance(value, of)):
+        return value
+    if of in (int, float) and not isinstance(value, bool):
+        with suppress(ValueError, TypeError):  # YAML takes 1e-3, without a point, for text
+            number = float(value)
+            if of is float or number.is_integer():
+                return of(number)
+    rule = f"one of {', '.join(map(str, inner))}" if of is Literal else _RULES.get(of, "a mapping")
+    raise ValueError(f"{place}: {'null' if value is None else repr(value)} must be {rule}")
 
 
 _LOSS_FIELDS = {

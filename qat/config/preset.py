@@ -1,24 +1,23 @@
-"""Presets: the settings of every training of the paper's grid, as files of layers that lie over each other.
+"""Presets: the settings of every training of the paper's grid, as files of overrides.
 
 ``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``small``
-is what learns in minutes, and ``demo`` the same on synthesised speech. A file is a list of layers::
+is what learns in minutes, and ``demo`` the same on synthesised speech. A file is a list of overrides::
 
     - preset: small
     - settings: {training: {batch: 20}}
     - when: {network: real, stage: [word, speaker]}
       settings: {training: {batch: 40}}
 
-``preset`` stands for all layers of another one. A layer holds for the trainings that have every attribute of its
-``when``, with that value or one of a list; the later layer wins. Settings are those of ``qat train``, or of ``qat
+``preset`` stands for all overrides of another one. An override holds for the trainings that have every attribute of its
+``when``, with that value or one of a list; the later override wins. Settings are those of ``qat train``, or of ``qat
 pretrain rhemo`` in RH-Emo's stages; each kind of training takes what it has.
 """
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -27,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from qat.config import AnyExperiment, Experiment, RHEmoExperiment, flatten
-from qat.config.parsing import check, instantiate, parser_of, prefix_errors
+from qat.config.experiment import AnyExperiment, Experiment, RHEmoExperiment, require
+from qat.config.plain import flatten, from_plain, prefix_errors, typed_setting
 
 NAMES = ("paper", "released-code", "demo", "small")
 _PARTS = ("demo-corpus", "small-recorded")
@@ -37,33 +36,86 @@ _PARTS = ("demo-corpus", "small-recorded")
 ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
 """What tells trainings apart. RH-Emo's stages have no ``network``, and what follows it only emotion trainings have."""
 
-VALUES: Mapping[str, Sequence[Any]] = {
+METHODS = {
+    "none": "no AT",
+    "single_S": "single S",
+    "single_W": "single W",
+    "dual_SW": "dual SW",
+    "dual_WS": "dual WS",
+}
+"""Titles of the attribute ``at``: without anti-transfer (AT), against the network of speakers or of words, or against
+both, one after the other."""
+
+SPLITS = {
+    "random": ("random",),
+    "actor": ("speaker", "speaker-in-order", "paper-actor"),
+    "confounded": ("confounded",),
+}
+"""The attribute ``split``, and the values of ``split.rule`` that it stands for."""
+
+VALUES: dict[str, Sequence[Any]] = {
     "stage": ("rhemo-1", "rhemo-2", "word", "speaker", "emotion"),
-    "network": ("quaternion", "real"),
-    "split": ("random", "actor", "confounded"),
-    "at": ("none", "single_S", "single_W", "dual_SW", "dual_WS"),
+    "network": ("real", "quaternion"),
+    "split": tuple(SPLITS),
+    "at": tuple(METHODS),
     "layer": range(14),
 }
-"""What attributes can be, where that is known; layer 0 is that of ``at`` none."""
+"""Values of the attributes, in the order of the paper's tables; ``at`` none has layer 0."""
+
+TASKS = {"S": "speaker", "W": "word"}
+"""Orthogonal task by its letter in the attribute ``at``."""
+
+PAPER_CORPORA = ("iemocap", "ravdess", "tess")
+PAPER_SPLITS = ("random", "actor")
+"""What the paper's tables are about."""
 
 Plain = dict[str, Any]
 
 
+def check_values(name: str, values: Sequence[Any], allowed: Sequence[Any]) -> None:
+    """Refuse a value that is not among the allowed ones.
+
+    Raises:
+        ValueError: naming it and them.
+    """
+    for value in values:
+        require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
+
+
 @dataclass(frozen=True)
-class Layer:
+class Override:
     """Settings of some trainings.
 
     Args:
-        when: allowed values by attribute; empty: of all trainings.
         settings: nested, as in a YAML file.
+        when: allowed value by attribute, or a list of them; empty: of all trainings.
     """
 
-    when: Mapping[str, Sequence[Any]]
     settings: Plain
+    when: Plain = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.when.items():
+            check_values("when", [name], ATTRIBUTES)
+            if name in VALUES:
+                check_values(f"when: {name}", as_list(values), VALUES[name])
+        for name, value in flatten(self.settings).items():
+            try:
+                typed_setting(Experiment, name, value)
+            except ValueError as error:  # it may be RH-Emo's
+                with suppress(ValueError):
+                    typed_setting(RHEmoExperiment, name, value)
+                    continue
+                raise error
 
     def matches(self, attributes: Mapping[str, Any]) -> bool:
         """Whether a training with these attributes takes it."""
-        return all(name in attributes and attributes[name] in values for name, values in self.when.items())
+        return all(name in attributes and attributes[name] in as_list(values) for name, values in self.when.items())
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, or the only value of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def kind_of(stage: str) -> type[AnyExperiment]:
@@ -71,25 +123,25 @@ def kind_of(stage: str) -> type[AnyExperiment]:
     return RHEmoExperiment if stage.startswith("rhemo") else Experiment
 
 
-def read_layers(source: str | Path) -> list[Layer]:
-    """The layers of a preset, or of a file of the same form.
+def read_overrides(source: str | Path) -> list[Override]:
+    """The overrides of a preset, or of a file of the same form.
 
     Raises:
         ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
-            values, are named with the layer's number.
+            values, are named with the override's number.
     """
     if source in (*NAMES, *_PARTS):
         return list(_packaged(str(source)))
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
-    return parse_layers(read_yaml(path, source), source)
+    return parse_overrides(read_yaml(path, source), source)
 
 
 @cache
-def _packaged(name: str) -> tuple[Layer, ...]:
+def _packaged(name: str) -> tuple[Override, ...]:
     file = files("qat.config") / "presets" / f"{name}.yaml"
-    return tuple(parse_layers(read_yaml(file, name), name))
+    return tuple(parse_overrides(read_yaml(file, name), name))
 
 
 def read_yaml(file: Traversable, source: object) -> Any:
@@ -104,74 +156,58 @@ def read_yaml(file: Traversable, source: object) -> Any:
         raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
-def parse_layers(listed: Any, source: object) -> list[Layer]:
-    """The layers of a list as a preset file holds it.
+def parse_overrides(listed: Any, source: object) -> list[Override]:
+    """The overrides of a list as a preset file holds it.
 
     Args:
         listed: content of the file, or of a part of it.
-        source: where it was read, for errors.
+        source: name of the file, for errors.
 
     Raises:
-        ValueError: as in :func:`read_layers`.
+        ValueError: as in :func:`read_overrides`.
     """
     if not isinstance(listed, list):
-        raise ValueError(f"{source}: must be a list of layers, each with `settings` and perhaps `when`")
-    parsers: dict[type[AnyExperiment], Any] = {kind: parser_of(kind) for kind in (Experiment, RHEmoExperiment)}
-    layers: list[Layer] = []
+        raise ValueError(f"{source}: must be a list of overrides, each with `settings` and perhaps `when`")
+    overrides: list[Override] = []
     for number, one in enumerate(listed, 1):
-        with prefix_errors(source, f"layer {number}"):
+        with prefix_errors(source, f"override {number}"):
             if isinstance(one, dict) and one.keys() == {"preset"}:
-                if one["preset"] not in (*NAMES, *_PARTS):
-                    raise ValueError(f"preset: {one['preset']!r} must be one of {', '.join((*NAMES, *_PARTS))}")
-                layers += _packaged(one["preset"])
-                continue
-            if not isinstance(one, dict) or not {"settings"} <= one.keys() <= {"settings", "when"}:
-                raise ValueError(f"{one!r} must have `settings` and perhaps `when`, and nothing else")
-            when, settings = one.get("when") or {}, one["settings"]
-            for name, value in (("when", when), ("settings", settings)):
-                if not isinstance(value, dict):
-                    raise ValueError(f"{name}: {value!r} must be names and values")
-            if unknown := [name for name in when if name not in ATTRIBUTES]:
-                raise ValueError(f"when: {unknown[0]!r} must be one of {', '.join(ATTRIBUTES)}")
-            when = {name: value if isinstance(value, list) else [value] for name, value in when.items()}
-            for name, values in when.items():
-                for value in values if name in VALUES else ():
-                    if value not in VALUES[name]:
-                        raise ValueError(f"when: {name}: {value!r} must be one of {', '.join(map(str, VALUES[name]))}")
-            _check(settings, parsers)
-        layers.append(Layer(when, settings))
-    return layers
+                check_values("preset", [one["preset"]], (*NAMES, *_PARTS))
+                overrides += _packaged(one["preset"])
+            else:
+                overrides.append(from_plain(Override, one))
+    return overrides
 
 
-def merge(attributes: Mapping[str, Any], layers: Sequence[Layer], base: Plain) -> Plain:
-    """The settings of a training: ``base``, and over it every layer that holds; of groups, field by field.
+def merge(attributes: Mapping[str, Any], overrides: Sequence[Override], base: Plain) -> Plain:
+    """The settings of a training: ``base``, and over it every override that holds; of groups, field by field.
 
     Args:
-        attributes: of the training, see :data:`ATTRIBUTES`.
-        layers: the later wins.
+        attributes: attributes of the training, see :data:`ATTRIBUTES`.
+        overrides: the later wins.
         base: nested settings.
 
-    >>> layer = Layer({"network": ["real"]}, {"training": {"batch": 40}})
-    >>> merge({"network": "real"}, [layer], {"training": {"batch": 20, "seed": 2}})
+    >>> override = Override({"training": {"batch": 40}}, {"network": "real"})
+    >>> merge({"network": "real"}, [override], {"training": {"batch": 20, "seed": 2}})
     {'training': {'batch': 40, 'seed': 2}}
     """
-    known = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
+    groups = {field.name for field in fields(kind_of(attributes["stage"]))} if "stage" in attributes else None
     settings = {group: dict(value) if isinstance(value, dict) else value for group, value in base.items()}
-    for layer in layers:
-        for group, value in layer.settings.items() if layer.matches(attributes) else ():
-            if known is None or group in known:
+    for override in overrides:
+        for group, value in override.settings.items() if override.matches(attributes) else ():
+            if groups is None or group in groups:
                 settings[group] = settings.get(group, {}) | value if isinstance(value, dict) else value
     return settings
 
 
-def settings_of(stage: str, attributes: Mapping[str, Any], layers: Sequence[Layer]) -> Plain:
+def settings_of(stage: str, attributes: Mapping[str, Any], overrides: Sequence[Override]) -> Plain:
     """The settings of one training of a preset, nested; what they do not say has its default.
 
     Args:
         stage: stage of the training.
         attributes: its other :data:`ATTRIBUTES`, as far as it has them; an emotion training's corpus is IEMOCAP if
             absent.
-        layers: layers of the preset; they lie over those of ``presets/stages.yaml``, which hold for all presets.
+        overrides: overrides of the preset, applied after those of ``presets/stages.yaml``, which hold for all presets.
 
     >>> settings_of("speaker", {"network": "real"}, [])
     {'network': {'domain': 'real'}, 'corpus': {'name': 'iemocap', 'options': {'speaker': 'session'}}, 'task': 'speaker'}
@@ -180,7 +216,7 @@ def settings_of(stage: str, attributes: Mapping[str, Any], layers: Sequence[Laye
     base: Plain = {"corpus": {"name": attributes["corpus"]}} if "corpus" in attributes else {}
     if "network" in attributes and kind_of(stage) is Experiment:
         base["network"] = {"domain": attributes["network"]}
-    return merge(attributes, [*_packaged("stages"), *layers], base)
+    return merge(attributes, [*_packaged("stages"), *overrides], base)
 
 
 def experiment(settings: Plain, stage: str) -> AnyExperiment:
@@ -189,29 +225,5 @@ def experiment(settings: Plain, stage: str) -> AnyExperiment:
     Raises:
         ValueError: a wrong or unknown setting.
     """
-    return _experiment(json.dumps(settings, sort_keys=True), stage)
-
-
-@cache  # parsing takes a tenth of a second, and hundreds of trainings differ in nothing but their layer
-def _experiment(settings: str, stage: str) -> AnyExperiment:
-    kind: Any = kind_of(stage)
-    parser, plain = parser_of(kind), json.loads(settings)
     with prefix_errors(stage):
-        for setting, value in flatten(plain).items():
-            check(kind, setting, value)
-        made: AnyExperiment = instantiate(parser, kind, parser.parse_object(plain))
-        return made
-
-
-def _check(settings: Plain, parsers: Mapping[type[AnyExperiment], Any]) -> None:
-    """Every setting must be one of a kind of experiment, with a value that it takes."""
-    for setting, value in flatten(settings).items():
-        refused: list[Exception] = []
-        for kind, parser in parsers.items():
-            try:
-                check(kind, setting, value)
-                parser.parse_object({setting: value})
-            except (ArgumentError, ValueError, TypeError) as error:
-                refused.append(error)
-        if len(refused) == len(parsers):
-            raise refused[0]
+        return from_plain(kind_of(stage), settings)

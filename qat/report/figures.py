@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -67,6 +67,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
 }
 Curve = tuple[list[int], list[float]]
+T = TypeVar("T")
 
 
 class Drawing(NamedTuple):
@@ -144,7 +145,7 @@ class Line:
     """A line of `by_layer`.
 
     Args:
-        label: in the legend; lines of one label look alike.
+        label: label in the legend; lines of one label look alike.
         look: its colour: that of an anti-transfer method, a network or ``mean``.
         values: by layer, or one level, dashed.
         hollow: dotted with hollow squares, to tell two lines of one colour apart.
@@ -173,30 +174,21 @@ def by_layer(panels: Mapping[str, Sequence[Line]], ylabel: str, guess: float | N
 
     Args:
         panels: lines by title.
-        ylabel: of the values.
-        guess: what guessing gives, dotted in red.
+        ylabel: label of the values.
+        guess: accuracy of guessing, dotted in red.
     """
     ticks = {layer for lines in panels.values() for line in lines for layer in line.layers}
-    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
-    with style():
-        figure = new_figure(5 * columns, 0.6 + 2.7 * rows)
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        legend: dict[str, Any] = {}
-        for place, (axis, (title, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
-            axis.set_title(title)
-            if guess is not None:
-                legend["guessing"] = axis.axhline(guess, color=RED, linewidth=1, linestyle=":")
-            for line in lines:
-                legend.setdefault(line.label, _draw_line(axis, line))
-            axis.set_xticks(sorted(ticks))
-            axis.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
-            axis.tick_params(labelbottom=True)
-            axis.set_ylabel(ylabel if place % 2 == 0 else "")
-            axis.set_xlabel("layer")
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
-        add_legend(figure, legend)
-        return drawing(figure)
+    legend: dict[str, Any] = {}
+
+    def draw(axis: Axes, lines: Sequence[Line]) -> None:
+        if guess is not None:
+            legend["guessing"] = axis.axhline(guess, color=RED, linewidth=1, linestyle=":")
+        for line in lines:
+            legend.setdefault(line.label, _draw_line(axis, line))
+        axis.set_xticks(sorted(ticks))
+        axis.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
+
+    return _multiples(list(panels.items()), draw, "layer", ylabel, legend, most=2)
 
 
 def _draw_line(axis: Axes, line: Line) -> Any:
@@ -236,13 +228,12 @@ def losses(groups: Sequence[Group], share: bool) -> Drawing:
         if constant is not None:
             axis.axhline(constant, color=RED, linewidth=1, linestyle=DASHED)
 
-    transfers = any(group.first.transfers for group in groups)
-    legend: list[tuple[str, str, str]] = []
+    legend = {}
     for part, colour in (("train", GREY), ("validation", BLUE)):
-        legend.append((f"{part}, total", colour, "-"))
-        if transfers:
-            legend.append((f"{part}, cross-entropy", colour, ":"))
-    return _grid(groups, draw, "epoch", "loss", legend=legend, share=share)
+        legend[f"{part}, total"] = colour, "-"
+        if any(group.first.transfers for group in groups):
+            legend[f"{part}, cross-entropy"] = colour, ":"
+    return _multiples(_named(groups), draw, "epoch", "loss", _lines(legend), share=share)
 
 
 def accuracies(groups: Sequence[Group]) -> Drawing:
@@ -254,7 +245,7 @@ def accuracies(groups: Sequence[Group]) -> Drawing:
                 _plot(axis, (curve[0], [100 * value for value in curve[1]]), BLUE, "-")
             _mark_kept(axis, run, "validation_accuracy", 100)
 
-    return _grid(groups, draw, "epoch", "accuracy, %", share=True)
+    return _multiples(_named(groups), draw, "epoch", "accuracy, %")
 
 
 def similarities(groups: Sequence[Group]) -> Drawing:
@@ -263,20 +254,19 @@ def similarities(groups: Sequence[Group]) -> Drawing:
     looks = {layer: (COLOURS[n % len(COLOURS)], "-" if n < len(COLOURS) else ":") for n, layer in enumerate(layers)}
 
     def draw(axis: Axes, group: Group) -> None:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
         for run in group.runs:
             for layer, curve in similarity(run).items():
                 _plot(axis, curve, *looks[layer])
 
-    def title(group: Group) -> str:
-        return f"{group.name}\nfrom {group.first.start}, beta {group.first.beta}"
-
-    legend = [(f"layer {layer}", *look) for layer, look in looks.items()]
-    return _grid(groups, draw, "epoch", "cos²", legend=legend, share=True, log=True, title=title)
+    titles = [(f"{group.name}\nfrom {group.first.start}, beta {group.first.beta}", group) for group in groups]
+    legend = _lines({f"layer {layer}": look for layer, look in looks.items()})
+    return _multiples(titles, draw, "epoch", "cos²", legend)
 
 
 def confusions(groups: Sequence[Group]) -> Drawing:
     """Confusion matrices as heat maps of row shares, with counts summed over the seeds."""
-
     from matplotlib.patches import Rectangle
 
     def draw(axis: Axes, group: Group) -> None:
@@ -284,24 +274,17 @@ def confusions(groups: Sequence[Group]) -> Drawing:
         assert counts is not None
         classes = len(counts)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        for row, column in np.ndindex(counts.shape):
+        for (row, column), share in np.ndenumerate(shares):
             # Blue of the share's opacity, so that the page's own colour shines through.
-            axis.add_patch(
-                Rectangle(
-                    (column + 0.03, row + 0.03), 0.94, 0.94, color=BLUE, alpha=0.9 * shares[row, column], linewidth=0
-                )
-            )
-            if classes > 12:
-                continue
-            axis.text(
-                column + 0.5,
-                row + 0.5,
-                f"{counts[row, column]:.0f}\n{100 * shares[row, column]:.0f} %",
-                ha="center",
-                va="center",
-                fontsize=7.5 if classes <= 6 else 5.5,
-                color=PAPER if shares[row, column] > 0.6 else INK,
-            )
+            corner = (column + 0.03, row + 0.03)
+            axis.add_patch(Rectangle(corner, 0.94, 0.94, color=BLUE, alpha=0.9 * share, linewidth=0))
+            if classes <= 12:
+                look: dict[str, Any] = {
+                    "fontsize": 7.5 if classes <= 6 else 5.5,
+                    "color": PAPER if share > 0.6 else INK,
+                }
+                text = f"{counts[row, column]:.0f}\n{100 * share:.0f} %"
+                axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", **look)
         ticks, labels = np.arange(classes) + 0.5, [_short(name, 12) for name in group.first.result.classes]
         axis.set_xticks(ticks, labels, rotation=0 if classes <= 5 else 90)
         axis.set_yticks(ticks, labels)
@@ -311,22 +294,14 @@ def confusions(groups: Sequence[Group]) -> Drawing:
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
 
-    return _grid(groups, draw, "predicted", "true", aspect=0.85)
+    return _multiples(_named(groups), draw, "predicted", "true", share=False, aspect=0.85)
 
 
 def confusion(group: Group) -> NDArray[np.float64] | None:
     """Test counts `[K, K]` summed over the seeds, rows true; nothing unless every seed has them."""
-    total = np.zeros((len(group.first.result.classes),) * 2)
-    for run in group.runs:
-        scores = run.result.parts.get("test")
-        if (
-            scores is None
-            or not scores.confusion
-            or [len(row) for row in scores.confusion] != [len(total)] * len(total)
-        ):
-            return None
-        total += np.array(scores.confusion)
-    return total
+    classes = len(group.first.result.classes)
+    counts = [np.array(run.score("test", "confusion")) for run in group.runs]
+    return np.sum(counts, axis=0) if all(one.shape == (classes, classes) for one in counts) else None
 
 
 def similarity(run: FinishedRun) -> dict[int, Curve]:
@@ -376,50 +351,64 @@ def embed(svg: str, number: int, label: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
-def _grid(
-    groups: Sequence[Group],
-    draw: Callable[[Axes, Group], None],
+def _named(groups: Sequence[Group]) -> list[tuple[str, Group]]:
+    return [(group.name, group) for group in groups]
+
+
+def _lines(looks: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Lines for a legend, of colours and line styles."""
+    from matplotlib.lines import Line2D
+
+    return {label: Line2D([], [], color=colour, linestyle=style) for label, (colour, style) in looks.items()}
+
+
+def _multiples(
+    panels: Sequence[tuple[str, T]],
+    draw: Callable[[Axes, T], None],
     xlabel: str,
     ylabel: str,
+    legend: Mapping[str, Any] | None = None,
     *,
-    legend: Sequence[tuple[str, str, Any]] = (),
-    share: bool = False,
-    log: bool = False,
+    most: int = 3,
+    share: bool = True,
     aspect: float = 0.6,
-    title: Callable[[Group], str] = lambda group: group.name,
 ) -> Drawing:
-    """Small multiples: one panel a setting, under its name."""
-    from matplotlib.lines import Line2D
+    """Small multiples: one panel each, under its title.
+
+    Args:
+        panels: titles, and what ``draw`` draws under them.
+        draw: draws one panel.
+        xlabel, ylabel: labels of the axes.
+        legend: handles by label, which ``draw`` may add to.
+        most: maximum number of columns.
+        share: whether the panels have the same axes.
+        aspect: height of a panel over its width.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    groups = groups[:PANELS]
-    columns = 2 if len(groups) in (2, 4) else min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    width = {1: 4.5, 2: 7.5, 3: 10.0}[columns]
+    panels = panels[:PANELS]
+    columns = min(2 if len(panels) in (2, 4) else most, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width = 10.0 if columns == most else {1: 4.5, 2: 7.5}[columns]
     with style():
-        figure = new_figure(width, rows * aspect * width / columns + 0.3 * bool(legend))
+        figure = new_figure(width, rows * aspect * width / columns + 0.3 * (legend is not None))
         axes = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flatten()
-        for place, (axis, group) in enumerate(zip(axes, groups, strict=False)):
-            if log:
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter("{x:g}")
+        for place, (axis, (title, panel)) in enumerate(zip(axes, panels, strict=False)):
             axis.set_title(
-                "\n".join(line for text in title(group).split("\n") for line in textwrap.wrap(_short(text, 80), 40))
+                "\n".join(line for text in title.split("\n") for line in textwrap.wrap(_short(text, 80), 40))
             )
-            draw(axis, group)
+            draw(axis, panel)
             if xlabel == "epoch":
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
                 low, high = axis.get_xlim()
                 axis.set_xlim(min(low, 0.5), max(high, 1.5))  # also where the only epoch has no width
             axis.tick_params(labelbottom=True)
             axis.set_ylabel(ylabel if place % columns == 0 else "")
-            axis.set_xlabel(xlabel if place + columns >= len(groups) else "")
-        for axis in axes[len(groups) :]:
+            axis.set_xlabel(xlabel if place + columns >= len(panels) else "")
+        for axis in axes[len(panels) :]:
             axis.set_visible(False)
         if legend:
-            add_legend(
-                figure, {label: Line2D([], [], color=colour, linestyle=style) for label, colour, style in legend}
-            )
+            add_legend(figure, legend)
         return drawing(figure)
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qat.files import replacing, write_text
 from qat.report import figures
 from qat.report.figures import Drawing
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-NAN = float("nan")
 
 
 class Page:
@@ -28,12 +25,23 @@ class Page:
     def __init__(self) -> None:
         self.tables = 0
         self.drawings: dict[str, Drawing] = {}
-        self._templates = Environment(
-            loader=PackageLoader("qat.report"),
-            autoescape=True,
-            undefined=StrictUndefined,
+        self._templates = Environment(loader=PackageLoader("qat.report"), autoescape=True, undefined=StrictUndefined)
+        shown = (
+            at_layer,
+            bar,
+            count,
+            decimal,
+            digits,
+            duration,
+            interval,
+            layer_number,
+            memory,
+            percent,
+            plus_minus,
+            points,
         )
-        self._templates.filters |= {one.__name__: one for one in (count, percent, decimal, duration, memory, points)}
+        self._formats: dict[str, Callable[..., str]] = {one.__name__: one for one in shown}
+        self._templates.filters |= self._formats
         self._templates.globals |= {"figure": self.figure, "table": self.table, "folded": self.folded}
 
     def render(self, template: str, **values: Any) -> Markup:
@@ -56,7 +64,7 @@ class Page:
         Args:
             drawing: the figure.
             name: name of its files.
-            groups: what its panels show; there is room for the first `figures.PANELS`.
+            groups: settings of its panels, of which the first `figures.PANELS` are drawn.
             caller: gives the caption.
         """
         self.drawings[name] = drawing
@@ -68,20 +76,31 @@ class Page:
         return self.render("figure", svg=Markup(svg), number=number, caption=caption)
 
     def table(
-        self, head: Sequence[str], body: Sequence[Sequence[str]], words: int, *, caller: Callable[[], str]
+        self,
+        rows: Iterable[Any],
+        columns: Mapping[str, Sequence[str]] | Sequence[str],
+        words: int,
+        *,
+        caller: Callable[[], str],
     ) -> Markup:
         """A numbered table without its empty columns.
 
         Args:
-            head: titles of the columns.
-            body: rows of cells.
+            rows: mappings, or lists of cells.
+            columns: for each title the name of a value, or of a format and of its values; of lists of cells the titles.
             words: number of columns of text at the left; the others are numbers.
             caller: gives the caption.
         """
         self.tables += 1
+        head, body = list(columns), list(rows)
+        if isinstance(columns, Mapping):
+            body = [[self._cell(row, *column) for column in columns.values()] for row in body]
         shown = [n for n in range(len(head)) if n < words or any(row[n] != "–" for row in body)]
         caption = Markup(" ").join(map(Markup, caller().split()))
         return self.render("table", head=head, body=body, words=words, shown=shown, number=self.tables, caption=caption)
+
+    def _cell(self, row: Mapping[str, Any], first: str, *names: str) -> str:
+        return self._formats[first](*(row[name] for name in names)) if names else str(row[first])
 
     def folded(self, title: str, note: str = "", *, caller: Callable[[], str]) -> Markup:
         """Content behind its title, or the content itself where there is no title."""
@@ -102,18 +121,20 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
 
 
-def cells(rows: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[list[str]]:
-    """A table's body: one row for each of ``rows``, one cell for each column."""
-    return [[cell(row) for cell in columns.values()] for row in rows]
+def _or_dash(show: Callable[..., str]) -> Callable[..., str]:
+    """The same function, which shows a dash for a missing number."""
+
+    @wraps(show)
+    def shown(value: Any, *rest: Any) -> str:
+        return "–" if pd.isna(value) else show(value, *rest)
+
+    return shown
 
 
-def _missing(value: float | None) -> bool:
-    return value is None or value != value
-
-
-def count(value: float | None, noun: str = "") -> str:
+@_or_dash
+def count(value: float, noun: str = "") -> str:
     """A number of things, such as ``2 seeds``."""
-    return "–" if _missing(value) else f"{value:,.0f} {noun}{'s' if noun and value != 1 else ''}".strip()
+    return f"{value:,.0f} {noun}{'s' if noun and value != 1 else ''}".strip()
 
 
 def span(counts: Iterable[float], noun: str = "") -> str:
@@ -122,60 +143,73 @@ def span(counts: Iterable[float], noun: str = "") -> str:
     return count(high, noun) if low == high else f"{low:,.0f} to {count(high, noun)}"
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None or share != share else f"{100 * share:.1f}"
+@_or_dash
+def layer_number(value: float) -> str:
+    return str(int(value)) if value else "–"
 
 
-def decimal(value: float | None) -> str:
-    return "–" if _missing(value) else f"{value:.3f}"
+@_or_dash
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
-def digits(value: float | None) -> str:
-    return "–" if _missing(value) else f"{value:.3g}"
+@_or_dash
+def decimal(value: float) -> str:
+    return f"{value:.3f}"
+
+
+@_or_dash
+def digits(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def signed(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
+@_or_dash
 def interval(low: float, high: float) -> str:
-    return "–" if low != low else f"{percent(low)} to {percent(high)}"
+    return f"{percent(low)} to {percent(high)}"
 
 
-def points(value: float, low: float = NAN, high: float = NAN) -> str:
+@_or_dash
+def points(value: float, low: float | None = None, high: float | None = None) -> str:
     """A difference in percentage points, with its interval where there is one."""
-    if _missing(value):
-        return "–"
-    return signed(value) + ("" if _missing(low) else f" [{signed(low)}, {signed(high)}]")
+    return signed(value) + ("" if pd.isna(low) else f" [{signed(low)}, {signed(high)}]")  # type: ignore[arg-type]
 
 
-def plus_minus(share: float, deviation: float) -> str:
-    return percent(share) + ("" if _missing(deviation) else f" ± {percent(deviation)}")
+@_or_dash
+def plus_minus(share: float, deviation: float | None) -> str:
+    return percent(share) + ("" if pd.isna(deviation) else f" ± {percent(deviation)}")
+
+
+@_or_dash
+def at_layer(accuracy: float, layer: float) -> str:
+    return percent(accuracy) + ("" if layer_number(layer) == "–" else f" ({layer_number(layer)})")
 
 
 def times(ratio: float) -> str:
     return f"×{ratio:.3g} ({100 * (ratio - 1):+.1f} %)".replace("-", "−")
 
 
+@_or_dash
 def bar(share: float) -> Markup:
     return Markup('<span class="bar" style="width:{:.2f}em"></span>{:.0f} %').format(12 * share, 100 * share)
 
 
-def duration(seconds: float | None) -> str:
+@_or_dash
+def duration(seconds: float) -> str:
     """Seconds in the unit that suits.
 
     >>> duration(7.25), duration(200), duration(7300)
     ('7.2 s', '3 min 20 s', '2 h 01 min')
     """
-    if seconds is None or seconds != seconds:
-        return "–"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 2:
         return f"{seconds:.1f} s"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def memory(size: float | None) -> str:
-    if size is None or size != size:
-        return "–"
+@_or_dash
+def memory(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

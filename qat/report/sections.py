@@ -10,35 +10,19 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
 
 from qat.config import Experiment, flatten, to_plain
 from qat.report import figures
 from qat.report.figures import BLUE, RED, SOFT, Dot, DotPanel
-from qat.report.page import (
-    bar,
-    cells,
-    count,
-    decimal,
-    digits,
-    duration,
-    interval,
-    memory,
-    percent,
-    plus_minus,
-    points,
-    records,
-    span,
-)
-from qat.report.view import View, guess
+from qat.report.page import percent, points, records, span
+from qat.report.view import View
 from qat.results.runs import TASKS, FinishedRun, Group, made_with
-from qat.results.statistics import mean_and_sd
-from qat.results.tables import MEASURES
-
-if TYPE_CHECKING:
-    import pandas as pd
+from qat.results.tables import MEASURES, means
 
 Section = dict[str, Any] | None
 Row = dict[str, Any]
@@ -47,86 +31,63 @@ CLIPS, CLIP_SECONDS = 3, 4.0
 
 
 def verdict(view: View) -> Section:
-    if view.grid or not view.main:
-        return None if view.grid else {"top": None, "best": None, "chart": None}
+    if not view.main:
+        return {"top": None, "best": None, "chart": None}
     table = view.results
     judged = table[table["difference"].notna()]
     clear = judged[(judged["difference_low"] > 0) | (judged["difference_high"] < 0)]
-    most = clear if len(clear) else judged
-    top = records(most.loc[[most["difference"].abs().idxmax()]])[0] if len(most) else None
-    scored = table[table["accuracy"].notna()]
-    best = records(scored.loc[[scored["accuracy"].idxmax()]])[0] if len(scored) else None
+    chances = [value for group in view.main for value in group.values(lambda run: run.analysis.voice_probe_chance)]
     measures: list[tuple[str, Callable[[FinishedRun], float | None], float | None]] = [
-        (f"accuracy, {'unseen' if view.unseen else 'test'} {view.voice}s", _scored("test"), _guess(view)),
-        ("accuracy, withheld", _scored("withheld"), _guess(view)),
+        (
+            f"accuracy, {'unseen' if view.unseen else 'test'} speakers",
+            lambda run: run.score("test", "accuracy"),
+            view.guessing,
+        ),
+        ("accuracy, withheld", lambda run: run.score("withheld", "accuracy"), view.guessing),
         ("shortcut rate", lambda run: run.analysis.shortcut_rate, None),
-        ("voice probe", lambda run: run.analysis.voice_probe, _chance(view)),
+        ("speaker probe", lambda run: run.analysis.voice_probe, 100 * chances[0] if chances else None),
     ]
     panels = []
     for number, (title, of, line) in enumerate(measures):
-        dots = [_dot(view.rows[group.name], group, row, of, number == 0) for row, group in enumerate(view.main)]
-        if drawn := [dot for dot in dots if dot]:
-            panels.append(DotPanel(title, "%", drawn, line))
-    names = [group.name for group in view.main]
-    chart = figures.dots(names, panels, _breaks(view.main)) if panels else None
-    values = {"judged": len(judged), "clear": len(clear), "top": top, "best": best, "guess": _guess(view)}
-    return values | {"chart": chart, "measures": len(panels), "difference": _difference}
+        dots = [_dot(view.rows[group.name], group, y, of, number == 0) for y, group in enumerate(view.main)]
+        panels += [DotPanel(title, "%", list(filter(None, dots)), line)] if any(dots) else []
+    return {
+        "judged": len(judged),
+        "clear": len(clear),
+        "top": _highest(clear if len(clear) else judged, "difference"),
+        "best": _highest(table, "accuracy"),
+        "chart": figures.dots([group.name for group in view.main], panels, _breaks(view.main)) if panels else None,
+        "measures": len(panels),
+    }
 
 
 def trained(view: View) -> Section:
-    if view.grid:
-        return None
     runs = [run.experiment for group in view.main for run in group.runs]
     experiments = [run for run in runs if isinstance(run, Experiment)]
     domains, widths = {one.network.domain for one in experiments}, {one.network.width for one in experiments}
-    first = view.main[0].first if view.main else None
-    shown = {column for column in view.results if view.results[column].notna().any()}
     return {
         "seconds": sum(run.result.seconds or 0 for run in view.runs),
-        "others": ", ".join(f"{g.name} ({TASKS.get(g.first.task, g.first.task)})" for g in view.others),
-        "first": first,
+        "others": ", ".join(f"{group.name} ({TASKS[group.first.task]})" for group in view.others),
+        "first": view.main[0].first if view.main else None,
         "domain": domains.pop() if len(domains) == 1 else "",
         "width": widths.pop() if len(widths) == 1 else 1.0,
         "leak": next((one.split.leak for one in experiments if one.split.rule == "confounded"), None),
         "transfers": any(group.first.transfers for group in view.main),
         "random": any(group.first.random_twin for group in view.main),
         "starts": view.results["start"].nunique(),
-        "shown": shown,
+        "shown": set(view.results.columns[view.results.notna().any()]),
     }
 
 
 def missing(view: View) -> Section:
     """The trainings that are not finished, and why, where that is known."""
-    folder = view.folder
-    if not (folder.failed or folder.unfinished):
-        return None
-    values: Row = {"failed": folder.failed, "unfinished": folder.unfinished, "head": None}
-    if view.grid:
-        from qat.report.paper_sections import by_cell
-
-        values["head"] = ["Corpus", "Network, split", *view.methods.values()]
-        values["body"] = by_cell(view, lambda row: f"{row['finished']} of {row['planned']}")
-    return values
+    failed, unfinished = view.folder.failed, view.folder.unfinished
+    return {"failed": failed, "unfinished": unfinished} if failed or unfinished else None
 
 
 def results(view: View) -> Section:
-    if view.grid or not view.main:
+    if not view.main:
         return None
-    columns: dict[str, tuple[str, Callable[[Row], str]]] = {
-        "Setting": ("name", lambda row: row["name"]),
-        "Starts from": ("start", lambda row: row["start"]),
-        "Anti-transfer": ("anti_transfer", lambda row: row["anti_transfer"]),
-        "Accuracy ± sd, %": ("accuracy", _accuracy),
-        "95 % interval": ("accuracy_low", lambda row: interval(row["accuracy_low"], row["accuracy_high"])),
-        "UA, %": ("uar", lambda row: percent(row["uar"])),
-        "Difference [95 %], points": ("difference", _difference),
-        "Withheld, %": ("withheld_accuracy", lambda row: percent(row["withheld_accuracy"])),
-        "Short\N{SOFT HYPHEN}cut, %": ("shortcut_rate", lambda row: percent(row["shortcut_rate"])),
-        "Voice probe, %": ("voice_probe", lambda row: percent(row["voice_probe"])),
-        "Word probe, %": ("word_probe", lambda row: percent(row["word_probe"])),
-        "Average precision": ("average_precision", lambda row: decimal(row["average_precision"])),
-    }
-    shown = {title: cell for title, (column, cell) in columns.items() if view.results[column].notna().any()}
     groups = {group.name: group for group in view.main}
     findings = []
     for row in records(view.results[view.results["difference"].notna()]):
@@ -134,17 +95,17 @@ def results(view: View) -> Section:
         base["voice_probe"] = groups[row["baseline"]].mean(partial(FinishedRun.probe, name="voice_probe", layer=layer))
         moved = ", ".join(
             f"{name} {percent(base[column])} → {percent(row[column])} %"
-            for column, name in (("shortcut_rate", "shortcut"), ("voice_probe", "voice probe"))
+            for column, name in (("shortcut_rate", "shortcut"), ("voice_probe", "speaker probe"))
             if "–" not in (percent(base[column]), percent(row[column]))
         )
-        findings.append((row, base["name"], _difference(row), moved))
-    return {"head": list(shown), "body": cells(map(view.rows.get, groups), shown), "findings": findings}
+        findings.append((row, moved))
+    return {"rows": records(view.results), "findings": findings}
 
 
 def differences(view: View) -> Section:
     """What anti-transfer changed, over seeds."""
-    table = view.paired[view.paired["low"].notna()] if not view.grid else None
-    if table is None or table.empty:
+    table = view.paired[view.paired["low"].notna()]
+    if table.empty:
         return None
     measures = {name: title for name, title in MEASURES.items() if (table["measure"] == name).any()}
     groups = [group for group in view.main if (table["name"] == group.name).any()]
@@ -152,10 +113,9 @@ def differences(view: View) -> Section:
     looks = {"baseline": (BLUE, False, -0.13), "control": (RED, True, 0.17)}
     panels = []
     for measure, title in measures.items():
-        own = records(table[(table["measure"] == measure) & table["name"].isin(places)])
         dots = [
             Dot(places[row["name"]], 100 * row["mean"], 100 * row["low"], 100 * row["high"], (), *looks[row["against"]])
-            for row in own
+            for row in records(table[(table["measure"] == measure) & table["name"].isin(places)])
         ]
         panels.append(DotPanel(title, "points", dots, 0))
     verdicts = []
@@ -186,25 +146,16 @@ def speakers(view: View) -> Section:
     """Accuracy of each test speaker."""
     panels = []
     for panel in view.panels:
-        tables = []
         groups = [g for g in panel.groups if any(run.answers is not None for run in g.runs)][: figures.PANELS]
-        for start in range(0, len(groups), SPEAKER_COLUMNS):
-            columns = {group.name: _by_speaker(group) for group in groups[start : start + SPEAKER_COLUMNS]}
-            names = sorted({name for column in columns.values() for name in column.index if name})
-            body = [
-                [name, *(_speaker_cell(column, name) for column in columns.values()), _clips(columns.values(), name)]
-                for name in names
-            ]
-            if body:
-                tables.append((["Speaker", *columns, "Clips"], body))
+        parts = [groups[start : start + SPEAKER_COLUMNS] for start in range(0, len(groups), SPEAKER_COLUMNS)]
+        tables = [table for part in parts if (table := _speaker_table(part))[1]]
         panels += [(panel, tables)] if tables else []
     return {"panels": panels} if panels else None
 
 
 def wrong(view: View) -> Section:
     """Up to three wrong answers to listen to, the most confident ones of the best setting's first seed."""
-    scored = [(group.mean(_scored("test")) or 0, -n, group) for n, group in enumerate(view.main)]
-    group = max(scored)[2] if scored else None
+    group = max(view.main, key=lambda one: one.score("accuracy") or 0, default=None)
     answers = group.first.answers if group else None
     if group is None or answers is None:
         return None
@@ -213,113 +164,71 @@ def wrong(view: View) -> Section:
     if len(errors) and set(columns) <= set(errors):
         sure = [float(row[column] or 0) for column, (_, row) in zip(columns, errors.iterrows(), strict=True)]
         errors = errors.assign(sure=sure).sort_values("sure", ascending=False, kind="stable")
-    heard = []
+    clips: list[tuple[Any, ...]] = []
     for _, row in errors.drop_duplicates("speaker").iterrows():
-        if sound := _sound(group.first, row):
-            heard.append((row, percent(row["sure"]) if "sure" in row else "–", sound))
-        if len(heard) == CLIPS:
-            break
-    return {"name": group.name, "seed": group.first.seed, "clips": heard} if heard else None
+        if len(clips) < CLIPS and (sound := _sound(group.first, row)):
+            clips.append((row, percent(row.get("sure")), sound))
+    return {"name": group.name, "seed": group.first.seed, "clips": clips} if clips else None
 
 
 def curves(view: View) -> Section:
-    panels = []
-    for panel in view.panels:
-        logged = [group for group in panel.groups if _logs(group, "train_total")]
-        judged = [group for group in logged if _logs(group, "validation_accuracy")]
-        if logged:
-            accuracy = figures.accuracies(judged) if judged else None
-            panels.append((panel, logged, figures.losses(logged, share=True), judged, accuracy))
-    others = [group for group in view.others if _logs(group, "train_total")]
-    if not (panels or others):
+    losses = view.charts(_logs("train_total"), partial(figures.losses, share=True))
+    accuracies = view.charts(_logs("validation_accuracy"), figures.accuracies)
+    others = list(filter(_logs("train_total"), view.others))
+    if not (losses or others):
         return None
-    rhemo = any(group.first.task == "rhemo" for group in others)
     return {
-        "panels": panels,
+        "losses": losses,
+        "accuracies": {panel.slug: (groups, chart) for panel, groups, chart in accuracies},
         "others": others,
-        "rhemo": rhemo,
-        "beforehand": others and figures.losses(others, share=False),
+        "beforehand": figures.losses(others, share=False) if others else None,
     }
 
 
 def confusions(view: View) -> Section:
-    panels = []
-    for panel in view.panels:
-        counted = [group for group in panel.groups if figures.confusion(group) is not None]
-        panels += [(panel, counted, figures.confusions(counted))] if counted else []
-    return {"panels": panels} if panels else None
+    charts = view.charts(lambda group: figures.confusion(group) is not None, figures.confusions)
+    return {"charts": charts} if charts else None
 
 
 def similarity(view: View) -> Section:
-    panels = []
-    for panel in view.panels:
-        watched = [group for group in panel.groups if any(figures.similarity(run) for run in group.runs)]
-        panels += [(panel, watched, figures.similarities(watched))] if watched else []
-    return {"panels": panels} if panels else None
+    charts = view.charts(lambda group: any(figures.similarity(run) for run in group.runs), figures.similarities)
+    return {"charts": charts} if charts else None
 
 
 def beforehand(view: View) -> Section:
     """Networks that the others build on."""
-    columns: dict[str, Callable[[Group], str]] = {
-        "Network": lambda g: g.name,
-        "Task": lambda g: TASKS.get(g.first.task, g.first.task),
-        "Corpus": lambda g: g.first.experiment.corpus.name,
-        "Classes": lambda g: count(len(g.first.true_classes) or None),
-        "Accuracy, %": lambda g: plus_minus(*_spread(g)),
-        "UA, %": lambda g: percent(g.mean(lambda run: run.score("test", "uar"))),
-        "Average precision": lambda g: decimal(g.mean(lambda run: run.score("test", "average_precision"))),
-        "Recon\N{SOFT HYPHEN}struction": lambda g: decimal(g.mean(lambda run: run.score("test", "reconstruction"))),
-        "Constant": lambda g: decimal(g.mean(lambda run: run.score("test", "constant"))),
-        "Live channels": lambda g: _of_four(g.mean(lambda run: run.score("test", "live_channels"))),
-        "Epochs": lambda g: count(g.mean(lambda run: run.result.epochs)),
-        "Time": lambda g: duration(g.mean(lambda run: run.result.seconds)),
-    }
-    return {"head": list(columns), "body": cells(view.others, columns)} if view.others else None
+    rows = [
+        means(group)
+        | {"name": group.name, "task": TASKS[group.first.task], "corpus": group.first.experiment.corpus.name}
+        | {"classes": len(group.first.true_classes) or None, "live_channels": group.score("live_channels")}
+        for group in view.others
+    ]
+    return {"rows": rows} if rows else None
 
 
 def resources(view: View) -> Section:
     if not view.runs:
         return None
-    seconds: dict[str, list[FinishedRun]] = {}
-    stages = {row.run: row.stage for row in view.folder.plan}
+    planned = {row.run: row.stage for row in view.folder.plan}
+    stages: dict[str, list[FinishedRun]] = {}
     for run in view.runs:
-        stage = stages.get(run.folder.name) or TASKS.get(run.task, run.task)
-        seconds.setdefault(stage, []).append(run)
-    total = sum(run.result.seconds or 0 for run in view.runs)
-    body = [
-        [
-            stage,
-            count(len(runs)),
-            bar(time / total) if total else "–",
-            duration(time),
-            memory(max((run.result.peak_memory or 0 for run in runs), default=None) or None),
-        ]
-        for stage, runs in seconds.items()
-        for time in [sum(run.result.seconds or 0 for run in runs)]
+        stages.setdefault(planned.get(run.folder.name, TASKS[run.task]), []).append(run)
+    seconds = {stage: sum(run.result.seconds or 0 for run in runs) for stage, runs in stages.items()}
+    total = sum(seconds.values())
+    rows: list[Row] = [
+        {"stage": stage, "runs": len(runs), "seconds": seconds[stage], "share": seconds[stage] / (total or 1)}
+        | {"memory": max((run.result.peak_memory for run in runs if run.result.peak_memory), default=None)}
+        for stage, runs in stages.items()
     ]
-    body.append(["all", count(len(view.runs)), "", duration(total), "–"])
-    columns: dict[str, Callable[[Row], str]] = {
-        "Network": lambda row: row["name"],
-        "Parameters": lambda row: count(row["parameters"]),
-        "Epochs": lambda row: count(row["epochs"]),
-        "Kept epoch": lambda row: count(row["kept_epoch"]),
-        "Seconds per epoch": lambda row: digits(row["epoch_seconds"]),
-        "Time of a run": lambda row: duration(row["seconds"]),
-        "Peak memory": lambda row: memory(row["peak_memory"]),
-    }
-    return {
-        "stages": body if total else None,
-        "head": list(columns),
-        "body": None if view.grid else cells(view.rows.values(), columns),
-    }
+    rows.append({"stage": "all", "runs": len(view.runs), "seconds": total, "share": None, "memory": None})
+    return {"stages": rows if total else None}
 
 
 def limits(view: View) -> Section:
-    if view.grid or not view.main:
+    if not view.main:
         return None
     table = view.results
     judged = table[table["difference_low"].notna()]
-    widths = [run.width for group in view.main for run in group.runs]
     return {
         "not_run": view.folder.requested.get("not_run") or [],
         "speakers": table["speakers"].min(),
@@ -327,24 +236,13 @@ def limits(view: View) -> Section:
         "judged": len(judged),
         "half": 50 * (judged["difference_high"] - judged["difference_low"]).mean(),
         "seeds": int(table["seeds"].min()),
-        "scale": max(widths),
+        "scale": max(run.width for group in view.main for run in group.runs),
     }
 
 
 def provenance(view: View) -> Section:
-    bundles: dict[str, list[FinishedRun]] = {}
-    if view.grid:
-        for setting in view.grid.settings:
-            bundles.setdefault(f"{setting.stage} {setting.network}".strip(), []).extend(setting.group.runs)
-    else:
-        bundles = {group.name: group.runs for group in (*view.others, *view.main)}
-    shown = [(title, runs, *_settings(runs), _files(runs[0])) for title, runs in bundles.items() if runs]
-    return {
-        "facts": made_with(view.runs),
-        "bundles": shown,
-        "folder": view.folder.folder,
-        "request": view.folder.request,
-    }
+    bundles = [(title, runs, *_settings(runs), _files(runs[0])) for title, runs in view.bundles.items() if runs]
+    return {"facts": made_with(view.runs), "bundles": bundles}
 
 
 def _settings(runs: Sequence[FinishedRun]) -> tuple[str, list[tuple[str, str]]]:
@@ -362,11 +260,17 @@ def _files(run: FinishedRun) -> str:
     return ", ".join(sorted(path.name for path in run.folder.iterdir() if not path.name.startswith(".")))
 
 
+def _highest(table: pd.DataFrame, column: str) -> Row | None:
+    """The row with the largest value, whatever its sign."""
+    values = table[column].abs().dropna()
+    return records(table.loc[[values.idxmax()]])[0] if len(values) else None
+
+
 def _dot(row: Row, group: Group, y: int, of: Callable[[FinishedRun], float | None], ends: bool) -> Dot | None:
     values = [100 * value for value in group.values(of)]
     low, high = (100 * row[f"accuracy_{end}"] if ends else None for end in ("low", "high"))
     colour = BLUE if group.first.transfers else SOFT
-    return Dot(y, mean_and_sd(values)[0], low, high, values, colour, group.first.random_twin) if values else None
+    return Dot(y, fmean(values), low, high, values, colour, group.first.random_twin) if values else None
 
 
 def _breaks(groups: Sequence[Group]) -> list[int]:
@@ -374,56 +278,27 @@ def _breaks(groups: Sequence[Group]) -> list[int]:
     return [n for n in range(1, len(groups)) if groups[n].first.start != groups[n - 1].first.start]
 
 
-def _scored(part: str) -> Callable[[FinishedRun], float | None]:
-    return lambda run: run.score(part, "accuracy")
+def _logs(column: str) -> Callable[[Group], bool]:
+    return lambda group: any(run.metrics is not None and column in run.metrics for run in group.runs)
 
 
-def _guess(view: View) -> float | None:
-    return guess(run for group in view.main for run in group.runs)
-
-
-def _chance(view: View) -> float | None:
-    chances = [value for g in view.main for value in g.values(lambda run: run.analysis.voice_probe_chance)]
-    return 100 * chances[0] if chances else None
-
-
-def _spread(group: Group) -> tuple[float, float]:
-    values = group.values(_scored("test"))
-    mean, deviation = mean_and_sd(values) if values else (float("nan"), None)
-    return mean, float("nan") if deviation is None else deviation
-
-
-def _logs(group: Group, column: str) -> bool:
-    return any(run.metrics is not None and column in run.metrics for run in group.runs)
-
-
-def _of_four(channels: float | None) -> str:
-    return "–" if channels is None else f"{channels:g} of 4"
-
-
-def _accuracy(row: Row) -> str:
-    return plus_minus(row["accuracy"], row["accuracy_sd"])
-
-
-def _difference(row: Row) -> str:
-    return points(row["difference"], row["difference_low"], row["difference_high"])
-
-
-def _by_speaker(group: Group) -> pd.DataFrame:
-    """Accuracy (seeds pooled) and clips (of one seed) by test speaker."""
-    import pandas as pd
-
-    answers = [run.answers for run in group.runs if run.answers is not None]
-    table = pd.concat(answers).groupby("speaker")["right"].agg(["mean", "size"])
-    return table.assign(size=table["size"] / len(answers))
-
-
-def _speaker_cell(column: pd.DataFrame, name: str) -> str:
-    return percent(column["mean"].get(name))
-
-
-def _clips(columns: Any, name: str) -> str:
-    return span(column["size"][name] for column in columns if name in column.index)
+def _speaker_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: each speaker's accuracy in each setting, seeds pooled, and number of clips, of one seed."""
+    columns, sizes = {}, {}
+    for group in groups:
+        answers = [run.answers for run in group.runs if run.answers is not None]
+        right = pd.concat(answers).groupby("speaker")["right"]
+        columns[group.name], sizes[group.name] = right.mean(), right.size() / len(answers)
+    names = sorted({name for column in columns.values() for name in column.index if name})
+    body = [
+        [
+            name,
+            *(percent(column.get(name)) for column in columns.values()),
+            span(size[name] for size in sizes.values() if name in size),
+        ]
+        for name in names
+    ]
+    return ["Speaker", *columns, "Clips"], body
 
 
 def _sound(run: FinishedRun, row: pd.Series) -> str | None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from qat.config import Experiment
-from qat.report.page import count, records, span
+from qat.config.preset import METHODS
+from qat.report.figures import Drawing
+from qat.report.page import at_layer, count, folder_beside, records, span
 from qat.results import paper
-from qat.results.paper import METHODS, PaperGrid
-from qat.results.runs import POSITIONS, FinishedRun, Group, RunsFolder, describe_loss, devices, group_runs
+from qat.results.paper import PaperGrid, of_corpora
+from qat.results.runs import POSITIONS, FinishedRun, Group, RunsFolder, devices, group_runs
 from qat.results.tables import seed_differences, summary_table
 
-if TYPE_CHECKING:
-    import pandas as pd
+KINDS = {"paper": "the paper's corpora", "recorded": "other recorded speech", "synthesised": "synthesised speech"}
 
 _NAMES = {"iemocap": "IEMOCAP", "ravdess": "RAVDESS", "tess": "TESS"}
-KINDS = {"paper": "the paper's corpora", "recorded": "other recorded speech", "synthesised": "synthesised speech"}
 _SHARED: dict[str, Callable[[Experiment], Any]] = {
     "beta": lambda one: one.anti_transfer.beta,
-    "anti-transfer loss": lambda one: describe_loss(one.anti_transfer),
+    "anti-transfer loss": lambda one: one.anti_transfer.loss,
     "learning rate": lambda one: one.training.lr,
     "batch": lambda one: one.training.batch,
     "epochs at most": lambda one: one.training.epochs,
@@ -47,26 +50,38 @@ class Panel(NamedTuple):
     groups: list[Group]
 
 
+def read_view(folder: Path) -> View:
+    """The view of a folder; a `GridView` if its plan is the paper's grid or a part of it.
+
+    Raises:
+        ValueError: as `RunsFolder.read`; or it has a plan of which nothing is finished, and is no grid.
+    """
+    runs = RunsFolder.read(folder)
+    if grid := PaperGrid.of(runs):
+        return GridView(runs, grid)
+    if not runs.runs:
+        raise ValueError(f"{folder}: no training of plan.csv is finished; a report needs at least one")
+    return View(runs)
+
+
 class View:
     """A folder of runs as its sections see it.
 
     Attributes:
-        folder: the folder. grid: its part of the paper's grid, if it is one.
+        folder: the folder.
+        runs: its finished runs.
         main: settings that are judged: emotion networks, or whatever classifiers there are.
         others: networks that were trained beforehand.
     """
 
+    is_grid = False
+
     def __init__(self, folder: RunsFolder) -> None:
-        self.folder, self.runs, self.grid = folder, folder.runs, PaperGrid.of(folder)
-        if not (self.runs or self.grid):
-            raise ValueError(f"{folder.folder}: no training of plan.csv is finished; a report needs at least one")
+        self.folder, self.runs = folder, folder.runs
         groups = group_runs(folder.runs)
         emotion = [group for group in groups if group.first.task == "emotion"]
         self.main = emotion or [group for group in groups if group.first.task != "rhemo"]
         self.others = [group for group in groups if group not in self.main]
-        if self.grid:
-            self.others = [s.group for s in self.grid.settings if s.stage != "emotion" and s.group.runs]
-            self.main = [group for panel in self.panels for group in panel.groups]
 
     # Tables, each computed when it is first asked for
 
@@ -88,36 +103,30 @@ class View:
     def paired(self) -> pd.DataFrame:
         return seed_differences(self.runs)
 
-    @cached_property
-    def choices(self) -> list[paper.Choice]:
-        return paper.choices(self.grid) if self.grid else []
+    def tables(self, out: Path) -> dict[Path, pd.DataFrame]:
+        """The tables that are written beside the page."""
+        return {out.with_name("summary.csv"): self.table, out.with_name("differences.csv"): self.paired}
 
-    @cached_property
-    def table1(self) -> pd.DataFrame:
-        assert self.grid is not None
-        return paper.table1(self.grid)
-
-    @cached_property
-    def layers(self) -> pd.DataFrame:
-        assert self.grid is not None
-        return paper.layers(self.grid)
-
-    @cached_property
-    def costs(self) -> pd.DataFrame:
-        assert self.grid is not None
-        return paper.resources(self.grid)
+    def terminal(self, short: bool) -> dict[str, Any]:
+        """What a terminal shows; whole, unless ``short``."""
+        return {"summary": self.table.reset_index(drop=True)}
 
     # Words
+
+    @property
+    def title(self) -> str:
+        return f"Report on {self.corpus}"
+
+    @property
+    def label(self) -> str:
+        """What must be said above everything else."""
+        return f"Every accuracy below was measured on {self.corpus}, not on human recordings." if self.synthetic else ""
 
     @cached_property
     def synthetic(self) -> bool:
         """Whether everything was judged on the demo corpus."""
         runs = [run for group in self.main for run in group.runs] or self.runs
-        return bool(runs) and {run.experiment.corpus.name for run in runs} == {"demo"}
-
-    @cached_property
-    def voice(self) -> str:
-        return "voice" if self.synthetic else "speaker"
+        return {run.experiment.corpus.name for run in runs} == {"demo"}
 
     @cached_property
     def corpus(self) -> str:
@@ -129,64 +138,167 @@ class View:
     def mark(self) -> str:
         return f"{self.corpus[:1].upper()}{self.corpus[1:]}"
 
-    @cached_property
-    def rules(self) -> set[str]:
-        return {run.experiment.split.rule for group in self.main for run in group.runs}
-
     @property
     def unseen(self) -> bool:
-        return self.rules <= {"speaker", "confounded"}
+        """Whether no test speaker is in the training part."""
+        return {run.experiment.split.rule for group in self.main for run in group.runs} <= {"speaker", "confounded"}
 
     @property
     def devices(self) -> str:
         return devices(self.runs)
 
     @property
+    def guessing(self) -> float | None:
+        """Accuracy of guessing, in percent."""
+        return guess(run for group in self.main for run in group.runs)
+
+    @property
     def conditions(self) -> str:
-        """Where accuracy was measured: corpus, voices, clips and seeds."""
+        """Where accuracy was measured: corpus, speakers, clips and seeds."""
         clips, speakers = self.results["clips"].max(), self.results["speakers"].max()
         of = f" of {count(clips, 'clip')}" if clips == clips else ""
-        by = f" by {count(speakers, self.voice)}" if speakers == speakers else ""
+        by = f" by {count(speakers, 'speaker')}" if speakers == speakers else ""
         unseen = " that the training part does not have" if by and self.unseen else ""
         return f"{self.mark}: test part{of}{by}{unseen}; {span(self.results['seeds'], 'seed')} a setting."
 
+    def called(self, corpus: str) -> str:
+        return _NAMES.get(corpus, corpus)
+
+    # What figures show
+
+    @property
+    def panels(self) -> list[Panel]:
+        return [Panel("", self.conditions, "", self.main)] if self.main else []
+
+    def charts(
+        self, shows: Callable[[Group], object], draw: Callable[[list[Group]], Drawing]
+    ) -> list[tuple[Panel, list[Group], Drawing]]:
+        """A figure of each panel, of the settings that it has something to show of."""
+        chosen = ((panel, list(filter(shows, panel.groups))) for panel in self.panels)
+        return [(panel, groups, draw(groups)) for panel, groups in chosen if groups]
+
+    @property
+    def bundles(self) -> dict[str, list[FinishedRun]]:
+        """Runs whose settings are listed together, by title."""
+        return {group.name: group.runs for group in (*self.others, *self.main)}
+
+
+class GridView(View):
+    """A grid as its sections see it: settings are judged at the layer that table 1 shows.
+
+    Attributes:
+        grid: the grid.
+    """
+
+    is_grid = True
+    title = "Report on a grid: table 1 and figure 2"
+
+    def __init__(self, folder: RunsFolder, grid: PaperGrid) -> None:
+        super().__init__(folder)
+        self.grid = grid
+        self.others = [one.group for one in grid.settings if one.stage != "emotion" and one.group.runs]
+        self.main = [group for panel in self.panels for group in panel.groups]
+
+    @cached_property
+    def table1(self) -> pd.DataFrame:
+        return paper.table1(self.grid)
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        return paper.layers(self.grid)
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        return paper.resources(self.grid)
+
+    def tables(self, out: Path) -> dict[Path, pd.DataFrame]:
+        kinds = self.kinds.values()
+        means = [paper.gains(of_corpora(self.table1, corpora)).assign(corpora="+".join(corpora)) for corpora in kinds]
+        tables = {
+            "table1": self.table1,
+            "gains": pd.concat(means),
+            "layers": self.layers,
+            "figure2": pd.concat([paper.figure2(of_corpora(self.layers, corpora)) for corpora in kinds]),
+            "resources": self.costs,
+            "ratios": paper.ratios(self.costs),
+            "summary": paper.summary(self.grid),
+        }
+        return {folder_beside(out) / f"{name}.csv": table for name, table in tables.items()}
+
+    def terminal(self, short: bool) -> dict[str, Any]:
+        """Table 1; if ``short``, accuracy in percent and the layer, and finished trainings where there is none."""
+        synthesised = self.kinds.get("synthesised", [])
+        if not short:
+            return {"table1": self.table1.astype(object).where(self.table1.notna(), None), "synthesised": synthesised}
+        head = ["corpus", "network", "split", *self.methods.values()]
+        table = [
+            dict(zip(head, (corpus, network.replace("quaternion", "quat"), split, *cells), strict=True))
+            for corpus, network, split, *cells in self.by_cell(lambda row: at_layer(row["accuracy"], row["layer"]))
+        ]
+        notes = {"synthesised, not to compare with the paper": ", ".join(synthesised)} if synthesised else {}
+        return {"table1": table, **notes}
+
+    @property
+    def label(self) -> str:
+        corpora = self.listing(self.kinds.get("synthesised", []))
+        text = "was measured on synthesised speech, not on human recordings: none compares with the paper's"
+        return f"Every accuracy on {corpora} {text}, and none stands beside them." if corpora else ""
+
+    def called(self, corpus: str) -> str:
+        return f"{super().called(corpus)}{' (synthesised)' if self.grid.kind(corpus) == 'synthesised' else ''}"
+
+    def listing(self, corpora: Iterable[str]) -> str:
+        return ", ".join(map(self.called, corpora))
+
     @cached_property
     def panels(self) -> list[Panel]:
-        """What curves, confusions and speakers are shown of: all settings, or those of table 1 by corpus and split."""
-        if not self.grid:
-            return [Panel("", self.conditions, "", self.main)] if self.main else []
+        """The settings of table 1 by corpus and split."""
         cells: dict[tuple[str, str], list[Group]] = {}
-        for choice in self.choices:
-            (corpus, network, split), setting = choice.chosen.cell, choice.chosen
-            name = f"{network}, {METHODS.get(setting.at, setting.at)}"
-            name += f", layer {setting.layer}" if setting.layer else ""
-            cells.setdefault((corpus, split), []).append(Group(name, setting.group.runs))
+        for setting, _ in paper.choices(self.grid):
+            name = f"{setting.network}, {METHODS[setting.at]}{f', layer {setting.layer}' if setting.layer else ''}"
+            cells.setdefault((setting.corpus, setting.split), []).append(Group(name, setting.group.runs))
         return [
             Panel(title, f"{title}, the runs of table 1.", f"-{corpus}-{split}", groups)
             for (corpus, split), groups in cells.items()
             for title in [f"{self.called(corpus)}, {split} split"]
         ]
 
-    # A grid
-
-    def called(self, corpus: str) -> str:
-        name = _NAMES.get(corpus, corpus)
-        return f"{name} (synthesised)" if self.grid and self.grid.kind(corpus) == "synthesised" else name
-
-    def listing(self, corpora: Iterable[str]) -> str:
-        return ", ".join(map(self.called, corpora))
+    @property
+    def bundles(self) -> dict[str, list[FinishedRun]]:
+        bundles: dict[str, list[FinishedRun]] = {}
+        for setting in self.grid.settings:
+            bundles.setdefault(f"{setting.stage} {setting.network}".strip(), []).extend(setting.group.runs)
+        return bundles
 
     @cached_property
     def kinds(self) -> dict[str, list[str]]:
-        """Corpora of a grid by what they are, of `KINDS`."""
-        corpora = self.grid.corpora if self.grid else []
-        of_kind = {kind: [one for one in corpora if self.grid and self.grid.kind(one) == kind] for kind in KINDS}
+        """Corpora by what they are, of `KINDS`."""
+        of_kind = {kind: [name for name in self.grid.corpora if self.grid.kind(name) == kind] for kind in KINDS}
         return {kind: corpora for kind, corpora in of_kind.items() if corpora}
 
     @cached_property
     def methods(self) -> dict[str, str]:
         """The columns of table 1 that are there, with their titles."""
         return {at: title for at, title in METHODS.items() if (self.table1["at"] == at).any()}
+
+    def by_cell(self, cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+        """Rows of table 1: corpus, network, split, and ``cell`` of each method, or how many trainings are finished."""
+        rows: dict[tuple[str, str, str], dict[str, str]] = {}
+        for row in records(self.table1):
+            key = (row["corpus"], row["network"], row["split"])
+            unfinished = f"{row['finished']} of {row['planned']}"
+            rows.setdefault(key, {})[row["at"]] = unfinished if pd.isna(row["accuracy"]) else cell(row)
+        return [[*key, *(of_method.get(at, "–") for at in self.methods)] for key, of_method in rows.items()]
+
+    def cell_table(self, cell: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+        """The same as a table of the page."""
+        return {
+            "head": ["Corpus", "Network, split", *self.methods.values()],
+            "body": [
+                [self.called(corpus), f"{network}, {split}", *cells]
+                for corpus, network, split, *cells in self.by_cell(cell)
+            ],
+        }
 
     def conventions(self) -> str:
         """Which features a layer's number stands for, and what accuracy is where it is not over clips."""
@@ -202,24 +314,16 @@ class View:
 
     def common(self) -> str:
         """The settings that all trainings of table 1 share."""
-        runs = [run.experiment for group in self.main for run in group.runs]
-        tapped = [run.experiment for group in self.main for run in group.runs if run.twin]
+        runs = [run for group in self.main for run in group.runs]
         shared = []
         for name, of in _SHARED.items():
-            values = {
-                str(of(one))
-                for one in (tapped if name in ("beta", "anti-transfer loss") else runs)
-                if isinstance(one, Experiment)
-            }
+            chosen = [run for run in runs if run.twin] if name in ("beta", "anti-transfer loss") else runs
+            values = {str(of(run.experiment)) for run in chosen if isinstance(run.experiment, Experiment)}
             shared += [f"{name} {values.pop()}"] if len(values) == 1 else []
         return ", ".join(shared)
 
 
-def of_corpora(table: pd.DataFrame, corpora: Iterable[str]) -> pd.DataFrame:
-    return table[table["corpus"].isin(list(corpora))]
-
-
 def guess(runs: Iterable[FinishedRun]) -> float | None:
-    """What guessing gives, in percent; outputs that stand for no class do not count."""
+    """Accuracy of guessing, in percent; outputs that stand for no class do not count."""
     counts = {len(run.true_classes) for run in runs}
     return 100 / counts.pop() if len(counts) == 1 and 0 not in counts else None

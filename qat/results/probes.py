@@ -1,4 +1,4 @@
-"""What a trained emotion network knows beside emotion: linear probes for voice, and how often it takes the shortcut."""
+"""Linear probes of a trained emotion network for speakers and texts, and how often it takes the shortcut."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def analyse(run: Path) -> Analysis:
     """Probe a finished run; ``analysis.json`` in its folder keeps the result.
 
     Returns:
-        ``voice_probe``: accuracy of a linear classifier of the voice from the features at the anti-transfer layer,
-        trained on three quarters of the training voices' texts and tested on the others; ``word_probe``: the same of
-        the text, trained on three quarters of the voices. Of several layers these are the last one's, and ``layers``
+        ``voice_probe``: accuracy of a linear classifier of the speaker from the features at the anti-transfer layer,
+        trained on three quarters of the training speakers' texts and tested on the others; ``word_probe``: the same of
+        the text, trained on three quarters of the speakers. Of several layers these are the last one's, and ``layers``
         has each one's by its number. ``voice_probe_chance`` and ``word_probe_chance``. After a confounded split also
-        ``shortcut_rate``: share of the withheld clips (training voices in emotions that are not their own) which are
-        answered with the voice's own emotion.
+        ``shortcut_rate``: share of the withheld clips (training speakers in emotions that are not their own) which are
+        answered with the speaker's own emotion.
     """
     path = run / "analysis.json"
     if path.is_file():
@@ -46,23 +46,23 @@ def analyse(run: Path) -> Analysis:
             tapped = classifier.net.features_at(classifier.embed(data.spectrograms(indices, None)), list(taps.values()))
             for layer, tap in taps.items():
                 features[layer].append(tapped[tap].flatten(1).numpy())
-    voices, texts = (data.index[column].to_numpy()[rows] for column in ("speaker", "text"))
+    speakers, texts = (data.index[column].to_numpy()[rows] for column in ("speaker", "text"))
     layers = {}
     for layer in taps:
         matrix = np.concatenate(features.pop(layer))
         layers[layer] = Probes(
-            linear_probe(matrix, voices, held_out=texts), linear_probe(matrix, texts, held_out=voices)
+            linear_probe(matrix, speakers, held_out=texts), linear_probe(matrix, texts, held_out=speakers)
         )
     last = layers[config.layers[-1]]
     shortcut = shortcut_rate(predictions) if "withheld" in data.parts else None
-    chances = 1 / len(set(voices)), 1 / len(set(texts))
+    chances = 1 / len(set(speakers)), 1 / len(set(texts))
     analysis = Analysis(last.voice_probe, last.word_probe, *chances, shortcut, layers)
     write_json(path, to_plain(analysis))
     return analysis
 
 
 def shortcut_rate(predictions: pd.DataFrame) -> float:
-    """Share of ``withheld`` predictions that are the voice's own emotion, the one it says most in ``train``.
+    """Share of ``withheld`` predictions that are the speaker's own emotion, the one it says most in ``train``.
 
     Args:
         predictions: a run's ``predictions.csv``: columns ``part``, ``speaker``, ``label``, ``predicted``.

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from qat.config import AnyExperiment, Experiment, RHEmoExperiment, from_plain
+from qat.config import AnyExperiment, Experiment, RHEmoExperiment, from_plain, prefix_errors
 
 SCHEMA = 1
 """Version of the form of ``result.json``; files that name none are of version 1."""
-
-R = TypeVar("R")
-_hints = cache(get_type_hints)
-_TYPES = {float: "a number", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Probes:
-    """Accuracy of linear classifiers of the voice and of the text from one layer's features."""
+    """Accuracy of linear classifiers of the speaker and of the text from one layer's features."""
 
     voice_probe: float | None = None
     word_probe: float | None = None
@@ -104,7 +98,7 @@ class Analysis(Probes):
     Args:
         voice_probe, word_probe: probes of the last layer of anti-transfer.
         voice_probe_chance, word_probe_chance: accuracy of guessing.
-        shortcut_rate: share of the withheld clips that are answered with the voice's own emotion.
+        shortcut_rate: share of the withheld clips that are answered with the speaker's own emotion.
         layers: probes by layer.
     """
 
@@ -125,13 +119,13 @@ def read_result(path: Path) -> Result:
     if version != SCHEMA:
         raise ValueError(f"{path}: schema {version!r} must be {SCHEMA}; another version of qat wrote this file")
     kind: type[AnyExperiment] = RHEmoExperiment if plain.get("kind") == "rhemo" else Experiment
-    try:
-        experiment = from_plain(kind, plain.pop("experiment", None) or {})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: experiment: {' '.join(str(error).split())}") from error
-    except AttributeError:
-        raise ValueError(f"{path}: experiment: must be an object with an object for each group of settings") from None
-    return _record(Result, plain | {"experiment": experiment}, f"{path}: ")
+    with prefix_errors(path):
+        with prefix_errors("experiment"):
+            experiment = from_plain(kind, plain.get("experiment") or {})
+        own = _own(Result, plain) | {"experiment": experiment}
+        if isinstance(parts := own.get("parts"), dict):
+            own["parts"] = {name: _scores(part) for name, part in parts.items()}
+        return from_plain(Result, own)
 
 
 def read_analysis(path: Path) -> Analysis:
@@ -140,7 +134,8 @@ def read_analysis(path: Path) -> Analysis:
     Raises:
         ValueError: it is not readable, or has a value of a wrong type.
     """
-    return _record(Analysis, read_json(path), f"{path}: ") if path.is_file() else Analysis()
+    with prefix_errors(path):
+        return from_plain(Analysis, _own(Analysis, read_json(path))) if path.is_file() else Analysis()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -150,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is not readable, not JSON or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda constant: None)  # NaN, Infinity
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
@@ -176,36 +171,15 @@ def git_commit(root: Path) -> str | None:
         return None
 
 
-def _record(kind: type[R], plain: dict[str, Any], place: str) -> R:
-    """A record from plain data; ``losses`` takes the numbers that have no field of their own."""
-    names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
-    if "losses" in names:
-        plain = plain | {"losses": {name: value for name, value in plain.items() if name not in names}}
-    hints = _hints(kind)  # type: ignore[arg-type]
-    values = {name: _typed(hints[name], plain[name], place + name) for name in names & plain.keys()}
-    return kind(**{name: value for name, value in values.items() if value is not None})
+def _own(kind: type[Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """What a record has fields for, and is not null."""
+    return {one.name: plain[one.name] for one in fields(kind) if plain.get(one.name) is not None}
 
 
-def _typed(hint: Any, value: Any, place: str) -> Any:
-    """A value from JSON as one of the type ``hint``; None for null and for numbers that are not finite."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)) or hint == AnyExperiment:
-        return value if hint == AnyExperiment else None
-    if get_origin(hint) in (Union, UnionType):
-        (hint,) = (one for one in get_args(hint) if one is not NoneType)
-    of, inner = get_origin(hint) or hint, get_args(hint)
-    if is_dataclass(hint) and isinstance(value, dict):
-        return _record(hint, value, f"{place}.")  # type: ignore[arg-type]
-    if of is list and isinstance(value, list):
-        return [_typed(inner[0], one, f"{place}[{n}]") for n, one in enumerate(value)]
-    if of is dict and isinstance(value, dict):
-        return {inner[0](key): _typed(inner[1], one, f"{place}.{key}") for key, one in value.items()}
-    if (of is Literal and value in inner) or (of is str and isinstance(value, str)):
-        return value
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and (of is float or (of is int and value == int(value)))
-    ):
-        return of(value)
-    allowed = " or ".join(map(repr, inner)) if of is Literal else _TYPES.get(of, "an object")
-    raise ValueError(f"{place} is {value!r}; it must be {allowed}")
+def _scores(part: Any) -> Any:
+    """Scores as a run writes them: ``losses`` takes the numbers that have no field of their own."""
+    if not isinstance(part, dict):
+        return part
+    names = {one.name for one in fields(Scores)}
+    losses = {"losses": {name: value for name, value in part.items() if name not in names}}
+    return {name: value for name, value in part.items() if name in names} | losses

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from qat.config import AntiTransferConfig, AnyExperiment, Experiment, identity_settings, to_plain
 from qat.results.record import Analysis, Result, Scores, read_analysis, read_result
-from qat.results.statistics import mean_and_sd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TASKS = {
     "emotion": "emotion",
     "rhemo": "RH-Emo embedding",
-    "speaker": "who speaks",
-    "word": "which word",
-    "word-presence": "which words occur",
+    "speaker": "speaker",
+    "word": "word",
+    "word-presence": "words that occur",
 }
 """What networks are trained for, in the order of a report."""
 
@@ -36,12 +36,10 @@ POSITIONS = {
 }
 """Which features a layer stands for, by ``anti_transfer.position``."""
 
+_FILES = ("result.json", "error.txt", "experiment.yaml")
+"""Files that tell a run's folder from others."""
+
 _SEED = re.compile(r"(?:^|[-_./])seed[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
-
-
-def describe_loss(at: AntiTransferConfig) -> str:
-    """The anti-transfer loss in words: what is compared, and how."""
-    return str(at.loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +146,7 @@ class FinishedRun:
         if not self.transfers:
             return f"none ({layers} watched, beta 0)"
         twin = "random twin (control)" if self.random_twin else f"twin {self._origin(self.twin.twin)}"
-        return f"{layers} ({POSITIONS[self.twin.position]}), beta {self.beta}, {twin}, {describe_loss(self.twin)}"
+        return f"{layers} ({POSITIONS[self.twin.position]}), beta {self.beta}, {twin}, {self.twin.loss}"
 
     def _origin(self, checkpoint: object) -> str:
         """Name of the network that a checkpoint holds."""
@@ -196,9 +194,17 @@ class Group:
         """A figure of every run that has it."""
         return [value for value in map(of, self.runs) if value is not None]
 
+    def scores(self, name: str, part: str = "test") -> list[float]:
+        """A score of every run that has it."""
+        return self.values(lambda run: run.score(part, name))
+
     def mean(self, of: Callable[[FinishedRun], float | None]) -> float | None:
         values = self.values(of)
-        return mean_and_sd(values)[0] if values else None
+        return fmean(values) if values else None
+
+    def score(self, name: str, part: str = "test") -> float | None:
+        """Mean of a score over the runs that have it."""
+        return self.mean(lambda run: run.score(part, name))
 
 
 class Planned(NamedTuple):
@@ -214,6 +220,11 @@ class Planned(NamedTuple):
     seed: int | None
     name: str
 
+    @property
+    def label(self) -> str:
+        """Name and seed."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
 
 @dataclass(frozen=True, eq=False)
 class RunsFolder:
@@ -225,7 +236,7 @@ class RunsFolder:
         runs: the finished runs.
         failed: first line of ``error.txt`` by the name of the run.
         unfinished: names of the runs that are planned or begun, and neither finished nor failed.
-        request: text of ``campaign.yaml``, which tells what the campaign was asked for.
+        request: text of ``campaign.yaml``, the options of the campaign.
     """
 
     folder: Path
@@ -237,104 +248,86 @@ class RunsFolder:
 
     @classmethod
     def read(cls, folder: Path) -> RunsFolder:
-        """All runs at or below ``folder``, or those of its plan.
+        """The runs of the folder's ``plan.csv``; without one, every run at or below the folder.
+
+        A run has the name that the plan of its campaign gives it, the one in ``result.json``, or its path below
+        ``folder``; a seed in either of the last two is left out.
 
         Raises:
             ValueError: there is neither a finished run nor a plan, a file cannot be read, or two runs have the same
                 name and seed.
         """
         folder = Path(folder)
-        plan = read_plan(folder / "plan.csv") if (folder / "plan.csv").is_file() else []
-        if plan:
-            rows = {row.run: row for row in reversed(plan)}  # the first of those that share a run names it
-            places = {folder / "runs" / run: _labelled(row.name, row.seed) for run, row in reversed(rows.items())}
-        else:
-            files = [file for name in ("result.json", "error.txt", "experiment.yaml") for file in folder.rglob(name)]
-            places = {file.parent: file.parent.relative_to(folder).as_posix() for file in sorted(files)}
-        finished = [place for place in places if (place / "result.json").is_file()]
-        runs = collect(folder) if not plan else [_planned_run(place, rows) for place in finished]
+        plan = read_plan(folder / "plan.csv")
+        files = [] if plan else [file for name in _FILES for file in folder.rglob(name)]
+        places = dict.fromkeys([folder / "runs" / row.run for row in plan] or sorted(file.parent for file in files))
+        plans: dict[Path, dict[str, Planned]] = {}
+        runs: dict[tuple[str, int | None], FinishedRun] = {}
         failed, unfinished = {}, []
-        for place, name in places.items():
-            if place in finished:
-                continue
-            if (place / "error.txt").is_file():
+        for place in places:
+            campaign = place.parents[1] if len(place.parents) > 1 else place
+            if campaign not in plans:  # the first of the rows that share a run names it
+                plans[campaign] = {row.run: row for row in reversed(read_plan(campaign / "plan.csv"))}
+            row = plans[campaign].get(place.name)
+            if row and campaign != folder and campaign.is_relative_to(folder):
+                row = row._replace(name=f"{campaign.relative_to(folder).as_posix()}/{row.name}")
+            name = row.label if row else place.relative_to(folder).as_posix()
+            if (place / "result.json").is_file():
+                run = _finished_run(place, folder, row, plans[campaign])
+                other = runs.setdefault((run.name, run.seed), run)
+                if other is not run:
+                    raise ValueError(
+                        f"{run.folder}: has the name {run.name!r} and the seed {run.seed} of {other.folder}; "
+                        "a report takes each once"
+                    )
+            elif (place / "error.txt").is_file():
                 text = (place / "error.txt").read_text(encoding="utf-8", errors="replace")
                 failed[name] = next(filter(str.strip, text.splitlines()), "")
             else:
                 unfinished.append(name)
-        asked = next((f for n in ("campaign.yaml", "grid.yaml") if (f := folder / n).is_file()), None)
-        return cls(folder, plan, runs, failed, unfinished, asked.read_text(encoding="utf-8") if asked else "")
+        if not (plan or runs):
+            raise ValueError(f"{folder}: no result.json at or below this folder; a report needs a finished run")
+        request = folder / "campaign.yaml"
+        text = request.read_text(encoding="utf-8") if request.is_file() else ""
+        return cls(folder, plan, list(runs.values()), failed, unfinished, text)
 
     @cached_property
     def requested(self) -> dict[str, Any]:
         """The request as a mapping."""
-        requested = yaml.safe_load(self.request) if self.request else None
+        requested = yaml.safe_load(self.request)
         return requested if isinstance(requested, dict) else {}
 
 
 def read_plan(path: Path) -> list[Planned]:
-    """The rows of a ``plan.csv``.
+    """The rows of a ``plan.csv``; none where there is no such file.
 
     Raises:
         ValueError: it cannot be read, lacks a column, has a seed twice, or plans nothing.
     """
+    if not path.is_file():
+        return []
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as CSV ({error})") from error
-    plan = []
-    addresses: dict[tuple[str, int | None], str] = {}
+    plan: list[Planned] = []
+    runs: dict[str, str] = {}
     for line, row in enumerate(rows, 2):
-        if missing := [name for name in Planned._fields if row.get(name) is None]:
-            raise ValueError(
-                f"{path}: lacks the column {', '.join(missing)}; it must have {', '.join(Planned._fields)}"
-            )
-        values: dict[str, Any] = {name: row[name] for name in Planned._fields}
+        values: dict[str, Any] = {name: row.get(name) for name in Planned._fields}
+        if missing := [name for name, value in values.items() if value is None]:
+            raise ValueError(f"{path}: lacks the column {missing[0]}; it must have {', '.join(Planned._fields)}")
         for name in ("layer", "seed"):
             try:
                 values[name] = int(float(row[name])) if row[name] else None
             except ValueError:
                 raise ValueError(f"{path}: line {line}: {name} {row[name]!r} must be a number or empty") from None
-        planned = Planned(**values | {"layer": values["layer"] or 0})
-        plan.append(planned)
-        if addresses.setdefault((planned.name, planned.seed), planned.run) != planned.run:
+        plan.append(planned := Planned(**values | {"layer": values["layer"] or 0}))
+        if runs.setdefault(planned.label, planned.run) != planned.run:
             raise ValueError(f"{path}: has {planned.name!r} with the seed {planned.seed} twice; it must be there once")
     if not plan:
         raise ValueError(f"{path}: plans no training; a report needs at least one")
     return plan
-
-
-def collect(folder: Path) -> list[FinishedRun]:
-    """All runs at or below ``folder``: every folder that holds a ``result.json``.
-
-    A run is called what a plan two folders above says, what ``result.json`` says, or by its path below ``folder``; a
-    seed in either is left out.
-
-    Raises:
-        ValueError: there is none, a file cannot be read, or two runs have the same name and seed.
-    """
-    files = sorted(Path(folder).rglob("result.json"))
-    if not files:
-        raise ValueError(f"{folder}: no result.json at or below this folder; a report needs at least one finished run")
-    plans: dict[Path, dict[str, Planned]] = {}
-    seen: dict[tuple[str, int | None], FinishedRun] = {}
-    for file in files:
-        campaign = file.parents[2] if len(file.parents) > 2 else file.parent
-        if campaign not in plans:
-            path = campaign / "plan.csv"
-            plans[campaign] = {row.run: row for row in reversed(read_plan(path))} if path.is_file() else {}
-        planned = file.parent.name in plans[campaign]
-        above = campaign.relative_to(folder).as_posix() if planned and campaign.is_relative_to(folder) else "."
-        prefix = "" if above == "." else f"{above}/"
-        run = _planned_run(file.parent, plans[campaign], prefix) if planned else _run(file.parent, folder)
-        other = seen.setdefault((run.name, run.seed), run)
-        if other is not run:
-            raise ValueError(
-                f"{run.folder}: has the name {run.name!r} and the seed {run.seed} of {other.folder}; "
-                "a report takes each once"
-            )
-    return list(seen.values())
 
 
 def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
@@ -369,25 +362,17 @@ def made_with(runs: Sequence[FinishedRun]) -> list[list[str]]:
     return [["devices", devices(runs)], *([name, ", ".join(sorted(each))] for name, each in values.items() if each)]
 
 
-def _labelled(name: str, seed: int | None) -> str:
-    return name if seed is None else f"{name}, seed {seed}"
-
-
-def _planned_run(folder: Path, planned: Mapping[str, Planned], prefix: str = "") -> FinishedRun:
-    row, result = planned[folder.name], read_result(folder / "result.json")
-    return FinishedRun(folder, prefix + row.name, result.seed if row.seed is None else row.seed, result, planned)
-
-
-def _run(folder: Path, top: Path) -> FinishedRun:
-    result = read_result(folder / "result.json")
-    path = folder.relative_to(top).as_posix()
-    own = folder.resolve().name
+def _finished_run(place: Path, folder: Path, row: Planned | None, plan: Mapping[str, Planned]) -> FinishedRun:
+    """The run in ``place``, at or below ``folder``, with its row of the plan, if it is planned."""
+    result = read_result(place / "result.json")
+    if row:
+        return FinishedRun(place, row.name, result.seed if row.seed is None else row.seed, result, plan)
+    path, own = place.relative_to(folder).as_posix(), place.resolve().name
     # A run that was given no name bears its folder's, which says little where folders of several parents meet.
-    named = result.name or own
-    name = _without_seed(named) if named != own else _without_seed(path if path != "." else own)
+    name = result.name if result.name not in ("", own) else path if path != "." else own
     in_path = _SEED.search(path)
     seed = result.seed if result.seed is not None else int(in_path[1]) if in_path else None
-    return FinishedRun(folder, name, seed, result)
+    return FinishedRun(place, _without_seed(name), seed, result)
 
 
 def _read_csv(path: Path, **options: Any) -> pd.DataFrame | None:

@@ -7,6 +7,7 @@ trainings are compared, and not trained networks, it is the seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,11 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference, and its interval where the data allow one."""
+    """A mean difference, its interval where the data allow one, and the number of seeds behind it."""
 
     mean: float
     interval: Interval | None
+    seeds: int = 1
 
 
 def cluster_interval(
@@ -46,7 +48,7 @@ def cluster_interval(
         clusters: `[n]`, the speaker of each clip.
         level: nominal coverage.
         draws: bootstrap draws.
-        seed: of the draws; the same call gives the same interval.
+        seed: seed of the draws; the same call gives the same interval.
 
     Returns:
         The interval; None with fewer than two clusters, or when all clusters have the same mean: no spread
@@ -102,7 +104,7 @@ def paired_difference(
         ValueError: the lengths differ.
 
     >>> paired_difference([1, 1, 0], [0, 1, 0], ["a", "a", "a"])
-    Difference(mean=0.3333333333333333, interval=None)
+    Difference(mean=0.3333333333333333, interval=None, seeds=1)
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape:
@@ -167,18 +169,10 @@ def false_discovery(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in false_discovery_control(list(p_values))] if len(p_values) else []
 
 
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n - 1 in the denominator) over seeds; no deviation from a single one.
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds (n - 1 in the denominator); None of fewer than two.
 
-    Raises:
-        ValueError: there are no values.
-
-    >>> mean_and_sd([0.25, 0.5, 0.75])
-    (0.5, 0.25)
-    >>> mean_and_sd([0.5])
-    (0.5, None)
+    >>> deviation([0.25, 0.5, 0.75]), deviation([0.5])
+    (0.25, None)
     """
-    if len(values) == 0:
-        raise ValueError("values is empty; a mean needs at least one")
-    array = np.asarray(values, dtype=float)
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
+    return stdev(values) if len(values) > 1 else None

@@ -11,8 +11,8 @@ import yaml
 
 from qat import anti_transfer
 from qat.anti_transfer import AntiTransfer
+from qat.cli import build_parser
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, from_plain, to_plain
-from qat.config.parsing import instantiate, parser_of, prefix_errors
 from qat.models import VGG16, SpeechClassifier, tap_name
 from qat.training.objectives import ClassificationObjective
 from qkernels import anti_transfer_loss
@@ -295,7 +295,10 @@ def as_saved_before(loss: Loss) -> dict[str, object]:
     return dict(zip(("gram", "centred"), loss.gram, strict=True))
 
 
-@pytest.mark.parametrize("loss", EVERY, ids=repr)
+SAVED_BEFORE = [loss for loss in EVERY if loss.gram or isinstance(loss, FoldedRowwise | CosSquared | MseSigmoid)]
+
+
+@pytest.mark.parametrize("loss", SAVED_BEFORE, ids=repr)
 def test_settings_are_read_back_as_they_are_and_were_saved(loss: Loss) -> None:
     config = AntiTransferConfig(layers=[2, 5], beta=[1.0, 0.5], loss=loss, random_twin=True)
     plain = json.loads(json.dumps(to_plain(config)))
@@ -327,15 +330,12 @@ def test_the_help_names_every_loss_and_its_options() -> None:
 
 
 def test_every_loss_is_parsed_from_files_and_the_command_line() -> None:
-    parser = parser_of(Experiment)
+    parser, _ = build_parser()
     for loss in EVERY:
         text = loss.plain() if isinstance(loss.plain(), str) else yaml.safe_dump(loss.plain(), default_flow_style=True)
-        for parsed in (
-            parser.parse_object({"anti_transfer": {"layers": [2], "loss": loss.plain()}}),
-            parser.parse_args([f"--anti_transfer.loss={text}"]),
-        ):
-            experiment: Any = instantiate(parser, Experiment, parsed)
-            assert experiment.anti_transfer == AntiTransferConfig(loss=loss)
+        options = parser.instantiate(parser.parse_args(["train", "--out", "x", f"--anti_transfer.loss={text}"]))
+        assert options.train.anti_transfer == AntiTransferConfig(loss=loss)
+        assert from_plain(Experiment, {"anti_transfer": {"loss": loss.plain()}}).anti_transfer.loss == loss
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,9 @@ def test_every_loss_is_parsed_from_files_and_the_command_line() -> None:
         ("{name: folded-rowwise, clamp: both}", "clamp of loss .* must be one of 'each', 'product'; got 'both'"),
     ],
 )
-def test_bad_losses_are_refused_in_one_line(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f'"anti_transfer.loss": .*{message}') as error, prefix_errors("plan.yaml"):
-        parser_of(Experiment).parse_args([f"--anti_transfer.loss={text}"])
-    assert "\n" not in str(error.value)
+def test_bad_losses_are_refused_in_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser()[0].parse_args(["train", "--out", "x", f"--anti_transfer.loss={text}"])
+    error = capsys.readouterr().err
+    assert re.search(f'"anti_transfer.loss": .*{message}', error)
+    assert error.count("\n") == 1

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("words", "action", "resumes"),
-    [(["train", "--out", "x"], (train, "run_train"), True), (["demo"], (campaign, "run_demo"), False)],
+    [(["train", "--out", "x"], (train, "run_train"), True), (["demo"], (campaign, "run_study"), False)],
 )
 def test_interruption_is_told_and_has_its_own_exit_code(
     words: list[str], action: Any, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -192,3 +194,17 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         code, out, _ = run(capsys, *words, "--help")
         assert code == 0
         assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["grid", "--help"]]
+)
+def test_help_and_version_import_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom qat.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'pandas', 'matplotlib'} & sys.modules.keys()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout

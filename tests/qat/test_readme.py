@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qat import cli
+from qat.data.corpora import CORPORA
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -46,6 +47,11 @@ def test_every_command_is_understood(command: Any, tmp_path: Path, monkeypatch: 
     if "--config my.yaml" in command and "--corpus.where" in command:
         pretraining = options.pretrain[options.pretrain.subcommand]
         assert (pretraining.corpus.name, pretraining.corpus.where) == ("csv", {"speaker": ["ann", "ben", "cem"]})
+
+
+def test_every_corpus_stands_in_the_table() -> None:
+    table = README.partition("## Corpora")[2].partition("\n## ")[0]
+    assert [name for name in CORPORA if f"`{name}`" not in table] == []
 
 
 def test_commands_were_found() -> None:

@@ -21,7 +21,7 @@ TINY = """
 
 @pytest.fixture(scope="package")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a miniature demo corpus, `demo`, and layers of tiny networks for it, `tiny.yaml`."""
+    """A folder with a miniature demo corpus, `demo`, and overrides for tiny networks for it, `tiny.yaml`."""
     folder = tmp_path_factory.mktemp("small")
     voices = {"train": ["f2", "m1", "m3"], "validation": ["f3"], "test": ["f1", "m4"]}
     demo.make(folder / "demo", voices=voices, sentences=demo.SENTENCES[:5], words=demo.WORDS[:3], progress=False)

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from qat.campaign import jobs
-from qat.campaign.jobs import Layout, SlurmConfig, train
+from qat.campaign.jobs import train
+from qat.campaign.options import Layout, SlurmConfig
 from qat.campaign.plan import Campaign
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
 from qat.files import held, write_text
@@ -61,11 +63,11 @@ def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    runs = {tmp_path / str(n): jobs._Run(Experiment()) for n in range(5)}
+    runs = [jobs._Run(tmp_path / str(n), Experiment()) for n in range(5)]
     slots = jobs._slots(runs, Layout(jobs=count, cluster="local"), tmp_path / "driver")
     assert [job.gpu for job in slots] == expected
     for job in slots:
-        replace(job, runs={})()
+        replace(job, runs=[])()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == job.gpu
 
 
@@ -74,12 +76,12 @@ def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
     [(1, 1, ["01234"], 1), (2, 1, ["024", "13"], 1), (3, 4, ["03", "14", "2"], 2), (9, 4, [*"01234"], 1)],
 )
 def test_a_job_trains_its_own_runs_first_and_takes_no_more_at_once_than_its_share(tmp_path, count, at_once, own, most):
-    runs = {tmp_path / str(n): jobs._Run(Experiment(training=TrainingConfig(seed=n))) for n in range(5)}
+    runs = [jobs._Run(tmp_path / str(n), Experiment(training=TrainingConfig(seed=n))) for n in range(5)]
     slots = jobs._slots(runs, Layout(at_once, count, "local"), tmp_path / "driver")
     for n, job in enumerate(slots):
         order = "".join(own[n:] + own[:n])
-        assert "".join(run.name for run in job.runs) == order
-        assert job.runs == runs
+        assert "".join(run.folder.name for run in job.runs) == order
+        assert sorted(job.runs, key=runs.index) == runs
         assert (job.at_once, job.one_thread) == (most, at_once > 1)
     assert len(slots) == len(own)
 
@@ -89,8 +91,8 @@ def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(tmp_pa
     write = jobs.write_text
     monkeypatch.setattr(jobs, "write_text", lambda file, text: write(file, f"locked: {is_locked(file.parent)}. {text}"))
     for rhemo in (tmp_path / "absent", None):  # the second would fail otherwise
-        run = jobs._Run(Experiment(network=NetworkConfig(rhemo=rhemo)))
-        process = multiprocessing.get_context("fork").Process(target=jobs._train, args=(run, tmp_path, False))
+        run = jobs._Run(tmp_path, Experiment(network=NetworkConfig(rhemo=rhemo)))
+        process = multiprocessing.get_context("fork").Process(target=jobs._train, args=(run, False))
         process.start()
         process.join(60)
         assert process.exitcode == 0
@@ -99,13 +101,13 @@ def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(tmp_pa
 
 
 def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained(tmp_path):
-    run = jobs._Run(Experiment())
-    runs = dict.fromkeys(("finished", "failed", "busy", "stopped", "new"), run) | {
-        "unready": replace(run, needs=(tmp_path / "finished", tmp_path / "stopped")),
-        "ready": replace(run, needs=(tmp_path / "finished",)),
-        "unprobed": replace(run, probe=True),
-        "probed": replace(run, probe=True),
+    options = {name: {} for name in ("finished", "failed", "busy", "stopped", "new")} | {
+        "unready": {"needs": (tmp_path / "finished", tmp_path / "stopped")},
+        "ready": {"needs": (tmp_path / "finished",)},
+        "unprobed": {"probe": True},
+        "probed": {"probe": True},
     }
+    runs = {name: jobs._Run(tmp_path / name, Experiment(), **chosen) for name, chosen in options.items()}
     for name in ("finished", "unprobed", "probed"):
         write_text(tmp_path / name / "result.json", "{}")
     write_text(tmp_path / "probed/analysis.json", "{}")
@@ -113,11 +115,11 @@ def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained
     write_text(tmp_path / "stopped/last.safetensors", "")
     free = ["stopped", "new", "ready", "unprobed"]
     with held(tmp_path / "busy/.lock"):
-        assert [name for name, run in runs.items() if jobs._is_free(tmp_path / name, run)] == free
-    assert jobs._is_free(tmp_path / "busy", run)
-    job = jobs._Job({tmp_path / name: run for name, run in runs.items()}, 2, False, None, None)
-    assert job._next({}) == tmp_path / "busy"
-    assert job._next({0: (tmp_path / "busy", None)}) == tmp_path / "stopped", "it has been started, but has no lock yet"
+        assert [name for name, run in runs.items() if run.is_free()] == free
+    assert runs["busy"].is_free()
+    job = jobs._Job(list(runs.values()), 2, False, None, None)
+    assert job._next({}) == runs["busy"]
+    assert job._next({0: (runs["busy"], None)}) == runs["stopped"], "it has been started, but has no lock yet"
 
 
 def test_no_run_waits_behind_a_long_one_while_another_job_is_free(experiment, tmp_path, monkeypatch):
@@ -166,6 +168,35 @@ def test_what_is_built_on_is_waited_for_and_nothing_else(experiment, tmp_path, m
     outcomes = train(campaign, replace(LOCAL, jobs=2))
     assert [one.status for one in outcomes] == ["finished"] * 4
     assert not thaw
+
+
+def test_another_job_is_submitted_when_more_is_ready_than_the_first_one_takes(experiment, tmp_path, monkeypatch):
+    """One run is ready at first, so one job starts; of the two that wait for it, it is held up by one."""
+
+    def settled(driver):
+        begun = [run for run in runs if (run / "last.safetensors").is_file()]
+        if not thawed and not stopped and begun:
+            os.kill(trainer(begun[0]), signal.SIGSTOP)
+            stopped.append(begun[0])
+        elif stopped and (any((run / "result.json").is_file() for run in runs) or len(numbers) > 100):
+            os.kill(trainer(stopped[0]), signal.SIGCONT)
+            thawed.append(stopped.pop())
+        numbers.append(len(driver.jobs))
+        return counted(driver)
+
+    numbers: list[int] = []
+    stopped: list[Path] = []
+    thawed: list[Path] = []
+    counted = jobs._Driver.settled
+    monkeypatch.setattr(jobs._Driver, "settled", settled)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    campaign = Campaign(tmp_path)
+    twin = campaign.add(replace(experiment, task="speaker"))
+    transferring = (replace(experiment, anti_transfer=AntiTransferConfig(twin, [layer])) for layer in (2, 13))
+    runs = [campaign.add(longer(one, 60)) for one in transferring]
+    outcomes = train(campaign, replace(LOCAL, jobs=2))
+    assert [one.status for one in outcomes] == ["finished"] * 3
+    assert list(dict.fromkeys(numbers)) == [1, 2]
 
 
 def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from safetensors.torch import load_file
 
 import qat
 from qat import cli
-from qat.campaign.cost import Assumed, estimate, flop_of_epoch
-from qat.campaign.grid import Selection, plan_grid
+from qat.campaign.cost import estimate, flop_of_epoch
+from qat.campaign.grid import plan_grid
+from qat.campaign.options import Assumed, Selection
 from qat.config.preset import VALUES
 from qat.files import write_json
 
@@ -239,7 +239,7 @@ def test_a_grid_is_trained_in_order_and_never_twice(network, small, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_grid_killed_at_random_points_gives_what_an_undisturbed_one_does(small, tmp_path):
+def test_a_grid_killed_at_random_points_gives_what_an_undisturbed_one_does(small, tmp_path, rng):
     asked = ["--networks", "[real]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[random]"]
     environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1])}
 
@@ -252,14 +252,11 @@ def test_a_grid_killed_at_random_points_gives_what_an_undisturbed_one_does(small
     with start(calm) as process:
         assert process.wait() == 0
     whole = time.monotonic() - started
-    seed = random.randrange(1 << 30)
-    print(f"random.seed({seed})")
-    draw = random.Random(seed)
     finished: dict[Path, int] = {}
     for _ in range(3):
         with start(killed) as process:
             try:
-                process.wait(draw.uniform(0.1, 0.8) * whole)
+                process.wait(rng.uniform(0.1, 0.8) * whole)
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
         now = {path: path.stat().st_mtime_ns for path in killed.rglob("result.json")}

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from qat.campaign import plan as plan_module
-from qat.campaign.jobs import Layout, train
+from qat.campaign.jobs import train
+from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import (
     AntiTransferConfig,

@@ -20,7 +20,8 @@ import yaml
 
 import qat
 from qat.campaign import jobs
-from qat.campaign.jobs import Layout, SlurmConfig, train
+from qat.campaign.jobs import train
+from qat.campaign.options import Layout, SlurmConfig
 from qat.campaign.plan import Campaign
 from qat.campaign.sweep import plan_sweep
 from qat.config import AntiTransferConfig, Experiment, to_plain

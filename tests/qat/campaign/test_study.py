@@ -11,13 +11,14 @@ import yaml
 from sklearn.linear_model import LogisticRegression
 
 from qat import cli
-from qat.campaign.grid import Selection, plan_grid
-from qat.campaign.jobs import Layout, train
+from qat.campaign.grid import plan_grid
+from qat.campaign.jobs import train
+from qat.campaign.options import Layout, Selection
 from qat.campaign.plan import Campaign
 from qat.campaign.study import DESIGNS, SPEECHES, obtain, plan_study, read_design, read_speech
 from qat.commands.parser import instance
 from qat.config import Experiment, RHEmoExperiment, to_plain
-from qat.config.preset import read_layers
+from qat.config.preset import read_overrides
 from qat.data.corpora import demo
 from qat.results.probes import linear_probe, shortcut_rate
 from qat.training.data import read_corpus
@@ -164,14 +165,14 @@ def test_layers_and_the_real_network_can_be_left_out(tmp_path):
 
 
 def test_a_brief_one_leaves_out_what_it_says(tmp_path):
-    brief = replace(STUDY, layers=[13], real=False, short=True)
+    brief = replace(STUDY, layers=[13], real=False, brief=True)
     assert set(runs_of(plan_study(tmp_path, brief, read_speech("synthetic")))) == {
         *("from-random", "from-random-at-speaker-channel-13", "from-random-at-word-channel-13"),
         *("from-speaker", *(f"from-speaker-at-speaker-{loss}-13" for loss in STUDY.losses)),
         "from-speaker-at-random-channel-13",
         *("from-word", "from-word-at-word-channel-13", "from-word-at-random-channel-13"),
     }
-    assert len(brief.remarks()) == len(replace(brief, short=False).remarks()) + 1
+    assert len(brief.remarks()) == len(replace(brief, brief=False).remarks()) + 1
 
 
 def test_demo_grid_and_train_mean_the_same_training(tmp_path):
@@ -205,6 +206,26 @@ def test_demo_grid_and_train_mean_the_same_training(tmp_path):
         assert campaign.address(instance(kind, options)) == runs[name].name
 
 
+def test_the_demo_may_be_planned_with_the_papers_settings(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--preset", "paper", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    campaign = planned(Path("runs/demo-synthetic"), "demo", preset="paper")
+    assert [run["run"] for run in told["runs"]] == [path.name for path in campaign.trainings]
+    assert (told["trainings"], told["finished"], list(tmp_path.iterdir())) == (4 + 6, 0, [])
+    stages = {run["stage"]: campaign.trainings[Path("runs") / run["run"]] for run in told["runs"]}
+    assert {one.corpus.name for one in stages.values()} == {"demo"}
+    expected = {
+        "rhemo-1": (1e-3, 50),
+        "rhemo-2": (1e-6, 20),
+        "word": (5e-5, 300),
+        "speaker": (5e-5, 300),
+        "emotion": (1e-5, 20),
+    }
+    assert {name: (one.training.lr, one.training.batch) for name, one in stages.items()} == expected
+    assert stages["emotion"].network.width == 1.0
+
+
 def test_a_design_of_ones_own_may_have_second_halves(tmp_path):
     design, speech = tmp_path / "my.yaml", tmp_path / "speech.yaml"
     entries = [{"name": "first", "against": "word", "layer": 3}, {"name": "second", "start": "first"}]
@@ -227,8 +248,9 @@ def test_a_design_of_ones_own_may_have_second_halves(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("emotion: []\nsede: 3", "sede"),
-        ("[]", "must have settings such as emotion, seeds"),
+        ("emotion: []\nsede: 3", "unknown setting sede; Design has emotion, seeds, "),
+        ("emotion: [{start: word}]", "emotion\\[0\\]: must have name"),
+        ("[]", "\\[\\] must be a mapping of settings"),
         ("emotion: [{name: a, against: nobody}]", "a: against: 'nobody' must be one of speaker, word, random"),
         ("emotion: [{name: a, loss: channel}]", "a: loss: 'channel' must be one of"),
         ("emotion: [{name: a, layer: [14]}]", "a: layer: 14 must be one of each, last, 1, 2"),
@@ -254,7 +276,7 @@ def test_a_start_that_is_not_there_is_named(tmp_path):
 def test_packaged_designs_and_speeches_are_readable():
     assert [read_design(name).emotion[0].name for name in DESIGNS] == ["baseline", "from-{start}"]
     for name in SPEECHES:
-        read_layers(read_speech(name).preset)
+        read_overrides(read_speech(name).preset)
 
 
 @pytest.mark.timeout(1200)
@@ -335,8 +357,7 @@ def test_shortcut_rate_counts_answers_that_are_the_voices_own_emotion():
     assert shortcut_rate(predictions) == 0.5
 
 
-def test_linear_probe_finds_what_is_there_and_not_what_is_not():
-    rng = np.random.default_rng()
+def test_linear_probe_finds_what_is_there_and_not_what_is_not(rng):
     labels = np.repeat(["x", "y", "z"], 60).astype(object)
     texts = np.tile([f"t{i}" for i in range(20)], 9).astype(object)
     noise = rng.normal(size=(180, 30)).astype(np.float32)
@@ -347,8 +368,7 @@ def test_linear_probe_finds_what_is_there_and_not_what_is_not():
     assert linear_probe(signal, labels, texts) > 0.9
 
 
-def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number():
-    rng = np.random.default_rng()
+def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number(rng):
     labels = np.tile(["x", "y", "z"], 40).astype(object)
     texts = np.repeat([f"t{i:02d}" for i in range(24)], 5).astype(object)
     for width in (7, 500):

@@ -18,7 +18,8 @@ from qat.campaign.sweep import plan_sweep, read_plan
 from qat.commands.parser import instance
 from qat.config import Experiment, to_plain
 from qat.files import sha256_of
-from qat.report.report import collect, summary_table
+from qat.results.runs import RunsFolder
+from qat.results.tables import summary_table
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from tests.qat.campaign.running import is_locked, longer, parent, trainer, wait_for
@@ -89,32 +90,32 @@ def test_names_are_short_and_unique_but_for_the_seed(tmp_path, vary, names):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),  # of what others have to say, jsonargparse and a YAML parser, no words
+    ("text", "message"),
     [
-        ("[1, 2]", ""),
-        ("base: [", ""),
-        ("base: 3", "base"),
-        ("vary: 3", "vary"),
-        ("bases: {task: emotion}", "'bases.task' is not accepted"),
-        ("base: {training: {sed: 1}}", "base: training.sed: 1 must be of a setting that `qat train` has"),
-        ("base: {training: {lr: wide}}", "training.lr"),
+        ("[1, 2]", "[1, 2] must be a mapping of settings"),
+        ("base: [", "not readable as YAML"),
+        ("base: 3", "base: 3 must be a mapping"),
+        ("vary: 3", "vary: 3 must be a mapping"),
+        ("bases: {task: emotion}", "unknown setting bases; Sweep has base, vary"),
+        ("base: {training: {sed: 1}}", "base: training.sed: unknown setting; TrainingConfig has lr, "),
+        ("base: {training: {lr: wide}}", "base: training.lr: 'wide' must be a number"),
         ("base: {training: 3}", "base: training: 3 must be of one setting; this is a group of them"),
-        ("base: {training: {lr: null}}", "base: training.lr: null must be a value"),
+        ("base: {training: {lr: null}}", "base: training.lr: null must be a number"),
         ("base: {training: {lr: -1}}", "base: training.lr: -1.0 must be above 0"),
-        ("vary: {training.seed: 1}", "vary"),
+        ("vary: {training.seed: 1}", "vary.training.seed: 1 must be a list"),
         ("vary: {training.seed: []}", "vary: training.seed: [] must be a list of one or more values, each once"),
         ("vary: {training.seed: [1, 2, 1]}", "[1, 2, 1] must be a list of one or more values, each once"),
         ("vary: {training.lr: [0.1, 1e-1]}", "must be a list of one or more values, each once"),
-        ("vary: {training.sed: [1]}", "vary: training.sed 1: training.sed: 1 must be of a setting that"),
-        ("vary: {1: [2]}", "1: 2 must be of a setting that"),
+        ("vary: {training.sed: [1]}", "vary: training.sed: unknown setting; TrainingConfig has lr, "),
+        ("vary: {1: [2]}", "vary: 1 must be text"),
         ("vary: {training: [{seed: 1}]}", "training: {'seed': 1} must be of one setting; this is a group of them"),
-        ("vary: {training.seed: [1, two]}", "training.seed 'two': "),
-        ("vary: {task: [emotion, sing]}", "task 'sing': "),
-        ("vary: {training.lr: [1, null]}", "training.lr: null must be a value"),
+        ("vary: {training.seed: [1, two]}", "vary: training.seed: 'two' must be a whole number"),
+        ("vary: {task: [emotion, sing]}", "vary: task: 'sing' must be one of emotion, speaker, word, word-presence"),
+        ("vary: {training.lr: [1, null]}", "vary: training.lr: null must be a number"),
         ("vary: {training.batch: [1, 0]}", "training.batch 0: training.batch: 0 must be at least 1"),
         (
             "base: {anti_transfer: {layers: [2, 7]}}\nvary: {training.seed: [1], anti_transfer.beta: [1, [1, 1, 1]]}",
-            "training.seed 1, anti_transfer.beta [1.0, 1.0, 1.0]: anti_transfer.beta: [1.0, 1.0, 1.0] must be",
+            "training.seed 1, anti_transfer.beta [1, 1, 1]: anti_transfer.beta: [1.0, 1.0, 1.0] must be",
         ),
     ],
 )
@@ -226,7 +227,7 @@ def test_one_command_trains_all_and_the_same_again_goes_on_whatever_stopped_it(
     assert told["problems"] == []
     assert [(run / "result.json").stat().st_mtime_ns for run in runs] == written
     assert not list(tmp_path.rglob("error.txt"))
-    table = summary_table(collect(tmp_path / "out"))
+    table = summary_table(RunsFolder.read(tmp_path / "out").runs)
     assert sorted(zip(table["name"], table["seeds"], strict=True)) == [("folder-later.csv", 2), ("folder-tiny.csv", 2)]
 
     # All is finished: no job.

@@ -5,14 +5,14 @@ import yaml
 
 from qat import cli
 from qat.config import Experiment, RHEmoExperiment, flatten, to_plain
-from qat.config.preset import NAMES, experiment, merge, read_layers, settings_of
+from qat.config.preset import NAMES, experiment, merge, read_overrides, settings_of
 
 STAGES = ("rhemo-1", "rhemo-2", "word", "speaker", "emotion")
 NETWORKS = ("quaternion", "real")
 
 
 def made(preset: str, stage: str, **place: object) -> Experiment | RHEmoExperiment:
-    return experiment(settings_of(stage, place, read_layers(preset)), stage)
+    return experiment(settings_of(stage, place, read_overrides(preset)), stage)
 
 
 def emotion(preset: str, network: str, at: str = "single_S", corpus: str = "iemocap", split: str = "random"):
@@ -150,13 +150,13 @@ def test_the_demo_is_the_small_preset_on_its_corpus(stage, network):
     assert replace(small, **fields) == demo
 
 
-def test_a_layer_may_stand_for_another_preset(tmp_path):
+def test_an_override_may_stand_for_another_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("- preset: small\n- settings: {normalisation: max}\n")
-    assert read_layers(file)[:-1] == read_layers("small")
+    assert read_overrides(file)[:-1] == read_overrides("small")
     file.write_text("- preset: smell\n")
-    with pytest.raises(ValueError, match=r"mine.yaml: layer 1: preset: 'smell' must be one of paper, "):
-        read_layers(file)
+    with pytest.raises(ValueError, match=r"mine.yaml: override 1: preset: 'smell' must be one of paper, "):
+        read_overrides(file)
 
 
 def test_a_training_command_takes_a_preset_and_options_win_over_it(parser, tmp_path):
@@ -194,60 +194,69 @@ def test_a_wrong_preset_is_told_in_one_line(capsys):
     )
 
 
-def test_later_layers_win_field_by_field(tmp_path):
+def test_later_overrides_win_field_by_field(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "- settings: {training: {batch: 7, lr: 0.5}, corpus: {where: {speaker: [ann]}}}\n"
         "- when: {network: [real, quaternion], layer: 3}\n  settings: {training: {batch: 8}}\n"
         "- when: {network: quaternion}\n  settings: {training: {batch: 9}}\n"
     )
-    layers, start = read_layers(file), {"training": {"batch": 1, "seed": 5}, "corpus": {"where": {"kind": ["word"]}}}
-    assert merge({"network": "real", "layer": 3}, layers, start) == {
+    overrides, start = (
+        read_overrides(file),
+        {"training": {"batch": 1, "seed": 5}, "corpus": {"where": {"kind": ["word"]}}},
+    )
+    assert merge({"network": "real", "layer": 3}, overrides, start) == {
         "training": {"batch": 8, "seed": 5, "lr": 0.5},
         "corpus": {"where": {"speaker": ["ann"]}},
     }
-    assert merge({"network": "real", "layer": 4}, layers, start)["training"]["batch"] == 7
-    assert merge({}, layers, start)["training"]["batch"] == 7
+    assert merge({"network": "real", "layer": 4}, overrides, start)["training"]["batch"] == 7
+    assert merge({}, overrides, start)["training"]["batch"] == 7
     assert start == {"training": {"batch": 1, "seed": 5}, "corpus": {"where": {"kind": ["word"]}}}
 
 
 def test_rhemo_takes_what_it_has(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("- settings: {network: {width: 0.5}, rhemo: {width: 0.25}, normalisation: log}\n")
-    layers = read_layers(file)
-    assert merge({"stage": "rhemo-1"}, layers, {}) == {"rhemo": {"width": 0.25}, "normalisation": "log"}
-    assert merge({"stage": "word"}, layers, {}) == {"network": {"width": 0.5}, "normalisation": "log"}
+    overrides = read_overrides(file)
+    assert merge({"stage": "rhemo-1"}, overrides, {}) == {"rhemo": {"width": 0.25}, "normalisation": "log"}
+    assert merge({"stage": "word"}, overrides, {}) == {"network": {"width": 0.5}, "normalisation": "log"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: {batch: 3}", "must be a list of layers"),
-        ("- settings: {training: {bach: 3}}", "layer 1: training.bach: 3 must be of a setting"),
-        ("- settings: {}\n- settings: {training: {batch: many}}", "layer 2: .*training.batch"),
-        ("- settings: {training: 3}", "layer 1: training: 3 must be of one setting"),
-        ("- settings: {nonsense: {a: 1}}", "layer 1: nonsense.a: 1 must be"),
-        ("- when: {planet: mars}\n  settings: {}", "layer 1: when: 'planet' must be one of stage, network"),
-        ("- when: {stage: emotoin}\n  settings: {}", "layer 1: when: stage: 'emotoin' must be one of rhemo-1, "),
-        ("- when: {layer: [1, 14]}\n  settings: {}", "layer 1: when: layer: 14 must be one of 0, 1, 2"),
-        ("- when: {layer: '2'}\n  settings: {}", "layer 1: when: layer: '2' must be one of 0, 1, 2"),
-        ("- when: {stage: word}", "layer 1: .* must have `settings`"),
-        ("- settings: []", "layer 1: settings: .* must be names and values"),
+        ("training: {batch: 3}", "must be a list of overrides"),
+        (
+            "- settings: {training: {bach: 3}}",
+            "override 1: training.bach: unknown setting; TrainingConfig has lr, ",
+        ),
+        (
+            "- settings: {}\n- settings: {training: {batch: many}}",
+            "override 2: training.batch: 'many' must be a whole",
+        ),
+        ("- settings: {training: 3}", "override 1: training: 3 must be of one setting"),
+        ("- settings: {nonsense: {a: 1}}", "override 1: nonsense.a: unknown setting; Experiment has corpus, task, "),
+        ("- when: {planet: mars}\n  settings: {}", "override 1: when: 'planet' must be one of stage, network"),
+        ("- when: {stage: emotoin}\n  settings: {}", "override 1: when: stage: 'emotoin' must be one of rhemo-1, "),
+        ("- when: {layer: [1, 14]}\n  settings: {}", "override 1: when: layer: 14 must be one of 0, 1, 2"),
+        ("- when: {layer: '2'}\n  settings: {}", "override 1: when: layer: '2' must be one of 0, 1, 2"),
+        ("- when: {stage: word}", "override 1: must have settings"),
+        ("- settings: []", "override 1: settings: .* must be a mapping"),
         ("- [", "not readable as YAML"),
     ],
 )
-def test_wrong_layers_are_named(tmp_path, text, message):
+def test_wrong_overrides_are_named(tmp_path, text, message):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        read_layers(file)
+        read_overrides(file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_unknown_presets_and_values_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="best: neither a file nor a preset; presets are paper, released-code, "):
-        read_layers("best")
+        read_overrides("best")
     with pytest.raises(ValueError, match=r"emotion: training\.batch: 0 must be at least 1"):
         experiment({"training": {"batch": 0}}, "emotion")
 

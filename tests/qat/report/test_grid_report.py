@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from test_qat_report import Page
 
 from qat.cli import main
 from qat.config import (
@@ -30,10 +29,11 @@ from qat.config import (
     to_plain,
 )
 from qat.report.report import write_report
-from qat.report.view import View, guess
+from qat.report.view import guess, read_view
 from qat.results import paper
 from qat.results.runs import RunsFolder
 from qat.results.statistics import cluster_interval
+from tests.qat.report.helpers import Page, page_of
 
 METHODS = ("none", "single_S", "single_W", "dual_SW", "dual_WS")
 SPEAKERS = {
@@ -271,14 +271,9 @@ class Raw:
 
 
 @pytest.fixture(scope="module")
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
-@pytest.fixture(scope="module")
-def half_finished(tmp_path_factory, rng) -> tuple[Path, Path]:
+def half_finished(tmp_path_factory, pytestconfig) -> tuple[Path, Path]:
     """Two seeds, two corpora and the demo; with runs missing and equal."""
-    plan = Plan(tmp_path_factory.mktemp("grid"), rng)
+    plan = Plan(tmp_path_factory.mktemp("grid"), np.random.default_rng(pytestconfig.option.seed))
     plan.beforehand()
     plan.grid(("iemocap",), splits=("random",), layers=(1, 2, 13), seeds=(1, 2))
     plan.grid(("ravdess",), networks=("quaternion",), layers=(1, 2, 13), seeds=(1, 2))
@@ -650,11 +645,11 @@ def test_accuracy_over_batches_and_outputs_without_a_class_are_minded(tmp_path, 
     plan = Plan(tmp_path, rng).grid(("tess",), networks=("real",), splits=("random",), methods=("none",))
     file = tmp_path / "runs" / plan.rows[0]["run"] / "result.json"
     result = json.loads(file.read_text())
-    assert "means over batches" not in View(RunsFolder.read(plan.write())).conventions()
+    assert "means over batches" not in read_view(plan.write()).conventions()
     result["experiment"]["training"]["accuracy"] = "batches"
     result["classes"].append("unused-8")
     file.write_text(json.dumps(result))
-    view = View(RunsFolder.read(tmp_path))
+    view = read_view(tmp_path)
     assert "means over batches (training.accuracy batches)" in view.conventions()
     assert guess(view.grid.runs_on("tess")) == pytest.approx(100 / 7)
 
@@ -666,7 +661,7 @@ def test_a_grid_without_a_finished_emotion_training_has_a_report(tmp_path, rng, 
         plan.beforehand()
     plan.emotion("real", "iemocap", "random", "none", 0, 1, done=False)
     plan.emotion("real", "iemocap", "random", "single_S", 2, 1, done=False)
-    page = Page(write_report(plan.write()).read_text(encoding="utf-8"))
+    page = page_of(plan.write())
     assert f"{6 * beforehand} of {2 + 6 * beforehand} trainings are finished" in page.text
     assert ["IEMOCAP", "real, random", "0 of 1", "0 of 1"] in page.rows
     assert read(tmp_path, "table1")["accuracy"].isna().all()

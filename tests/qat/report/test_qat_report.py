@@ -1,7 +1,6 @@
 """The report against folders of invented runs whose figures are recomputed here."""
 
 import base64
-import csv
 import io
 import json
 import re
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
 
@@ -17,212 +15,35 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qat.config import (
-    AntiTransferConfig,
-    CorpusConfig,
-    Experiment,
-    NetworkConfig,
-    SplitConfig,
-    TrainingConfig,
-    to_plain,
-)
+from qat.config import AntiTransferConfig, CorpusConfig, to_plain
 from qat.report import figures
-from qat.report.report import collect, summary_table, write_report
+from qat.report.report import write_report
 from qat.results.record import Result
 from qat.results.runs import FinishedRun, group_runs, made_with
 from qat.results.statistics import cluster_interval
-from qat.results.tables import seed_differences
+from qat.results.tables import seed_differences, summary_table
 from qkernels.losses import CKA, FoldedRowwise, GramPosition, MseSigmoid
-
-EMOTIONS = ["angry", "happy", "neutral", "sad"]
-SEEDS = (1, 2, 3)
-PLAIN = Experiment(
-    corpus=CorpusConfig("demo", Path("corpus")),
-    network=NetworkConfig(width=0.125),
-    split=SplitConfig("confounded"),
-    training=TrainingConfig(lr=1e-3, epochs=12),
+from tests.qat.report.helpers import (
+    EMOTIONS,
+    PLAIN,
+    SEEDS,
+    SETTINGS,
+    SPEAKER,
+    Corpus,
+    Page,
+    experiment,
+    judged,
+    page_of,
+    runs_in,
+    write_demo,
+    write_run,
 )
 
 
-def experiment(at: AntiTransferConfig | None = None, initial: Path | None = None) -> Experiment:
-    training = replace(PLAIN.training, initial=initial)
-    return replace(PLAIN, anti_transfer=at or AntiTransferConfig(), training=training)
-
-
-VOICE = Path("demo/twins/voice")
-SETTINGS = {
-    "baseline": (experiment(), 0.50),
-    "at-voice": (experiment(AntiTransferConfig(VOICE, [13])), 0.51),
-    "from-voice": (experiment(AntiTransferConfig(VOICE, [13], beta=0), VOICE), 0.32),
-    "from-voice-at-voice": (experiment(AntiTransferConfig(VOICE, [13]), VOICE), 0.45),
-    "from-voice-at-random": (experiment(AntiTransferConfig(None, [13], random_twin=True), VOICE), 0.34),
-}
-
-
-class Corpus:
-    """Invented test clips and withheld clips, and answers that are right with a probability of the voice's own."""
-
-    def __init__(self, rng: np.random.Generator, voices: int = 9, sentences: int = 5) -> None:
-        self.rng = rng
-        rows = [
-            (f"v{v}/{e}-{s}.wav", f"voice{v}", f"text {s}", e)
-            for v in range(voices)
-            for s in range(sentences)
-            for e in EMOTIONS
-        ]
-        self.clips = pd.DataFrame(rows, columns=["path", "speaker", "text", "label"])
-        self.ease = dict(zip(self.clips["speaker"].unique(), rng.normal(0, 0.1, voices), strict=True))
-
-    def answers(self, part: str, accuracy: float) -> pd.DataFrame:
-        chance = np.clip([accuracy + self.ease[v] for v in self.clips["speaker"]], 0, 1)
-        right = self.rng.random(len(self.clips)) < chance
-        wrong = [str(self.rng.choice([e for e in EMOTIONS if e != label])) for label in self.clips["label"]]
-        predicted = np.where(right, self.clips["label"], wrong)
-        table = self.clips.assign(part=part, predicted=predicted, p_angry=0.25)
-        return table.sample(frac=1, random_state=int(self.rng.integers(1 << 30)))
-
-
-def judged(table: pd.DataFrame) -> dict:
-    confusion = pd.crosstab(table["label"], table["predicted"]).reindex(index=EMOTIONS, columns=EMOTIONS, fill_value=0)
-    counts = confusion.to_numpy()
-    return {
-        "accuracy": float(np.trace(counts) / counts.sum()),
-        "uar": float(np.mean(np.diag(counts) / counts.sum(1))),
-        "confusion": counts.tolist(),
-        "samples": len(table),
-    }
-
-
-def write_run(folder: Path, result: dict, rng: np.random.Generator, answers: pd.DataFrame | None = None) -> None:
-    folder.mkdir(parents=True)
-    epochs = result.get("epochs", 5)
-    at = result["experiment"].get("anti_transfer", {})
-    with (folder / "metrics.csv").open("w") as file:
-        writer = csv.writer(file)
-        layer = (at.get("twin") or at.get("random_twin")) and at["layers"][0]
-        names = [
-            "epoch",
-            "seconds",
-            "train_total",
-            "train_cross_entropy",
-            "validation_total",
-            "validation_cross_entropy",
-        ]
-        writer.writerow([*names, "validation_accuracy", *([f"validation_similarity_{layer}"] if layer else [])])
-        for e in range(epochs):
-            ce, drop = 1.4 * np.exp(-e / 8) + 0.05 * rng.random(), 0.9 * np.exp(-e / 2) * at.get("beta", 0)
-            total = ce + drop if layer else ce
-            row = [e, 1.2, total, ce, total + 0.1, ce + 0.1, 0.6 - 0.35 * np.exp(-e / 5) + 0.05 * rng.random()]
-            writer.writerow([*row, *([0.9 * np.exp(-e / 2) + 0.002] if layer else [])])
-    if answers is not None:
-        answers.to_csv(folder / "predictions.csv", index=False)
-    (folder / "result.json").write_text(json.dumps(result))
-
-
-def write_demo(
-    top: Path, rng: np.random.Generator, seeds: tuple[int, ...] = SEEDS
-) -> dict[tuple[str, int], pd.DataFrame]:
-    """A folder like the demo's; returns every emotion run's test answers."""
-    corpus, kept = Corpus(rng), {}
-    common = {"versions": {"torch": "2.13.0"}, "device": "cpu, 1 threads", "kept_epoch": 9, "epochs": 12}
-    for name, (settings, accuracy) in SETTINGS.items():
-        for seed in seeds:
-            answers, withheld = corpus.answers("test", accuracy), corpus.answers("withheld", accuracy - 0.1)
-            kept[name, seed] = answers
-            plain = to_plain(replace(settings, training=replace(settings.training, seed=seed)))
-            result = common | {
-                "kind": "classifier",
-                "name": name,
-                "seed": seed,
-                "experiment": plain,
-                "classes": EMOTIONS,
-                "parts": {"test": judged(answers), "withheld": judged(withheld)},
-                "seconds": 14.5 + seed,
-                "seconds_per_epoch": 1.2 + seed / 100,
-                "peak_memory": 500 * 2**20 + seed,
-                "parameters": 160_000,
-            }
-            folder = top / "emotion" / name / f"seed{seed}"
-            write_run(folder, result, rng, pd.concat([answers, withheld]))
-            layers = {str(layer): {"voice_probe": rng.random(), "word_probe": rng.random()} for layer in (2, 7, 13)}
-            probe = {"shortcut_rate": 0.9 - accuracy + rng.random() / 20, "voice_probe_chance": 1 / 9, "layers": layers}
-            (folder / "analysis.json").write_text(json.dumps(probe | layers["13"]))
-    for task, name in (("speaker", "voice"), ("word", "word")):
-        result = common | {
-            "kind": "classifier",
-            "name": name,
-            "seed": 1,
-            "experiment": to_plain(replace(experiment(), task=task)),
-            "classes": [f"{name} {n}" for n in range(9)],
-            "parts": {"test": {"accuracy": 0.9 + rng.random() / 20, "uar": 0.9, "samples": 200}},
-            "seconds": 20.0,
-        }
-        write_run(top / "twins" / name, result, rng)
-    for stage in (1, 2):
-        scores = {"reconstruction": 0.126, "constant": 0.55, "live_channels": 4, "samples": 99}
-        result = common | {
-            "kind": "rhemo",
-            "seed": 1,
-            "experiment": {},
-            "parts": {"test": scores, "validation": scores},
-        }
-        write_run(top / "rhemo" / f"stage{stage}", result, rng)
-    stages = [{"name": "synthesise the corpus", "seconds": 13.1}, {"name": "train", "seconds": 180.0}]
-    demo = {"corpus": "synthesised speech (eSpeak NG)", "synthetic": True, "recipe": "small", "stages": stages}
-    (top / "demo.json").write_text(json.dumps(demo))
-    return kept
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced, and keeps what is asked about."""
-
-    VOID = frozenset({"meta", "br", "img", "link", "input", "hr", "base", "embed", "source"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open[-1:] == [tag], (tag, self.open)
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if self.open and {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
 @pytest.fixture(scope="module")
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory, rng):
+def demo(tmp_path_factory, pytestconfig):
     top = tmp_path_factory.mktemp("demo")
-    answers = write_demo(top, rng)
+    answers = write_demo(top, np.random.default_rng(pytestconfig.option.seed))
     out = write_report(top)
     return top, answers, out, Page(out.read_text(encoding="utf-8"))
 
@@ -306,7 +127,7 @@ def test_what_was_compared_is_said(settings, shown, tmp_path):
     run = experiment(AntiTransferConfig(twin=Path("twins/voice"), **settings))
     result = {"kind": "classifier", "seed": 1, "experiment": to_plain(run)}
     (tmp_path / "result.json").write_text(json.dumps(result))
-    (found,) = collect(tmp_path)
+    (found,) = runs_in(tmp_path)
     assert shown in found.anti_transfer
     assert found.transfers == (settings.get("beta") != [0.0, 0.0])
 
@@ -393,7 +214,7 @@ def test_probes_are_compared_at_the_layer_of_anti_transfer(demo, tmp_path):
         result = json.loads(file.read_text())
         result["experiment"]["anti_transfer"]["layers"] = [2]
         file.write_text(json.dumps(result))
-    table = seed_differences(collect(tmp_path)).set_index(["name", "against", "measure"])
+    table = seed_differences(runs_in(tmp_path)).set_index(["name", "against", "measure"])
     layers = {
         name: [
             json.loads((tmp_path / "emotion" / name / f"seed{s}" / "analysis.json").read_text())["layers"]["2"]
@@ -419,13 +240,13 @@ def test_synthesised_speech_is_said_wherever_accuracy_is(demo):
     assert all("ynthesised speech" in caption for caption in about)
     assert "Every accuracy below was measured on synthesised speech" in page.text
     assert "no evidence that anything was removed" in page.text
-    assert "9 voices" in page.text
+    assert "9 speakers" in page.text
     assert "3 seeds" in page.text
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path, rng):
     answers = Corpus(rng).answers("test", 0.5)
-    plain = to_plain(experiment(AntiTransferConfig(VOICE, [13])))
+    plain = to_plain(experiment(AntiTransferConfig(SPEAKER, [13])))
     result = {"seed": 1, "experiment": plain, "classes": EMOTIONS, "parts": {"test": judged(answers)}}
     write_run(tmp_path / "run", result, rng, answers)
     first, again = write_report(tmp_path), write_report(tmp_path, tmp_path / "again" / "page.html")
@@ -447,7 +268,7 @@ def test_names_are_escaped(tmp_path, rng):
         "kept_epoch": 1,
     }
     write_run(tmp_path / "a", result, rng, answers)
-    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    page = page_of(tmp_path)
     assert "script" not in {tag for tag, _ in page.seen}
     assert any(cells[0] == evil for cells in page.rows)
 
@@ -457,28 +278,28 @@ def test_a_baseline_differs_in_anti_transfer_alone(tmp_path, rng):
     longer = replace(experiment(), training=replace(PLAIN.training, epochs=99))
     for name, settings in (
         ("wrong-epochs", longer),
-        ("wrong-start", experiment(initial=VOICE)),
-        ("at", experiment(AntiTransferConfig(VOICE, [2]))),
+        ("wrong-start", experiment(initial=SPEAKER)),
+        ("at", experiment(AntiTransferConfig(SPEAKER, [2]))),
     ):
         answers = corpus.answers("test", 0.5)
         result = {"name": name, "seed": 1, "experiment": to_plain(settings), "parts": {"test": judged(answers)}}
         write_run(tmp_path / name, result, rng, answers)
-    assert summary_table(collect(tmp_path))["baseline"].isna().all()
+    assert summary_table(runs_in(tmp_path))["baseline"].isna().all()
     answers = corpus.answers("test", 0.5)
     elsewhere = replace(experiment(), cache=Path("other"), training=replace(PLAIN.training, device="cuda"))
     result = {"name": "right", "seed": 1, "experiment": to_plain(elsewhere), "parts": {"test": judged(answers)}}
     write_run(tmp_path / "right", result, rng, answers)
-    table = summary_table(collect(tmp_path)).set_index("name")
+    table = summary_table(runs_in(tmp_path)).set_index("name")
     assert table.loc["at", "baseline"] == "right"
 
 
 def test_other_clips_give_a_difference_without_interval(tmp_path, rng):
     corpus = Corpus(rng)
-    for name, settings in (("plain", experiment()), ("at", experiment(AntiTransferConfig(VOICE, [2])))):
+    for name, settings in (("plain", experiment()), ("at", experiment(AntiTransferConfig(SPEAKER, [2])))):
         answers = corpus.answers("test", 0.6).assign(path=lambda t, name=name: name + t["path"])
         result = {"seed": 1, "experiment": to_plain(settings), "parts": {"test": judged(answers)}}
         write_run(tmp_path / name, result, rng, answers)
-    table = summary_table(collect(tmp_path)).set_index("name")
+    table = summary_table(runs_in(tmp_path)).set_index("name")
     assert table.loc["at", "difference"] == pytest.approx(table.at["at", "accuracy"] - table.at["plain", "accuracy"])
     assert np.isnan(table.loc["at", "difference_low"])
 
@@ -488,11 +309,11 @@ def test_too_few_speakers_give_no_interval(tmp_path, rng, speakers):
     answers = Corpus(rng).answers("test", 0.5).assign(speaker="only one" if speakers else "")
     result = {"seed": 1, "experiment": to_plain(experiment()), "parts": {"test": judged(answers)}}
     write_run(tmp_path / "a", result, rng, answers)
-    row = summary_table(collect(tmp_path)).iloc[0]
+    row = summary_table(runs_in(tmp_path)).iloc[0]
     assert np.isnan(row["accuracy_low"])
     assert np.isnan(row["accuracy_sd"])
     assert row["accuracy"] == pytest.approx(right(answers).mean())
-    Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    page_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +332,7 @@ def test_a_foreign_run_may_lack_anything(tmp_path, result):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text(json.dumps(result))
     (tmp_path / "run/metrics.csv").write_text("epoch,train_total,train_similarity_1\n0,1.0,0.5\n1,,\n")
-    Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    page_of(tmp_path)
     row = pd.read_csv(tmp_path / "summary.csv").iloc[0]
     assert row["name"] == "run"
     accuracy = ((result.get("parts") or {}) or {"test": {}}).get("test", {}).get("accuracy", float("nan"))
@@ -522,15 +343,15 @@ def test_a_foreign_run_may_lack_anything(tmp_path, result):
     ("file", "content", "message"),
     [
         ("result.json", {"schema": 2}, "schema 2 must be 1; another version of qat wrote this file"),
-        ("result.json", {"seed": "one"}, "seed is 'one'; it must be a whole number"),
-        ("result.json", {"seed": True}, "seed is True; it must be a whole number"),
-        ("result.json", {"kind": "svm"}, "kind is 'svm'; it must be 'classifier' or 'rhemo'"),
-        ("result.json", {"parts": []}, "parts is []; it must be an object"),
-        ("result.json", {"parts": {"test": {"confusion": "?"}}}, "parts.test.confusion is '?'; it must be a list"),
-        ("result.json", {"parts": {"test": {"total": []}}}, "parts.test.losses.total is []; it must be a number"),
-        ("result.json", {"experiment": {"network": None}}, "experiment: must be an object with an object for each"),
-        ("result.json", {"experiment": {"colour": 1}}, "experiment: Experiment: unknown setting colour"),
-        ("analysis.json", {"layers": {"2": 0.5}}, "layers.2 is 0.5; it must be an object"),
+        ("result.json", {"seed": "one"}, "seed: 'one' must be a whole number"),
+        ("result.json", {"seed": True}, "seed: True must be a whole number"),
+        ("result.json", {"kind": "svm"}, "kind: 'svm' must be one of classifier, rhemo"),
+        ("result.json", {"parts": []}, "parts: [] must be a mapping"),
+        ("result.json", {"parts": {"test": {"confusion": "?"}}}, "parts.test.confusion: '?' must be a list"),
+        ("result.json", {"parts": {"test": {"total": []}}}, "parts.test.losses.total: [] must be a number"),
+        ("result.json", {"experiment": {"network": None}}, "experiment: network: null must be"),
+        ("result.json", {"experiment": {"colour": 1}}, "experiment: unknown setting colour; Experiment has corpus, "),
+        ("analysis.json", {"layers": {"2": 0.5}}, "layers.2: 0.5 must be a mapping of settings"),
     ],
 )
 def test_a_broken_record_is_refused_by_name(tmp_path, file, content, message):
@@ -546,7 +367,7 @@ def test_runs_are_named_by_their_path_without_the_seed(tmp_path):
     for path in ("ravdess/at/seed-1", "ravdess/at/seed-2", "tess/at/seed1", "iemocap-seed3"):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "result.json").write_text(json.dumps({"name": Path(path).name}))
-    found = {(run.name, run.seed) for run in collect(tmp_path)}
+    found = {(run.name, run.seed) for run in runs_in(tmp_path)}
     assert found == {("ravdess/at", 1), ("ravdess/at", 2), ("tess/at", 1), ("iemocap", 3)}
 
 
@@ -574,7 +395,7 @@ def test_a_seed_is_counted_once(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "result.json").write_text(json.dumps({"name": "same", "seed": 4}))
     with pytest.raises(ValueError, match="has the name 'same' and the seed 4 of"):
-        collect(tmp_path)
+        runs_in(tmp_path)
 
 
 def test_importing_the_report_is_cheap():
@@ -660,14 +481,14 @@ def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path, rng):
     settings = replace(experiment(), corpus=CorpusConfig("csv", tmp_path / "corpus/manifest.csv"))
     result = {"seed": 1, "experiment": to_plain(settings), "classes": EMOTIONS, "parts": {"test": judged(table)}}
     write_run(tmp_path / "run", result, rng, table)
-    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    page = page_of(tmp_path / "run")
     sounds = [attributes["src"] for tag, attributes in page.seen if tag == "audio"]
     assert len(sounds) == 3
     audio, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].partition("base64,")[2])))
     assert (len(audio), rate) == (64_000, 16000)
     assert "angry , heard as sad with probability 40.0 %" in page.text  # the most confident errors
     shutil.rmtree(tmp_path / "corpus")
-    assert "audio" not in {tag for tag, _ in Page(write_report(tmp_path / "run").read_text(encoding="utf-8")).seen}
+    assert "audio" not in {tag for tag, _ in page_of(tmp_path / "run").seen}
 
 
 def test_failed_and_unfinished_runs_are_named(tmp_path, rng):
@@ -680,7 +501,7 @@ def test_failed_and_unfinished_runs_are_named(tmp_path, rng):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
-    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    page = page_of(tmp_path)
     assert "1 training failed bad: ValueError: <no> 1 training not finished half" in page.text
     shutil.rmtree(tmp_path / "bad")
     shutil.rmtree(tmp_path / "half")
@@ -703,14 +524,14 @@ def test_a_plan_that_is_no_grid_names_the_runs(tmp_path, rng):
     text = "run,stage,network,corpus,split,at,layer,seed,name\n" + "\n".join(rows)
     (top / "plan.csv").write_text(text)
     (top / "campaign.yaml").write_text("preset: demo\nnot_run: [Nothing at layer 5.]\n")
-    page = Page(write_report(top).read_text(encoding="utf-8"))
+    page = page_of(top)
     assert {cells[0] for cells in page.rows} >= {"baseline", "at-voice"}
     assert "1 training not finished at-word, seed 1" in page.text
     assert "Nothing at layer 5." in page.text
     assert "preset: demo" in page.text
     table = pd.read_csv(top / "summary.csv").set_index("name")
     assert table.loc["at-voice", "baseline"] == "baseline"
-    nested = {(run.name, run.seed) for run in collect(tmp_path)}
+    nested = {(run.name, run.seed) for run in runs_in(tmp_path)}
     assert ("campaign/at-voice", 2) in nested
     assert "twin at-word" in table.loc["at-voice", "anti_transfer"]  # its name, not its address
 
@@ -720,7 +541,7 @@ def test_the_axis_of_one_epoch_has_that_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "drawing", drawn.append)
     (tmp_path / "result.json").write_text('{"kept_epoch": 0}')
     (tmp_path / "metrics.csv").write_text("epoch,train_total,validation_total\n0,1.0,1.5\n")
-    figures.losses(group_runs(collect(tmp_path)), share=True)
+    figures.losses(group_runs(runs_in(tmp_path)), share=True)
     [figure] = drawn
     axis = figure.axes[0]
     low, high = axis.get_xlim()
