@@ -1,14 +1,43 @@
-"""Decoding of audio files to mono float32 at one sample rate."""
+"""Decoding of audio files to mono float32 at one sample rate, whatever is wrong with them."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qat.config import WINDOW
 
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+
 SILENCE = 0.005
-"""Files whose largest sample is at most this are skipped (WASPAA 2023, released preprocessing)."""
+"""Files whose largest magnitude, at their own sample rate, is at most this are skipped."""
+
+LOUDEST = 16.0
+"""Largest magnitude of a usable sample, where full scale is 1; above it the samples are on the scale of integers."""
+
+RATES = (2_000, 768_000)
+"""Sample rates in Hz that are decoded."""
+
+LONGEST = 3600.0
+"""Duration in seconds of the longest file or segment that is decoded, which bounds memory."""
+
+_BLOCK = 1 << 20
+"""Number of values, of all channels, that are decoded at a time."""
+
+_CHUNKS: dict[tuple[bytes, bytes], tuple[Literal["little", "big"], bytes]] = {
+    (b"RIFF", b"WAVE"): ("little", b"data"),
+    (b"FORM", b"AIFF"): ("big", b"SSND"),
+    (b"FORM", b"AIFC"): ("big", b"SSND"),
+}
+"""By the beginning of a file: order of the bytes of a length, and name of the chunk that holds samples."""
+
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class AudioError(ValueError):
@@ -30,39 +59,17 @@ def decode(
         Samples `[n]`; full scale is 1.
 
     Raises:
-        AudioError: no such file, not audio, no samples, or samples that are not finite.
+        AudioError: no such file, not audio, cut short, longer than an hour, a sample rate outside `RATES`, no samples,
+            or samples that are not finite or on the scale of integers.
     """
-    # Imported here, as training on prepared spectrograms needs neither.
-    import soundfile
-    import soxr
-
-    if not path.is_file():
-        raise AudioError(f"{path}: no such file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, first = file.samplerate, round(start * file.samplerate)
-            if first:
-                file.seek(min(first, file.frames))
-            count = -1 if duration is None else round((start + duration) * rate) - first
-            samples = file.read(count, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(f"{path}: cannot be decoded as audio ({error})") from error
-    if not len(samples):
-        raise AudioError(f"{_place(path, start)}: has no samples")
-    mono = samples.mean(axis=1, dtype=np.float32)
-    if not np.isfinite(mono).all():
-        raise AudioError(f"{_place(path, start)}: has samples that are not finite")
-    resampled: NDArray[np.float32] = mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate)
-    return resampled
+    samples, rate = _decoded(path, start, duration)
+    return _resampled(samples, rate, sample_rate)
 
 
 def load_audio(
     path: Path, sample_rate: int = 16000, start: float = 0.0, duration: float | None = None
 ) -> NDArray[np.float32]:
     """Decode an audio file for training: like `decode`, but silence is an error.
-
-    Silent means that the largest sample (not the largest magnitude) is at most 0.005, as in the released preprocessing
-    of WASPAA 2023.
 
     Args:
         path: audio file.
@@ -74,15 +81,133 @@ def load_audio(
         Samples `[n]`; full scale is 1.
 
     Raises:
-        AudioError: see `decode`; or silent, or shorter than one window.
+        AudioError: see `decode`; or silent, see `SILENCE`, or shorter than one window.
     """
-    samples = decode(path, sample_rate, start, duration)
+    decoded, rate = _decoded(path, start, duration)
+    peak = np.abs(decoded).max()
+    if peak <= SILENCE:
+        raise AudioError(
+            f"{_place(path, start)}: silent, its largest magnitude is {peak:.4g} and must be above {SILENCE}"
+        )
+    samples = _resampled(decoded, rate, sample_rate)
     if len(samples) < WINDOW:
         raise AudioError(f"{_place(path, start)}: {len(samples)} samples, fewer than one window of {WINDOW}")
-    peak = samples.max(initial=0.0)
-    if peak <= SILENCE:
-        raise AudioError(f"{_place(path, start)}: silent, its largest sample is {peak:.4g} and must be above {SILENCE}")
     return samples
+
+
+def duration_of(path: Path) -> float:
+    """Duration of a file in seconds as its header has it; 0 where it has none, or one of more than a day."""
+    try:
+        with _opened(path) as file:
+            seconds = round(file.frames / file.samplerate, 6)
+            return seconds if 0 <= seconds <= 24 * 3600 else 0.0
+    except AudioError:
+        return 0.0
+
+
+def _decoded(path: Path, start: float, duration: float | None) -> tuple[NDArray[np.float32], int]:
+    """Mono samples `[n]` at the file's own rate, and the rate."""
+    with _opened(path) as file:
+        rate, first = file.samplerate, round(start * file.samplerate)
+        wanted = None if duration is None else round((start + duration) * rate) - first
+        if not RATES[0] <= rate <= RATES[1]:
+            raise AudioError(f"{path}: has a sample rate of {rate} Hz; {RATES[0]} to {RATES[1]} Hz can be read")
+        if missing := _missing_bytes(path):
+            raise AudioError(f"{path}: cut short, {missing} bytes of its samples are missing")
+        most = int(LONGEST * rate)
+        mono = _read(file, first, most + 1 if wanted is None else min(wanted, most + 1))
+        if len(mono) > most:
+            raise AudioError(f"{_place(path, start)}: longer than {LONGEST:g} s; cut it into pieces")
+        end = file.frames if wanted is None else min(first + wanted, file.frames)
+        # Decoders of lossy codings may pad the last block, or leave it out.
+        if len(mono) and first + len(mono) < end - max(4096, rate // 10):
+            there = f"{first + len(mono)} of the {file.frames} samples of its header"
+            raise AudioError(f"{path}: cut short, it has {there}")
+    if not len(mono):
+        raise AudioError(f"{_place(path, start)}: has no samples")
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{_place(path, start)}: has samples that are not finite")
+    peak = np.abs(mono).max()
+    if peak > LOUDEST:
+        raise AudioError(
+            f"{_place(path, start)}: its samples reach {peak:.4g} where full scale is 1; "
+            "divide samples on the scale of integers by its maximum, such as 32768"
+        )
+    return mono, rate
+
+
+def _read(file: SoundFile, first: int, count: int) -> NDArray[np.float32]:
+    """At most `count` frames from `first` on, averaged over the channels, in blocks: a header may lie about both."""
+    if first and file.seekable():
+        file.seek(min(first, file.frames))
+        first = 0
+    block = max(_BLOCK // file.channels, 1)
+    blocks = []
+    left = first + count  # of a coding that cannot seek, what is before the segment is decoded too
+    while left > 0:
+        read = file.read(min(block, left), dtype="float32", always_2d=True)
+        if not len(read):
+            break
+        left -= len(read)
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is an error of its own
+            blocks.append(read.mean(axis=1, dtype=np.float32)[first:])
+        first = max(first - len(read), 0)
+    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+
+
+def _resampled(samples: NDArray[np.float32], rate: int, sample_rate: int) -> NDArray[np.float32]:
+    import soxr
+
+    resampled: NDArray[np.float32] = samples if rate == sample_rate else soxr.resample(samples, rate, sample_rate)
+    return resampled
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[SoundFile]:
+    """The file for reading; whatever a decoder raises, here or within the block, is an `AudioError`."""
+    # Imported here, as training on prepared spectrograms needs no decoder.
+    import soundfile
+
+    try:
+        if not path.is_file():
+            raise AudioError(f"{path}: no such file")
+        with soundfile.SoundFile(path) as file:
+            yield file
+    except AudioError:
+        raise
+    except Exception as error:  # of libsndfile, its wrapper, the file system, or numpy where memory is short
+        if _is_git_lfs_pointer(path):
+            raise AudioError(f"{path}: is a pointer of Git LFS; fetch the recording with `git lfs pull`") from None
+        reason = str(error).replace(f"Error opening {str(path)!r}: ", "").strip() or type(error).__name__
+        raise AudioError(f"{path}: cannot be decoded as audio ({reason})") from error
+
+
+def _is_git_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as raw:
+            return raw.read(len(_GIT_LFS)) == _GIT_LFS
+    except OSError:
+        return False
+
+
+def _missing_bytes(path: Path) -> int:
+    """Bytes of samples that the header of a WAV or AIFF file has and the file has not; libsndfile reads what is there.
+
+    Up to 64 are forgiven, as some writers count the header too.
+    """
+    with path.open("rb") as raw:
+        kind = raw.read(4), raw.read(8)[4:]
+        if kind not in _CHUNKS:
+            return 0
+        order, samples = _CHUNKS[kind]
+        while len(head := raw.read(8)) == 8:
+            length = int.from_bytes(head[4:], order)
+            if head[:4] == samples:
+                missing = raw.tell() + length - path.stat().st_size
+                # A writer to a pipe does not know the length, and writes the largest.
+                return missing if missing > 64 and length < 0x7FFFF000 else 0
+            raw.seek(length + length % 2, 1)
+    return 0
 
 
 def _place(path: Path, start: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qat.data.audio import AudioError, load_audio
+from qat.data.audio import AudioError, duration_of, load_audio
 from qat.files import sha256_of, write_text
 from qat.processes import bar
 
@@ -185,21 +185,12 @@ def check_files(manifest: Manifest, progress: bool = True) -> pd.DataFrame:
 
 def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
     """The table with `duration` and `checksum`, computed from the files if missing."""
-
-    def duration(file: Path) -> float:
-        import soundfile  # imported here: a complete manifest can be read without it
-
-        try:
-            return round(float(soundfile.info(file).duration), 6)
-        except soundfile.LibsndfileError:
-            return 0.0
-
     paths = table["path"]
     files = {path: root / path for path in paths.unique()}
     exists = {path: file.is_file() for path, file in files.items()}
     _refuse(source, paths, [not exists[path] for path in paths], f"is no file under {root}")
     with ThreadPoolExecutor() as pool:  # both functions wait for the disk and compute without Python's global lock
-        for column, function in (("duration", duration), ("checksum", sha256_of)):
+        for column, function in (("duration", duration_of), ("checksum", sha256_of)):
             if column not in table:
                 values = dict(zip(files, pool.map(function, files.values()), strict=True))
                 table = table.assign(**{column: paths.map(values)})

@@ -236,7 +236,7 @@ def test_cremad(tmp_path: Path) -> None:
     assert len(read) == 8
     assert {name: read[name] for name in names} == names
     assert set(remarks) == {f"AudioWAV/{stray}" for stray in strays}
-    assert "cannot be decoded" in problems["AudioWAV/1002_DFA_ANG_XX.wav"]
+    assert "git lfs pull" in problems["AudioWAV/1002_DFA_ANG_XX.wav"]
     assert "silent" in problems["AudioWAV/1076_MTI_SAD_XX.wav"]
 
 
