@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
+
+LARGEST = 16 << 20
+"""Largest number of bytes of a JSON or YAML file that is read."""
+
+MOST_ALIASES, MOST_LEVELS = 20, 40
+"""What a YAML file may have, so that it cannot grow without bound as it is read."""
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +51,78 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` to ``path`` atomically, as indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write ``value`` to ``path`` atomically, as indented JSON; NaN and infinity, which JSON has not, become null."""
+    write_text(path, json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object; NaN and infinity, as earlier versions wrote them, become None.
+
+    Args:
+        path: file.
+        keys: keys that the object must have.
+
+    Raises:
+        ValueError: it is not readable, no object, or lacks a key; names the file.
+    """
+    try:
+        value = json.loads(_text_of(path), parse_constant=lambda constant: None)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path}: {', '.join(map(repr, missing))} is missing")
+    return value
+
+
+def read_yaml(path: Traversable) -> Any:
+    """Read a YAML file of plain data.
+
+    Raises:
+        ValueError: it is not readable, has tags, one key twice, more than 20 aliases or 40 levels; names the file.
+    """
+    try:
+        return yaml.load(_text_of(path), Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Bounds what a small file can grow to."""
+
+    aliases = depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        if self.aliases > MOST_ALIASES or self.depth > MOST_LEVELS:
+            raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases or {MOST_LEVELS} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"{', '.join(map(repr, sorted(twice)))} twice, from line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def _text_of(path: Traversable) -> str:
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 20} MiB")
+    return content.decode("utf-8")
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import filelock
 import pytest
 
 import qat
-from qat.files import Busy, held, holder, make_once
+from qat.files import LARGEST, Busy, held, holder, make_once, read_json, read_yaml, write_json
 
 
 def hold(lock: Path) -> subprocess.Popen[str]:
@@ -100,3 +101,57 @@ def test_holders_that_left_no_note(tmp_path: Path) -> None:
     refused = pytest.raises(Busy, match="has not said which")
     with filelock.FileLock(tmp_path / ".lock"), refused, held(tmp_path / ".lock"):
         pass
+
+
+def test_json_is_always_json(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"loss": float("nan"), "parts": [1.5, float("-inf")], "name": "NaN"})
+    assert json.loads(file.read_text(), parse_constant=pytest.fail) == {
+        "loss": None, "parts": [1.5, None], "name": "NaN"
+    }  # fmt: skip
+    file.write_text('{"loss": NaN, "best": Infinity}')  # of an earlier version
+    assert read_json(file, "loss") == {"loss": None, "best": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not readable as JSON: Expecting value"),
+        (b"{", "not readable as JSON"),
+        (b"[]", "must hold a JSON object, not list"),
+        (b"null", "must hold a JSON object, not NoneType"),
+        (b"{}", "'experiment', 'kind' is missing"),
+        (b"\xff\xfe", "not readable as JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b" " * (LARGEST + 1), "not readable as JSON: larger than 16 MiB"),
+    ],
+)
+def test_broken_json_is_one_line_with_the_file(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"result\.json: {message}") as raised:
+        read_json(tmp_path / "result.json", "experiment", "kind")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [b", "while parsing"),
+        ("!!python/object/apply:os.system [id]", "could not determine a constructor for the tag"),
+        ("a: 1\nb: 2\na: 3\n", "'a' twice, from line 1"),
+        ("[" * 1000, "more than 20 aliases or 40 levels"),
+        ("a: &a [x, x]\n" + "".join(f"b{i}: [*a, *a, *a, *a]\n" for i in range(9)), "more than 20 aliases"),
+        ("a: \0", "special characters are not allowed"),
+        ("- 2026-13-45", "month must be in 1..12"),
+    ],
+)
+def test_broken_yaml_is_one_line_with_the_file(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"my\.yaml: not readable as YAML: .*{message}") as raised:
+        read_yaml(tmp_path / "my.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_plain_yaml_is_read(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("a: &a {b: [1, 2.5]}\nc: *a\nd: [x, null, true]\n")
+    assert read_yaml(tmp_path / "my.yaml") == {"a": {"b": [1, 2.5]}, "c": {"b": [1, 2.5]}, "d": ["x", None, True]}
