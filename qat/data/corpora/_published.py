@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,25 @@ class Survey:
 
 
 def files(folder: Path, endings: Iterable[str] = AUDIO) -> list[Path]:
-    """Files below a folder with one of these endings (in any case), sorted, without the `._` files of macOS."""
+    """Files below a folder with one of these endings (in any case), sorted, without the `._` files of macOS.
+
+    Links to folders are followed, but not back into a folder that they lie in.
+    """
     return sorted(
         file
-        for file in Path(folder).rglob("*")
+        for file in _below(Path(folder))
         if file.suffix.lower() in endings and not file.name.startswith("._") and file.is_file()
     )
+
+
+def _below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    about = folder.stat()
+    identity = (about.st_dev, about.st_ino)
+    for path in folder.iterdir() if identity not in above else ():
+        if path.is_dir():
+            yield from _below(path, (*above, identity))
+        else:
+            yield path
 
 
 def survey(

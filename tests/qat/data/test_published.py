@@ -643,3 +643,15 @@ def test_the_released_codes_actors_go_by_the_corpus(tmp_path: Path) -> None:
     )
     assert {part: len(numbers) for part, numbers in data.parts.items()} == {"train": 6, "validation": 3, "test": 3}
     assert set(data.index["speaker"].iloc[data.parts["train"]]) == {"OAF"}
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    """Usual on clusters and with tools that version data."""
+    disk = tmp_path / "disk/Actor_01"
+    sound(disk / "03-01-03-01-01-01-01.wav")
+    corpus = tmp_path / "ravdess"
+    corpus.mkdir()
+    (corpus / "Actor_01").symlink_to(disk)
+    (disk / "again").symlink_to(corpus)
+    (corpus / "lost").symlink_to(tmp_path / "nowhere")
+    assert corpora.read("ravdess", corpus).table["path"].tolist() == ["Actor_01/03-01-03-01-01-01-01.wav"]
