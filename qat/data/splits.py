@@ -7,11 +7,14 @@ their rows) and returns, for each part, labels of `table.index` in the table's o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
 import numpy as np
 import pandas as pd
+
+log = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
 
@@ -40,10 +43,10 @@ def counts(items: int) -> tuple[int, int, int]:
 
 
 def random(table: pd.DataFrame, seed: int) -> Split:
-    """Split by files, shuffled: 70, 20 and 10 %. All cuts of a file stay together.
+    """Split by files, shuffled: 70, 20 and 10 %. All cuts of a file stay together, and so do files of the same bytes.
 
     Args:
-        table: table with the column `path`.
+        table: table with the column `path`, and perhaps `checksum`.
         seed: seed of the shuffle.
 
     Returns:
@@ -52,7 +55,30 @@ def random(table: pd.DataFrame, seed: int) -> Split:
     Raises:
         ValueError: fewer than 3 files.
     """
-    return _gather(table, "path", _divide(column(table, "path").unique(), seed, "path"))
+    parts = _divide(column(table, "path").unique(), seed, "path")
+    if "checksum" in table:
+        table = table.assign(path=table.groupby("checksum")["path"].transform("first"))
+    return _gather(table, "path", parts)
+
+
+def without_copies(table: pd.DataFrame, split: Split) -> Split:
+    """Without files whose bytes are also in a part before theirs: what is trained on is not tested on.
+
+    Args:
+        table: table with the columns `path` and `checksum`.
+        split: labels of `table.index`, of the training part first.
+    """
+    present: set[str] = set()
+    kept: Split = {}
+    for part, rows in split.items():
+        checksums = table.loc[rows, "checksum"]
+        copies = checksums.isin(present)
+        if copies.any():
+            first, number = table.loc[checksums.index[copies][0], "path"], table.loc[rows, "path"][copies].nunique()
+            log.warning("%d files left out of the %s part, which are in a part before it too: %s", number, part, first)
+        kept[part] = checksums.index[~copies].tolist()
+        present.update(checksums)
+    return kept
 
 
 def by_speaker(

@@ -176,6 +176,8 @@ def divide(index: pd.DataFrame, config: SplitConfig, corpus: str = "") -> splits
         parts = splits.by_part(index, only_train=config.rule == "part-train-only")
     else:
         parts = splits.confounded(index, config.seed, listed, config.leak)
+    if "checksum" in index and config.rule != "part-train-only":
+        parts = splits.without_copies(index, parts)
     for name in splits.PARTS:
         if not parts[name]:
             raise ValueError(f"split.rule {config.rule}: no sample in the {name} part")

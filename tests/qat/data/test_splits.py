@@ -390,3 +390,30 @@ def test_every_rule_of_the_configuration(config: Any, expected: Any) -> None:
 def test_bad_settings_are_named(changed: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SplitConfig(**changed)
+
+
+def test_files_of_the_same_bytes_stay_together_in_a_random_split() -> None:
+    table = grid().assign(checksum=lambda t: t["path"])
+    plain = splits.random(table.drop(columns="checksum"), 5)
+    assert splits.random(table, 5) == plain
+    copies = {plain["test"][0]: plain["train"][0], plain["validation"][0]: plain["train"][1]}
+    for copy, original in copies.items():
+        table.loc[[copy, original], "checksum"] = f"same {original}"
+    split = splits.random(table, 5)
+    assert_partition(table, split)
+    parts = {row: part for part, rows in split.items() for row in rows}
+    assert all(parts[copy] == parts[original] for copy, original in copies.items())
+    assert sum(set(split[part]) != set(plain[part]) for part in splits.PARTS) >= 2
+
+
+def test_other_splits_leave_out_files_whose_bytes_are_in_a_part_before(caplog: pytest.LogCaptureFixture) -> None:
+    table = grid().assign(checksum=lambda t: t["path"])
+    config = SplitConfig("speaker", 3)
+    plain = divide(table, config)
+    copy, original, within = plain["test"][0], plain["train"][0], plain["train"][1]
+    table.loc[[copy, original, within], "checksum"] = "same"
+    split = divide(table, config)
+    assert split == plain | {"test": plain["test"][1:]}
+    assert "1 files left out of the test part, which are in a part before it too" in caplog.text
+    assert table.loc[copy, "path"] in caplog.text
+    assert divide(table.assign(part="train"), SplitConfig("part-train-only"))["test"] == list(table.index)
