@@ -208,6 +208,9 @@ def hamilton_conv_transpose2d(
     kernel = weight.shape[3:]
     size = conv_reference.transposed_output_size(x.shape[2:], kernel, stride, padding, dilation, output_padding)
     checks.output_size(size, x)
+    (rows, top), (columns, left) = (divmod(extra, s) for extra, s in zip(output_padding, stride, strict=True))
+    if rows or columns:  # the adjoint of a convolution has no whole strides of output_padding: rows of zeros give them
+        x, output_padding = torch.nn.functional.pad(x, (0, columns, 0, rows)), (top, left)
     x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
     if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
@@ -292,7 +295,7 @@ def hamilton_linear(
             mask_gradient = mask_gradient or dropout > 0
             y = linear_op.hamilton_linear(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
-    return y.to(dtype).view(*leading, 4 * weight.shape[1])
+    return torch.ops.aten._unsafe_view(y.to(dtype), (*leading, 4 * weight.shape[1]))  # no view, as of linear maps
 
 
 class PackedWeight(NamedTuple):

@@ -1,6 +1,7 @@
 """Quaternion layers and the anti-transfer loss as modules, which hold parameters and call `functional`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,19 @@ class _QuaternionLayer(nn.Module):
         INITS[self.init](self.weight, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `Module.to` calls: of `memory_format=torch.channels_last` PyTorch assumes that weights have 4 axes."""
+
+        def apply(x: Tensor) -> Tensor:
+            try:
+                return fn(x)
+            except RuntimeError:
+                if x.dim() != 5:
+                    raise
+                return fn(x.flatten(0, 1)).contiguous().view(x.shape)
+
+        return super()._apply(apply, recurse)
 
 
 class QuaternionConv2d(_QuaternionLayer):
@@ -230,7 +244,7 @@ class QuaternionLinear(_QuaternionLayer):
         return f"{self.in_features}, {self.out_features}" + _changed(self, ", ", activation=None, dropout=None)
 
 
-class QuaternionBatchNorm2d(nn.Module):
+class QuaternionBatchNorm2d(nn.modules.batchnorm._BatchNorm):
     """Quaternion batch norm: four means, one variance.
 
     y = weight (x - mean) / sqrt(var + eps) + bias, where mean `[4]` is one number per component, over batch,
@@ -240,12 +254,12 @@ class QuaternionBatchNorm2d(nn.Module):
     Args:
         num_features: real channels C, 4 per quaternion.
         eps: added to the variance.
-        momentum: share of a batch in the running values.
+        momentum: share of a batch in the running values; None weights all batches equally.
         device, dtype: device and type of the parameters.
 
     Shapes:
         x `[B, C, H, W]`; weight `[C/4]`, shared by the components, 1 at first; bias `[C]`, 0 at first;
-        buffers running_mean `[4]`, running_var `[1]`.
+        buffers running_mean `[4]`, running_var `[1]`, num_batches_tracked `[]`.
 
     Raises:
         ValueError: channels not divisible by 4; an empty batch in training.
@@ -253,29 +267,30 @@ class QuaternionBatchNorm2d(nn.Module):
     (RH-Emo's decoder, Guizzo et al. 2022; Gaudet & Maida 2018.)
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         quaternions = checks.quaternions("num_features", num_features)
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        super().__init__(num_features, eps, momentum, affine=False, device=device, dtype=dtype)
+        self.affine = True
         self.weight = nn.Parameter(torch.ones(quaternions, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("running_mean", torch.zeros(4, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(1, device=device, dtype=dtype))
+        self.running_mean = torch.zeros(4, device=device, dtype=dtype)
+        self.running_var = torch.ones(1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x must have shape [B, {self.num_features}, H, W]; got {tuple(x.shape)}")
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        assert running_mean is not None
+        assert running_var is not None
+        assert batches is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (4, -1))
         if self.training:
             if wide.numel() == 0:
@@ -284,10 +299,12 @@ class QuaternionBatchNorm2d(nn.Module):
             centred = wide - mean.view(4, 1, 1, 1)
             var = centred.square().sum(1).mean().view(1)
             with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+                batches.add_(1)
+                share = self.momentum if self.momentum is not None else batches.to(running_mean.dtype).reciprocal()
+                running_mean.lerp_(mean.to(running_mean.dtype), share)
+                running_var.lerp_(var.to(running_var.dtype), share)
         else:
-            centred, var = wide - self.running_mean.view(4, 1, 1, 1), self.running_var
+            centred, var = wide - running_mean.view(4, 1, 1, 1), running_var
         y = centred * (self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt().view(1, 1, 1))
         return (y.flatten(1, 2) + self.bias.view(-1, 1, 1)).to(x.dtype)
 

@@ -54,7 +54,10 @@ class Checkpoint:
         Raises:
             ValueError: the checkpoint is of another network, as names or shapes differ; nothing is loaded then.
         """
-        tensors, own = self.part(prefix), module.state_dict()
+        own = module.state_dict()
+        # Batch norms of version 0.1 did not count batches.
+        counts = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+        tensors = counts | self.part(prefix)
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or extra:
             problem = f"lacks {missing[:3]}" if missing else f"has unknown {extra[:3]}"

@@ -45,10 +45,10 @@ def define(
             # The dispatcher leaves autocast on inside an operator: aten calls made here would be cast again.
             first = args[0] if isinstance(args[0], (list, tuple)) else args
             device = next(arg.device.type for arg in first if isinstance(arg, Tensor))
-            if autocast_dtype(device):
-                with torch.autocast(device, enabled=False):
-                    return function(*args)
-            return function(*args)
+            off = torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
+            with off:
+                results = function(*args)
+            return _owned(results) if isinstance(results, Tensor) else tuple(map(_owned, results))
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             by_name = dict(zip(names, inputs, strict=True))
@@ -66,6 +66,11 @@ def define(
         return operator
 
     return decorate
+
+
+def _owned(x: Tensor) -> Tensor:
+    """x, but no view: PyTorch forbids operations in place on a view that an operator returns."""
+    return x.new_empty(0).set_(x) if x._is_view() else x
 
 
 @contextlib.contextmanager

@@ -245,7 +245,9 @@ def test_batch_norm_in_evaluation() -> None:
 def test_batch_norm_parameters_and_types() -> None:
     norm = QuaternionBatchNorm2d(8)
     shapes = {name: tuple(t.shape) for name, t in norm.state_dict().items()}
-    assert shapes == {"weight": (2,), "bias": (8,), "running_mean": (4,), "running_var": (1,)}
+    assert shapes == {
+        "weight": (2,), "bias": (8,), "running_mean": (4,), "running_var": (1,), "num_batches_tracked": ()
+    }  # fmt: skip
     assert torch.equal(norm.weight, torch.ones(2))
     x = torch.randn(2, 8, 3, 3)
     half = QuaternionBatchNorm2d(8)(x.bfloat16())

@@ -1,0 +1,141 @@
+"""The layers behave as PyTorch's own where a training loop expects it of any layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import qkernels
+from qkernels import functional as F
+from qkernels.nn import QuaternionBatchNorm2d, QuaternionConv2d, QuaternionConvTranspose2d, QuaternionLinear
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: QuaternionConv2d(8, 8, 3, padding=1),
+    "convolution, groups": lambda: QuaternionConv2d(8, 8, 3, padding=1, groups=2),
+    "transposed": lambda: QuaternionConvTranspose2d(8, 8, 3, padding=1),
+    "linear": lambda: QuaternionLinear(8, 8),
+    "batch norm": lambda: QuaternionBatchNorm2d(8),
+}
+SUCCESSORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda y, x: torch.relu_(y),
+    "dropout": lambda y, x: torch.nn.functional.dropout(y, 0.5, inplace=True),
+    "residual": lambda y, x: y.add_(x),
+    "slice": lambda y, x: y[:1].mul_(2) and y,
+    "detach": lambda y, x: y.detach_() + x * y.sum(),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("form", ["dense", "q8"])
+@pytest.mark.parametrize("successor", ["relu", "dropout", "residual", "detach"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_operation_in_place_may_follow(name: str, successor: str, form: str, backend: str) -> None:
+    layer = LAYERS[name]()
+    x = torch.randn(2, 8) if name == "linear" else torch.randn(2, 8, 6, 6)
+    inputs, outputs = [x.clone().requires_grad_() for _ in range(2)], []
+    with qkernels.set_backend(backend), qkernels.set_form(form):
+        for leaf, own in zip(inputs, (True, False), strict=True):
+            torch.manual_seed(0)
+            layer.zero_grad()
+            y = layer(leaf)
+            outputs.append(SUCCESSORS[successor](y if own else y.clone(), leaf))
+            outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    with torch.no_grad():
+        again = layer(x)
+        assert again.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_memory_formats_of_a_module(name: str) -> None:
+    """`Module.to(memory_format=...)` converts every parameter with four or five axes; a weight here has five."""
+    layer = LAYERS[name]()
+    x = torch.randn(2, 8) if name == "linear" else torch.randn(2, 8, 6, 6)
+    expected, weights = layer(x), copy.deepcopy(layer.state_dict())
+    moved = layer.to(memory_format=torch.channels_last)
+    moved.load_state_dict(weights)
+    torch.testing.assert_close(moved(x if x.dim() == 2 else x.to(memory_format=torch.channels_last)), expected)
+    assert all(parameter.is_contiguous() for parameter in moved.parameters())
+    assert moved.to(torch.float64)(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_materialisation_from_meta(name: str) -> None:
+    """What sharded training and large models do: build without memory, allocate, initialise."""
+    with torch.device("meta"):
+        layer = LAYERS[name]()
+    layer = layer.to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(7)
+    layer.reset_parameters()  # type: ignore[operator]
+    fresh = LAYERS[name]()
+    for key, tensor in fresh.state_dict().items():
+        there = layer.state_dict()[key]
+        assert there.shape == tensor.shape
+        if key != "weight" or name == "batch norm":
+            assert torch.equal(there, tensor)
+        else:
+            assert 0.3 < there.std() / tensor.std() < 3
+
+
+def test_an_error_while_moving_is_not_hidden() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        QuaternionConv2d(8, 8, 3)._apply(broken)
+
+
+def test_running_values_of_a_weight_average_are_updated() -> None:
+    model = nn.Sequential(QuaternionConv2d(8, 8, 3), QuaternionBatchNorm2d(8))
+    batches = [torch.randn(4, 8, 8, 8) + 3 for _ in range(5)]
+    averaged = AveragedModel(model)
+    update_bn(batches, averaged)
+    norm = averaged.module[1]
+    with torch.no_grad():
+        outputs = torch.cat([averaged.module[0](batch) for batch in batches])
+    torch.testing.assert_close(norm.running_mean, outputs.unflatten(1, (4, -1)).mean((0, 2, 3, 4)))
+    assert norm.num_batches_tracked == 5
+    assert norm.momentum == 0.1
+
+
+def test_without_momentum_all_batches_weigh_the_same() -> None:
+    norm, plain = QuaternionBatchNorm2d(4, momentum=None), nn.BatchNorm2d(4, momentum=None)
+    for _ in range(3):
+        x = torch.randn(2, 4, 3, 3)
+        norm(x), plain(x)
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+    norm.reset_running_stats()
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+
+
+def test_states_from_before_batches_were_counted_are_read() -> None:
+    norm = QuaternionBatchNorm2d(8)
+    state = {name: value for name, value in norm.state_dict().items() if name != "num_batches_tracked"}
+    norm.load_state_dict(dict(state))
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("dilation", [(2, 3), (4, 4)])
+def test_output_padding_below_the_dilation(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+    """More than a stride of it, as PyTorch allows where the dilation is larger."""
+    real = nn.ConvTranspose2d(4, 4, 2, stride, 1, 0, dilation=dilation).double()
+    x, weight = torch.randn(2, 4, 3, 4, dtype=torch.float64), torch.randn(4, 1, 1, 2, 2, dtype=torch.float64)
+    dense = qkernels.algebra.expand_weight(weight, 1)
+    for padding in (
+        (1, 0),
+        (0, max(stride[1], dilation[1]) - 1),
+        tuple(max(sizes) - 1 for sizes in zip(stride, dilation)),
+    ):
+        expected = torch.nn.functional.conv_transpose2d(x, dense, real.bias, stride, 1, padding, 1, dilation)
+        for backend in ("auto", "reference"):
+            with qkernels.set_backend(backend):
+                y = F.hamilton_conv_transpose2d(x, weight, real.bias, stride, 1, padding, 1, dilation)
+            torch.testing.assert_close(y, expected)
