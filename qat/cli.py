@@ -1,14 +1,18 @@
 """The command ``qat``: every stage of the method from the shell.
 
-Exit codes: 0 done; 1 training failed, or a checked corpus has unusable files; 2 bad input, which one line on stderr
-names; 130 interrupted.
+Exit codes: 0 done; 1 training failed, or some files cannot be used; 2 bad input, or something that the machine lacks,
+which one line on stderr names; 130 interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 import qat
 from qat.commands import campaign, corpus, inspection, train
@@ -25,12 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     while "subcommand" in leaf:
         name, leaf = f"{name} {leaf.subcommand}", leaf[leaf.subcommand]
     try:
-        options = parser.instantiate(options)
-        for word in name.split():
-            options = options[word]
-        result = actions[name](options)
+        with _termination_as_interruption():
+            options = parser.instantiate(options)
+            for word in name.split():
+                options = options[word]
+            result = actions[name](options)
     except (ValueError, OSError) as error:
         return _fail(name, error, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(name, f"not enough memory for these settings ({str(error).splitlines()[0][:200]})", 2)
     except FloatingPointError as error:
         return _fail(name, error, 1)
     except KeyboardInterrupt:
@@ -64,6 +73,25 @@ def build_parser() -> tuple[Parser, dict[str, Action]]:
     inspection.add_report(commands)
     inspection.add_doctor(commands)
     return parser, commands.actions
+
+
+@contextlib.contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether numpy, PyTorch's allocators or CUDA had no memory left."""
+    words = ("can't allocate memory", "out of memory", "Unable to allocate")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _fail(command: str, error: object, code: int) -> int:

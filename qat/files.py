@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+"""Name of the lock file in a run's folder."""
 
 LARGEST = 16 << 20
 """Largest number of bytes of a JSON or YAML file that is read."""
@@ -39,6 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())  # else a crash of the machine may leave the new name with an empty file
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -151,7 +157,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(lock: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock until the block ends, or this process.
+    """Hold a lock until the block ends, or this process. A block within, which asks for the same lock, holds it too.
 
     Where ``flock`` is not implemented, as on Lustre without its mount option, the file itself is the lock; a holder
     that was killed on another machine then leaves it behind, and it has to be deleted by hand.
@@ -164,6 +170,10 @@ def held(lock: Path, *, wait: bool = False) -> Iterator[None]:
         Busy: another process or thread holds the lock.
         ValueError: the file cannot be locked.
     """
+    key = os.path.realpath(lock)
+    if key in _held.get():
+        yield
+        return
     lock.parent.mkdir(parents=True, exist_ok=True)
     file_lock = FileLock(lock)
     try:
@@ -179,15 +189,22 @@ def held(lock: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         about = {"process": os.getpid(), "host": socket.gethostname()}
         write_json(_holder_file(lock), about | {"since": datetime.now().astimezone().isoformat(timespec="seconds")})
-        yield
+        token = _held.set(_held.get() | {key})
+        try:
+            yield
+        finally:
+            _held.reset(token)
     finally:
         file_lock.release()
+
+
+_held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
 
 
 def holder(lock: Path) -> str:
     """Who holds a lock that is held: process, host, and since when."""
     try:
-        about = json.loads(_holder_file(lock).read_text(encoding="utf-8"))
+        about = read_json(_holder_file(lock))
         return f"process {about['process']} on {about['host']} (since {about['since']})"
     except (OSError, ValueError, KeyError):
         return "a process that has not said which"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -35,7 +34,7 @@ import torch
 from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
-from qat.files import Busy, held, holder, write_text
+from qat.files import LOCK, Busy, held, holder, read_json, write_text
 from qat.processes import bar
 from qat.training.checkpoint import check_run
 
@@ -98,7 +97,7 @@ class _Run:
 
     @property
     def lock(self) -> Path:
-        return self.folder / ".lock"
+        return self.folder / LOCK
 
     def missing(self) -> list[Path]:
         """The runs that it builds on and that are not finished."""
@@ -179,7 +178,7 @@ def _is_held(lock: Path) -> bool:
 def _outcome(run: _Run, folder: Path, logs: Path | None) -> Outcome:
     path = run.folder.relative_to(folder)
     if run.is_done():
-        return Outcome(path, "finished", result=json.loads((run.folder / "result.json").read_text(encoding="utf-8")))
+        return Outcome(path, "finished", result=read_json(run.folder / "result.json"))
     if run.error.is_file():
         return Outcome(path, "failed", run.error.read_text(encoding="utf-8").partition("\n")[0])
     if missing := run.missing():

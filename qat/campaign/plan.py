@@ -20,7 +20,7 @@ import yaml
 
 from qat.config import AnyExperiment, difference, flatten, identity_settings, to_plain
 from qat.config.preset import ATTRIBUTES
-from qat.files import sha256_of, write_text
+from qat.files import read_json, sha256_of, write_text
 
 CHECKPOINTS = ("network.rhemo", "anti_transfer.twin", "training.initial")
 """Settings that name a run to build on."""
@@ -123,7 +123,7 @@ class Campaign:
         for path, experiment in self.trainings.items():
             result = self.folder / path / "result.json"
             if result.is_file():
-                theirs = json.loads(result.read_text(encoding="utf-8"))["experiment"]
+                theirs = read_json(result, "experiment")["experiment"]
                 if text := difference(_without_paths(theirs), _without_paths(to_plain(experiment))):
                     raise ValueError(
                         f"{self.folder / path}: holds a run with {text}; delete it, or choose another folder"

@@ -18,8 +18,9 @@ from qat.campaign.plan import Campaign, no_folder
 from qat.campaign.stages import Stages
 from qat.config import from_plain, prefix_errors
 from qat.config.experiment import require
-from qat.config.preset import TASKS, VALUES, as_list, check_values, parse_overrides, read_overrides, read_yaml
+from qat.config.preset import TASKS, VALUES, as_list, check_values, parse_overrides, read_overrides
 from qat.data.corpora import module
+from qat.files import read_yaml
 
 T = TypeVar("T")
 
@@ -243,9 +244,9 @@ def _read(kind: type[T], source: str | Path, names: Sequence[str]) -> T:
         ValueError: no such name or file, or a file that is not of this form.
     """
     if source in names:
-        plain = read_yaml(files("qat.campaign") / "designs" / f"{source}.yaml", source)
+        plain = read_yaml(files("qat.campaign") / "designs" / f"{source}.yaml")
     elif Path(source).is_file():
-        plain = read_yaml(Path(source), source)
+        plain = read_yaml(Path(source))
     else:
         raise ValueError(f"{source}: must be a file, or one of {', '.join(names)}")
     with prefix_errors(source):

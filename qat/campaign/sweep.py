@@ -12,7 +12,7 @@ from typing import Any
 
 from qat.campaign.plan import Campaign
 from qat.config import Experiment, flatten, from_plain, prefix_errors, to_plain, typed_setting
-from qat.config.preset import read_yaml
+from qat.files import read_yaml
 from qkernels.losses import Loss
 
 SEED = "training.seed"
@@ -66,8 +66,9 @@ def read_plan(file: Path, seeds: Sequence[int] | None = None) -> list[tuple[str,
 
     Args, Raises: as :func:`plan_sweep`.
     """
+    plain = read_yaml(file)
     with prefix_errors(file):
-        plan = from_plain(Sweep, read_yaml(file, "plan"))
+        plan = from_plain(Sweep, plain)
     vary = plan.vary | ({SEED: list(seeds)} if seeds is not None else {})
     with prefix_errors(file, "base"):
         for setting, value in flatten(plan.base).items():

@@ -104,6 +104,7 @@ def add_prepare(commands: Commands) -> None:
     parser.add_class_arguments(CorpusConfig, "corpus")
     parser.add_class_arguments(SpectrogramConfig, "features")
     parser.add_argument("--cache", type=Path, default=Experiment().cache, help="folder of prepared spectrograms")
+    parser.add_argument("--strict", action="store_true", help="a file that cannot be used is an error")
 
 
 def run_prepare(options: Namespace) -> Any:
@@ -111,4 +112,7 @@ def run_prepare(options: Namespace) -> Any:
     from qat.training.data import read_corpus
 
     store = prepare(read_corpus(options.corpus), options.features, options.cache)
-    return {"store": store.folder, "cuts": len(store), "skipped": len(store.skipped)}
+    problems = store.skipped.rename(columns={"reason": "problem"}).to_dict("records")
+    if problems and options.strict:
+        raise ValueError(f"{problems[0]['problem']} ({len(problems)} files cannot be used)")
+    return {"store": store.folder, "cuts": len(store), "skipped": len(problems), "problems": problems}

@@ -36,7 +36,8 @@ def add_predict(commands: Commands) -> None:
 def run_predict(options: Namespace) -> Any:
     from qat.training.inference import predict
 
-    return predict(options.run, options.files, device=options.device).to_dict("records")
+    predictions, problems = predict(options.run, options.files, device=options.device)
+    return {"predictions": predictions.to_dict("records"), "problems": problems.to_dict("records")}
 
 
 def add_report(commands: Commands) -> None:

@@ -20,14 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qat.config.experiment import AnyExperiment, Experiment, RHEmoExperiment, require
 from qat.config.plain import flatten, from_plain, prefix_errors, typed_setting
+from qat.files import read_yaml
 
 NAMES = ("paper", "released-code", "demo", "small")
 _PARTS = ("demo-corpus", "small-recorded")
@@ -135,25 +133,13 @@ def read_overrides(source: str | Path) -> list[Override]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"{source}: neither a file nor a preset; presets are {', '.join(NAMES)}")
-    return parse_overrides(read_yaml(path, source), source)
+    return parse_overrides(read_yaml(path), source)
 
 
 @cache
 def _packaged(name: str) -> tuple[Override, ...]:
     file = files("qat.config") / "presets" / f"{name}.yaml"
-    return tuple(parse_overrides(read_yaml(file, name), name))
-
-
-def read_yaml(file: Traversable, source: object) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        ValueError: it is not readable, naming ``source``.
-    """
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+    return tuple(parse_overrides(read_yaml(file), name))
 
 
 def parse_overrides(listed: Any, source: object) -> list[Override]:

@@ -21,7 +21,7 @@ from qat.config import SpectrogramConfig
 from qat.data.audio import AudioError, load_audio
 from qat.data.manifest import Manifest, read_table, write_table
 from qat.data.spectrogram import cut
-from qat.files import make_once, sha256_of, write_json
+from qat.files import make_once, read_json, sha256_of, write_json
 from qat.processes import bar, process_map
 
 LAYOUT = 1
@@ -57,7 +57,7 @@ class SpectrogramStore:
         meta_file = folder / "meta.json"
         if not meta_file.is_file():
             raise ValueError(f"{folder}: holds no prepared spectrograms; make them with `qat prepare`")
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
+        meta = read_json(meta_file, "layout", "config")
         if meta["layout"] != LAYOUT:
             raise ValueError(
                 f"{folder}: layout {meta['layout']} is not {LAYOUT}; remove it and run `qat prepare` again"

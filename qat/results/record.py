@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.config import AnyExperiment, Experiment, RHEmoExperiment, from_plain, prefix_errors
+from qat.files import read_json
 
 SCHEMA = 1
 """Version of the form of ``result.json``; files that name none are of version 1."""
@@ -136,21 +136,6 @@ def read_analysis(path: Path) -> Analysis:
     """
     with prefix_errors(path):
         return from_plain(Analysis, _own(Analysis, read_json(path))) if path.is_file() else Analysis()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        ValueError: it is not readable, not JSON or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda constant: None)  # NaN, Infinity
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
 
 
 def origin() -> dict[str, Any]:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.config import AnyExperiment, Experiment, difference, from_plain, identity_settings, to_plain
 from qat.data.spectrogram import Normalisation
-from qat.files import replacing
+from qat.files import read_json, read_yaml, replacing
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def check_run(folder: Path, experiment: AnyExperiment) -> None:
         ValueError: names the first setting that differs, of those that a run is identified by, and both values.
     """
     if (folder / "result.json").is_file():
-        theirs = json.loads((folder / "result.json").read_text(encoding="utf-8"))["experiment"]
+        theirs = read_json(folder / "result.json", "experiment")["experiment"]
     elif (folder / "last.safetensors").is_file() and (folder / "experiment.yaml").is_file():
-        theirs = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
+        theirs = read_yaml(folder / "experiment.yaml")
     else:
         return
     if changed := difference(identity_settings(theirs), identity_settings(to_plain(experiment))):
@@ -93,7 +92,10 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, An
     with replacing(path) as draft:
         draft.touch()  # with the umask's mode; safetensors alone would make it unreadable for others
         mode = draft.stat().st_mode
-        save_file(plain, draft, metadata={"record": json.dumps(record)})
+        try:
+            save_file(plain, draft, metadata={"record": json.dumps(record)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error}); what was there before is unchanged") from None
         draft.chmod(mode)
 
 
@@ -113,8 +115,10 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("record", "{}"))
+            if not isinstance(record, dict):
+                raise ValueError(f"its record is no object but {type(record).__name__}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
     if record.get("kind") != kind:
         raise ValueError(f"{path}: a checkpoint of kind {record.get('kind')!r}, but {kind!r} is needed")
@@ -127,12 +131,32 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{n}.{name}": torch.as_tensor(value) for n, fields in state.items() for name, value in fields.items()}
 
 
+_ADAM = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore the state that :func:`optimizer_tensors` gave."""
+    """Restore the state that :func:`optimizer_tensors` gave.
+
+    Raises:
+        ValueError: it is of other parameters; Adam's kernel would read and write beyond them.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        number, field = name.split(".", 1)
+        number, _, field = name.partition(".")
+        if not number.isdecimal() or int(number) >= len(parameters) or field not in _ADAM:
+            raise ValueError(f"state of the optimiser: {name!r} is of none of the {len(parameters)} parameters")
+        shape = torch.Size() if field == "step" else parameters[int(number)].shape
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"state of the optimiser: {name} must be floating-point of shape {tuple(shape)}; "
+                f"it is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
         state.setdefault(int(number), {})[field] = tensor
+    fields = {field for of_one in state.values() for field in of_one}
+    for place, of_one in state.items():
+        if missing := fields - of_one.keys():
+            raise ValueError(f"state of the optimiser: {place}.{min(missing)} is missing")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, own in optimizer.state.items():
         for field, value in own.items():

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from qat.config import CorpusConfig
-from qat.data.audio import load_audio
+from qat.data.audio import AudioError, load_audio
 from qat.data.rows import Rows
 from qat.data.spectrogram import cut, place_words, to_input, word_offsets
 from qat.data.store import prepare
@@ -67,7 +67,7 @@ def evaluate_run(
         }
 
 
-def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFrame:
+def predict(run: Path, files: list[Path], *, device: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Classify audio files with a trained classifier.
 
     Args:
@@ -76,23 +76,25 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> pd.DataFram
         device: device to compute on.
 
     Returns:
-        One row per file: ``path``, ``predicted``, then the probability of every class.
-
-    Raises:
-        ValueError: a file is missing, unreadable, silent or shorter than one window.
+        One row per file: ``path``, ``predicted``, then the probability of every class; and one row per file that is
+        missing, unreadable, silent or shorter than one window: ``path`` and ``problem``.
     """
     checkpoint = load_checkpoint(run, "classifier")
     experiment, classes = checkpoint.experiment, checkpoint.record["classes"]
     where = distributed.device_of(device)
     classifier = load_classifier(checkpoint).eval().to(where)
-    rows = []
+    rows, problems = [], []
     with torch.no_grad(), precision(experiment.training.precision, where):
         for path in files:
-            audio = load_audio(path, experiment.features.sample_rate)
+            try:
+                audio = load_audio(path, experiment.features.sample_rate)
+            except AudioError as error:
+                problems.append({"path": str(path), "problem": str(error)})
+                continue
             cuts = checkpoint.normalisation(cut(audio, experiment.features))
             word = experiment.features.cut == "word"
             x = place_words(cuts, word_offsets(len(cuts), "centre")) if word else to_input(cuts)
             p = probabilities(classifier(x.to(where)).float(), experiment).mean(0)
             row = {"path": str(path), "predicted": classes[int(p.argmax())]}
             rows.append(row | dict(zip(classes, p.tolist(), strict=True)))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["path", "predicted", *classes]), pd.DataFrame(problems)

@@ -64,7 +64,7 @@ def fit(
         One row per epoch, as in ``metrics.csv``.
 
     Raises:
-        FloatingPointError: the training loss is not finite.
+        FloatingPointError: the training or validation loss is not finite; the state of the epoch before is kept.
         ValueError: ``last.safetensors`` belongs to another run.
     """
     config, optimizer = steps.config, steps.optimizer
@@ -94,6 +94,11 @@ def fit(
             parts, outputs, targets = evaluate(steps, validation)
             metrics = parts | metrics_of(outputs, targets)
             row |= {f"validation_{k}": v for k, v in metrics.items() if isinstance(v, float)}
+            if not math.isfinite(row["validation_total"]):  # the state before this epoch is the last that is kept
+                raise FloatingPointError(
+                    f"validation loss is {row['validation_total']} after epoch {epoch}; "
+                    f"a lower training.lr than {config.lr:g} may help"
+                )
             history.append(row)
             schedule.step(row["validation_total"])
             checkpoints.update(ended=_finished(history, config))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.config import AnyExperiment, to_plain
-from qat.files import write_json, write_text
+from qat.files import LOCK, Busy, held, read_json, write_json, write_text
 from qat.results.record import origin
 from qat.training import distributed
 from qat.training.checkpoint import check_run, load_checkpoint
@@ -136,22 +136,43 @@ def open_run(
     """A training in its folder, ready to start, and its result if this training is already finished.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a run and ``resume`` is not set.
+        ValueError: another process writes to the folder, or it holds a run with other settings, or a run and
+            ``resume`` is not set.
     """
-    check_run(folder, experiment)
-    finished = folder / "result.json"
-    result = None
-    if finished.is_file():
-        if not resume:
-            raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
-        result = json.loads(finished.read_text())
-    elif (folder / "last.safetensors").is_file() and not resume:
-        raise ValueError(f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one")
-    with (
-        _algorithms(experiment.training.deterministic),
-        distributed.process_group(experiment.training.device) as device,
-    ):
-        yield TrainingRun(experiment, folder, name or folder.name, device, resume, quiet, profile), result
+    with _only_writer(folder):
+        check_run(folder, experiment)
+        finished = folder / "result.json"
+        result = None
+        if finished.is_file():
+            if not resume:
+                raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
+            result = read_json(finished)
+        elif (folder / "last.safetensors").is_file() and not resume:
+            raise ValueError(
+                f"{folder}: holds an interrupted run; resume it, choose another folder, or delete this one"
+            )
+        with (
+            _algorithms(experiment.training.deterministic),
+            distributed.process_group(experiment.training.device) as device,
+        ):
+            yield TrainingRun(experiment, folder, name or folder.name, device, resume, quiet, profile), result
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which a campaign's jobs hold too; of several processes under torchrun the first does."""
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    new = not folder.exists()
+    try:
+        with held(folder / LOCK):
+            yield
+    except Busy as error:
+        raise ValueError(f"{folder}: {error} writes there; choose another folder, or wait") from None
+    finally:
+        if new and all(file.name.startswith(LOCK) for file in folder.iterdir()):  # nothing was trained
+            shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,9 @@ def define(
 
 def _owned(x: Tensor) -> Tensor:
     """x, but no view: PyTorch forbids operations in place on a view that an operator returns."""
-    return x.new_empty(0).set_(x) if x._is_view() else x
+    if not x._is_view():
+        return x
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 @contextlib.contextmanager

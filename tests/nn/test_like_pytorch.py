@@ -97,9 +97,9 @@ def test_running_values_of_a_weight_average_are_updated() -> None:
     batches = [torch.randn(4, 8, 8, 8) + 3 for _ in range(5)]
     averaged = AveragedModel(model)
     update_bn(batches, averaged)
-    norm = averaged.module[1]
+    convolution, norm = averaged.module.children()
     with torch.no_grad():
-        outputs = torch.cat([averaged.module[0](batch) for batch in batches])
+        outputs = torch.cat([convolution(batch) for batch in batches])
     torch.testing.assert_close(norm.running_mean, outputs.unflatten(1, (4, -1)).mean((0, 2, 3, 4)))
     assert norm.num_batches_tracked == 5
     assert norm.momentum == 0.1
@@ -132,7 +132,7 @@ def test_output_padding_below_the_dilation(stride: tuple[int, int], dilation: tu
     for padding in (
         (1, 0),
         (0, max(stride[1], dilation[1]) - 1),
-        tuple(max(sizes) - 1 for sizes in zip(stride, dilation)),
+        tuple(max(sizes) - 1 for sizes in zip(stride, dilation, strict=True)),
     ):
         expected = torch.nn.functional.conv_transpose2d(x, dense, real.bias, stride, 1, padding, 1, dilation)
         for backend in ("auto", "reference"):

@@ -1,8 +1,11 @@
 import json
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -73,8 +76,9 @@ def test_from_a_corpus_to_predictions_by_commands_alone(
     wavs = sorted(corpus.root.glob("*.wav"))[:2]
     code, out, _ = run(capsys, "predict", tmp_path / "emotion", *wavs, "--json")
     assert code == 0
-    assert [row["path"] for row in json.loads(out)] == [str(w) for w in wavs]
-    assert sum(json.loads(out)[0][c] for c in ("angry", "neutral", "sad")) == pytest.approx(1)
+    rows = json.loads(out)["predictions"]
+    assert [row["path"] for row in rows] == [str(w) for w in wavs]
+    assert sum(rows[0][c] for c in ("angry", "neutral", "sad")) == pytest.approx(1)
 
     code, out, _ = run(capsys, "report", tmp_path, "--json")
     assert code == 0
@@ -162,6 +166,49 @@ def test_failed_training_exits_with_1(options: Any, tmp_path: Path, capsys: pyte
     )
     assert code == 1
     assert "lower training.lr" in err
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 TiB"), RuntimeError("CUDA out of memory. Tried")])
+def test_too_little_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run_train", Mock(side_effect=error))
+    code, _, err = run(capsys, "train", "--out", "x")
+    assert (code, err) == (2, f"qat train: not enough memory for these settings ({error})\n")
+
+
+def test_other_errors_of_the_program_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "run_train", Mock(side_effect=RuntimeError("a shape")))
+    with pytest.raises(RuntimeError, match="a shape"):
+        cli.main(["train", "--out", "x"])
+
+
+def test_termination_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What Slurm, containers and CI send first."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "run_train", lambda options: signal.raise_signal(signal.SIGTERM))
+    code, _, err = run(capsys, "train", "--out", "x")
+    assert code == 130
+    assert "interrupted; what is finished is kept" in err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_writer_is_told_who_holds_the_folder(
+    options: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import pathlib, sys, time\nfrom qat.files import LOCK, held\n"
+        "with held(pathlib.Path(sys.argv[1]) / LOCK):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        exit_code, _, err = run(capsys, "train", "--out", tmp_path / "run", *options)
+        other.kill()
+    assert exit_code == 2
+    assert re.search(rf"run: process {other.pid} on \S+ \(since .*\) writes there; choose another folder, or wait", err)
+    assert not (tmp_path / "run/experiment.yaml").exists()
 
 
 def test_doctor_and_corpus_list(capsys: pytest.CaptureFixture[str]) -> None:

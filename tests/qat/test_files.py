@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -91,10 +92,8 @@ def test_without_flock_the_lock_is_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     """As on Lustre without its mount option."""
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
     for _ in range(2):
-        with held(tmp_path / ".lock"):
-            refused = pytest.raises(Busy, match=f"process {os.getpid()}")
-            with refused, held(tmp_path / ".lock"):
-                pass
+        with held(tmp_path / ".lock"), pytest.raises(Busy, match=f"process {os.getpid()}"):
+            thread_holds(tmp_path / ".lock")
 
 
 def test_holders_that_left_no_note(tmp_path: Path) -> None:
@@ -155,3 +154,22 @@ def test_broken_yaml_is_one_line_with_the_file(content: str, message: str, tmp_p
 def test_plain_yaml_is_read(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("a: &a {b: [1, 2.5]}\nc: *a\nd: [x, null, true]\n")
     assert read_yaml(tmp_path / "my.yaml") == {"a": {"b": [1, 2.5]}, "c": {"b": [1, 2.5]}, "d": ["x", None, True]}
+
+
+def test_a_lock_may_be_asked_for_again_within_its_block(tmp_path: Path) -> None:
+    """As by a training that a campaign's job has locked."""
+    lock = tmp_path / ".lock"
+    with held(lock), held(tmp_path / "." / ".lock"), pytest.raises(Busy):
+        thread_holds(lock)
+    thread_holds(lock)
+
+
+def thread_holds(lock: Path) -> None:
+    """Hold the lock for a moment in another thread, and raise what that raises."""
+
+    def hold() -> None:
+        with held(lock):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold).result()

@@ -26,7 +26,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from qat.data.manifest import Manifest, read_manifest, write_manifest
-from qat.files import new_folder, write_text
+from qat.files import new_folder, read_json, write_text
 from qat.processes import bar, process_map
 
 VOICES: Mapping[str, Sequence[str]] = {
@@ -129,7 +129,7 @@ def make(
     rows, utterances = _plan(voices, sentences, words, seed)
     recipe = hashlib.sha256(json.dumps([astuple(utterance) for utterance in utterances]).encode()).hexdigest()
     done = folder / _DONE
-    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["recipe"] == recipe:
+    if done.is_file() and read_json(done, "recipe")["recipe"] == recipe:
         return read(folder)
     library, data = _espeak()
     variants = {file.name for file in (data / "voices" / "!v").iterdir()}

@@ -21,8 +21,7 @@ from qat.config import (
     TrainingConfig,
     to_plain,
 )
-from qat.files import write_json, write_text
-from qat.results.record import read_json
+from qat.files import read_json, write_json, write_text
 
 LOCAL = Layout(cluster="local")
 

@@ -1,8 +1,12 @@
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 
@@ -76,3 +80,67 @@ def test_optimizer_state_continues_exactly() -> None:
     load_optimizer(optimizers[1], {k: v.clone() for k, v in optimizer_tensors(optimizers[0]).items()})
     step(0), step(1)
     assert torch.equal(nets[0].weight, nets[1].weight)
+
+
+def adam_state(size: int) -> tuple[torch.optim.Adam, dict[str, torch.Tensor]]:
+    parameter = torch.nn.Parameter(torch.zeros(size))
+    optimizer = torch.optim.Adam([parameter], fused=True)
+    parameter.grad = torch.ones(size)
+    optimizer.step()
+    return optimizer, optimizer_tensors(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.exp_avg": torch.ones(1)}, r"0\.exp_avg must be floating-point of shape \(100,\).* of shape \(1,\)"),
+        ({"0.exp_avg_sq": torch.ones(100, dtype=torch.int64)}, r"it is torch\.int64 of shape \(100,\)"),
+        ({"0.step": torch.ones(3)}, r"0\.step must be floating-point of shape \(\)"),
+        ({"1.exp_avg": torch.ones(100)}, r"'1\.exp_avg' is of none of the 1 parameters"),
+        ({"0.momentum": torch.ones(100)}, r"'0\.momentum' is of none"),
+        ({"x": torch.ones(100)}, r"'x' is of none"),
+    ],
+)
+def test_a_state_of_another_optimiser_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    """The fused kernel would read and write beyond it."""
+    optimizer, tensors = adam_state(100)
+    with pytest.raises(ValueError, match=message):
+        load_optimizer(optimizer, tensors | change)
+
+
+def test_a_state_that_lacks_a_part_is_refused() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = torch.optim.Adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer)
+    del tensors["1.exp_avg_sq"]
+    with pytest.raises(ValueError, match=r"1\.exp_avg_sq is missing"):
+        load_optimizer(optimizer, tensors)
+
+
+def test_a_full_disk_is_one_error_with_the_file(tmp_path: Path) -> None:
+    """safetensors has an exception of its own; the size of a file is limited here, in another process."""
+    code = (
+        "import resource, signal, sys, pathlib, torch\n"
+        "from qat.training.checkpoint import save_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "save_checkpoint(path, {'w': torch.ones(10)}, {'kind': 'rhemo'})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n"
+        "try: save_checkpoint(path, {'w': torch.zeros(100_000)}, {'kind': 'rhemo'})\n"
+        "except OSError as error: print(error)\n"
+    )
+    path = tmp_path / "last.safetensors"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert re.fullmatch(rf"{path}: cannot be written \(.*\); what was there before is unchanged\n", done.stdout)
+    assert torch.equal(load_checkpoint(path, "rhemo").tensors["w"], torch.ones(10))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.safetensors"]
+
+
+@pytest.mark.parametrize("record", ["[1]", "null", '"text"', "{"])
+def test_a_record_that_is_no_object_is_named(record: str, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "m.safetensors", metadata={"record": record})
+    with pytest.raises(ValueError, match=r"m\.safetensors: not a readable safetensors file"):
+        load_checkpoint(tmp_path / "m.safetensors", "classifier")

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+from qat import cli
 from qat.config import (
     CorpusConfig,
     Experiment,
@@ -51,23 +52,27 @@ def test_predict_agrees_with_the_recorded_predictions(experiment: Experiment, co
     train_classifier(experiment, tmp_path / "run", quiet=True)
     recorded = pd.read_csv(tmp_path / "run/predictions.csv").set_index("path")
     paths = list(recorded.index[:5])
-    predicted = predict(tmp_path / "run", [corpus.root / p for p in paths])
+    predicted, problems = predict(tmp_path / "run", [corpus.root / p for p in paths])
+    assert problems.empty
     assert predicted["predicted"].tolist() == recorded.loc[paths, "predicted"].tolist()
     for name in ("angry", "neutral", "sad"):
         np.testing.assert_allclose(predicted[name], recorded.loc[paths, f"p_{name}"], atol=1e-4)
 
 
-def test_predict_names_what_it_cannot_read(experiment: Experiment, tmp_path: Path) -> None:
+def test_predict_names_what_it_cannot_read_and_goes_on(
+    experiment: Experiment, corpus: Manifest, tmp_path: Path
+) -> None:
     train_classifier(trained(experiment, epochs=1), tmp_path / "run", quiet=True)
     soundfile.write(tmp_path / "short.wav", np.ones(100), 16000)
     (tmp_path / "text.wav").write_text("no audio")
-    for name, message in (
-        ("short.wav", "fewer than one window"),
-        ("text.wav", "cannot be decoded"),
-        ("no.wav", "no such"),
-    ):
-        with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
-            predict(tmp_path / "run", [tmp_path / name])
+    good = corpus.root / corpus.table["path"][0]
+    bad = {"short.wav": "fewer than one window", "text.wav": "cannot be decoded", "no.wav": "no such"}
+    predicted, problems = predict(tmp_path / "run", [*(tmp_path / name for name in bad), good])
+    assert predicted["path"].tolist() == [str(good)]
+    assert problems["path"].tolist() == [str(tmp_path / name) for name in bad]
+    assert all(why in problem for why, problem in zip(bad.values(), problems["problem"], strict=True))
+    assert cli.main(["predict", str(tmp_path / "run"), str(good), str(tmp_path / "no.wav"), "--json"]) == 1
+    assert cli.main(["predict", str(tmp_path / "run"), str(good), "--json"]) == 0
 
 
 def test_evaluation_uses_the_parts_that_were_trained_on_even_when_the_corpus_has_grown(
