@@ -7,6 +7,7 @@ which one line on stderr names; 130 interrupted, by Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -22,6 +23,9 @@ from qat.commands.parser import Action, Commands, Parser
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is shown as its number
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="qat: %(message)s", level=logging.WARNING)
     parser, actions = build_parser()
     options = parser.parse_args(arguments)

@@ -65,5 +65,10 @@ def _start(initializer: Callable[..., object], *arguments: Any) -> None:
 
 def bar(shown: bool, *columns: ProgressColumn) -> Progress:
     """A progress bar with counts, the remaining time and further columns, on stderr, as stdout is for results."""
-    standard = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    standard = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*standard, *columns, console=Console(stderr=True), disable=not shown)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import PurePath
 from typing import Any
 
 SUMMARY = {
@@ -25,7 +27,7 @@ def show(result: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # paths and labels are text
     if isinstance(result, str):
         print(result, end="")
         return
@@ -33,7 +35,7 @@ def show(result: Any, as_json: bool) -> None:
         if rows := _rows(name, value):
             console.print(_table(rows))
         elif name != "experiment" and not (isinstance(value, (list, dict)) and not value):
-            console.print(f"{name}: {value}", highlight=False)
+            console.print(f"{name}: {value}")
 
 
 def _rows(name: str, value: Any) -> list[dict[str, Any]]:
@@ -41,10 +43,33 @@ def _rows(name: str, value: Any) -> list[dict[str, Any]]:
     if name == "parts":
         names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
         return [{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]
+    if name in ("problems", "remarks"):
+        return grouped(value)
     if name == "summary":
         value = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")
         value = value.round(3).rename(columns=SUMMARY).to_dict("records")
     return value if isinstance(value, list) and value and isinstance(value[0], dict) else []
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Problems of files by kind, the most frequent first: how many, the first one whole, and the next two files.
+
+    Args:
+        rows: ``path`` and ``problem`` of each; those that differ in the path and in numbers alone are of one kind.
+    """
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = re.escape(PurePath(row["path"]).name)
+        kind = re.sub(rf"\S*{name}:?" if name else "$^", "", row["problem"])
+        kinds.setdefault(re.sub(r"\d+", "0", kind), []).append(row)
+    found = []
+    for same in sorted(kinds.values(), key=len, reverse=True):
+        others = ", ".join(row["path"] for row in same[1:3])
+        more = f" and {len(same) - 3} more" if len(same) > 3 else ""
+        found.append({"files": len(same), "the first": same[0]["problem"], "others": others + more})
+        if same[0]["path"] not in same[0]["problem"]:
+            found[-1]["the first"] = f"{same[0]['path']}: {same[0]['problem']}".lstrip(": ")
+    return found
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
