@@ -92,6 +92,14 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
     return real.view(4 * p, 4 * q, *kernel)
 
 
+def real_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """The same as `expand_weight`, of operators that can be differentiated, transformed and exported; copies twice."""
+    _, p, q, *kernel = weight.shape
+    parts = weight.reshape(4, groups, p // groups, q, *kernel)
+    rows = [torch.stack([SIGNS[a][c] * parts[a ^ c] for c in range(4)], dim=2) for a in range(4)]
+    return torch.stack(rows, dim=1).reshape(4 * p, 4 * q, *kernel)
+
+
 def contract_weight(real: Tensor, groups: int = 1) -> Tensor:
     """The adjoint of `expand_weight`: gradient of the real weight in, of the quaternion weight out.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from qkernels import checks, runtime
 from qkernels.checks import Pair
 from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
-from qkernels.ops._library import compute_dtype
+from qkernels.ops._library import compute_dtype, plain
 from qkernels.ops.aggregation import similarity
 from qkernels.ops.folded_rowwise import op as folded_op
 from qkernels.ops.folded_rowwise import reference as folded_reference
@@ -154,7 +154,7 @@ def hamilton_conv2d(
         y = y.relu() if relu else y
     else:
         layer = (window, relu, 0.0, x_is_relu, mask_gradient or bool(pool), x.dtype)
-        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
+        y = _own(conv_op.hamilton_conv2d)(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
@@ -218,7 +218,7 @@ def hamilton_conv_transpose2d(
         )
     window = (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(None, x, weight, backend, algorithm)
-    return conv_op.hamilton_conv2d_dx(
+    return _own(conv_op.hamilton_conv2d_dx)(
         x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, algorithm
     )
 
@@ -293,7 +293,7 @@ def hamilton_linear(
             y = y.relu() if relu else y
         else:
             mask_gradient = mask_gradient or dropout > 0
-            y = linear_op.hamilton_linear(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
+            y = _own(linear_op.hamilton_linear)(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return torch.ops.aten._unsafe_view(y.to(dtype), (*leading, 4 * weight.shape[1]))  # no view, as of linear maps
 
@@ -427,7 +427,7 @@ def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = 
     """
     checks.features(a, b, "a", "b")
     checks.option("gram", gram, GRAMS)
-    if runtime.backend_of("gram_cosine", a, b) == "reference":
+    if _is_reference(a, b):
         cosine = _in_float32(gram_reference.gram_cosine, a, b, gram, centred)
     else:
         cosine = gram_op.gram_cosine(*_operands(a, b, gram, centred))[0]
@@ -593,7 +593,7 @@ def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) 
     rows, positions = trained.shape[0] * trained.shape[1], trained.shape[2:].numel()
     obstacle = kernel_obstacle(rows, positions, trained.dtype, frozen.dtype)
     backend = runtime.backend_of("anti_transfer_loss", trained, frozen, obstacle=obstacle)
-    if backend == "reference":
+    if backend == "reference" or runtime.needs_own_operators():
         return weight * _in_float32(folded_reference.folded_rowwise, trained, frozen, clamp)
     return folded_op.folded_rowwise(trained, frozen, clamp, weight, runtime.operator_backend(backend))[0]
 
@@ -610,7 +610,9 @@ def _operands(
 
 def _is_reference(a: Tensor, b: Tensor | GramTarget) -> bool:
     """Whether the einsum definition computes the cosine: of features, as it takes no targets."""
-    return isinstance(b, Tensor) and runtime.backend_of("gram_cosine", a, b) == "reference"
+    if not isinstance(b, Tensor):
+        return False
+    return runtime.needs_own_operators() or runtime.backend_of("gram_cosine", a, b) == "reference"
 
 
 def _fast_backend(a: Tensor, b: Tensor | GramTarget) -> str:
@@ -631,6 +633,11 @@ def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
     off = torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
     with off:
         return function(a.to(dtype), b.to(dtype), *args)
+
+
+def _own(operator: Any) -> Any:
+    """A layer's operator, or what it consists of for those who need PyTorch's own."""
+    return plain(operator) if runtime.needs_own_operators() else operator
 
 
 def _operands_of_layer(

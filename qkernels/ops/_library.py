@@ -63,9 +63,18 @@ def define(
         operator = torch.library.custom_op(f"qkernels::{name}", forward, mutates_args=())
         operator.register_fake(lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))))
         operator.register_autograd(gradients, setup_context=setup_context)
+        _bodies[operator] = function
         return operator
 
     return decorate
+
+
+_bodies: dict[Any, Callable[..., Any]] = {}
+
+
+def plain(operator: Any) -> Callable[..., Any]:
+    """The body of an operator, which on the backend "torch" consists of PyTorch's own operators."""
+    return _bodies[operator]
 
 
 def _owned(x: Tensor) -> Tensor:

@@ -141,6 +141,13 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
     return "torch" if obstacle or not args[0].is_cuda else "triton"
 
 
+def needs_own_operators() -> bool:
+    """Whether only PyTorch's own operators will do: under `torch.export` (and ONNX), and within `torch.func`."""
+    if torch.compiler.is_dynamo_compiling():  # which takes the operators of this package, and cannot ask what follows
+        return False
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+
+
 def operator_backend(backend: str) -> str:
     """The operators' `backend` for a result of `backend_of`: "auto" if plain PyTorch may replace Triton's kernels."""
     return "auto" if backend == "triton" and _settings.backend == "auto" else backend
@@ -148,6 +155,8 @@ def operator_backend(backend: str) -> str:
 
 def _obstacle(x: Tensor, *rest: Tensor) -> str | None:
     """The reason why the Triton kernels cannot compute with these tensors, if any."""
+    if needs_own_operators():
+        return "torch.export and torch.func take PyTorch's own operators"
     if not HAS_TRITON:
         return "the package triton is not installed"
     for tensor in (x, *rest):
@@ -205,6 +214,8 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
             f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
             f"({_obstacle(x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
+    if needs_own_operators():
+        return backend, "real"
     return backend, _automatic_form(name, x, weight, dtype) if form == "auto" else form
 
 

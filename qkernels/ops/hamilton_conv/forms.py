@@ -1,5 +1,7 @@
 """The convolution's three products in plain PyTorch: one real convolution ("dense") or eight thin ones ("q8").
 
+Of "real" there are only a layer's own two, of operators that can be differentiated, transformed and exported.
+
 `window` is (stride, padding, dilation) of both axes and the groups, seven numbers.
 """
 
@@ -12,6 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from qkernels import algebra
 from qkernels.ops._library import relu_mask
+from qkernels.ops.hamilton_conv.reference import transposed_output_size
 
 Ints = Sequence[int]
 
@@ -19,8 +22,8 @@ Ints = Sequence[int]
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: str) -> Tensor:
     """y = weight (x) x + bias."""
     stride, padding, dilation, groups = _geometry(window)
-    if form == "dense":
-        real = algebra.expand_weight(weight, groups)
+    if form in ("dense", "real"):
+        real = (algebra.expand_weight if form == "dense" else algebra.real_weight)(weight, groups)
         real_bias = None if bias is None else _group_first(bias[None], groups)[0]
         y = F.conv2d(_group_first(x, groups), real, real_bias, stride, padding, dilation, groups)
         return _component_first(y, groups)
@@ -38,6 +41,12 @@ def data_gradient(dy: Tensor, weight: Tensor, size: Ints, window: Ints, form: st
     if form == "dense":
         real, shape = algebra.expand_weight(weight, groups), (batch, channels, *size)
         dx = conv2d_input(shape, real, _group_first(dy, groups), stride, padding, dilation, groups)
+        return _component_first(dx, groups)
+    if form == "real":
+        real = algebra.real_weight(weight, groups)
+        natural = transposed_output_size(dy.shape[2:], weight.shape[3:], stride, padding, dilation, (0, 0))
+        extra = [there - own for there, own in zip(size, natural, strict=True)]
+        dx = F.conv_transpose2d(_group_first(dy, groups), real, None, stride, padding, extra, groups, dilation)
         return _component_first(dx, groups)
     products, shape = algebra.weight_products(weight).flatten(0, 1), (batch, 2 * channels, *size)
     outputs = _products(algebra.output_products, dy)

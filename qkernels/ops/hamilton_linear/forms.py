@@ -11,8 +11,9 @@ from qkernels import algebra
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """y = weight (x) x + bias."""
-    if form == "dense":
-        return F.linear(x, algebra.expand_weight(weight), bias)
+    if form in ("dense", "real"):
+        real = (algebra.expand_weight if form == "dense" else algebra.real_weight)(weight)
+        return F.linear(x, real, bias)
     z = torch.bmm(_products(algebra.input_products, x), algebra.weight_products(weight).mT)
     y = algebra.output_from_products(z.transpose(0, 1)).flatten(1)
     return (y if bias is None else y + bias).to(x.dtype)
