@@ -240,13 +240,16 @@ class _Driver:
 
     def submit(self, ready: set[Path]) -> None:
         """Offer runs to new jobs, at most one for each."""
+        from submitit.helpers import clean_env
+
         chosen = self.free_slots()[: len(ready)]
         if not chosen:
             return
         self.offered |= ready
         self.last_query = time.monotonic()
-        # Jobs on this machine end with this process, not by a terminal's Ctrl-C; sbatch's words are in the error.
-        with _blocked(), redirect_stderr(io.StringIO()):
+        # Jobs on this machine end with this process, not by a terminal's Ctrl-C; sbatch's words are in the error. A job
+        # that this process runs in gives neither its memory nor its cores to the new ones.
+        with _blocked(), redirect_stderr(io.StringIO()), clean_env():
             jobs = self.executor.submit_array([self.slots[n] for n in chosen])
         for n, job in zip(chosen, jobs, strict=True):
             self.submitted.setdefault(n, []).append(job)

@@ -112,7 +112,8 @@ def read_manifest(csv: Path, root: Path | None = None, name: str | None = None) 
 
     Args:
         csv: CSV file with a header and at least the columns `path`, `speaker`, `text` and `emotion`. Missing columns
-            `duration` and `checksum` are computed from the files; with `start`, `duration` must not be missing.
+            `duration` and `checksum` are computed from the files; with `start`, `duration` must not be missing. Spaces
+            around a value do not count.
         root: folder that the paths are relative to; by default that of the CSV.
         name: name of the corpus; by default the CSV's without its ending, or its folder's for `manifest.csv`.
 
@@ -126,6 +127,10 @@ def read_manifest(csv: Path, root: Path | None = None, name: str | None = None) 
     table = read_table(csv)
     if name is None:
         name = csv.resolve().parent.name if csv.stem == "manifest" else csv.stem
+    for column in table.columns.difference([*NUMBERS]):
+        table[column] = table[column].str.strip()
+    if "path" in table:  # ./a.wav is a.wav
+        table["path"] = [str(PurePosixPath(path)) if path else path for path in table["path"]]
     _validate(table, csv, complete=False)
     return Manifest(root, _complete(table, root, csv), name)
 

@@ -7,6 +7,7 @@ Published corpora have `survey(folder)`, which lists the files and compares them
 from __future__ import annotations
 
 import inspect
+import unicodedata
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -194,7 +195,21 @@ def check(name: str, folder: Path, *, progress: bool = True, **reader_options: A
     first = files.drop_duplicates("checksum").set_index("checksum")["path"]
     for path, checksum in files.loc[files["checksum"].duplicated(), ["path", "checksum"]].itertuples(index=False):
         unexpected.append((path, f"holds the same bytes as {first[checksum]}"))
+    unexpected += [("", remark) for column in ("speaker", "emotion") for remark in _near_equal(manifest.table[column])]
     return Check(manifest, problems, pd.DataFrame(unexpected, columns=columns))
+
+
+def _near_equal(labels: pd.Series) -> list[str]:
+    """Labels that differ only in case, spaces or how their characters are composed."""
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        plain = "".join(unicodedata.normalize("NFKC", label).casefold().split())
+        spellings.setdefault(plain, []).append(label)
+    return [
+        f"{labels.name} has {' and '.join(map(repr, same))}, which are different labels"
+        for same in spellings.values()
+        if len(same) > 1
+    ]
 
 
 def _check_arguments(name: str, folder: Path, reader_options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -50,8 +51,19 @@ def fetch(
         for package in packages:
             with console.status(f"Unpacking {package}"):
                 _run("dpkg-deb", "-x", _find(package, from_dir or Path(scratch)), draft)
+        _drop_all_but_files(draft)
         read(draft)
     return read(folder)
+
+
+def _drop_all_but_files(folder: Path) -> None:
+    """Leave folders and plain files, without setuid and setgid bits: no devices, pipes, sockets or links."""
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            path.unlink()
+        elif mode & (stat.S_ISUID | stat.S_ISGID):
+            path.chmod(mode & 0o777)
 
 
 def _download(packages: Sequence[str], folder: Path) -> None:

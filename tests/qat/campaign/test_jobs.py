@@ -46,6 +46,28 @@ def test_auto_is_slurm_where_there_is_an_sbatch(tmp_path, monkeypatch):
     assert not LOCAL.is_slurm
 
 
+def test_jobs_of_a_cluster_inherit_nothing_of_the_job_that_submits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's memory beside `--slurm.mem` would be refused by srun, its binding would be to another node's cores."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("squeue", "scancel", "scontrol", "sacct", "srun"):
+        (tools / name).write_text("#!/bin/sh\nexit 0\n")
+    (tools / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\nexit 1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    for name, value in (("SLURM_MEM_PER_CPU", "4000"), ("SLURM_CPU_BIND", "mask_cpu:0x1"), ("RANK", "3")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="cluster: 'slurm' takes no such jobs"):
+        train(campaign_of(tmp_path / "runs", {"one": Experiment()})[0], Layout(cluster="slurm"))
+    seen = (tmp_path / "seen").read_text()
+    assert "PATH=" in seen
+    assert not any(line.startswith(("SLURM_MEM", "SLURM_CPU", "RANK=")) for line in seen.splitlines())
+    assert os.environ["RANK"] == "3"
+
+
 @pytest.mark.parametrize(
     ("visible", "count", "expected"),
     [

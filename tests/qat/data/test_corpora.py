@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -182,3 +183,37 @@ def test_failed_fetches_leave_nothing(package: Any, tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="dpkg-deb is needed to unpack gcin-voice"):
         gcin.fetch(target, from_dir=package, progress=False)
     assert not [*(tmp_path / "corpora").iterdir()]
+
+
+def test_labels_are_stripped_and_near_equal_ones_remarked(tmp_path: Path) -> None:
+    rows = ["path,speaker,text,emotion"]
+    for number, (speaker, emotion) in enumerate(
+        (("ann", "happy"), (" ann ", "Happy"), ("José", "sad"), ("Jose\u0301", "s ad"))
+    ):
+        tone(tmp_path / f"{number}.wav", number)
+        rows.append(f"./{number}.wav,{speaker}, hello ,{emotion}")
+    (tmp_path / "my.csv").write_text("\n".join(rows) + "\n")
+    checked = corpora.check("csv", tmp_path / "my.csv", progress=False)
+    table = checked.manifest.table
+    assert table["path"].tolist() == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    assert table["speaker"].tolist()[:2] == ["ann", "ann"]
+    assert set(table["text"]) == {"hello"}
+    remarks = checked.remarks["problem"].tolist()
+    assert len(remarks) == 3
+    assert "emotion has 'Happy' and 'happy', which are different labels" in remarks
+    assert any(remark.startswith("speaker has 'Jose") for remark in remarks)
+
+
+def tone(path: Path, number: int) -> None:
+    soundfile.write(path, 0.5 * np.sin(np.arange(4000) * (number + 1) / 10), 16000)
+
+
+def test_of_a_package_only_plain_files_are_left(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/tool").write_text("x")
+    (tmp_path / "bin/tool").chmod(0o6755)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    _debian._drop_all_but_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bin", "tool"]
+    assert (tmp_path / "bin/tool").stat().st_mode & 0o7777 == 0o755
