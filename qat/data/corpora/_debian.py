@@ -57,12 +57,13 @@ def fetch(
 
 
 def _drop_all_but_files(folder: Path) -> None:
-    """Leave folders and plain files, without setuid and setgid bits: no devices, pipes, sockets or links."""
+    """Leave folders, plain files without setuid and setgid bits, and links among them: no devices, pipes or sockets."""
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        inside = stat.S_ISLNK(mode) and path.resolve().is_relative_to(folder.resolve())
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or inside):
             path.unlink()
-        elif mode & (stat.S_ISUID | stat.S_ISGID):
+        elif not inside and mode & (stat.S_ISUID | stat.S_ISGID):
             path.chmod(mode & 0o777)
 
 

@@ -213,7 +213,8 @@ def test_of_a_package_only_plain_files_are_left(tmp_path: Path) -> None:
     (tmp_path / "bin/tool").write_text("x")
     (tmp_path / "bin/tool").chmod(0o6755)
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("/etc/passwd")
+    (tmp_path / "out").symlink_to("/etc/passwd")
+    (tmp_path / "inside").symlink_to("bin/tool")
     _debian._drop_all_but_files(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bin", "tool"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bin", "inside", "tool"]
     assert (tmp_path / "bin/tool").stat().st_mode & 0o7777 == 0o755
