@@ -8,7 +8,7 @@ import torch
 from qkernels.runtime.device import INTERPRETED, arch_of
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if INTERPRETED:
         reason = "TRITON_INTERPRET=1 is set: kernels would run in the interpreter"
     elif not torch.cuda.is_available():
@@ -23,11 +23,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def device():
+def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(scope="session")
-def arch(device):
+def arch(device: torch.device) -> int:
     """What launch settings are looked up by, 90 for compute capability 9.0."""
     return arch_of(torch.empty(0, device=device))

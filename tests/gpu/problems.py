@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.layers import LAYERS
+from bench.layers import LAYERS, Layer
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.reference import conv_output_size, transposed_output_size
 from qkernels.ops.hamilton_linear import forms as linear_forms
@@ -73,25 +74,25 @@ class Problem:
     slack: float = 1.0
 
     @property
-    def window(self):
+    def window(self) -> tuple[int, ...]:
         return (*self.stride, *self.padding, *self.dilation, self.groups)
 
     @property
-    def y_size(self):
+    def y_size(self) -> tuple[int, int]:
         geometry = self.size, self.kernel, self.stride, self.padding, self.dilation
         if self.kind == "transposed":
             return transposed_output_size(*geometry, self.output_padding)
         return conv_output_size(*geometry)
 
     @property
-    def shapes(self):
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
         q, p = self.q, self.p
         if self.kind == "linear":
             return (self.batch, 4 * q), (4, p, q), (4 * p,), (self.batch, 4 * p)
         weight = (q, p // self.groups) if self.kind == "transposed" else (p, q // self.groups)
         return (self.batch, 4 * q, *self.size), (4, *weight, *self.kernel), (4 * p,), (self.batch, 4 * p, *self.y_size)
 
-    def operands(self, dtype, distribution, seed, device):
+    def operands(self, dtype: torch.dtype, distribution: str, seed: int, device: torch.device) -> Operands:
         """Maps of about unit size, a weight that keeps it, and a dy that keeps the sums over pixels within float16."""
         generator = torch.Generator(device).manual_seed(seed)
         x, weight, bias, dy = self.shapes
@@ -109,12 +110,12 @@ class Problem:
         # Maps are NHWC, as layers hand them on.
         return Operands(*(nhwc(tensor.to(dtype)) for tensor in drawn))
 
-    def meta(self, dtype):
+    def meta(self, dtype: torch.dtype) -> Operands:
         return Operands(*(nhwc(torch.empty(shape, dtype=dtype, device="meta")) for shape in self.shapes))
 
 
-def draw(shape, distribution, generator):
-    def normal(shape):
+def draw(shape: tuple[int, ...], distribution: str, generator: torch.Generator) -> Tensor:
+    def normal(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
 
     x = normal(shape)
@@ -123,21 +124,24 @@ def draw(shape, distribution, generator):
     if distribution == "correlated":  # over channels, by 0.9
         return math.sqrt(0.1) * x + math.sqrt(0.9) * normal((shape[0], 1, *shape[2:]))
     if distribution == "heavy":  # Student t, 3 degrees of freedom
-        return x / (sum(normal(shape).square() for _ in range(3)) / 3).sqrt()
+        first, second, third = (normal(shape).square() for _ in range(3))
+        return x / ((first + second + third) / 3).sqrt()
     return x
 
 
-def nhwc(x):
+def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def as_convolution(operands):
+def as_convolution(operands: Operands) -> Operands:
     """Those of a linear map as the kernels take them: maps of one pixel."""
     x, weight, bias, dy = operands
     return Operands(nhwc(x[..., None, None]), weight[..., None, None], bias, nhwc(dy[..., None, None]))
 
 
-def kernel_results(problem, operands, algorithm, dtype=None):
+def kernel_results(
+    problem: Problem, operands: Operands, algorithm: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """y, dx, dw and, where a kernel sums it, db of the kernels, all of `dtype`."""
     x, weight, bias, dy = as_convolution(operands) if problem.kind == "linear" else operands
     window, kernel, epilogue = problem.window, problem.kernel, launch.Epilogue(bias)
@@ -155,7 +159,7 @@ def kernel_results(problem, operands, algorithm, dtype=None):
     return {"y": y, "dx": dx, "dw": dw, "db": db}
 
 
-def exact_results(problem, operands):
+def exact_results(problem: Problem, operands: Operands) -> dict[str, Tensor]:
     """The same in float64, by PyTorch's own products with the expanded weight."""
     x, weight, bias, dy = (tensor.double() for tensor in operands)
     if problem.kind == "linear":
@@ -176,7 +180,7 @@ def exact_results(problem, operands):
     return {"y": forms.forward(x, weight, bias, window, "dense"), **exact_gradients(problem, operands, dy)}
 
 
-def exact_gradients(problem, operands, dy):
+def exact_gradients(problem: Problem, operands: Operands, dy: Tensor) -> dict[str, Tensor]:
     """dx, dw and db of a convolution behind which the gradient is `dy`, in float64."""
     x, weight, dy = operands.x.double(), operands.weight.double(), dy.double()
     return {
@@ -186,7 +190,7 @@ def exact_gradients(problem, operands, dy):
     }
 
 
-def violations(actual, exact, allowed):
+def violations(actual: Tensor, exact: Tensor, allowed: float) -> list[str]:
     """What is wrong with `actual`: not finite, or further from `exact` than allowed."""
     if actual.shape != exact.shape:
         return [f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"]
@@ -205,7 +209,7 @@ def violations(actual, exact, allowed):
 
 
 @contextlib.contextmanager
-def poisoned():
+def poisoned() -> Iterator[None]:
     """New tensors hold NaN, or 255: what a kernel does not write shows."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -217,17 +221,17 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-def seed_of(*names):
+def seed_of(*names: object) -> int:
     return SEED + zlib.crc32("/".join(map(str, names)).encode()) % 10**6
 
 
-def _layer(layer, batch, size, name):
+def _layer(layer: Layer, batch: int, size: tuple[int, int], name: str) -> Problem:
     if layer.kernel == 0:
         return Problem(name, "linear", 20, layer.channels_in // 4, layer.channels_out // 4)
     return Problem(name, "conv", batch, layer.channels_in // 4, layer.channels_out // 4, size, (3, 3), padding=(1, 1))
 
 
-def random_problem(seed):
+def random_problem(seed: int) -> Problem:
     """1 to 40 quaternion channels a group, kernels of 1 to 11 pixels, any strides, padding, dilation and groups."""
     generator = random.Random(seed)
     groups = generator.choice((1, 1, 2, 3))
@@ -239,7 +243,9 @@ def random_problem(seed):
         size = max(1, dilation * (kernel - 1) + 1 - 2 * padding) + generator.randint(0, 20)
         axes.append((size, kernel, stride, padding, dilation))
     batch = generator.randint(2, 5)
-    return Problem(f"random {seed}", "conv", batch, q, p, *zip(*axes, strict=True), groups, slack=RANDOM_SLACK)
+    sizes, kernels, strides, paddings, dilations = zip(*axes, strict=True)
+    geometry = sizes, kernels, strides, paddings, dilations
+    return Problem(f"random {seed}", "conv", batch, q, p, *geometry, groups, slack=RANDOM_SLACK)
 
 
 # Layers of the quaternion VGG16 at full width, those of equal shape once; and on the maps of the real one, 8 and 2

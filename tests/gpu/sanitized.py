@@ -19,7 +19,7 @@ RUNS = [
 ]
 
 
-def run(problem, operands, algorithm):
+def run(problem: problems.Problem, operands: problems.Operands, algorithm: str) -> None:
     """Products of a plain layer, and of one with a ReLU, a pool and a tap, behind another's ReLU."""
     x, weight, bias, dy = operands
     window = problem.window
@@ -30,7 +30,7 @@ def run(problem, operands, algorithm):
     launch.weight_gradient(gradient, x, problem.kernel, window, True, algorithm)
 
 
-def main():
+def main() -> None:
     for problem, algorithm, precision in RUNS:
         operands = problem.operands(problems.PRECISIONS[precision], "gaussian", problems.SEED, torch.device("cpu"))
         run(problem, problems.Operands(*(tensor.cuda() for tensor in operands)), algorithm)

@@ -1,5 +1,7 @@
 """Training with the kernels follows training with PyTorch's products from the same start."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from qkernels.runtime.precision import switched
 BATCH, CLASSES, STEPS = 20, 4, 50
 
 
-def losses(device, dtype):
+def losses(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
     """Of the quaternion VGG16 at full width on one batch of noisy patterns, one per class."""
     torch.manual_seed(0)
     net = VGG16(NetworkConfig(dropout=0.0, init="he"), CLASSES).to(device)
@@ -30,7 +32,9 @@ def losses(device, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
-def test_kernels_train_as_pytorch_does(dtype, allowed, device, monkeypatch):
+def test_kernels_train_as_pytorch_does(
+    dtype: torch.dtype, allowed: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with switched("float32"):
         kernels = torch.tensor(list(losses(device, dtype)))
         # The einsum definition would take minutes; PyTorch's own convolution with the expanded weight is tested

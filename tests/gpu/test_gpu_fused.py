@@ -11,7 +11,8 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import ALGORITHMS, PRECISIONS, VGG16, Problem, poisoned
+from problems import ALGORITHMS, PRECISIONS, VGG16, Operands, Problem, poisoned
+from torch import Tensor
 
 from bench.warm import compile_all
 from qkernels.ops.hamilton_conv import launch, op
@@ -31,7 +32,9 @@ EPILOGUES = {"relu": (True, False, False), "pool": (False, True, False), "relu p
              "pool tap": (False, True, True), "relu pool tap": (True, True, True)}  # fmt: skip
 
 
-def results(problem, operands, algorithm, epilogue):
+def results(
+    problem: Problem, operands: Operands, algorithm: str, epilogue: str
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Outputs, gradients (that by x goes through the mask of x, as if it were a ReLU's output), the pool's gradient."""
     x, weight, bias, dy = operands
     relu, pool, tap = EPILOGUES[epilogue]
@@ -55,14 +58,14 @@ def results(problem, operands, algorithm, epilogue):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(arch):
+def compiled(arch: int) -> None:
     with record(arch) as recording:
         for (problem, precision, algorithm), epilogue in itertools.product(CASES, EPILOGUES):
             results(problem, problem.meta(PRECISIONS[precision]), algorithm, epilogue)
     compile_all(recording.launches)
 
 
-def routed(dpooled, argmax, size):
+def routed(dpooled: Tensor, argmax: Tensor, size: tuple[int, int]) -> Tensor:
     """The pool's gradient on the map of `size`: each value at the pixel that `argmax` names, nowhere for argmax 4."""
     windows = torch.zeros(*dpooled.shape, 4, dtype=dpooled.dtype, device=dpooled.device)
     windows.scatter_(-1, argmax.clamp_max(3).long()[..., None], dpooled.where(argmax < 4, 0)[..., None])
@@ -70,14 +73,14 @@ def routed(dpooled, argmax, size):
     return F.pad(windows, (0, size[1] - windows.shape[3], 0, size[0] - windows.shape[2]))
 
 
-def maxima(y, argmax):
+def maxima(y: Tensor, argmax: Tensor) -> Tensor:
     """The pixel of each window that `argmax` names."""
     y = y[:, :, : y.shape[2] // 2 * 2, : y.shape[3] // 2 * 2]
-    windows = y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
+    windows: Tensor = y.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
     return windows.gather(-1, argmax.clamp_max(3).long()[..., None])[..., 0]
 
 
-def check(precision, actual, exact):
+def check(precision: str, actual: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     found = []
     for name, result in actual.items():
         allowed = tolerance("y" if name == "pooled" else name, precision)
@@ -89,7 +92,7 @@ def check(precision, actual, exact):
 @pytest.mark.parametrize(
     ("problem", "precision", "algorithm"), CASES, ids=[f"{p.name} {t} {h} seed {problems.SEED}" for p, t, h in CASES]
 )
-def test_epilogue(problem, precision, algorithm, epilogue, device):
+def test_epilogue(problem: Problem, precision: str, algorithm: str, epilogue: str, device: torch.device) -> None:
     seed = problems.seed_of(problem.name, precision)
     operands = problem.operands(PRECISIONS[precision], "gaussian", seed, device)
     relu, pool, _ = EPILOGUES[epilogue]
@@ -119,7 +122,7 @@ def test_epilogue(problem, precision, algorithm, epilogue, device):
 
 
 @pytest.mark.parametrize("tap", [False, True])
-def test_operator_differentiates_pool_and_map(tap, device):
+def test_operator_differentiates_pool_and_map(tap: bool, device: torch.device) -> None:
     """The autograd formula, with one gradient or both, gives what the kernels give directly."""
     operands = ODD.operands(torch.bfloat16, "gaussian", problems.seed_of("operator"), device)
     epilogue = "relu pool tap" if tap else "relu pool"
@@ -139,7 +142,7 @@ def test_operator_differentiates_pool_and_map(tap, device):
     ("precision", "algorithm"),
     [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms],
 )
-def test_linear_relu_and_dropout(precision, algorithm, dropout, device):
+def test_linear_relu_and_dropout(precision: str, algorithm: str, dropout: float, device: torch.device) -> None:
     """Both have one mask; what a dropout leaves is multiplied, and so is the gradient."""
     problem, scale = VGG16[10], 1 / (1 - dropout)
     operands = problem.operands(PRECISIONS[precision], "gaussian", problems.seed_of(problem.name, precision), device)

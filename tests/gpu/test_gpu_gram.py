@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 import qkernels
 from bench.warm import compile_all
@@ -28,7 +29,9 @@ CASES = [
 ]
 
 
-def maps(shape, dtype, nhwc, device, batch=3):
+def maps(
+    shape: tuple[int, int, int], dtype: torch.dtype, nhwc: bool, device: torch.device, batch: int = 3
+) -> list[Tensor]:
     """Post-ReLU features, the second operand near the first one."""
     layout = torch.channels_last if nhwc else torch.contiguous_format
     a = torch.randn(batch, *shape, device=device).relu()
@@ -37,7 +40,7 @@ def maps(shape, dtype, nhwc, device, batch=3):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(arch):
+def compiled(arch: int) -> None:
     with record(arch) as recording:
         for shape, dtype, gram, centred, nhwc in CASES:
             layout = torch.channels_last if nhwc else torch.contiguous_format
@@ -53,7 +56,9 @@ def compiled(arch):
 
 
 @pytest.mark.parametrize(("shape", "dtype", "gram", "centred", "nhwc"), CASES, ids=str)
-def test_cosine_and_gradients(shape, dtype, gram, centred, nhwc, device):
+def test_cosine_and_gradients(
+    shape: tuple[int, int, int], dtype: torch.dtype, gram: str, centred: bool, nhwc: bool, device: torch.device
+) -> None:
     a, b = maps(shape, dtype, nhwc, device)
     assert qkernels.backend_of(gram_cosine, a, b) == "triton"
     exact = [x.detach().double().requires_grad_() for x in (a, b)]
@@ -68,7 +73,7 @@ def test_cosine_and_gradients(shape, dtype, gram, centred, nhwc, device):
 
 @pytest.mark.parametrize("shape", QUATERNION + ODD, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_targets_and_taps(shape, dtype, device):
+def test_targets_and_taps(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     a, b = maps(shape, dtype, True, device)
     target = gram_target(b)
     plain = anti_transfer_loss(a, b.detach(), beta=3.0)
@@ -88,10 +93,10 @@ def test_targets_and_taps(shape, dtype, device):
 
 
 @pytest.mark.parametrize("shape", QUATERNION, ids=str)
-def test_two_runs_and_a_graph_give_the_same_bits(shape, device):
+def test_two_runs_and_a_graph_give_the_same_bits(shape: tuple[int, int, int], device: torch.device) -> None:
     a, b = maps(shape, torch.bfloat16, True, device, 20)
 
-    def run():
+    def run() -> tuple[Tensor, Tensor]:
         _, loss = anti_transfer_tap(a, b.detach())
         return loss, torch.autograd.grad(loss, a)[0]
 
@@ -111,7 +116,9 @@ def test_two_runs_and_a_graph_give_the_same_bits(shape, device):
 
 
 @pytest.mark.parametrize(("shapes", "limit"), [(QUATERNION, 3e6), (REAL, 11e6)], ids=["quaternion", "real"])
-def test_memory_beyond_features_and_gradient(shapes, limit, device):
+def test_memory_beyond_features_and_gradient(
+    shapes: list[tuple[int, int, int]], limit: float, device: torch.device
+) -> None:
     """Batch 20; the most that forward and backward hold beside a, b and da."""
     for shape in shapes:
         torch.cuda.empty_cache()
@@ -129,7 +136,7 @@ def test_memory_beyond_features_and_gradient(shapes, limit, device):
 
 @pytest.mark.parametrize("shape", [(512, 8, 8), (512, 4, 4), (70, 5, 6), (64, 16, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_folded_rowwise(shape, dtype, device):
+def test_folded_rowwise(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     """By its kernels, or above 64 positions by PyTorch's products; two runs give the same bits."""
     a, b = maps(shape, dtype, True, device)
     exact = [x.detach().double().requires_grad_() for x in (a, b)]

@@ -1,6 +1,8 @@
 """The operators inside PyTorch: streams, graphs, compilation, autocast, all kinds of gradients, DDP; extreme inputs."""
 
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch._dynamo.testing
 import torch.distributed
 import torch.nn.functional as F
 from problems import ALGORITHMS, PRECISIONS, nhwc
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +25,7 @@ from qkernels.runtime.tolerances import tolerance
 class Net(nn.Module):
     """All three layers, with a fused ReLU and a fused pool; 8x8 maps of 64 channels to 8 logits."""
 
-    def __init__(self, device, dtype=torch.float32):
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.conv = QuaternionConv2d(64, 128, 3, padding=1, activation="relu", device=device, dtype=dtype)
         self.pooled = QuaternionConv2d(128, 64, 3, padding=1, device=device, dtype=dtype)
@@ -32,35 +34,37 @@ class Net(nn.Module):
         )
         self.linear = QuaternionLinear(32 * 64, 8, device=device, dtype=dtype)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         x = hamilton_conv2d(x, self.pooled.weight, self.pooled.bias, padding=1, activation="relu", pool=2)
-        return self.linear(self.up(x).flatten(1))
+        y: Tensor = self.linear(self.up(x).flatten(1))
+        return y
 
 
-def maps(device, batch=4, dtype=torch.float32):
-    return nhwc(torch.randn(batch, 64, 8, 8, device=device, dtype=dtype))
+def maps(device: torch.device, batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    x: Tensor = nhwc(torch.randn(batch, 64, 8, 8, device=device, dtype=dtype))
+    return x
 
 
-def step(net, x):
+def step(net: nn.Module, x: Tensor) -> list[Tensor]:
     """Output and gradients of x and all parameters."""
     x = x.detach().requires_grad_()
     y = net(x)
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *net.parameters()])]
 
 
-def assert_same_bits(actual, expected):
+def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.fixture
-def net(device):
+def net(device: torch.device) -> Net:
     torch.manual_seed(0)
     return Net(device)
 
 
-def test_kernels_compute_it(net, device):
+def test_kernels_compute_it(net: Net, device: torch.device) -> None:
     for function, layer, x in (
         ("hamilton_conv2d", net.conv, maps(device)),
         ("hamilton_conv_transpose2d", net.up, maps(device)),
@@ -69,7 +73,7 @@ def test_kernels_compute_it(net, device):
         assert qkernels.backend_of(function, x, layer.weight) == "triton"
 
 
-def test_the_current_stream_is_used(net, device):
+def test_the_current_stream_is_used(net: Net, device: torch.device) -> None:
     x, late = maps(device), torch.zeros(4, 64, 8, 8, device=device)
     expected = step(net, x)
     late = nhwc(late)
@@ -83,7 +87,7 @@ def test_the_current_stream_is_used(net, device):
     assert_same_bits(actual, expected)
 
 
-def test_a_captured_step_is_the_eager_one(net, device):
+def test_a_captured_step_is_the_eager_one(net: Net, device: torch.device) -> None:
     static = maps(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -101,7 +105,7 @@ def test_a_captured_step_is_the_eager_one(net, device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic, net, device):
+def test_compiles_without_a_graph_break(dynamic: bool, net: Net, device: torch.device) -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=dynamic)
@@ -113,7 +117,7 @@ def test_compiles_without_a_graph_break(dynamic, net, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, net, device):
+def test_autocast(dtype: torch.dtype, net: Net, device: torch.device) -> None:
     x = maps(device)
     with torch.autocast("cuda", dtype):
         actual = step(net, x)
@@ -125,7 +129,7 @@ def test_autocast(dtype, net, device):
     assert_same_bits(actual, [expected[0], *(gradient.float() for gradient in expected[1:])])
 
 
-def conv_operands(device, dtype=torch.float32, batch=4):
+def conv_operands(device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 4) -> list[Tensor]:
     shapes = (batch, 64, 8, 8), (4, 16, 16, 3, 3), (64,)
     return [nhwc(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
 
@@ -133,7 +137,7 @@ def conv_operands(device, dtype=torch.float32, batch=4):
 @pytest.mark.parametrize(
     "epilogue", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2}], ids=["", "relu", "pool"]
 )
-def test_expanded_and_strided_gradients(epilogue, device):
+def test_expanded_and_strided_gradients(epilogue: dict[str, Any], device: torch.device) -> None:
     inputs = [tensor.requires_grad_() for tensor in conv_operands(device)]
     y = hamilton_conv2d(*inputs, padding=1, **epilogue)
     scattered = torch.randn(*y.shape, 2, device=device)
@@ -152,11 +156,13 @@ def test_expanded_and_strided_gradients(epilogue, device):
 @pytest.mark.parametrize(
     "epilogue", [{}, {"activation": "relu"}, {"activation": "relu", "pool": 2}], ids=["", "relu", "pool"]
 )
-def test_freezing_changes_nothing_else(wanted, epilogue, device):
+def test_freezing_changes_nothing_else(
+    wanted: tuple[bool, ...], epilogue: dict[str, Any], device: torch.device
+) -> None:
     torch.manual_seed(0)
     operands = conv_operands(device)
 
-    def run(wanted):
+    def run(wanted: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(operands, wanted, strict=True)]
         y = hamilton_conv2d(*inputs, padding=1, **epilogue)
         gradients = torch.autograd.grad(y, [tensor for tensor in inputs if tensor.requires_grad], y.detach().cos())
@@ -173,20 +179,21 @@ def test_freezing_changes_nothing_else(wanted, epilogue, device):
             assert torch.equal(actual, exact)
 
 
-def test_empty_batch(net, device):
+def test_empty_batch(net: Net, device: torch.device) -> None:
     y, dx, *gradients = step(net, maps(device, batch=0))
     assert y.shape == (0, 8)
     assert dx.shape == (0, 64, 8, 8)
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_activation_checkpointing(net, device):
+def test_activation_checkpointing(net: Net, device: torch.device) -> None:
     x = maps(device)
 
-    def checkpointed(x):
-        return net.linear(net.up(checkpoint(front, x, use_reentrant=False)).flatten(1))
+    def checkpointed(x: Tensor) -> Tensor:
+        y: Tensor = net.linear(net.up(checkpoint(front, x, use_reentrant=False)).flatten(1))
+        return y
 
-    def front(x):
+    def front(x: Tensor) -> Tensor:
         return hamilton_conv2d(net.conv(x), net.pooled.weight, net.pooled.bias, padding=1, activation="relu", pool=2)
 
     expected = step(net, x)
@@ -200,7 +207,7 @@ def test_activation_checkpointing(net, device):
     ("precision", "algorithm"),
     [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms],
 )
-def test_nan_reaches_the_outputs_that_read_it(precision, algorithm, device):
+def test_nan_reaches_the_outputs_that_read_it(precision: str, algorithm: str, device: torch.device) -> None:
     x, weight, bias = conv_operands(device, PRECISIONS[precision])
     x[1, 5, 4, 4] = float("nan")
     with qkernels.set_form(algorithm.partition("-")[0]), switched(precision):
@@ -210,7 +217,7 @@ def test_nan_reaches_the_outputs_that_read_it(precision, algorithm, device):
     assert torch.equal(pooled.isnan(), F.max_pool2d(expected, 2).bool().expand_as(pooled))
 
 
-def test_ddp(net, device):
+def test_ddp(net: Net, device: torch.device) -> None:
     x = maps(device)
     expected = step(net, x)[2:]
     backend = "nccl" if torch.distributed.is_nccl_available() else "gloo"
@@ -223,7 +230,7 @@ def test_ddp(net, device):
     assert_same_bits([parameter.grad for parameter in net.parameters()], expected)
 
 
-def test_another_device(net, device):
+def test_another_device(net: Net, device: torch.device) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device only")
     x = maps(device)
@@ -236,7 +243,7 @@ def test_another_device(net, device):
 
 
 @pytest.mark.parametrize(("q", "p"), [(16, 1), (1, 16)])
-def test_more_than_2_to_the_31_elements(q, p, device):
+def test_more_than_2_to_the_31_elements(q: int, p: int, device: torch.device) -> None:
     """The last images, which lie beyond 2**31 elements of x or of y, come out as they do alone."""
     size, tail, batch = 32, 4, 2**31 // (64 * 32 * 32) + 32
     needed = 2 * 2 * batch * 64 * size**2 + 2**32
@@ -244,7 +251,7 @@ def test_more_than_2_to_the_31_elements(q, p, device):
     if free < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
 
-    def large(channels):
+    def large(channels: int) -> Tensor:
         shape = (batch, size, size, channels)
         return torch.randn(shape, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
 
@@ -253,11 +260,11 @@ def test_more_than_2_to_the_31_elements(q, p, device):
     assert max(x.numel(), dy.numel()) > 2**31
     weight = torch.randn(4, p, q, 3, 3, device=device, dtype=torch.bfloat16)
 
-    def gradients(x, dy):
+    def gradients(x: Tensor, dy: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         dx = launch.data_gradient(dy, weight, x.shape[2:], window, algorithm)
         return dx, launch.weight_gradient(dy, x, (3, 3), window, True, algorithm, dtype=torch.float32)
 
-    def close(actual, expected, allowed):
+    def close(actual: Tensor, expected: Tensor, allowed: float) -> None:
         assert (actual.double() - expected.double()).norm() <= allowed * expected.double().norm()
 
     # What is compared was rounded twice, once here and once there.

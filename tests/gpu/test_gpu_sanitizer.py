@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def compiled(arch):
+def compiled(arch: int) -> None:
     """All of it beforehand: the tool slows a compiler down too."""
     if TOOL is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -30,7 +30,7 @@ def compiled(arch):
     compile_all(recording.launches)
 
 
-def sanitized_run(check, *program):
+def sanitized_run(check: str, *program: str) -> subprocess.CompletedProcess[str]:
     # Without PyTorch's cache each tensor has its own allocation, so that a step beyond it shows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), environment.get("PYTHONPATH", "")])
@@ -46,7 +46,7 @@ def sanitized_run(check, *program):
 
 @pytest.mark.parametrize("check", ["memcheck", "racecheck"])
 @pytest.mark.usefixtures("compiled")
-def test_sanitizer_finds_nothing(check):
+def test_sanitizer_finds_nothing(check: str) -> None:
     # Drivers, containers and versions of the tool have many ways to say that it cannot work: it is tried without ours.
     trial = sanitized_run(check, "-c", NOTHING)
     if trial.returncode or "ran" not in trial.stdout.splitlines():

@@ -1,14 +1,15 @@
 """Every product of every layer shape against float64, in every precision and form; same bits in two runs."""
 
 import itertools
+from collections.abc import Iterable, Iterator
 
 import problems
 import pytest
 import torch
-from problems import ALGORITHMS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, poisoned
+from problems import ALGORITHMS, PRECISIONS, RANDOM, REAL_MAPS, RHEMO, VGG16, Operands, Problem, poisoned
 
 from bench.warm import compile_all
-from qkernels.runtime.recording import record
+from qkernels.runtime.recording import Launch, record
 from qkernels.runtime.tolerances import tolerance
 
 # Most combinations of shape, precision, form and type of the result are kernels of their own to compile, for 2 s each.
@@ -16,9 +17,11 @@ from qkernels.runtime.tolerances import tolerance
 # under autocast) on four; elsewhere they take turns.
 WIDENED = [VGG16[1], VGG16[5], VGG16[8], VGG16[10]]
 
+# Problem, precision, distribution of the operands, and (algorithm, whether a half type's result is float32).
+Combination = tuple[Problem, str, str, list[tuple[str, bool]]]
 
-def combinations():
-    """Problem, precision, distribution of the operands, and (how, whether a half type's result is float32)."""
+
+def combinations() -> Iterator[Combination]:
     distributions, turns = itertools.cycle(problems.DISTRIBUTIONS), itertools.count()
     for problem in VGG16 + REAL_MAPS + RHEMO:
         turn = next(turns)
@@ -43,14 +46,15 @@ COMBINATIONS = {
 }
 
 
-def results_of(problem, operands, algorithm, widened):
-    if not widened:
-        return problems.kernel_results(problem, operands, algorithm)
-    wide = operands._replace(weight=operands.weight.float(), bias=operands.bias.float())
-    return problems.kernel_results(problem, wide, algorithm, torch.float32)
+def results_of(problem: Problem, operands: Operands, algorithm: str, widened: bool) -> dict[str, torch.Tensor]:
+    if widened:
+        operands = operands._replace(weight=operands.weight.float(), bias=operands.bias.float())
+    dtype = torch.float32 if widened else None
+    results: dict[str, torch.Tensor] = problems.kernel_results(problem, operands, algorithm, dtype)
+    return results
 
 
-def launches(combinations, arch):
+def launches(combinations: Iterable[Combination], arch: int) -> list[Launch]:
     with record(arch) as recording:
         for problem, precision, _, modes in combinations:
             for algorithm, widened in modes:
@@ -59,7 +63,7 @@ def launches(combinations, arch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(request, arch):
+def compiled(request: pytest.FixtureRequest, arch: int) -> None:
     """Compiles what the chosen tests need in all cores at once; otherwise it takes most of their time."""
     chosen = [
         item.callspec.params["combination"]
@@ -71,7 +75,7 @@ def compiled(request, arch):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
-def test_error_against_float64(combination, device):
+def test_error_against_float64(combination: Combination, device: torch.device) -> None:
     problem, precision, distribution, modes = combination
     seed = problems.seed_of(problem.name, precision, distribution)
     operands = problem.operands(PRECISIONS[precision], distribution, seed, device)
@@ -95,14 +99,14 @@ def test_error_against_float64(combination, device):
     [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms],
 )
 @pytest.mark.parametrize("problem", [VGG16[1], VGG16[4], VGG16[8], VGG16[10], RHEMO[0]], ids=lambda p: p.name)
-def test_two_runs_give_the_same_bits(problem, precision, algorithm, device):
+def test_two_runs_give_the_same_bits(problem: Problem, precision: str, algorithm: str, device: torch.device) -> None:
     operands = problem.operands(PRECISIONS[precision], "gaussian", problems.seed_of(problem.name), device)
     first, second = (problems.kernel_results(problem, operands, algorithm) for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
 
 
-def test_new_tensors_are_poisoned(device):
+def test_new_tensors_are_poisoned(device: torch.device) -> None:
     x = torch.ones(3, device=device)
     with poisoned():
         assert torch.empty(3, device=device).isnan().all()

@@ -1,8 +1,9 @@
 """A training of captured steps is, bit for bit, the training of the same steps without."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ def steps_of(setting: Setting, device: torch.device, capture: bool) -> Steps:
     x = torch.rand(SAMPLES, *shape)
     mib = 4096 if setting.resident else 0
     rows = {"inputs": Rows.within(lambda numbers: x[numbers], range(SAMPLES), device, mib)}
+    objective: RHEmoObjective | ClassificationObjective
     if network is None:
         targets = torch.randint(2, (SAMPLES, 4)).float()
         targets[::3, 1] = torch.nan
@@ -106,7 +108,8 @@ def steps_of(setting: Setting, device: torch.device, capture: bool) -> Steps:
 
 def trained(steps: Steps, epochs: Iterable[int] = range(EPOCHS)) -> list[Any]:
     """All that a training gives, with another learning rate from the last epoch but one on."""
-    numbers, found = torch.arange(SAMPLES), []
+    numbers = torch.arange(SAMPLES)
+    found: list[Any] = []
     for epoch in epochs:
         if epoch == EPOCHS - 2:
             steps.optimizer.param_groups[0]["lr"].fill_(1e-4)
@@ -117,7 +120,7 @@ def trained(steps: Steps, epochs: Iterable[int] = range(EPOCHS)) -> list[Any]:
 
 
 @pytest.fixture
-def deterministic():
+def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
@@ -125,7 +128,9 @@ def deterministic():
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_captured_steps_are_the_same_training(setting, device, deterministic, caplog):
+def test_captured_steps_are_the_same_training(
+    setting: Setting, device: torch.device, deterministic: None, caplog: pytest.LogCaptureFixture
+) -> None:
     captured, plain = (steps_of(setting, device, capture) for capture in (True, False))
     with caplog.at_level(logging.WARNING):
         assert trained(captured) == trained(plain)
@@ -137,8 +142,10 @@ def test_captured_steps_are_the_same_training(setting, device, deterministic, ca
         assert torch.equal(one, other), name
 
 
-def test_a_step_that_asks_the_device_runs_uncaptured(device, deterministic, caplog, monkeypatch):
-    def asking(objective, inputs, targets):
+def test_a_step_that_asks_the_device_runs_uncaptured(
+    device: torch.device, deterministic: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asking(objective: ClassificationObjective, inputs: torch.Tensor, targets: torch.Tensor) -> Losses:
         losses = ClassificationObjective.forward(objective, inputs, targets)
         return Losses(losses.total * (2.0 if losses.total.item() > 0 else 1.0), losses.parts, losses.outputs)
 
@@ -153,7 +160,7 @@ def test_a_step_that_asks_the_device_runs_uncaptured(device, deterministic, capl
     assert caplog.text.count("no CUDA graph can hold these steps") == 1
 
 
-def test_two_trainings_in_one_process_do_not_disturb_each_other(device, deterministic):
+def test_two_trainings_in_one_process_do_not_disturb_each_other(device: torch.device, deterministic: None) -> None:
     alone = trained(steps_of(SETTINGS[0], device, True))
     first, second = (steps_of(SETTINGS[0], device, True) for _ in range(2))
     numbers = torch.arange(SAMPLES)
@@ -165,7 +172,9 @@ def test_two_trainings_in_one_process_do_not_disturb_each_other(device, determin
 
 
 @pytest.mark.parametrize("setting", [SETTINGS[0], *SETTINGS[-5:]], ids=str)
-def test_a_resumed_training_is_the_same(setting, device, deterministic, tmp_path):
+def test_a_resumed_training_is_the_same(
+    setting: Setting, device: torch.device, deterministic: None, tmp_path: Path
+) -> None:
     """From the state on disk: the first steps then run uncaptured again."""
     whole, broken, resumed = (steps_of(setting, device, True) for _ in range(3))
     expected = trained(whole)
@@ -178,7 +187,7 @@ def test_a_resumed_training_is_the_same(setting, device, deterministic, tmp_path
     assert first + trained(resumed, [EPOCHS - 1]) == expected
 
 
-def test_a_training_that_is_profiled_is_the_same(device, deterministic, tmp_path):
+def test_a_training_that_is_profiled_is_the_same(device: torch.device, deterministic: None, tmp_path: Path) -> None:
     whole_batches = Setting("batches of 5", training={"batch": 5})
     plain, profiled = (steps_of(whole_batches, device, True) for _ in range(2))
     with Profile(profiled, tmp_path):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +31,12 @@ from tests.qat.campaign.running import LOCAL, campaign_of, children, is_locked, 
         (lambda: SlurmConfig(mem=0), "slurm.mem: 0 must be above 0"),
     ],
 )
-def test_a_wrong_layout_is_told(make, message):
+def test_a_wrong_layout_is_told(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_auto_is_slurm_where_there_is_an_sbatch(tmp_path, monkeypatch):
+def test_auto_is_slurm_where_there_is_an_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not Layout().is_slurm
     with pytest.raises(ValueError, match="cluster: 'slurm' must have the command sbatch"):
@@ -79,8 +80,8 @@ def test_jobs_of_a_cluster_inherit_nothing_of_the_job_that_submits_them(
     ],
 )
 def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
-    tmp_path, monkeypatch, visible, count, expected
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int | None, expected: list[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
@@ -97,7 +98,9 @@ def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
     ("count", "at_once", "own", "most"),
     [(1, 1, ["01234"], 1), (2, 1, ["024", "13"], 1), (3, 4, ["03", "14", "2"], 2), (9, 4, [*"01234"], 1)],
 )
-def test_a_job_trains_its_own_runs_first_and_takes_no_more_at_once_than_its_share(tmp_path, count, at_once, own, most):
+def test_a_job_trains_its_own_runs_first_and_takes_no_more_at_once_than_its_share(
+    tmp_path: Path, count: int, at_once: int, own: list[str], most: int
+) -> None:
     runs = [jobs._Run(tmp_path / str(n), Experiment(training=TrainingConfig(seed=n))) for n in range(5)]
     slots = jobs._slots(runs, Layout(at_once, count, "local"), tmp_path / "driver")
     for n, job in enumerate(slots):
@@ -108,7 +111,9 @@ def test_a_job_trains_its_own_runs_first_and_takes_no_more_at_once_than_its_shar
     assert len(slots) == len(own)
 
 
-def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(tmp_path, monkeypatch):
+def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second job found the run free while the first was starting it, and gets its lock when it has failed."""
     write = jobs.write_text
     monkeypatch.setattr(jobs, "write_text", lambda file, text: write(file, f"locked: {is_locked(file.parent)}. {text}"))
@@ -122,7 +127,7 @@ def test_what_failed_in_one_job_is_not_tried_by_another_that_was_about_to(tmp_pa
         assert told.startswith(f"locked: True. ValueError: {tmp_path}/absent: no such checkpoint\n")
 
 
-def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained(tmp_path):
+def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained(tmp_path: Path) -> None:
     options = {name: {} for name in ("finished", "failed", "busy", "stopped", "new")} | {
         "unready": {"needs": (tmp_path / "finished", tmp_path / "stopped")},
         "ready": {"needs": (tmp_path / "finished",)},
@@ -144,8 +149,10 @@ def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained
     assert job._next({0: (runs["busy"], None)}) == runs["stopped"], "it has been started, but has no lock yet"
 
 
-def test_no_run_waits_behind_a_long_one_while_another_job_is_free(experiment, tmp_path, monkeypatch):
-    def watch(driver):
+def test_no_run_waits_behind_a_long_one_while_another_job_is_free(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(driver: jobs._Driver) -> None:
         wait_for((runs["long"] / "last.safetensors").is_file)
         os.kill(process := trainer(runs["long"]), signal.SIGSTOP)
         wait_for(lambda: all((runs[name] / "result.json").is_file() for name in "bcd"), 100)
@@ -162,16 +169,18 @@ def test_no_run_waits_behind_a_long_one_while_another_job_is_free(experiment, tm
     assert [one.status for one in outcomes] == ["finished"] * 4
 
 
-def test_what_is_built_on_is_waited_for_and_nothing_else(experiment, tmp_path, monkeypatch):
+def test_what_is_built_on_is_waited_for_and_nothing_else(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training starts as soon as its twin is there, while another one that was ready before goes on."""
 
-    def watch(driver):
+    def watch(driver: jobs._Driver) -> None:
         wait_for((runs["long"] / "last.safetensors").is_file)
         os.kill(process := trainer(runs["long"]), signal.SIGSTOP)
         thaw.append(process)
         watched(driver)
 
-    def settled(driver):
+    def settled(driver: jobs._Driver) -> int:
         if (runs["single"] / "result.json").is_file() and thaw:
             assert not (runs["long"] / "result.json").is_file()
             os.kill(thaw.pop(), signal.SIGCONT)
@@ -192,10 +201,12 @@ def test_what_is_built_on_is_waited_for_and_nothing_else(experiment, tmp_path, m
     assert not thaw
 
 
-def test_another_job_is_submitted_when_more_is_ready_than_the_first_one_takes(experiment, tmp_path, monkeypatch):
+def test_another_job_is_submitted_when_more_is_ready_than_the_first_one_takes(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One run is ready at first, so one job starts; of the two that wait for it, it is held up by one."""
 
-    def settled(driver):
+    def settled(driver: jobs._Driver) -> int:
         begun = [run for run in runs if (run / "last.safetensors").is_file()]
         if not thawed and not stopped and begun:
             os.kill(trainer(begun[0]), signal.SIGSTOP)
@@ -221,10 +232,10 @@ def test_another_job_is_submitted_when_more_is_ready_than_the_first_one_takes(ex
     assert list(dict.fromkeys(numbers)) == [1, 2]
 
 
-def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
+def test_what_ends_a_run_ends_no_other(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one job's runs, one is killed, one is being trained by somebody else, one is of RH-Emo; then the job dies."""
 
-    def watch(driver):
+    def watch(driver: jobs._Driver) -> None:
         wait_for((runs["killed"] / "last.safetensors").is_file)
         os.kill(trainer(runs["killed"]), signal.SIGKILL)
         wait_for((runs["stopped"] / "last.safetensors").is_file)
@@ -264,7 +275,7 @@ def test_what_ends_a_run_ends_no_other(experiment, tmp_path, monkeypatch):
     wait_for(lambda: not is_locked(runs["stopped"]), 20)
 
 
-def test_probes_follow_their_training_and_are_made_up_for(experiment, twin, tmp_path):
+def test_probes_follow_their_training_and_are_made_up_for(experiment: Experiment, twin: Path, tmp_path: Path) -> None:
     campaign = Campaign(tmp_path)
     at = replace(experiment, anti_transfer=AntiTransferConfig(twin, [2]))
     run = campaign.add(at, "at-speaker", probe=True)

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -27,11 +30,11 @@ from qat.files import write_json
 NETWORKS, SPLITS, METHODS = VALUES["network"], VALUES["split"], VALUES["at"]
 
 
-def some(values, least=1):
+def some(values: Sequence[Any], least: int = 1) -> st.SearchStrategy[list[Any]]:
     return st.lists(st.sampled_from(values), min_size=least, unique=True)
 
 
-def test_the_whole_grid_has_642_trainings(tmp_path):
+def test_the_whole_grid_has_642_trainings(tmp_path: Path) -> None:
     grid = plan_grid(tmp_path, "paper")
     assert len(grid.trainings) == len(grid.table) == 642
     assert grid.table["run"].is_unique
@@ -48,7 +51,7 @@ def test_the_whole_grid_has_642_trainings(tmp_path):
     assert len(plan_grid(tmp_path, "paper", seeds=[1, 2, 3]).trainings) == 6 + 3 * 636
 
 
-def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path):
+def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path: Path) -> None:
     grid = plan_grid(tmp_path, "released-code")
     assert len(grid.trainings) == 2 + 12 * (1 + 13 * 2)
     table = grid.table.set_index("name")["run"]
@@ -67,7 +70,9 @@ def test_with_the_released_codes_random_twin_speakers_and_words_are_one(tmp_path
     layers=some(range(1, 14)),
     seeds=some(range(4)),
 )
-def test_a_selection_has_what_it_needs_and_no_more(corpora, networks, splits, at, layers, seeds):
+def test_a_selection_has_what_it_needs_and_no_more(
+    corpora: list[str], networks: list[str], splits: list[str], at: list[str], layers: list[int], seeds: list[int]
+) -> None:
     grid = plan_grid(Path("out"), "paper", Selection(corpora, networks, splits, at, layers), seeds)
     kinds = set(at) | {"single_S" for one in at if one == "dual_SW"} | {"single_W" for one in at if one == "dual_WS"}
     tasks = {one[-1] for one in kinds if one != "none"}
@@ -80,11 +85,11 @@ def test_a_selection_has_what_it_needs_and_no_more(corpora, networks, splits, at
         done.add(path)
 
 
-def test_every_training_builds_on_the_right_ones(tmp_path):
+def test_every_training_builds_on_the_right_ones(tmp_path: Path) -> None:
     grid = plan_grid(tmp_path, "paper", Selection(["tess"], layers=[2, 13]), [1, 2])
     run = {tuple(row[1:8]): row[0] for row in grid.table.fillna("").itertuples(index=False)}
     for (stage, network, corpus, split, at, layer, seed), address in run.items():
-        one = grid.trainings[Path("runs") / address]
+        one: Any = grid.trainings[Path("runs") / address]
         used = {need.name for need in grid.needs(one)}
         expected = set()
         if network == "quaternion":
@@ -109,7 +114,7 @@ def test_every_training_builds_on_the_right_ones(tmp_path):
             assert one.corpus.name == {"word": "librispeech", "speaker": "iemocap"}[stage]
 
 
-def test_own_settings_lie_over_the_preset(tmp_path):
+def test_own_settings_lie_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("- when: {stage: emotion, at: single_S, layer: 2}\n  settings: {training: {lr: 0.5}}\n")
     chosen = Selection(["tess"], ["real"], ["random"], ["none", "single_S"], [2, 3])
@@ -120,7 +125,7 @@ def test_own_settings_lie_over_the_preset(tmp_path):
 
 
 @pytest.mark.parametrize("transfer", ["{random_twin: true}", "{twin: twin, beta: 2.0}"])
-def test_a_baseline_has_no_anti_transfer_whatever_emotion_trainings_have(transfer, tmp_path):
+def test_a_baseline_has_no_anti_transfer_whatever_emotion_trainings_have(transfer: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"- when: {{stage: emotion}}\n  settings: {{anti_transfer: {transfer}}}\n")
     chosen = Selection(["tess"], ["real"], ["random"], ["none", "single_W"], [2])
@@ -141,12 +146,14 @@ def test_a_baseline_has_no_anti_transfer_whatever_emotion_trainings_have(transfe
         ({"layers": [2, 2]}, r"layers: \[2, 2\] must be one or more, each once"),
     ],
 )
-def test_a_wrong_selection_is_named(given, message):
+def test_a_wrong_selection_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Selection(**given)
 
 
-def test_missing_corpora_are_named_before_anything_runs(tmp_path, capsys, monkeypatch):
+def test_missing_corpora_are_named_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tess").mkdir()
     command = ["grid", "--out", "out", "--corpora", "[tess]", "--networks", "[real]", "--at", "[none, single_W]"]
@@ -157,7 +164,9 @@ def test_missing_corpora_are_named_before_anything_runs(tmp_path, capsys, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_writes_nothing_and_says_what_is_assumed(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_writes_nothing_and_says_what_is_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["grid", "--out", "out", "--dry-run", "--json", "--assumed.epochs", "100"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -169,7 +178,7 @@ def test_a_dry_run_writes_nothing_and_says_what_is_assumed(tmp_path, capsys, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_hours_are_arithmetic_until_something_is_measured(tmp_path):
+def test_hours_are_arithmetic_until_something_is_measured(tmp_path: Path) -> None:
     """The real network without pool: 19.97 G multiplications in convolutions, 151.0 M in linear maps, a sample."""
     mine = tmp_path / "mine.yaml"
     mine.write_text("- settings: {network: {adaptive_pool: false}, anti_transfer: {cache: false}}\n")
@@ -208,7 +217,9 @@ def command(small: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("network", ["real", pytest.param("quaternion", marks=pytest.mark.slow)])
-def test_a_grid_is_trained_in_order_and_never_twice(network, small, tmp_path, capsys):
+def test_a_grid_is_trained_in_order_and_never_twice(
+    network: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     asked = ["--networks", f"[{network}]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[actor]"]
     assert cli.main([*command(small, out, *asked), "--json"]) == 0
@@ -218,9 +229,9 @@ def test_a_grid_is_trained_in_order_and_never_twice(network, small, tmp_path, ca
     assert (told["trainings"], told["finished"], told["problems"]) == (len(names), len(names), [])
     plan = pd.read_csv(out / "plan.csv", keep_default_na=False)
     assert [f"{row.stage} {row.at}".strip() for row in plan.itertuples()] == names
-    results = {row.name: json.loads((out / "runs" / row.run / "result.json").read_text()) for row in plan.itertuples()}
-    single, dual = (results[f"emotion {network} demo actor {at} layer 13"] for at in ("single_S", "dual_SW"))
     run = dict(zip(plan["name"], plan["run"], strict=True))
+    results = {name: json.loads((out / "runs" / run[name] / "result.json").read_text()) for name in run}
+    single, dual = (results[f"emotion {network} demo actor {at} layer 13"] for at in ("single_S", "dual_SW"))
     first_half = run[f"emotion {network} demo actor single_S layer 13"]
     assert Path(dual["experiment"]["training"]["initial"]).name == first_half
     assert Path(dual["experiment"]["anti_transfer"]["twin"]).name == run[f"word {network}"]
@@ -239,7 +250,9 @@ def test_a_grid_is_trained_in_order_and_never_twice(network, small, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_grid_killed_at_random_points_gives_what_an_undisturbed_one_does(small, tmp_path, rng):
+def test_a_grid_killed_at_random_points_gives_what_an_undisturbed_one_does(
+    small: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
     asked = ["--networks", "[real]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[random]"]
     environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1])}
 

@@ -1,6 +1,7 @@
 """Campaigns of trainings that build on each other: addresses, needs, and what is trained when."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from qat.config import (
 from qat.files import read_json, write_json, write_text
 
 LOCAL = Layout(cluster="local")
+PlanIn = Callable[[Path], tuple[Campaign, dict[str, Path]]]
 
 
 def chain(plan: Campaign, **changes: object) -> dict[str, Path]:
@@ -40,7 +42,7 @@ def chain(plan: Campaign, **changes: object) -> dict[str, Path]:
     return runs
 
 
-def test_needs_are_what_a_training_builds_on(tmp_path):
+def test_needs_are_what_a_training_builds_on(tmp_path: Path) -> None:
     plan = Campaign(tmp_path)
     runs = {name: path.relative_to(tmp_path) for name, path in chain(plan).items()}
     assert plan.needs(plan.trainings[runs["rhemo"]]) == []
@@ -49,14 +51,14 @@ def test_needs_are_what_a_training_builds_on(tmp_path):
     assert plan.needs(plan.trainings[runs["dual"]]) == [runs["rhemo"], runs["twin"], runs["single"]]
 
 
-def test_the_same_training_is_planned_once(tmp_path):
+def test_the_same_training_is_planned_once(tmp_path: Path) -> None:
     plan = Campaign(tmp_path)
     first, count = chain(plan), len(plan.trainings)
     assert chain(plan) == first
     assert len(plan.trainings) == count == 5
 
 
-def test_an_address_changes_with_what_is_learnt_and_with_nothing_else(tmp_path):
+def test_an_address_changes_with_what_is_learnt_and_with_nothing_else(tmp_path: Path) -> None:
     plan, plain = Campaign(tmp_path), Experiment()
     different = [
         replace(plain, task="speaker"),
@@ -84,7 +86,7 @@ def test_an_address_changes_with_what_is_learnt_and_with_nothing_else(tmp_path):
     assert Campaign(tmp_path / "other").address(plain) == plan.address(plain)
 
 
-def test_addresses_follow_what_is_built_on(tmp_path):
+def test_addresses_follow_what_is_built_on(tmp_path: Path) -> None:
     first = chain(Campaign(tmp_path))
     other = chain(Campaign(tmp_path), rhemo=RHEmoExperiment(rhemo=RHEmoConfig(width=0.5)))
     assert not set(first.values()) & set(other.values())
@@ -95,7 +97,7 @@ def test_addresses_follow_what_is_built_on(tmp_path):
     assert changed == {"twin", "single", "dual"}
 
 
-def test_a_corpus_below_the_campaigns_folder_moves_with_it(tmp_path):
+def test_a_corpus_below_the_campaigns_folder_moves_with_it(tmp_path: Path) -> None:
     addresses = []
     for folder in (tmp_path / "first", tmp_path / "second"):
         corpus = replace(Experiment().corpus, folder=folder / "corpora/demo")
@@ -104,7 +106,7 @@ def test_a_corpus_below_the_campaigns_folder_moves_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["demo.json", "grid.yaml", "emotion/at-voice/seed1/result.json"])
-def test_a_folder_of_an_earlier_layout_is_refused(tmp_path, name):
+def test_a_folder_of_an_earlier_layout_is_refused(tmp_path: Path, name: str) -> None:
     write_text(tmp_path / name, "{}")
     plan = Campaign(tmp_path)
     with pytest.raises(ValueError, match=f"holds {name} of another layout than plan.csv and runs/ADDRESS"):
@@ -113,7 +115,7 @@ def test_a_folder_of_an_earlier_layout_is_refused(tmp_path, name):
         train(plan, LOCAL)
 
 
-def test_a_foreign_checkpoint_counts_by_its_content(tmp_path):
+def test_a_foreign_checkpoint_counts_by_its_content(tmp_path: Path) -> None:
     plan = Campaign(tmp_path / "plan")
     for name, text in (("a", "weights"), ("b", "weights"), ("c", "others")):
         write_text(tmp_path / name / "model.safetensors", text)
@@ -125,7 +127,7 @@ def test_a_foreign_checkpoint_counts_by_its_content(tmp_path):
         plan.address(Experiment(network=NetworkConfig(rhemo=plan.folder / "runs" / "0123456789abcdef")))
 
 
-def test_a_foreign_checkpoint_is_read_once(tmp_path, monkeypatch):
+def test_a_foreign_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "own" / "model.safetensors", "weights")
     read: list[Path] = []
     monkeypatch.setattr(plan_module, "sha256_of", lambda file: read.append(file) or "0" * 64)
@@ -137,7 +139,7 @@ def test_a_foreign_checkpoint_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny(experiment: Experiment, tiny_training: TrainingConfig):
+def tiny(experiment: Experiment, tiny_training: TrainingConfig) -> PlanIn:
     """A plan of real trainings: a twin, and two emotion networks of which one builds on it."""
 
     def plan_in(folder: Path) -> tuple[Campaign, dict[str, Path]]:
@@ -156,7 +158,7 @@ def times(folder: Path) -> dict[str, int]:
     return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*") if ".lock" not in f.name}
 
 
-def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
+def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny: PlanIn, tmp_path: Path) -> None:
     plan, _ = tiny(tmp_path / "first")
     outcomes = train(plan, LOCAL)
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
@@ -179,7 +181,7 @@ def test_a_plan_trains_what_is_missing_wherever_it_was_moved(tiny, tmp_path):
     assert all(torch.equal(retrained[name], tensor) for name, tensor in weights.items())
 
 
-def test_what_builds_on_a_failure_waits_and_the_rest_goes_on(tiny, tmp_path):
+def test_what_builds_on_a_failure_waits_and_the_rest_goes_on(tiny: PlanIn, tmp_path: Path) -> None:
     plan, runs = tiny(tmp_path)
     runs["twin"].mkdir(parents=True)
     (runs["twin"] / "model.safetensors").mkdir()  # the twin cannot write its weights
@@ -196,7 +198,7 @@ def test_what_builds_on_a_failure_waits_and_the_rest_goes_on(tiny, tmp_path):
     assert {outcome.status for outcome in train(plan, LOCAL)} == {"finished"}
 
 
-def test_a_finished_run_of_other_settings_is_refused(tmp_path):
+def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     plan = Campaign(tmp_path)
     run = chain(plan)["baseline"]
     theirs = replace(plan.trainings[run.relative_to(tmp_path)], task="word")

@@ -151,7 +151,9 @@ def squeue(cluster: dict[str, str]) -> list[list[str]]:
     return [line.split() for line in answer.stdout.splitlines()]
 
 
-def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster, experiment, tmp_path):
+def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(
+    cluster: dict[str, str], experiment: Experiment, tmp_path: Path
+) -> None:
     training = replace(experiment.training, epochs=6, patience=6, checkpoint_seconds=0.0)
     experiment = replace(experiment, training=training)
     plan = {"base": to_plain(experiment), "vary": {"training.seed": [1, 2, 3]}}
@@ -200,7 +202,9 @@ def test_one_command_runs_a_job_array_and_a_job_whose_time_is_up_goes_on(cluster
     assert sha256_of(first / "model.safetensors") == sha256_of(tmp_path / "alone/model.safetensors")
 
 
-def test_what_the_cluster_refuses_is_told_in_one_line(inside, experiment, tmp_path, capfd):
+def test_what_the_cluster_refuses_is_told_in_one_line(
+    inside: None, experiment: Experiment, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     layout = Layout(cluster="slurm", slurm=SlurmConfig(partition="nowhere", gpus=0))
     with pytest.raises(ValueError, match=r"^cluster: 'slurm' takes no such jobs .*invalid partition[^\n]*$"):
         train(two(experiment, tmp_path, 1)[0], layout)
@@ -208,8 +212,10 @@ def test_what_the_cluster_refuses_is_told_in_one_line(inside, experiment, tmp_pa
     assert capfd.readouterr().err == ""
 
 
-def test_an_interruption_takes_the_jobs_out_of_the_queue(cluster, inside, experiment, tmp_path, monkeypatch):
-    def interrupted(*_):
+def test_an_interruption_takes_the_jobs_out_of_the_queue(
+    cluster: dict[str, str], inside: None, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
         assert [state for _, _, state, _ in squeue(cluster)] == ["PENDING"] * 2  # the reason comes later
         raise KeyboardInterrupt
 
@@ -221,8 +227,10 @@ def test_an_interruption_takes_the_jobs_out_of_the_queue(cluster, inside, experi
     assert "#SBATCH --begin=now+1hour\n" in script.read_text()
 
 
-def test_runs_of_a_job_that_somebody_cancels_are_stopped(cluster, inside, experiment, tmp_path, monkeypatch):
-    def watch(driver):
+def test_runs_of_a_job_that_somebody_cancels_are_stopped(
+    cluster: dict[str, str], inside: None, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(driver: jobs._Driver) -> None:
         subprocess.run(["scancel", driver.jobs[0].job_id], env=cluster, check=True)
         watched(driver)
 
@@ -233,8 +241,10 @@ def test_runs_of_a_job_that_somebody_cancels_are_stopped(cluster, inside, experi
     assert one.status == "stopped"
 
 
-def test_jobs_for_which_nothing_is_left_leave_the_queue(cluster, inside, experiment, tmp_path, monkeypatch):
-    def watch(driver):
+def test_jobs_for_which_nothing_is_left_leave_the_queue(
+    cluster: dict[str, str], inside: None, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(driver: jobs._Driver) -> None:
         for run in runs.values():
             write_text(run / "result.json", "{}")
         watched(driver)
@@ -248,8 +258,8 @@ def test_jobs_for_which_nothing_is_left_leave_the_queue(cluster, inside, experim
 
 
 def test_what_becomes_ready_is_trained_by_jobs_that_are_submitted_then(
-    cluster, inside, experiment, tmp_path, monkeypatch
-):
+    cluster: dict[str, str], inside: None, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     campaign = Campaign(tmp_path)
     twin = campaign.add(replace(experiment, task="speaker"))

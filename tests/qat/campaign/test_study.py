@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -34,10 +35,13 @@ def runs_of(campaign: Campaign, seed: int = 1) -> dict[str, Experiment]:
     """The emotion trainings of a seed by their names."""
     emotion = campaign.table[(campaign.table["stage"] == "emotion") & (campaign.table["seed"] == seed)]
     assert emotion["name"].is_unique
-    return {row["name"]: campaign.trainings[Path("runs") / row["run"]] for _, row in emotion.iterrows()}
+    return {
+        row["name"]: cast("Experiment", campaign.trainings[Path("runs") / row["run"]]) for _, row in emotion.iterrows()
+    }
 
 
-def beforehand(campaign: Campaign) -> dict[str, Experiment | RHEmoExperiment]:
+def beforehand(campaign: Campaign) -> dict[str, Any]:
+    """The other trainings, each an experiment of its stage's kind, by their names."""
     stage = campaign.table[campaign.table["stage"] != "emotion"]
     return {row["name"]: campaign.trainings[Path("runs") / row["run"]] for _, row in stage.iterrows()}
 
@@ -46,7 +50,7 @@ def named(campaign: Campaign, path: Path) -> str:
     return campaign.names[Path("runs") / path.name]
 
 
-def test_no_pretrained_network_hears_a_voice_of_the_emotion_validation_or_test(tmp_path):
+def test_no_pretrained_network_hears_a_voice_of_the_emotion_validation_or_test(tmp_path: Path) -> None:
     demo.make(tmp_path / "corpora/demo", sentences=demo.SENTENCES[:1], words=demo.WORDS[:1], progress=False)
     campaign = planned(tmp_path, "demo")
     heard = {
@@ -62,7 +66,7 @@ def test_no_pretrained_network_hears_a_voice_of_the_emotion_validation_or_test(t
     assert not heard & unseen
 
 
-def test_recorded_study_learns_voices_and_emotions_from_different_people(tmp_path):
+def test_recorded_study_learns_voices_and_emotions_from_different_people(tmp_path: Path) -> None:
     campaign = planned(tmp_path, "demo", "recorded")
     assert {one.corpus.name for one in beforehand(campaign).values()} == {"fillets"}
     assert {one.corpus.name for one in runs_of(campaign).values()} == {"hedgewars"}
@@ -70,7 +74,7 @@ def test_recorded_study_learns_voices_and_emotions_from_different_people(tmp_pat
     assert {one.corpus.folder.parent for one in campaign.trainings.values()} == {tmp_path / "corpora"}
 
 
-def test_comparisons_differ_in_one_thing_only(tmp_path):
+def test_comparisons_differ_in_one_thing_only(tmp_path: Path) -> None:
     campaign = planned(tmp_path, "demo", seeds=[1, 2])
     for seed in (1, 2):
         runs = runs_of(campaign, seed)
@@ -89,25 +93,25 @@ def test_comparisons_differ_in_one_thing_only(tmp_path):
 
 
 @pytest.fixture(scope="module", params=SPEECHES)
-def study(request) -> Campaign:
+def study(request: pytest.FixtureRequest) -> Campaign:
     return planned(Path("study"), "study", request.param)
 
 
-def test_every_setting_has_every_seed(study):
+def test_every_setting_has_every_seed(study: Campaign) -> None:
     settings = [set(runs_of(study, seed)) for seed in range(1, 6)]
     assert all(names == settings[0] for names in settings)
     assert len(settings[0]) == 26
     assert len(study.trainings) == 5 * 26 + 5
 
 
-def test_seeds_draw_the_split_too_and_share_it_between_settings(study):
+def test_seeds_draw_the_split_too_and_share_it_between_settings(study: Campaign) -> None:
     for seed in range(1, 6):
         for experiment in runs_of(study, seed).values():
             assert experiment.training.seed == experiment.split.seed == seed
             assert experiment.split == replace(runs_of(study, 1)["from-random"].split, seed=seed)
 
 
-def test_each_anti_transfer_differs_from_its_baseline_in_nothing_else(study):
+def test_each_anti_transfer_differs_from_its_baseline_in_nothing_else(study: Campaign) -> None:
     for seed in (1, 4):
         runs = runs_of(study, seed)
         for name, experiment in runs.items():
@@ -119,7 +123,7 @@ def test_each_anti_transfer_differs_from_its_baseline_in_nothing_else(study):
                 assert experiment.anti_transfer.layers == [2, 7, 13]  # what is watched is probed
 
 
-def test_names_say_what_is_compared(study):
+def test_names_say_what_is_compared(study: Campaign) -> None:
     for name, experiment in runs_of(study).items():
         at, start = experiment.anti_transfer, experiment.training.initial
         real = "real-" if experiment.network.domain == "real" else ""
@@ -134,7 +138,7 @@ def test_names_say_what_is_compared(study):
             assert name == began
 
 
-def test_what_the_question_needs_is_there(study):
+def test_what_the_question_needs_is_there(study: Campaign) -> None:
     names = set(runs_of(study))
     for start in ("random", "speaker"):
         assert {f"from-{start}-at-speaker-channel-{layer}" for layer in (2, 7, 13)} < names
@@ -145,16 +149,16 @@ def test_what_the_question_needs_is_there(study):
     assert {"from-random", "from-speaker", "from-word", "real-from-speaker"} < names
 
 
-def test_the_real_network_has_a_real_twin(study):
+def test_the_real_network_has_a_real_twin(study: Campaign) -> None:
     for name, experiment in runs_of(study).items():
         for path in (experiment.training.initial, experiment.anti_transfer.twin):
             if path is not None:
-                twin = study.trainings[Path("runs") / path.name]
+                twin: Any = study.trainings[Path("runs") / path.name]
                 assert twin.network.domain == experiment.network.domain == ("real" if "real" in name else "quaternion")
                 assert twin.network.width == experiment.network.width
 
 
-def test_layers_and_the_real_network_can_be_left_out(tmp_path):
+def test_layers_and_the_real_network_can_be_left_out(tmp_path: Path) -> None:
     design = replace(STUDY, layers=[13], real=False)
     names = set(runs_of(plan_study(tmp_path, design, read_speech("synthetic"))))
     assert names < set(runs_of(planned(tmp_path)))
@@ -164,7 +168,7 @@ def test_layers_and_the_real_network_can_be_left_out(tmp_path):
     assert "layer 13 of 13" in design.remarks()[0]
 
 
-def test_a_brief_one_leaves_out_what_it_says(tmp_path):
+def test_a_brief_one_leaves_out_what_it_says(tmp_path: Path) -> None:
     brief = replace(STUDY, layers=[13], real=False, brief=True)
     assert set(runs_of(plan_study(tmp_path, brief, read_speech("synthetic")))) == {
         *("from-random", "from-random-at-speaker-channel-13", "from-random-at-word-channel-13"),
@@ -175,7 +179,7 @@ def test_a_brief_one_leaves_out_what_it_says(tmp_path):
     assert len(brief.remarks()) == len(replace(brief, brief=False).remarks()) + 1
 
 
-def test_demo_grid_and_train_mean_the_same_training(tmp_path):
+def test_demo_grid_and_train_mean_the_same_training(tmp_path: Path) -> None:
     campaign = planned(tmp_path, "demo")
     folder = tmp_path / "corpora/demo"
     selection = Selection(["demo"], ["quaternion"], ["confounded"], ["none", "single_S", "single_W"], [13])
@@ -206,14 +210,16 @@ def test_demo_grid_and_train_mean_the_same_training(tmp_path):
         assert campaign.address(instance(kind, options)) == runs[name].name
 
 
-def test_the_demo_may_be_planned_with_the_papers_settings(tmp_path, capsys, monkeypatch):
+def test_the_demo_may_be_planned_with_the_papers_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", "--preset", "paper", "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     campaign = planned(Path("runs/demo-synthetic"), "demo", preset="paper")
     assert [run["run"] for run in told["runs"]] == [path.name for path in campaign.trainings]
     assert (told["trainings"], told["finished"], list(tmp_path.iterdir())) == (4 + 6, 0, [])
-    stages = {run["stage"]: campaign.trainings[Path("runs") / run["run"]] for run in told["runs"]}
+    stages: dict[str, Any] = {run["stage"]: campaign.trainings[Path("runs") / run["run"]] for run in told["runs"]}
     assert {one.corpus.name for one in stages.values()} == {"demo"}
     expected = {
         "rhemo-1": (1e-3, 50),
@@ -226,7 +232,7 @@ def test_the_demo_may_be_planned_with_the_papers_settings(tmp_path, capsys, monk
     assert stages["emotion"].network.width == 1.0
 
 
-def test_a_design_of_ones_own_may_have_second_halves(tmp_path):
+def test_a_design_of_ones_own_may_have_second_halves(tmp_path: Path) -> None:
     design, speech = tmp_path / "my.yaml", tmp_path / "speech.yaml"
     entries = [{"name": "first", "against": "word", "layer": 3}, {"name": "second", "start": "first"}]
     design.write_text(yaml.safe_dump({"emotion": entries, "seeds": 2, "layers": [4]}))
@@ -258,7 +264,7 @@ def test_a_design_of_ones_own_may_have_second_halves(tmp_path):
         ("emotion: [", "not readable as YAML"),
     ],
 )
-def test_a_wrong_design_is_told_in_one_line(tmp_path, text, message):
+def test_a_wrong_design_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "my.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
@@ -267,20 +273,22 @@ def test_a_wrong_design_is_told_in_one_line(tmp_path, text, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_start_that_is_not_there_is_named(tmp_path):
+def test_a_start_that_is_not_there_is_named(tmp_path: Path) -> None:
     design = replace(read_design("demo"), emotion=[replace(STUDY.emotion[0], name="a", start="b")])
     with pytest.raises(ValueError, match="a: start: 'b' must be random, speaker, word or an earlier entry"):
         plan_study(tmp_path, design, read_speech("synthetic"))
 
 
-def test_packaged_designs_and_speeches_are_readable():
+def test_packaged_designs_and_speeches_are_readable() -> None:
     assert [read_design(name).emotion[0].name for name in DESIGNS] == ["baseline", "from-{start}"]
     for name in SPEECHES:
         read_overrides(read_speech(name).preset)
 
 
 @pytest.mark.timeout(1200)
-def test_a_demo_runs_from_recordings_to_a_report_and_keeps_what_is_finished(tiny, tmp_path, capsys):
+def test_a_demo_runs_from_recordings_to_a_report_and_keeps_what_is_finished(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     command = ["demo", "--out", str(out), *tiny, "--json"]
     assert cli.main(command) == 0
@@ -310,7 +318,9 @@ def test_a_demo_runs_from_recordings_to_a_report_and_keeps_what_is_finished(tiny
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_study_runs_to_a_report_that_says_what_was_not_run(tiny, tmp_path, capsys):
+def test_a_study_runs_to_a_report_that_says_what_was_not_run(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keep = {"from-random-at-speaker-batch-13", "from-speaker-at-speaker-position-13", "from-random", "from-speaker"}
     names = "from-{start}-at-{against}-{loss}-{layer}"
     plain = {
@@ -347,7 +357,7 @@ def test_a_study_runs_to_a_report_that_says_what_was_not_run(tiny, tmp_path, cap
     )
 
 
-def test_shortcut_rate_counts_answers_that_are_the_voices_own_emotion():
+def test_shortcut_rate_counts_answers_that_are_the_voices_own_emotion() -> None:
     predictions = pd.DataFrame(
         [("train", "a", "sad", "sad"), ("train", "a", "sad", "sad"), ("train", "a", "happy", "sad"),
          ("train", "b", "angry", "sad"), ("withheld", "a", "happy", "sad"), ("withheld", "a", "happy", "happy"),
@@ -357,7 +367,7 @@ def test_shortcut_rate_counts_answers_that_are_the_voices_own_emotion():
     assert shortcut_rate(predictions) == 0.5
 
 
-def test_linear_probe_finds_what_is_there_and_not_what_is_not(rng):
+def test_linear_probe_finds_what_is_there_and_not_what_is_not(rng: np.random.Generator) -> None:
     labels = np.repeat(["x", "y", "z"], 60).astype(object)
     texts = np.tile([f"t{i}" for i in range(20)], 9).astype(object)
     noise = rng.normal(size=(180, 30)).astype(np.float32)
@@ -368,7 +378,7 @@ def test_linear_probe_finds_what_is_there_and_not_what_is_not(rng):
     assert linear_probe(signal, labels, texts) > 0.9
 
 
-def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number(rng):
+def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_number(rng: np.random.Generator) -> None:
     labels = np.tile(["x", "y", "z"], 40).astype(object)
     texts = np.repeat([f"t{i:02d}" for i in range(24)], 5).astype(object)
     for width in (7, 500):
@@ -381,7 +391,7 @@ def test_linear_probe_is_logistic_regression_on_standardised_features_of_any_num
         assert linear_probe(x, labels, texts) == pytest.approx((answers == labels[tested]).mean(), abs=1.01 / 30)
 
 
-def test_linear_probe_is_tested_on_texts_that_it_has_not_seen():
+def test_linear_probe_is_tested_on_texts_that_it_has_not_seen() -> None:
     """Features that are the text itself tell the voice of every text, unless the text is new."""
     texts = np.array([f"t{i:02d}" for i in range(16)], dtype=object)
     labels = np.array(["x", "y"] * 8, dtype=object)
@@ -390,7 +400,7 @@ def test_linear_probe_is_tested_on_texts_that_it_has_not_seen():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_demo_learns_emotions_of_unseen_voices_over_three_seeds(tmp_path):
+def test_the_demo_learns_emotions_of_unseen_voices_over_three_seeds(tmp_path: Path) -> None:
     design = replace(read_design("demo"), emotion=read_design("demo").emotion[:1])
     campaign = plan_study(tmp_path, design, read_speech("synthetic"), seeds=[1, 2, 3])
     obtain(campaign)

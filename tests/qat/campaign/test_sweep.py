@@ -31,7 +31,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_plan_is_every_combination_in_its_order(tmp_path):
+def test_a_plan_is_every_combination_in_its_order(tmp_path: Path) -> None:
     plan = write(
         tmp_path,
         """
@@ -55,7 +55,7 @@ def test_a_plan_is_every_combination_in_its_order(tmp_path):
     assert {run.training.seed for _, run in read_plan(plan, [5, 6])} == {5, 6}
 
 
-def test_a_plan_says_what_qat_train_would(tmp_path):
+def test_a_plan_says_what_qat_train_would(tmp_path: Path) -> None:
     settings = "split: {rule: speaker, seed: 3}\nanti_transfer: {layers: [2, 7], beta: [1e-1, 1]}\ntask: speaker\n"
     (tmp_path / "run.yaml").write_text(settings)
     parser, _ = cli.build_parser()
@@ -85,7 +85,7 @@ def test_a_plan_says_what_qat_train_would(tmp_path):
         ("{cache: [a], anti_transfer.cache: [true]}", ["cache-a,anti_transfer.cache-true"]),
     ],
 )
-def test_names_are_short_and_unique_but_for_the_seed(tmp_path, vary, names):
+def test_names_are_short_and_unique_but_for_the_seed(tmp_path: Path, vary: str, names: list[str]) -> None:
     assert [name for name, _ in read_plan(write(tmp_path, f"vary:\n  {vary}\n"))] == names
 
 
@@ -119,7 +119,9 @@ def test_names_are_short_and_unique_but_for_the_seed(tmp_path, vary, names):
         ),
     ],
 )
-def test_a_wrong_plan_is_told_in_one_line_before_anything_runs(tmp_path, text, message, capsys):
+def test_a_wrong_plan_is_told_in_one_line_before_anything_runs(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan, out = write(tmp_path, text), tmp_path / "out"
     with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
         read_plan(plan)
@@ -130,7 +132,7 @@ def test_a_wrong_plan_is_told_in_one_line_before_anything_runs(tmp_path, text, m
     assert not out.exists()
 
 
-def test_a_dry_run_names_what_would_be_trained(tmp_path, capsys):
+def test_a_dry_run_names_what_would_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = write(tmp_path, "vary: {anti_transfer.layers: [[2], [13]], training.seed: [1, 2]}")
     assert cli.main(["sweep", str(plan), "--out", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -142,20 +144,20 @@ def test_a_dry_run_names_what_would_be_trained(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [plan]
 
 
-def test_what_varies_must_change_what_is_learnt(tmp_path):
+def test_what_varies_must_change_what_is_learnt(tmp_path: Path) -> None:
     plan = write(tmp_path, "vary: {training.capture: [true, false]}")
     message = r"plan.yaml: capture-false: is the same training as capture-true; what varies must change what is learnt$"
     with pytest.raises(ValueError, match=message):
         plan_sweep(tmp_path / "out", plan)
 
 
-def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(tmp_path):
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_runs(tmp_path: Path) -> None:
     plan = write(tmp_path, "base: {anti_transfer: {twin: absent}}")
     with pytest.raises(ValueError, match=r"plan.yaml: base: anti_transfer.twin: absent must be a checkpoint"):
         plan_sweep(tmp_path / "out", plan)
 
 
-def test_runs_of_an_earlier_layout_are_refused(tmp_path):
+def test_runs_of_an_earlier_layout_are_refused(tmp_path: Path) -> None:
     plan, old = write(tmp_path, "base: {}"), tmp_path / "out/layers-2/seed1/result.json"
     old.parent.mkdir(parents=True)
     old.write_text("{}")
@@ -165,8 +167,8 @@ def test_runs_of_an_earlier_layout_are_refused(tmp_path):
 
 
 def test_one_command_trains_all_and_the_same_again_goes_on_whatever_stopped_it(
-    experiment, tmp_path, monkeypatch, capsys
-):
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Killed in the middle; then two runs fail for want of their corpus; then it is there."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(experiment.cache, tmp_path / "cache")
@@ -250,7 +252,7 @@ def test_one_command_trains_all_and_the_same_again_goes_on_whatever_stopped_it(
     assert f"out/{addresses[1]}: holds a run with training.lr 0.5, and this one has 0.001" in capsys.readouterr().err
 
 
-def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment, tmp_path):
+def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment: Experiment, tmp_path: Path) -> None:
     plan = {"base": to_plain(longer(experiment, 100_000))}
     path = write(tmp_path, yaml.safe_dump(plan))
     command = [sys.executable, "-m", "qat", "sweep", path, "--out", tmp_path, "--cluster", "local"]

@@ -1,9 +1,12 @@
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from qat import cli
+from qat.commands.parser import Parser
 from qat.config import Experiment, RHEmoExperiment, flatten, to_plain
 from qat.config.preset import NAMES, experiment, merge, read_overrides, settings_of
 
@@ -11,12 +14,16 @@ STAGES = ("rhemo-1", "rhemo-2", "word", "speaker", "emotion")
 NETWORKS = ("quaternion", "real")
 
 
-def made(preset: str, stage: str, **place: object) -> Experiment | RHEmoExperiment:
+def made(preset: str, stage: str, **place: object) -> Any:
+    """An experiment of the stage's kind."""
     return experiment(settings_of(stage, place, read_overrides(preset)), stage)
 
 
-def emotion(preset: str, network: str, at: str = "single_S", corpus: str = "iemocap", split: str = "random"):
-    return made(preset, "emotion", network=network, corpus=corpus, split=split, at=at, layer=2, seed=1)
+def emotion(
+    preset: str, network: str, at: str = "single_S", corpus: str = "iemocap", split: str = "random"
+) -> Experiment:
+    run: Experiment = made(preset, "emotion", network=network, corpus=corpus, split=split, at=at, layer=2, seed=1)
+    return run
 
 
 # What paper and released code say, item by item: setting, preset paper, preset released-code.
@@ -56,13 +63,13 @@ OF_A_NETWORK = [
 
 @pytest.mark.parametrize(("setting", "paper", "code"), ITEMS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_emotion_presets_take_each_side(network, setting, paper, code):
+def test_emotion_presets_take_each_side(network: str, setting: str, paper: Any, code: Any) -> None:
     for preset, value in (("paper", paper), ("released-code", code)):
         assert flatten(to_plain(emotion(preset, network)))[setting] == value
 
 
 @pytest.mark.parametrize(("network", "setting", "paper", "code"), OF_A_NETWORK)
-def test_network_presets_take_each_side(network, setting, paper, code):
+def test_network_presets_take_each_side(network: str, setting: str, paper: Any, code: Any) -> None:
     for preset, value in (("paper", paper), ("released-code", code)):
         for stage in ("word", "speaker"):
             assert flatten(to_plain(made(preset, stage, network=network)))[setting] == value
@@ -70,7 +77,7 @@ def test_network_presets_take_each_side(network, setting, paper, code):
 
 
 @pytest.mark.parametrize("preset", ["paper", "released-code"])
-def test_hyperparameters_of_what_is_trained_beforehand(preset):
+def test_hyperparameters_of_what_is_trained_beforehand(preset: str) -> None:
     first, second = made(preset, "rhemo-1"), made(preset, "rhemo-2")
     expected = {"lr": 1e-3, "batch": 50, "patience": 100, "weight_decay": 0.0, "epochs": 200_000}
     assert {name: getattr(first.training, name) for name in expected} == expected
@@ -88,7 +95,7 @@ def test_hyperparameters_of_what_is_trained_beforehand(preset):
         assert real.training.batch == batches[1 if preset == "paper" else 2]
 
 
-def test_words_and_speakers():
+def test_words_and_speakers() -> None:
     for network in NETWORKS:
         paper, code = (made(preset, "speaker", network=network) for preset in ("paper", "released-code"))
         assert paper.corpus.options.get("speaker", "actor") == "actor"
@@ -101,7 +108,7 @@ def test_words_and_speakers():
         assert paper.corpus.name == code.corpus.name == "librispeech"
 
 
-def test_what_only_some_emotion_trainings_have():
+def test_what_only_some_emotion_trainings_have() -> None:
     for at in ("none", "single_S", "single_W", "dual_SW", "dual_WS"):
         for corpus in ("iemocap", "ravdess", "tess", "emodb"):
             for split in ("random", "actor"):
@@ -117,7 +124,7 @@ def test_what_only_some_emotion_trainings_have():
                     assert paper.corpus.name == code.corpus.name == corpus
 
 
-def test_all_stages_of_a_preset_hear_alike():
+def test_all_stages_of_a_preset_hear_alike() -> None:
     """A checkpoint trained on other inputs is refused, but for the cut."""
     for preset in NAMES:
         heard = set()
@@ -128,7 +135,7 @@ def test_all_stages_of_a_preset_hear_alike():
         assert len(heard) == 1
 
 
-def test_the_demo_trains_what_is_frozen_on_the_training_voices_only():
+def test_the_demo_trains_what_is_frozen_on_the_training_voices_only() -> None:
     from qat.data.corpora.demo import VOICES
 
     for stage in STAGES[:-1]:
@@ -144,13 +151,13 @@ def test_the_demo_trains_what_is_frozen_on_the_training_voices_only():
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_demo_is_the_small_preset_on_its_corpus(stage, network):
+def test_the_demo_is_the_small_preset_on_its_corpus(stage: str, network: str) -> None:
     demo, small = (made(preset, stage, network=network) for preset in ("demo", "small"))
     fields = {"corpus": demo.corpus, "split": demo.split}
     assert replace(small, **fields) == demo
 
 
-def test_an_override_may_stand_for_another_preset(tmp_path):
+def test_an_override_may_stand_for_another_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("- preset: small\n- settings: {normalisation: max}\n")
     assert read_overrides(file)[:-1] == read_overrides("small")
@@ -159,8 +166,8 @@ def test_an_override_may_stand_for_another_preset(tmp_path):
         read_overrides(file)
 
 
-def test_a_training_command_takes_a_preset_and_options_win_over_it(parser, tmp_path):
-    def parsed(*words):
+def test_a_training_command_takes_a_preset_and_options_win_over_it(parser: Parser, tmp_path: Path) -> None:
+    def parsed(*words: str) -> Any:
         options = parser.instantiate(parser.parse_args([*words, "--out", "x"]))
         for word in words[: words.index(next(word for word in words if word.startswith("--")))]:
             options = options[word]
@@ -186,7 +193,7 @@ def test_a_training_command_takes_a_preset_and_options_win_over_it(parser, tmp_p
     assert (paper.task, paper.features.cut, paper.training.batch, paper.training.lr) == ("word", "word", 300, 5e-5)
 
 
-def test_a_wrong_preset_is_told_in_one_line(capsys):
+def test_a_wrong_preset_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--preset", "best", "--out", "x"])
     assert capsys.readouterr().err == (
@@ -194,7 +201,7 @@ def test_a_wrong_preset_is_told_in_one_line(capsys):
     )
 
 
-def test_later_overrides_win_field_by_field(tmp_path):
+def test_later_overrides_win_field_by_field(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "- settings: {training: {batch: 7, lr: 0.5}, corpus: {where: {speaker: [ann]}}}\n"
@@ -214,7 +221,7 @@ def test_later_overrides_win_field_by_field(tmp_path):
     assert start == {"training": {"batch": 1, "seed": 5}, "corpus": {"where": {"kind": ["word"]}}}
 
 
-def test_rhemo_takes_what_it_has(tmp_path):
+def test_rhemo_takes_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("- settings: {network: {width: 0.5}, rhemo: {width: 0.25}, normalisation: log}\n")
     overrides = read_overrides(file)
@@ -245,7 +252,7 @@ def test_rhemo_takes_what_it_has(tmp_path):
         ("- [", "not readable as YAML"),
     ],
 )
-def test_wrong_overrides_are_named(tmp_path, text, message):
+def test_wrong_overrides_are_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -254,7 +261,7 @@ def test_wrong_overrides_are_named(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_unknown_presets_and_values_that_do_not_fit_are_named():
+def test_unknown_presets_and_values_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="best: neither a file nor a preset; presets are paper, released-code, "):
         read_overrides("best")
     with pytest.raises(ValueError, match=r"emotion: training\.batch: 0 must be at least 1"):
@@ -262,7 +269,7 @@ def test_unknown_presets_and_values_that_do_not_fit_are_named():
 
 
 @pytest.fixture(scope="module")
-def parser():
+def parser() -> Parser:
     return cli.build_parser()[0]
 
 
@@ -270,7 +277,9 @@ def parser():
 @pytest.mark.parametrize(
     ("stage", "network"), [(s, n) for s in STAGES for n in NETWORKS if n == "quaternion" or not s.startswith("rhemo")]
 )
-def test_qat_preset_prints_a_config_file(preset, stage, network, parser, capsys, tmp_path):
+def test_qat_preset_prints_a_config_file(
+    preset: str, stage: str, network: str, parser: Parser, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     place = ["--corpus", "tess", "--split", "actor", "--at", "dual_SW", "--layer", "5"] if stage == "emotion" else []
     assert cli.main(["preset", preset, "--stage", stage, "--network", network, *place]) == 0
     file = tmp_path / "config.yaml"
@@ -282,9 +291,9 @@ def test_qat_preset_prints_a_config_file(preset, stage, network, parser, capsys,
         options = options[word]
     kind = RHEmoExperiment if stage.startswith("rhemo") else Experiment
     given = kind(**{field.name: options[field.name] for field in fields(kind)})
-    place = {"corpus": "tess", "split": "actor", "at": "dual_SW", "layer": 5} if stage == "emotion" else {}
-    expected = flatten(to_plain(made(preset, stage, network=network, **place)))
-    if place:
+    labels = {"corpus": "tess", "split": "actor", "at": "dual_SW", "layer": 5} if stage == "emotion" else {}
+    expected = flatten(to_plain(made(preset, stage, network=network, **labels)))
+    if labels:
         expected["anti_transfer.layers"] = [5]
     assert {k: v for k, v in flatten(to_plain(given)).items() if k != "corpus.folder"} == {
         k: v for k, v in expected.items() if k != "corpus.folder"

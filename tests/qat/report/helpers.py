@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,7 @@ class Corpus:
         return table.sample(frac=1, random_state=int(self.rng.integers(1 << 30)))
 
 
-def judged(table: pd.DataFrame) -> dict:
+def judged(table: pd.DataFrame) -> dict[str, Any]:
     confusion = pd.crosstab(table["label"], table["predicted"]).reindex(index=EMOTIONS, columns=EMOTIONS, fill_value=0)
     counts = confusion.to_numpy()
     return {
@@ -80,7 +81,9 @@ def judged(table: pd.DataFrame) -> dict:
     }
 
 
-def write_run(folder: Path, result: dict, rng: np.random.Generator, answers: pd.DataFrame | None = None) -> None:
+def write_run(
+    folder: Path, result: dict[str, Any], rng: np.random.Generator, answers: pd.DataFrame | None = None
+) -> None:
     folder.mkdir(parents=True)
     epochs = result.get("epochs", 5)
     at = result["experiment"].get("anti_transfer", {})
@@ -175,7 +178,7 @@ class Page(HTMLParser):
         self.close()
         assert not self.open, self.open
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
@@ -184,14 +187,14 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attrs)))
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open[-1:] == [tag], (tag, self.open)
         self.open.pop()
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.words.append(data)
         if self.open and {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data

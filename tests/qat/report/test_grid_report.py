@@ -6,11 +6,13 @@ import re
 import shutil
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from math import isnan
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any, Self
 from xml.etree import ElementTree
 
 import numpy as np
@@ -52,9 +54,13 @@ class Plan:
     """A grid on disk: ``plan.csv``, and the runs that are finished."""
 
     def __init__(self, folder: Path, rng: np.random.Generator) -> None:
-        self.folder, self.rng, self.rows, self.clips = folder, rng, [], {}
+        self.folder, self.rng = folder, rng
+        self.rows: list[dict[str, str]] = []
+        self.clips: dict[tuple[str, str], int] = {}
 
-    def add(self, stage: str, *, seed: int | None = 1, address: str | None = None, **labels) -> tuple[Path, dict]:
+    def add(
+        self, stage: str, *, seed: int | None = 1, address: str | None = None, **labels: object
+    ) -> tuple[Path, dict[str, str]]:
         row = {"run": address or f"{len(self.rows):016x}", "stage": stage, "seed": "" if seed is None else str(seed)}
         row |= {key: str(labels.get(key, "")) for key in ("network", "corpus", "split", "at", "layer")}
         words = [stage, row["network"], row["corpus"], row["split"], row["at"]]
@@ -128,7 +134,7 @@ class Plan:
         """Test clips; every seed has the same."""
         return self.clips.setdefault((corpus, split), int(self.rng.integers(50, 90)))
 
-    def judged(self, clips: int, classes: list[str], accuracy: float | None) -> tuple[dict, np.ndarray]:
+    def judged(self, clips: int, classes: list[str], accuracy: float | None) -> tuple[dict[str, Any], np.ndarray]:
         """The scores of random answers, and `[clips, 2]`: the class of each clip and the answer."""
         truth = np.arange(clips) % len(classes)
         guesses = self.rng.integers(len(classes), size=clips)
@@ -147,7 +153,9 @@ class Plan:
         }
         return scores, np.stack([truth, answers], 1)
 
-    def predictions(self, run: Path, corpus: str, split: str, seed: int, classes: list[str], answers) -> None:
+    def predictions(
+        self, run: Path, corpus: str, split: str, seed: int, classes: list[str], answers: np.ndarray
+    ) -> None:
         speakers = SPEAKERS.get((corpus, split), 6)
         order = self.rng.permutation(len(answers))  # clips may come in any order
         with (run / "predictions.csv").open("w", newline="") as file:
@@ -158,7 +166,7 @@ class Plan:
                 label, predicted = (classes[k] for k in answers[n])
                 writer.writerow(["test", f"{corpus}{n}.wav", 0, f"speaker{n % speakers}", "", label, predicted])
 
-    def result(self, run: Path, **result) -> None:
+    def result(self, run: Path, **result: object) -> None:
         run.mkdir(parents=True)
         versions = {"qat": "0.1.0", "torch": "2.13.0"}
         common = {"versions": versions, "device": DEVICE, "processes": 1, "kept_epoch": 9, "epochs": 12}
@@ -186,13 +194,13 @@ class Plan:
 
     def grid(
         self,
-        corpora,
-        networks=("real", "quaternion"),
-        splits=("random", "actor"),
-        methods=METHODS,
-        layers=range(1, 14),
-        seeds=(1,),
-    ):
+        corpora: Iterable[str],
+        networks: Iterable[str] = ("real", "quaternion"),
+        splits: Iterable[str] = ("random", "actor"),
+        methods: Iterable[str] = METHODS,
+        layers: Iterable[int] = range(1, 14),
+        seeds: Iterable[int] = (1,),
+    ) -> Self:
         """Every training of a grid; ``corpora`` may say which corpus is read under which name."""
         read = dict(corpora) if isinstance(corpora, dict) else {name: name for name in corpora}
         for corpus, network, split, at, seed in product(read, networks, splits, methods, seeds):
@@ -202,6 +210,8 @@ class Plan:
 
 
 SINGLE = ("none", "single_S")
+Cell = tuple[str, str, str, str]  # corpus, network, split, method
+Key = tuple[str, str, str, str, int]  # and layer
 
 
 def grid_of(folder: Path) -> paper.PaperGrid:
@@ -216,8 +226,8 @@ class Raw:
     def __init__(self, folder: Path) -> None:
         with (folder / "plan.csv").open(newline="") as file:
             plan = [row for row in csv.DictReader(file) if row["stage"] == "emotion"]
-        self.planned: dict[tuple, list[str]] = defaultdict(list)
-        self.runs: dict[tuple, dict[int, dict]] = defaultdict(dict)
+        self.planned: dict[Key, list[str]] = defaultdict(list)
+        self.runs: dict[Key, dict[int, dict[str, Any]]] = defaultdict(dict)
         for row in plan:
             key = (row["corpus"], row["network"], row["split"], row["at"], int(row["layer"] or 0))
             self.planned[key].append(row["run"])
@@ -234,17 +244,17 @@ class Raw:
                     }
             self.runs[key][int(row["seed"])] = found
 
-    def accuracies(self, key: tuple, part: str) -> list[float]:
+    def accuracies(self, key: Key, part: str) -> list[float]:
         return [run["parts"][part]["accuracy"] for run in self.runs[key].values()]
 
-    def mean(self, key: tuple, part: str) -> float | None:
+    def mean(self, key: Key, part: str) -> float | None:
         values = self.accuracies(key, part)
         return fmean(values) if values else None
 
-    def layers(self, cell: tuple) -> list[tuple]:
+    def layers(self, cell: Cell) -> list[Key]:
         return sorted(key for key in self.planned if key[:4] == cell)
 
-    def best(self, cell: tuple, part: str) -> tuple | None:
+    def best(self, cell: Cell, part: str) -> Key | None:
         """The highest mean of all layers; of equal ones the shallowest."""
         best, most = None, -1.0
         for key in self.layers(cell):
@@ -253,12 +263,12 @@ class Raw:
                 best, most = key, mean
         return best
 
-    def pooled(self, key: tuple) -> tuple[list[float], list[str]]:
+    def pooled(self, key: Key) -> tuple[list[float], list[str]]:
         """Right or wrong, and whose clip, seed after seed, by path."""
         answers = [run["answers"][path] for _, run in sorted(self.runs[key].items()) for path in sorted(run["answers"])]
         return [right for _, right in answers], [speaker for speaker, _ in answers]
 
-    def gain(self, key: tuple, base: tuple) -> tuple[list[float], list[str]]:
+    def gain(self, key: Key, base: Key) -> tuple[list[float], list[str]]:
         """Right minus the baseline's right of every clip and seed that both have."""
         differences, speakers = [], []
         for seed in sorted(self.runs[key].keys() & self.runs[base].keys()):
@@ -271,7 +281,7 @@ class Raw:
 
 
 @pytest.fixture(scope="module")
-def half_finished(tmp_path_factory, pytestconfig) -> tuple[Path, Path]:
+def half_finished(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> tuple[Path, Path]:
     """Two seeds, two corpora and the demo; with runs missing and equal."""
     plan = Plan(tmp_path_factory.mktemp("grid"), np.random.default_rng(pytestconfig.option.seed))
     plan.beforehand()
@@ -311,7 +321,7 @@ def same(value: float, expected: float | None) -> bool:
     return isnan(value) if expected is None else value == pytest.approx(expected, abs=1e-9)
 
 
-def test_table1_is_what_the_files_say(half_finished):
+def test_table1_is_what_the_files_say(half_finished: tuple[Path, Path]) -> None:
     folder, _ = half_finished
     raw, table = Raw(folder), read(folder, "table1")
     assert len(table) == len({key[:4] for key in raw.planned}) == 25
@@ -365,7 +375,7 @@ def test_table1_is_what_the_files_say(half_finished):
     assert (tied["layer"], tied["validation_accuracy"]) == (2, pytest.approx(0.9))
 
 
-def test_settings_may_share_a_training(tmp_path, rng):
+def test_settings_may_share_a_training(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path, rng)
     for layer, seed in product((1, 2, 13), (1, 2)):  # position pool5 knows no layers
         plan.emotion("real", "tess", "random", "single_S", layer, seed, address=f"{0xABC0 + seed:016x}")
@@ -380,7 +390,7 @@ def test_settings_may_share_a_training(tmp_path, rng):
     assert row["gain_seeds"] == 1
 
 
-def test_the_papers_figures_stand_beside_its_corpora_only(half_finished):
+def test_the_papers_figures_stand_beside_its_corpora_only(half_finished: tuple[Path, Path]) -> None:
     folder, _ = half_finished
     with (Path(paper.__file__).parent / "paper_table1.csv").open() as file:
         theirs = {(row["corpus"].lower(), row["network"][:4], row["at_type"]): row for row in csv.DictReader(file)}
@@ -397,7 +407,7 @@ def test_the_papers_figures_stand_beside_its_corpora_only(half_finished):
         assert same(row["difference"], None if isnan(row["accuracy"]) else row["accuracy"] - value)
 
 
-def test_layers_are_what_the_files_say(half_finished):
+def test_layers_are_what_the_files_say(half_finished: tuple[Path, Path]) -> None:
     folder, _ = half_finished
     raw, table = Raw(folder), read(folder, "layers")
     assert len(table) == len(raw.planned)
@@ -413,7 +423,7 @@ def test_layers_are_what_the_files_say(half_finished):
         assert row["best_by_test"] == (raw.best(key[:4], "test") == key)
 
 
-def test_figure2_averages_over_corpora_that_have_every_run(tmp_path, rng):
+def test_figure2_averages_over_corpora_that_have_every_run(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path, rng).grid(("iemocap", "tess", "ravdess", "demo"), layers=(2, 7), seeds=(1, 2))
     folder = plan.write()
     # One seed is enough; without any, the corpus is out, of this network alone.
@@ -447,7 +457,7 @@ def test_figure2_averages_over_corpora_that_have_every_run(tmp_path, rng):
     assert table == pytest.approx(expected)
 
 
-def figure2_of(folder: Path) -> dict[tuple, float]:
+def figure2_of(folder: Path) -> dict[tuple[Any, ...], float]:
     grid = grid_of(folder)
     layers = paper.layers(grid)
     parts = [paper.figure2(layers[layers["corpus"].isin(c)]) for c in (["iemocap", "ravdess", "tess"], ["demo"])]
@@ -457,7 +467,7 @@ def figure2_of(folder: Path) -> dict[tuple, float]:
     }
 
 
-def kinds(cells: list[tuple]) -> dict[str, list[tuple]]:
+def kinds(cells: list[Cell]) -> dict[str, list[Cell]]:
     """What the paper averages over, of cells (corpus, network, split, at)."""
     return {
         "all": cells,
@@ -470,7 +480,7 @@ def kinds(cells: list[tuple]) -> dict[str, list[tuple]]:
     }
 
 
-def test_gains_are_means_over_cells(half_finished):
+def test_gains_are_means_over_cells(half_finished: tuple[Path, Path]) -> None:
     folder, _ = half_finished
     raw, table = Raw(folder), read(folder, "gains")
     for corpora in (["iemocap", "ravdess"], ["demo"]):
@@ -491,7 +501,7 @@ def test_gains_are_means_over_cells(half_finished):
             )
 
 
-def test_the_papers_table_as_runs_gives_the_papers_recomputed_gains(tmp_path, rng):
+def test_the_papers_table_as_runs_gives_the_papers_recomputed_gains(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path, rng)
     with (Path(paper.__file__).parent / "paper_table1.csv").open() as file:
         for row, split in product(list(csv.DictReader(file)), ("random", "actor")):
@@ -509,26 +519,27 @@ def test_the_papers_table_as_runs_gives_the_papers_recomputed_gains(tmp_path, rn
     recomputed |= {"single word": 3.82}
     for what, points in recomputed.items():
         for column in ("gain", "paper_same", "paper_table"):
-            assert 100 * rows.at[what, column] == pytest.approx(points, abs=0.0051)
+            assert 100 * rows[column][what] == pytest.approx(points, abs=0.0051)
     stated = {"real": 3.66, "quaternion": 2.6, "single": 3.12, "dual": 3.15, "random": 3.82, "actor": 2.45}
     stated |= {"iemocap": 3.01, "ravdess": 2.62, "tess": 3.77, "single speaker": 2.93, "single word": 3.33}
     assert (100 * rows["paper_text"]).dropna().to_dict() == pytest.approx(stated)
 
 
-def test_time_and_memory_are_compared_on_one_device(tmp_path, rng):
+def test_time_and_memory_are_compared_on_one_device(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path, rng).grid(("tess",), splits=("random",), methods=SINGLE, layers=(2, 7), seeds=(1, 2))
     folder = plan.write()
     moved = next(row for row in plan.rows if row["name"] == "emotion real tess random single_S layer 7")
     file = folder / "runs" / moved["run"] / "result.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cpu, 2 threads"}))
-    costs: dict[tuple, list[dict]] = defaultdict(list)
-    for row in plan.rows:
-        result = json.loads((folder / "runs" / row["run"] / "result.json").read_text())
-        costs[result["device"], row["network"], row["at"], int(row["layer"])].append(result)
+    costs: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for planned in plan.rows:
+        result = json.loads((folder / "runs" / planned["run"] / "result.json").read_text())
+        costs[result["device"], planned["network"], planned["at"], int(planned["layer"])].append(result)
     write_report(folder)
     table = read(folder, "resources")
     assert len(table) == len(costs) == 7
-    time, memory = {}, {}
+    time: dict[tuple[Any, ...], float] = {}
+    memory: dict[tuple[Any, ...], int] = {}
     for row in table.to_dict("records"):
         key = (row["device"], row["network"], row["at"], row["layer"])
         time[key] = fmean(result["seconds_per_epoch"] for result in costs[key])
@@ -557,7 +568,7 @@ def test_time_and_memory_are_compared_on_one_device(tmp_path, rng):
         ]
 
 
-def test_the_page_shows_what_table1_holds(half_finished):
+def test_the_page_shows_what_table1_holds(half_finished: tuple[Path, Path]) -> None:
     folder, out = half_finished
     page = Page(out.read_text(encoding="utf-8"))
     names = {"iemocap": "IEMOCAP", "ravdess": "RAVDESS", "tess": "TESS", "demo": "demo (synthesised)"}
@@ -586,7 +597,7 @@ def test_the_page_shows_what_table1_holds(half_finished):
     assert "Parameters: real 165,733,060, the paper's 1.6e8; quaternion 9,998,020" in page.text
 
 
-def test_the_page_says_what_is_real_and_what_is_missing(half_finished):
+def test_the_page_says_what_is_real_and_what_is_missing(half_finished: tuple[Path, Path]) -> None:
     folder, out = half_finished
     page = Page(out.read_text(encoding="utf-8"))
     with (folder / "plan.csv").open() as file:
@@ -604,7 +615,7 @@ def test_the_page_says_what_is_real_and_what_is_missing(half_finished):
     assert all("(synthesised)" in caption for caption in captions if "demo" in caption and "corpus.name" not in caption)
 
 
-def test_the_page_is_one_file_that_asks_for_nothing(half_finished):
+def test_the_page_is_one_file_that_asks_for_nothing(half_finished: tuple[Path, Path]) -> None:
     folder, out = half_finished
     text = out.read_text(encoding="utf-8")
     page = Page(text)
@@ -626,7 +637,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(half_finished):
         ElementTree.parse(folder / "report-files" / f"{name}.svg")
 
 
-def test_a_corpus_is_what_was_read_whatever_the_plan_calls_it(tmp_path, rng):
+def test_a_corpus_is_what_was_read_whatever_the_plan_calls_it(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path, rng)
     plan.beforehand(read_as="demo")
     read_as = {"tess": "demo", "savee": "savee"}
@@ -641,7 +652,7 @@ def test_a_corpus_is_what_was_read_whatever_the_plan_calls_it(tmp_path, rng):
     assert set(read(tmp_path, "figure2")["corpora"]) == {"tess", "savee"}  # never averaged with each other
 
 
-def test_accuracy_over_batches_and_outputs_without_a_class_are_minded(tmp_path, rng):
+def test_accuracy_over_batches_and_outputs_without_a_class_are_minded(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path, rng).grid(("tess",), networks=("real",), splits=("random",), methods=("none",))
     file = tmp_path / "runs" / plan.rows[0]["run"] / "result.json"
     result = json.loads(file.read_text())
@@ -655,7 +666,9 @@ def test_accuracy_over_batches_and_outputs_without_a_class_are_minded(tmp_path, 
 
 
 @pytest.mark.parametrize("beforehand", [False, True])
-def test_a_grid_without_a_finished_emotion_training_has_a_report(tmp_path, rng, beforehand):
+def test_a_grid_without_a_finished_emotion_training_has_a_report(
+    tmp_path: Path, rng: np.random.Generator, beforehand: bool
+) -> None:
     plan = Plan(tmp_path, rng)
     if beforehand:
         plan.beforehand()
@@ -667,7 +680,7 @@ def test_a_grid_without_a_finished_emotion_training_has_a_report(tmp_path, rng, 
     assert read(tmp_path, "table1")["accuracy"].isna().all()
 
 
-def test_the_same_runs_give_the_same_bytes(tmp_path, rng):
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path, rng: np.random.Generator) -> None:
     plan = Plan(tmp_path / "grid", rng)
     plan.grid(("tess",), networks=("real",), splits=("random",), methods=SINGLE, layers=(2,))
     first, again = write_report(plan.write()), write_report(tmp_path / "grid", tmp_path / "again" / "page.html")
@@ -677,7 +690,9 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, rng):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_the_command_prints_table_1_and_gives_it_as_json(tmp_path, rng, capsys):
+def test_the_command_prints_table_1_and_gives_it_as_json(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = Plan(tmp_path, rng)
     plan.grid(("tess", "demo"), networks=("quaternion",), splits=("random",), methods=SINGLE, layers=(2,))
     folder = plan.write()
@@ -714,14 +729,14 @@ def test_the_command_prints_table_1_and_gives_it_as_json(tmp_path, rng, capsys):
         ),
     ],
 )
-def test_a_bad_plan_is_named(tmp_path, rows, message):
+def test_a_bad_plan_is_named(tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "plan.csv").write_text("run,stage,network,corpus,split,at,layer,seed,name\n" + rows)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'plan.csv'}: ") + ".*" + re.escape(message)):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_papers_table_and_the_templates_are_shipped():
+def test_the_papers_table_and_the_templates_are_shipped() -> None:
     assert len(paper.published()) == 60
     with Path("pyproject.toml").open("rb") as file:
         shipped = tomllib.load(file)["tool"]["setuptools"]["package-data"]["qat"]
@@ -732,7 +747,7 @@ def test_the_papers_table_and_the_templates_are_shipped():
     assert {"results/*.csv", *expected} <= set(shipped)
 
 
-def test_the_verdict_is_of_recorded_speech_where_there_is_any(half_finished):
+def test_the_verdict_is_of_recorded_speech_where_there_is_any(half_finished: tuple[Path, Path]) -> None:
     folder, out = half_finished
     start = Page(out.read_text(encoding="utf-8")).text.partition("What is real")[0]
     table = read(folder, "table1").query("kind == 'paper' and gain.notna()")

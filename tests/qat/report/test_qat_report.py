@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,9 +40,11 @@ from tests.qat.report.helpers import (
     write_run,
 )
 
+Demo = tuple[Path, dict[tuple[str, int], pd.DataFrame], Path, Page]
+
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, pytestconfig):
+def demo(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Demo:
     top = tmp_path_factory.mktemp("demo")
     answers = write_demo(top, np.random.default_rng(pytestconfig.option.seed))
     out = write_report(top)
@@ -52,12 +55,12 @@ def right(table: pd.DataFrame) -> pd.Series:
     return (table["label"] == table["predicted"]).astype(float)
 
 
-def by_clip(answers: dict, name: str) -> pd.DataFrame:
+def by_clip(answers: dict[tuple[str, int], pd.DataFrame], name: str) -> pd.DataFrame:
     tables = [answers[name, seed].assign(seed=seed) for seed in SEEDS]
     return pd.concat(tables).sort_values(["seed", "path"]).reset_index(drop=True)
 
 
-def test_summary_csv_holds_the_figures_recomputed_from_the_answers(demo):
+def test_summary_csv_holds_the_figures_recomputed_from_the_answers(demo: Demo) -> None:
     top, answers, out, _ = demo
     assert out == top / "report.html"
     table = pd.read_csv(top / "summary.csv").set_index("name")
@@ -93,7 +96,7 @@ def test_summary_csv_holds_the_figures_recomputed_from_the_answers(demo):
     assert table.loc["twins/voice", "task"] == "speaker"
 
 
-def test_the_page_shows_what_summary_csv_holds(demo):
+def test_the_page_shows_what_summary_csv_holds(demo: Demo) -> None:
     top, _, _, page = demo
     table = pd.read_csv(top / "summary.csv").set_index("name")
     for name in SETTINGS:
@@ -123,7 +126,7 @@ def test_the_page_shows_what_summary_csv_holds(demo):
         ({"loss": MseSigmoid("max")}, "squared difference of maps, max"),
     ],
 )
-def test_what_was_compared_is_said(settings, shown, tmp_path):
+def test_what_was_compared_is_said(settings: dict[str, Any], shown: str, tmp_path: Path) -> None:
     run = experiment(AntiTransferConfig(twin=Path("twins/voice"), **settings))
     result = {"kind": "classifier", "seed": 1, "experiment": to_plain(run)}
     (tmp_path / "result.json").write_text(json.dumps(result))
@@ -132,7 +135,7 @@ def test_what_was_compared_is_said(settings, shown, tmp_path):
     assert found.transfers == (settings.get("beta") != [0.0, 0.0])
 
 
-def test_confusions_are_summed_over_seeds(demo):
+def test_confusions_are_summed_over_seeds(demo: Demo) -> None:
     _, answers, _, page = demo
     for name in SETTINGS:
         pooled = by_clip(answers, name)
@@ -142,7 +145,7 @@ def test_confusions_are_summed_over_seeds(demo):
             assert f"{count} {100 * count / len(row):.0f} %" in page.text
 
 
-def test_the_page_is_one_file_that_asks_for_nothing(demo):
+def test_the_page_is_one_file_that_asks_for_nothing(demo: Demo) -> None:
     _, _, out, page = demo
     text = out.read_text(encoding="utf-8")
     assert "http" not in text.lower()
@@ -162,7 +165,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(demo):
     assert sum(tag == "svg" for tag, _ in page.seen) == sum(tag == "figcaption" for tag, _ in page.seen) == 7
 
 
-def test_differences_over_seeds_are_those_of_the_same_seed_and_layer(demo):
+def test_differences_over_seeds_are_those_of_the_same_seed_and_layer(demo: Demo) -> None:
     top, _, _, page = demo
     table = pd.read_csv(top / "differences.csv")
     compared = {
@@ -207,7 +210,7 @@ def test_differences_over_seeds_are_those_of_the_same_seed_and_layer(demo):
     assert "What anti-transfer changed, over seeds" in " ".join(page.words)
 
 
-def test_probes_are_compared_at_the_layer_of_anti_transfer(demo, tmp_path):
+def test_probes_are_compared_at_the_layer_of_anti_transfer(demo: Demo, tmp_path: Path) -> None:
     shutil.copytree(demo[0] / "emotion", tmp_path / "emotion")
     for seed in SEEDS:
         file = tmp_path / "emotion/at-voice" / f"seed{seed}" / "result.json"
@@ -226,12 +229,12 @@ def test_probes_are_compared_at_the_layer_of_anti_transfer(demo, tmp_path):
     assert table.loc[("at-voice", "baseline", "voice_probe"), "mean"] == pytest.approx(expected)
 
 
-def test_ids_are_unique_in_the_page(demo):
+def test_ids_are_unique_in_the_page(demo: Demo) -> None:
     ids = [attributes["id"] for _, attributes in demo[3].seen if "id" in attributes]
     assert len(ids) == len(set(ids))
 
 
-def test_synthesised_speech_is_said_wherever_accuracy_is(demo):
+def test_synthesised_speech_is_said_wherever_accuracy_is(demo: Demo) -> None:
     _, _, out, page = demo
     text = out.read_text(encoding="utf-8")
     captions = re.findall(r"<(?:caption|figcaption)>(.*?)</(?:caption|figcaption)>", text)
@@ -244,7 +247,7 @@ def test_synthesised_speech_is_said_wherever_accuracy_is(demo):
     assert "3 seeds" in page.text
 
 
-def test_the_same_runs_give_the_same_bytes(tmp_path, rng):
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path, rng: np.random.Generator) -> None:
     answers = Corpus(rng).answers("test", 0.5)
     plain = to_plain(experiment(AntiTransferConfig(SPEAKER, [13])))
     result = {"seed": 1, "experiment": plain, "classes": EMOTIONS, "parts": {"test": judged(answers)}}
@@ -255,7 +258,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, rng):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_names_are_escaped(tmp_path, rng):
+def test_names_are_escaped(tmp_path: Path, rng: np.random.Generator) -> None:
     evil = "<script>alert('x')</script> & $\\frac$"
     answers = Corpus(rng).answers("test", 0.5)
     result = {
@@ -273,7 +276,7 @@ def test_names_are_escaped(tmp_path, rng):
     assert any(cells[0] == evil for cells in page.rows)
 
 
-def test_a_baseline_differs_in_anti_transfer_alone(tmp_path, rng):
+def test_a_baseline_differs_in_anti_transfer_alone(tmp_path: Path, rng: np.random.Generator) -> None:
     corpus = Corpus(rng, voices=3)
     longer = replace(experiment(), training=replace(PLAIN.training, epochs=99))
     for name, settings in (
@@ -293,19 +296,21 @@ def test_a_baseline_differs_in_anti_transfer_alone(tmp_path, rng):
     assert table.loc["at", "baseline"] == "right"
 
 
-def test_other_clips_give_a_difference_without_interval(tmp_path, rng):
+def test_other_clips_give_a_difference_without_interval(tmp_path: Path, rng: np.random.Generator) -> None:
     corpus = Corpus(rng)
     for name, settings in (("plain", experiment()), ("at", experiment(AntiTransferConfig(SPEAKER, [2])))):
-        answers = corpus.answers("test", 0.6).assign(path=lambda t, name=name: name + t["path"])
+        answers = corpus.answers("test", 0.6)
+        answers = answers.assign(path=name + answers["path"])
         result = {"seed": 1, "experiment": to_plain(settings), "parts": {"test": judged(answers)}}
         write_run(tmp_path / name, result, rng, answers)
     table = summary_table(runs_in(tmp_path)).set_index("name")
-    assert table.loc["at", "difference"] == pytest.approx(table.at["at", "accuracy"] - table.at["plain", "accuracy"])
+    accuracy = table["accuracy"]
+    assert table.loc["at", "difference"] == pytest.approx(accuracy["at"] - accuracy["plain"])
     assert np.isnan(table.loc["at", "difference_low"])
 
 
 @pytest.mark.parametrize("speakers", [1, None])
-def test_too_few_speakers_give_no_interval(tmp_path, rng, speakers):
+def test_too_few_speakers_give_no_interval(tmp_path: Path, rng: np.random.Generator, speakers: int | None) -> None:
     answers = Corpus(rng).answers("test", 0.5).assign(speaker="only one" if speakers else "")
     result = {"seed": 1, "experiment": to_plain(experiment()), "parts": {"test": judged(answers)}}
     write_run(tmp_path / "a", result, rng, answers)
@@ -328,7 +333,7 @@ def test_too_few_speakers_give_no_interval(tmp_path, rng, speakers):
         {"kept_epoch": 99, "experiment": {"anti_transfer": {"twin": "t", "layers": [1, 2]}}},
     ],
 )
-def test_a_foreign_run_may_lack_anything(tmp_path, result):
+def test_a_foreign_run_may_lack_anything(tmp_path: Path, result: dict[str, Any]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text(json.dumps(result))
     (tmp_path / "run/metrics.csv").write_text("epoch,train_total,train_similarity_1\n0,1.0,0.5\n1,,\n")
@@ -354,7 +359,7 @@ def test_a_foreign_run_may_lack_anything(tmp_path, result):
         ("analysis.json", {"layers": {"2": 0.5}}, "layers.2: 0.5 must be a mapping of settings"),
     ],
 )
-def test_a_broken_record_is_refused_by_name(tmp_path, file, content, message):
+def test_a_broken_record_is_refused_by_name(tmp_path: Path, file: str, content: dict[str, Any], message: str) -> None:
     (tmp_path / "result.json").write_text("{}")
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / file}: {message}")) as caught:
@@ -363,7 +368,7 @@ def test_a_broken_record_is_refused_by_name(tmp_path, file, content, message):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_runs_are_named_by_their_path_without_the_seed(tmp_path):
+def test_runs_are_named_by_their_path_without_the_seed(tmp_path: Path) -> None:
     for path in ("ravdess/at/seed-1", "ravdess/at/seed-2", "tess/at/seed1", "iemocap-seed3"):
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "result.json").write_text(json.dumps({"name": Path(path).name}))
@@ -371,7 +376,7 @@ def test_runs_are_named_by_their_path_without_the_seed(tmp_path):
     assert found == {("ravdess/at", 1), ("ravdess/at", 2), ("tess/at", 1), ("iemocap", 3)}
 
 
-def test_bad_folders_are_named(tmp_path):
+def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no result.json at or below")):
         write_report(tmp_path)
     run = tmp_path / "run"
@@ -390,7 +395,7 @@ def test_bad_folders_are_named(tmp_path):
     assert not (tmp_path / "summary.csv").exists()
 
 
-def test_a_seed_is_counted_once(tmp_path):
+def test_a_seed_is_counted_once(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "result.json").write_text(json.dumps({"name": "same", "seed": 4}))
@@ -398,12 +403,12 @@ def test_a_seed_is_counted_once(tmp_path):
         runs_in(tmp_path)
 
 
-def test_importing_the_report_is_cheap():
+def test_importing_the_report_is_cheap() -> None:
     code = "import sys, qat.report.report; print({'matplotlib', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-def test_a_device_is_named_with_its_processes():
+def test_a_device_is_named_with_its_processes() -> None:
     result = Result(device="H100", versions={"torch": "2.13"}, commit="abc")
     alone = FinishedRun(Path("a"), "a", 1, result)
     several = replace(alone, result=replace(result, processes=2, versions={"torch": "2.11"}))
@@ -413,7 +418,7 @@ def test_a_device_is_named_with_its_processes():
 
 @pytest.mark.parametrize("labels", [["mean"], ["no AT", "single S, random"] * 4, ["validation, cross-entropy"] * 4])
 @pytest.mark.parametrize("panels", [1, 2, 3])
-def test_a_legend_fits_its_figure(panels, labels, monkeypatch):
+def test_a_legend_fits_its_figure(panels: int, labels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(figures, "drawing", drawn.append)
     lines = [figures.Line(f"{label} {n}", "mean", {1: 50.0, 13: 60.0}) for n, label in enumerate(labels)]
@@ -427,7 +432,7 @@ def test_a_legend_fits_its_figure(panels, labels, monkeypatch):
     assert axis.height > figure.dpi
 
 
-def test_the_page_begins_with_a_verdict_and_one_chart(demo):
+def test_the_page_begins_with_a_verdict_and_one_chart(demo: Demo) -> None:
     top, _, out, page = demo
     table = pd.read_csv(top / "summary.csv")
     judged = table[table["difference"].notna()]
@@ -445,7 +450,7 @@ def test_the_page_begins_with_a_verdict_and_one_chart(demo):
     assert "Anti-transfer is to raise both accuracies" in start
 
 
-def test_every_test_speaker_has_a_row(demo):
+def test_every_test_speaker_has_a_row(demo: Demo) -> None:
     _, answers, _, page = demo
     pooled = {name: by_clip(answers, name) for name in SETTINGS}
     head = ["Speaker", *SETTINGS, "Clips"]
@@ -456,7 +461,7 @@ def test_every_test_speaker_has_a_row(demo):
         assert [voice, *cells, str(len(own["baseline"]) // len(SEEDS))] in page.rows
 
 
-def test_figures_and_page_change_their_colours_in_the_dark(demo):
+def test_figures_and_page_change_their_colours_in_the_dark(demo: Demo) -> None:
     text = demo[2].read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text
     used = set(re.findall(r"var\(--([a-z]+)\)", text))
@@ -469,7 +474,7 @@ def test_figures_and_page_change_their_colours_in_the_dark(demo):
         assert not re.search("#ffffff|#1d2129|#0072b2", svg)
 
 
-def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path, rng):
+def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path: Path, rng: np.random.Generator) -> None:
     soundfile = pytest.importorskip("soundfile")
     table = (
         Corpus(rng, voices=4, sentences=2).answers("test", 0.5).assign(p_angry="0.2", p_happy="0.3", p_neutral="0.1")
@@ -491,7 +496,7 @@ def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path, rng):
     assert "audio" not in {tag for tag, _ in page_of(tmp_path / "run").seen}
 
 
-def test_failed_and_unfinished_runs_are_named(tmp_path, rng):
+def test_failed_and_unfinished_runs_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
     answers = Corpus(rng).answers("test", 0.5)
     result = {"seed": 1, "experiment": to_plain(experiment()), "classes": EMOTIONS, "parts": {"test": judged(answers)}}
     write_run(tmp_path / "good", result, rng, answers)
@@ -508,7 +513,7 @@ def test_failed_and_unfinished_runs_are_named(tmp_path, rng):
     assert "What is missing" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
-def test_a_plan_that_is_no_grid_names_the_runs(tmp_path, rng):
+def test_a_plan_that_is_no_grid_names_the_runs(tmp_path: Path, rng: np.random.Generator) -> None:
     top, corpus, rows = tmp_path / "campaign", Corpus(rng, voices=3), []
     for name in ("baseline", "at-voice"):
         for seed in (1, 2):
@@ -533,10 +538,10 @@ def test_a_plan_that_is_no_grid_names_the_runs(tmp_path, rng):
     assert table.loc["at-voice", "baseline"] == "baseline"
     nested = {(run.name, run.seed) for run in runs_in(tmp_path)}
     assert ("campaign/at-voice", 2) in nested
-    assert "twin at-word" in table.loc["at-voice", "anti_transfer"]  # its name, not its address
+    assert "twin at-word" in table["anti_transfer"]["at-voice"]  # its name, not its address
 
 
-def test_the_axis_of_one_epoch_has_that_epoch(tmp_path, monkeypatch):
+def test_the_axis_of_one_epoch_has_that_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(figures, "drawing", drawn.append)
     (tmp_path / "result.json").write_text('{"kept_epoch": 0}')

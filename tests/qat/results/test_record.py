@@ -1,6 +1,7 @@
 """Records of finished trainings: what is read back is what was written, with its version."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from qat.config import AntiTransferConfig, Experiment, RHEmoExperiment, to_plain
 from qat.results.record import SCHEMA, Analysis, Probes, Scores, origin, read_analysis, read_result
 
 
-def test_a_result_is_read_back_typed(tmp_path):
+def test_a_result_is_read_back_typed(tmp_path: Path) -> None:
     experiment = Experiment(anti_transfer=AntiTransferConfig(layers=[2, 7], beta=[1.0, 0.5]))
     scores = {"accuracy": 0.5, "samples": 4, "confusion": [[1, 1], [1, 1]], "total": 1.5, "similarity_2": float("nan")}
     plain = {
@@ -27,7 +28,7 @@ def test_a_result_is_read_back_typed(tmp_path):
     assert result.command == origin()["command"]
 
 
-def test_files_without_a_version_are_of_the_first(tmp_path):
+def test_files_without_a_version_are_of_the_first(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text('{"kind": "rhemo"}')
     assert read_result(file).experiment == RHEmoExperiment()
@@ -40,7 +41,7 @@ def test_files_without_a_version_are_of_the_first(tmp_path):
         read_result(file)
 
 
-def test_an_analysis_is_read_back(tmp_path):
+def test_an_analysis_is_read_back(tmp_path: Path) -> None:
     analysis = Analysis(0.5, 0.25, 0.1, 0.2, None, {2: Probes(0.75, 0.5), 13: Probes(0.5, 0.25)})
     (tmp_path / "analysis.json").write_text(json.dumps(to_plain(analysis)))
     assert read_analysis(tmp_path / "analysis.json") == analysis

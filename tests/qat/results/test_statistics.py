@@ -28,7 +28,7 @@ def resampled_means(values: np.ndarray, clusters: list[str]) -> np.ndarray:
     return np.array([np.concatenate(draw).mean() for draw in product(groups, repeat=len(groups))])
 
 
-def test_the_interval_cuts_the_expanded_tails_of_all_draws_of_speakers(rng):
+def test_the_interval_cuts_the_expanded_tails_of_all_draws_of_speakers(rng: np.random.Generator) -> None:
     values, clusters = clips(rng, speakers=5)
     tail = norm.cdf(-np.sqrt(5 / 4) * t.ppf(0.95, 4))
     low, high = cluster_interval(values, clusters, level=0.9, draws=200_000)
@@ -40,13 +40,13 @@ def test_the_interval_cuts_the_expanded_tails_of_all_draws_of_speakers(rng):
     assert (means >= high - 1e-9).mean() >= tail * 0.75 - 0.001
 
 
-def test_two_speakers_give_their_own_means(rng):
+def test_two_speakers_give_their_own_means(rng: np.random.Generator) -> None:
     values, clusters = clips(rng, speakers=2)
     means = resampled_means(values, clusters)
     assert cluster_interval(values, clusters) == pytest.approx((means.min(), means.max()))
 
 
-def test_more_clips_of_the_same_speakers_teach_nothing(rng):
+def test_more_clips_of_the_same_speakers_teach_nothing(rng: np.random.Generator) -> None:
     values, clusters = clips(rng, speakers=7)
     once = cluster_interval(values, clusters)
     assert cluster_interval(np.tile(values, 5), clusters * 5) == pytest.approx(tuple(once))
@@ -54,26 +54,26 @@ def test_more_clips_of_the_same_speakers_teach_nothing(rng):
     assert as_if_independent.high - as_if_independent.low < once.high - once.low
 
 
-def test_the_order_of_clips_does_not_matter(rng):
+def test_the_order_of_clips_does_not_matter(rng: np.random.Generator) -> None:
     values, clusters = clips(rng, speakers=6)
     order = rng.permutation(len(values))
     assert cluster_interval(values[order], [clusters[n] for n in order]) == cluster_interval(values, clusters)
 
 
-def test_a_wider_level_gives_a_wider_interval(rng):
+def test_a_wider_level_gives_a_wider_interval(rng: np.random.Generator) -> None:
     values, clusters = clips(rng, speakers=8)
     narrow, wide = (cluster_interval(values, clusters, level=level) for level in (0.5, 0.99))
     assert wide.low < narrow.low < values.mean() < narrow.high < wide.high
 
 
-def test_no_interval_from_one_speaker_or_without_spread(rng):
+def test_no_interval_from_one_speaker_or_without_spread(rng: np.random.Generator) -> None:
     values, _ = clips(rng, speakers=3)
     assert cluster_interval(values, ["one"] * len(values)) is None
     assert cluster_interval(np.ones(9), list("aaabbbccc")) is None
     assert cluster_interval([], []) is None
 
 
-def test_a_paired_difference_is_first_minus_second_and_forgets_what_both_share(rng):
+def test_a_paired_difference_is_first_minus_second_and_forgets_what_both_share(rng: np.random.Generator) -> None:
     speakers, each = 8, 50
     clusters = [f"s{s}" for s in range(speakers) for _ in range(each)]
     hard = np.repeat(np.linspace(0.1, 0.7, speakers), each)
@@ -90,14 +90,14 @@ def test_a_paired_difference_is_first_minus_second_and_forgets_what_both_share(r
     assert back.interval == pytest.approx((-interval.high, -interval.low), abs=0.01)
 
 
-def test_deviation_over_seeds(rng):
+def test_deviation_over_seeds(rng: np.random.Generator) -> None:
     values = rng.random(4).tolist()
     mean = sum(values) / 4
     assert deviation(values) == pytest.approx((sum((v - mean) ** 2 for v in values) / 3) ** 0.5)
     assert deviation(values[:1]) is deviation([]) is None
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="there are 2 clusters"):
         cluster_interval([1, 0, 1], ["a", "b"])
     with pytest.raises(ValueError, match="level is 95; it must lie between 0 and 1"):
@@ -106,7 +106,7 @@ def test_bad_input_is_named():
         paired_difference([1, 0], [1], ["a", "b"])
 
 
-def test_differences_over_seeds_have_students_interval_and_p_value(rng):
+def test_differences_over_seeds_have_students_interval_and_p_value(rng: np.random.Generator) -> None:
     first, second = rng.random(5), rng.random(5)
     d = first - second
     found = over_seeds(first.tolist(), second.tolist())
@@ -117,10 +117,11 @@ def test_differences_over_seeds_have_students_interval_and_p_value(rng):
     assert (found.p < 0.05) == (abs(d.mean()) > t * error)
     assert (found.rose, found.fell) == (sum(d > 0), sum(d < 0))
     back = over_seeds(second.tolist(), first.tolist())
-    assert (back.mean, back.p, back.rose) == (pytest.approx(-found.mean), pytest.approx(found.p), found.fell)
+    assert (back.mean, back.p) == pytest.approx((-found.mean, found.p))
+    assert back.rose == found.fell
 
 
-def test_one_seed_and_equal_differences_have_no_interval():
+def test_one_seed_and_equal_differences_have_no_interval() -> None:
     assert over_seeds([0.5], [0.4])[1:] == (None, None, 1, 0)
     assert over_seeds([0.5, 0.6], [0.4, 0.5])[1:] == (None, None, 2, 0)
     assert over_seeds([0.5, 0.5], [0.5, 0.5]) == (0, None, None, 0, 0)
@@ -128,7 +129,7 @@ def test_one_seed_and_equal_differences_have_no_interval():
         over_seeds([0.5], [0.4, 0.5])
 
 
-def test_false_discovery_is_benjamini_and_hochbergs(rng):
+def test_false_discovery_is_benjamini_and_hochbergs(rng: np.random.Generator) -> None:
     p = rng.random(12)
     ranked = sorted(p)
     by_hand = [min(min(12 * ranked[k] / (k + 1), 1) for k in range(ranked.index(value), 12)) for value in p]
@@ -136,7 +137,7 @@ def test_false_discovery_is_benjamini_and_hochbergs(rng):
 
 
 @pytest.mark.slow
-def test_nine_speakers_cover_what_the_docstring_says(rng):
+def test_nine_speakers_cover_what_the_docstring_says(rng: np.random.Generator) -> None:
     repeats, hits = 4000, 0
     for _ in range(repeats):
         chance = np.clip(rng.normal(0.5, 0.12, (9, 1)), 0, 1)
