@@ -385,7 +385,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(str(run / "result.json"))):
         write_report(tmp_path)
     (run / "result.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"result\.json: holds a list, not an object"):
+    with pytest.raises(ValueError, match=r"result\.json: must hold a JSON object, not list"):
         write_report(tmp_path)
     (run / "result.json").write_text("{}")
     (run / "metrics.csv").write_bytes(b"")
