@@ -156,8 +156,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(lock: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock until the block ends, or this process. A block within, which asks for the same lock, holds it too.
+def held(lock: Path, *, wait: bool = False, nested: bool = False) -> Iterator[None]:
+    """Hold a lock until the block ends, or this process.
 
     Where ``flock`` is not implemented, as on Lustre without its mount option, the file itself is the lock; a holder
     that was killed on another machine then leaves it behind, and it has to be deleted by hand.
@@ -165,13 +165,14 @@ def held(lock: Path, *, wait: bool = False) -> Iterator[None]:
     Args:
         lock: lock file; created where absent, and kept. A file beside it says who holds it.
         wait: wait for the present holder, instead of raising ``Busy``.
+        nested: be content with a lock that is held around this block.
 
     Raises:
         Busy: another process or thread holds the lock.
         ValueError: the file cannot be locked.
     """
     key = os.path.realpath(lock)
-    if key in _held.get():
+    if nested and key in _held.get():
         yield
         return
     lock.parent.mkdir(parents=True, exist_ok=True)

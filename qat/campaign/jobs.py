@@ -242,6 +242,7 @@ class _Driver:
         """Offer runs to new jobs, at most one for each."""
         from submitit.helpers import clean_env
 
+        settings = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}  # of the cluster
         chosen = self.free_slots()[: len(ready)]
         if not chosen:
             return
@@ -250,6 +251,7 @@ class _Driver:
         # Jobs on this machine end with this process, not by a terminal's Ctrl-C; sbatch's words are in the error. A job
         # that this process runs in gives neither its memory nor its cores to the new ones.
         with _blocked(), redirect_stderr(io.StringIO()), clean_env():
+            os.environ.update(settings)
             jobs = self.executor.submit_array([self.slots[n] for n in chosen])
         for n, job in zip(chosen, jobs, strict=True):
             self.submitted.setdefault(n, []).append(job)

@@ -166,7 +166,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         return
     new = not folder.exists()
     try:
-        with held(folder / LOCK):
+        with held(folder / LOCK, nested=True):
             yield
     except Busy as error:
         raise ValueError(f"{folder}: {error} writes there; choose another folder, or wait") from None

@@ -659,7 +659,7 @@ def samples() -> Any:
     """Arguments of each operator, with every kind of epilogue."""
     x, weight, bias = operands((2, 1, 2, 4, 3, (2, 1), None, None, None, 1), requires_grad=True)
     packed = OPS.hamilton_pack([weight.detach()], HOW[1], x.dtype, HOW[0])
-    yield "pack", ([weight, torch.randn(4, 3, 2)], "signed-ieee q8-ieee", x.dtype, HOW[0])
+    yield "pack", ([weight.detach(), torch.randn(4, 3, 2)], "signed-ieee q8-ieee", x.dtype, HOW[0])
     none, seed, dtype = (None, None), torch.tensor([3]), x.dtype
     y = OPS.hamilton_conv2d(x, weight, bias, *packed, None, WINDOW, True, 0.0, False, True, dtype, *HOW).detach()
     yield "conv2d", (x, weight, bias, *none, None, WINDOW, True, 0.0, False, True, dtype, *HOW)

@@ -159,8 +159,11 @@ def test_plain_yaml_is_read(tmp_path: Path) -> None:
 def test_a_lock_may_be_asked_for_again_within_its_block(tmp_path: Path) -> None:
     """As by a training that a campaign's job has locked."""
     lock = tmp_path / ".lock"
-    with held(lock), held(tmp_path / "." / ".lock"), pytest.raises(Busy):
-        thread_holds(lock)
+    with held(lock):
+        with held(tmp_path / "." / ".lock", nested=True), pytest.raises(Busy):
+            thread_holds(lock)
+        with pytest.raises(Busy), held(lock):
+            pass
     thread_holds(lock)
 
 

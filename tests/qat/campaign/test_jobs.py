@@ -59,12 +59,17 @@ def test_jobs_of_a_cluster_inherit_nothing_of_the_job_that_submits_them(
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    for name, value in (("SLURM_MEM_PER_CPU", "4000"), ("SLURM_CPU_BIND", "mask_cpu:0x1"), ("RANK", "3")):
+    for name, value in (
+        ("SLURM_MEM_PER_CPU", "4000"),
+        ("SLURM_CPU_BIND", "mask_cpu:0x1"),
+        ("RANK", "3"),
+        ("SLURM_CONF", "/etc/my.conf"),
+    ):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="cluster: 'slurm' takes no such jobs"):
         train(campaign_of(tmp_path / "runs", {"one": Experiment()})[0], Layout(cluster="slurm"))
     seen = (tmp_path / "seen").read_text()
-    assert "PATH=" in seen
+    assert "SLURM_CONF=/etc/my.conf\n" in seen
     assert not any(line.startswith(("SLURM_MEM", "SLURM_CPU", "RANK=")) for line in seen.splitlines())
     assert os.environ["RANK"] == "3"
 
