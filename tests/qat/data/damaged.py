@@ -16,7 +16,7 @@ RATES = (16_000, 8_000)  # some codings have but one
 def intact() -> dict[str, bytes]:
     """A file of half a second of each coding that libsndfile also reads, by its name and ending: `PCM_16.wav`."""
     files = {}
-    for ending in soundfile.available_formats():
+    for ending in sorted(soundfile.available_formats().keys() - {"SD2"}):  # which libsndfile divides into two files
         for coding in soundfile.available_subtypes(ending):
             for rate in RATES:
                 sound = 0.4 * np.sin(2 * np.pi * 220 * np.arange(rate // 2) / rate)
