@@ -5,7 +5,8 @@ OUT ?= bench/results/gpu
 CONSTRAINTS ?= constraints.txt
 
 # The tests of `make check`: what takes less than 15 s of one core a file.
-QUICK := $(addprefix tests/, test_repository.py algebra nn compile_only/test_signatures.py \
+QUICK := $(addprefix tests/, test_repository.py algebra compile_only/test_signatures.py \
+    $(addprefix nn/test_, like_pytorch.py qkernels_nn.py) \
     $(addprefix bench/test_, $(addsuffix .py, cases compare grid session summary tables targets warm)) \
     $(addprefix ops/test_, $(addsuffix .py, aggregation environment fallback folded_rowwise gram_cosine gram_settings \
         hamilton_linear launch_settings)) \
