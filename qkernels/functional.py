@@ -154,7 +154,7 @@ def hamilton_conv2d(
         y = y.relu() if relu else y
     else:
         layer = (window, relu, 0.0, x_is_relu, mask_gradient or bool(pool), x.dtype)
-        y = _own(conv_op.hamilton_conv2d)(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
+        y = _own(conv_op.hamilton_conv2d, algorithm)(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
@@ -218,7 +218,7 @@ def hamilton_conv_transpose2d(
         )
     window = (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(None, x, weight, backend, algorithm)
-    return _own(conv_op.hamilton_conv2d_dx)(
+    return _own(conv_op.hamilton_conv2d_dx, algorithm)(
         x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, algorithm
     )
 
@@ -293,7 +293,7 @@ def hamilton_linear(
             y = y.relu() if relu else y
         else:
             mask_gradient = mask_gradient or dropout > 0
-            y = _own(linear_op.hamilton_linear)(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
+            y = _own(linear_op.hamilton_linear, algorithm)(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return torch.ops.aten._unsafe_view(y.to(dtype), (*leading, 4 * weight.shape[1]))  # no view, as of linear maps
 
@@ -635,9 +635,9 @@ def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
         return function(a.to(dtype), b.to(dtype), *args)
 
 
-def _own(operator: Any) -> Any:
-    """A layer's operator, or what it consists of for those who need PyTorch's own."""
-    return plain(operator) if runtime.needs_own_operators() else operator
+def _own(operator: Any, algorithm: str) -> Any:
+    """A layer's operator, or what it consists of for the algorithm "real", which is planned where that is needed."""
+    return plain(operator) if algorithm == "real" else operator
 
 
 def _operands_of_layer(

@@ -62,7 +62,7 @@ def decode(
         AudioError: no such file, not audio, cut short, longer than an hour, a sample rate outside `RATES`, no samples,
             or samples that are not finite or on the scale of integers.
     """
-    samples, rate = _decoded(path, start, duration)
+    samples, rate, _ = _decoded(path, start, duration)
     return _resampled(samples, rate, sample_rate)
 
 
@@ -83,8 +83,7 @@ def load_audio(
     Raises:
         AudioError: see `decode`; or silent, see `SILENCE`, or shorter than one window.
     """
-    decoded, rate = _decoded(path, start, duration)
-    peak = np.abs(decoded).max()
+    decoded, rate, peak = _decoded(path, start, duration)
     if peak <= SILENCE:
         raise AudioError(
             f"{_place(path, start)}: silent, its largest magnitude is {peak:.4g} and must be above {SILENCE}"
@@ -105,8 +104,8 @@ def duration_of(path: Path) -> float:
         return 0.0
 
 
-def _decoded(path: Path, start: float, duration: float | None) -> tuple[NDArray[np.float32], int]:
-    """Mono samples `[n]` at the file's own rate, and the rate."""
+def _decoded(path: Path, start: float, duration: float | None) -> tuple[NDArray[np.float32], int, float]:
+    """Mono samples `[n]` at the file's own rate, the rate, and the largest magnitude."""
     with _opened(path) as file:
         rate, first = file.samplerate, round(start * file.samplerate)
         wanted = None if duration is None else round((start + duration) * rate) - first
@@ -127,13 +126,13 @@ def _decoded(path: Path, start: float, duration: float | None) -> tuple[NDArray[
         raise AudioError(f"{_place(path, start)}: has no samples")
     if not np.isfinite(mono).all():
         raise AudioError(f"{_place(path, start)}: has samples that are not finite")
-    peak = np.abs(mono).max()
+    peak = float(np.abs(mono).max())
     if peak > LOUDEST:
         raise AudioError(
             f"{_place(path, start)}: its samples reach {peak:.4g} where full scale is 1; "
             "divide samples on the scale of integers by its maximum, such as 32768"
         )
-    return mono, rate
+    return mono, rate, peak
 
 
 def _read(file: SoundFile, first: int, count: int) -> NDArray[np.float32]:

@@ -119,7 +119,10 @@ def test_without_momentum_all_batches_weigh_the_same() -> None:
 def test_states_from_before_batches_were_counted_are_read() -> None:
     norm = QuaternionBatchNorm2d(8)
     state = {name: value for name, value in norm.state_dict().items() if name != "num_batches_tracked"}
+    state["running_mean"] = torch.arange(4.0)
     norm.load_state_dict(dict(state))
+    assert torch.equal(norm.running_mean, torch.arange(4.0))
+    assert norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
