@@ -293,7 +293,9 @@ def hamilton_linear(
             y = y.relu() if relu else y
         else:
             mask_gradient = mask_gradient or dropout > 0
-            y = _own(linear_op.hamilton_linear, algorithm)(rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm)
+            y = _own(linear_op.hamilton_linear, algorithm)(
+                rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm
+            )
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return torch.ops.aten._unsafe_view(y.to(dtype), (*leading, 4 * weight.shape[1]))  # no view, as of linear maps
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from qat.config import AntiTransferConfig, AnyExperiment, Experiment, identity_settings, to_plain
+from qat.files import read_yaml
 from qat.results.record import Analysis, Result, Scores, read_analysis, read_result
 
 if TYPE_CHECKING:
@@ -294,7 +293,7 @@ class RunsFolder:
     @cached_property
     def requested(self) -> dict[str, Any]:
         """The request as a mapping."""
-        requested = yaml.safe_load(self.request)
+        requested = read_yaml(self.folder / "campaign.yaml") if self.request else None
         return requested if isinstance(requested, dict) else {}
 
 

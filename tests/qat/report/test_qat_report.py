@@ -391,6 +391,10 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     (run / "metrics.csv").write_bytes(b"")
     with pytest.raises(ValueError, match=r"metrics\.csv: not readable as CSV"):
         write_report(tmp_path)
+    (run / "metrics.csv").unlink()
+    (tmp_path / "campaign.yaml").write_text("not_run: [")
+    with pytest.raises(ValueError, match=r"campaign\.yaml: not readable as YAML"):
+        write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
     assert not (tmp_path / "summary.csv").exists()
 
