@@ -114,7 +114,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def power_of_two(x: Tensor) -> Tensor:
     """For each row of x, the power of two that scales its largest |value| into [1, 2), within x's normal numbers."""
-    largest = x.flatten(1).abs().amax(1)
+    x = x.flatten(1)
+    largest = torch.maximum(x.amax(1), -x.amin(1))
     top = math.frexp(torch.finfo(x.dtype).max)[1]
     exponent = torch.frexp(largest).exponent.clamp(3 - top, top - 1)
     return torch.exp2((1 - exponent).to(x.dtype))

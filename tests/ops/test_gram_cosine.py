@@ -54,7 +54,7 @@ def test_forms_of_the_same_shape_agree(monkeypatch: pytest.MonkeyPatch, gram: st
         a, b = features(shape, requires_grad=True)
         results = []
         for direct in (True, False):
-            monkeypatch.setattr("qkernels.ops.gram_cosine.op.is_direct", lambda *_, direct=direct: direct)
+            monkeypatch.setattr("qkernels.ops.gram_cosine.forms.is_direct", lambda *_, direct=direct: direct)
             cosine = gram_cosine(a, b, gram=gram, centred=centred)
             results.append((cosine, *torch.autograd.grad(cosine.sum(), (a, b))))
         torch.testing.assert_close(*results)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import compute_dtype, define, first_order_only, or_plain, power_of_two
-from qkernels.ops.gram_cosine.config import block_of, is_direct, mode_of, sizes, workspace_size
+from qkernels.ops._library import compute_dtype, define, first_order_only, or_plain
+from qkernels.ops.gram_cosine import forms
+from qkernels.ops.gram_cosine.config import block_of, mode_of, sizes, workspace_size
 from qkernels.ops.gram_cosine.reference import matrices
 from qkernels.runtime.device import arch_of
 
@@ -29,8 +30,9 @@ Gradient = Tensor | None
 def _cosine_fake(inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, dtype = inputs.a, compute_dtype(inputs.a, inputs.b)
     items, rows, columns = sizes(inputs.gram, a.shape[0], a.shape[1], a.shape[2:].numel())
-    workspace: tuple[int, ...] = (0,)
-    if inputs.backend != "torch":
+    if inputs.backend == "torch":
+        workspace = forms.workspace_size(rows, columns, items, inputs.packed, inputs.both)
+    else:
         workspace = workspace_size(rows, columns, items, inputs.packed, inputs.both, arch_of(a))
     cosine, loss, stats_a, stats_b, empty = (
         a.new_empty(shape, dtype=dtype) for shape in ((items,), (), (2, items), (2, items), workspace)
@@ -97,39 +99,21 @@ def gram_cosine(
 
     Returns:
         cosine `[items]`; loss `[]`; for each operand statistics `[2, items]`: |G|^2 of the scaled item, and its scale;
-        a workspace, empty for "torch".
+        a workspace.
     """
     if backend != "torch":
         from qkernels.ops.gram_cosine import launch
 
         with or_plain(backend):
             return launch.forward(a, b, b_stats, packed, gram, centred, beta, mean, both)
-    dtype = compute_dtype(a, b)
-    fa, scale_a = _scaled(a, gram, centred, dtype)
-    if packed:
-        assert b_stats is not None
-        gram_a, gram_b = fa @ fa.mT, unpacked(b, fa.shape[1])
-        n, aa, (bb, scale_b) = (gram_a * gram_b).sum((1, 2)), _square(gram_a), b_stats.to(dtype)
-    else:
-        fb, scale_b = _scaled(b, gram, centred, dtype)
-        if is_direct(*fa.shape[1:]):
-            gram_a, gram_b = fa @ fa.mT, fb @ fb.mT
-            n = (gram_a * gram_b).sum((1, 2))
-        else:
-            gram_a, gram_b = fa.mT @ fa, fb.mT @ fb
-            n = _square(fa.mT @ fb)
-        aa, bb = _square(gram_a), _square(gram_b)
-    cross = _inverse_norm(aa, bb)
-    cosine = n * cross
+    cosine, stats_a, stats_b, workspace = forms.forward(a, b, b_stats, packed, gram, centred, compute_dtype(a, b), both)
     squares = cosine.square()
     loss = beta * (squares.mean() if mean else squares.sum())
-    workspace = a.new_empty(0, dtype=dtype)
-    if backend != "torch" and mode_of(fa.shape[1], fa.shape[2], packed) == "stored":
-        # What the derivative's kernel reads, if it can be built.
-        pairs = ((gram_a, gram_b, aa), (gram_b, gram_a, bb))[: 1 + both]
-        parts = [cross.view(-1, 1, 1) * y - _own(cosine, xx) * x for x, y, xx in pairs]
-        workspace = _blocks(torch.stack(parts), block_of(fa.shape[1], arch_of(a)))
-    return cosine, loss, torch.stack([aa, scale_a]), torch.stack([bb, scale_b]), workspace
+    if backend != "torch":  # what the derivative's kernel reads, if it can be built
+        rows, columns = matrices(a, gram).shape[1:]
+        stored = mode_of(rows, columns, packed) == "stored"
+        workspace = _blocks(workspace, block_of(rows, arch_of(a))) if stored else workspace.new_empty(0)
+    return cosine, loss, stats_a, stats_b, workspace
 
 
 @define(
@@ -165,26 +149,13 @@ def gram_cosine_da(
         options = (which, packed, gram, centred, beta, mean)
         with or_plain(backend):
             return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *options)
-    (aa, scale_a), (bb, scale_b) = stats_a, stats_b
-    fa, _ = _scaled(a, gram, centred, cosine.dtype, scale_a)
-    dcosine = torch.zeros_like(cosine) if dcosine is None else dcosine
+    factor = torch.zeros_like(cosine) if dcosine is None else dcosine
     if dloss is not None:
-        dcosine = dcosine + 2 * (beta / len(cosine) if mean else beta) * dloss * cosine
-    factor = 2 * dcosine * scale_a
-    cross = (factor * _inverse_norm(aa, bb)).view(-1, 1, 1)
-    own = _own(factor * cosine, aa)
-    if packed:
-        df = (unpacked(b, fa.shape[1]) * cross - fa @ fa.mT * own) @ fa
-    else:
-        fb, _ = _scaled(b, gram, centred, cosine.dtype, scale_b)
-        if is_direct(*fa.shape[1:]):
-            df = (fb @ fb.mT * cross - fa @ fa.mT * own) @ fa
-        else:
-            df = fb @ (fb.mT @ fa * cross) - fa @ (fa.mT @ fa * own)
-    df = df.mT if gram == "position" else df
-    da = torch.empty_like(a)
-    da.copy_(df.reshape(a.shape) if incoming is None else df.reshape(a.shape) + incoming)
-    return da
+        factor = factor + 2 * (beta / len(cosine) if mean else beta) * dloss * cosine
+    if backend != "torch":  # the forward's workspace is for the kernel
+        *_, workspace = forms.forward(a, b, stats_b, packed, gram, centred, cosine.dtype, False)
+        which = 0
+    return forms.gradient(factor, incoming, a, b, stats_a[1], stats_b[1], workspace, which, packed, gram, centred)
 
 
 def target(features: Tensor, gram: str, centred: bool, pack: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -199,32 +170,12 @@ def target(features: Tensor, gram: str, centred: bool, pack: bool, backend: str)
     i, j = torch.triu_indices(rows, rows, device=features.device).unbind()
     grams, stats = [], []
     for part in [features] if gram == "batch" else features.split(16):
-        f, scale = _scaled(part, gram, centred, torch.float64)
+        f, scale = forms.scaled(part, gram, centred, torch.float64)
         g = f @ f.mT
         # As any operand: scaled by what float32 can hold.
         grams.append(g[:, i, j].to(dtype))
-        stats.append(torch.stack([_square(g), scale]).to(dtype))
+        stats.append(torch.stack([g.square().sum((1, 2)), scale]).to(dtype))
     return torch.cat(grams), torch.cat(stats, 1)
-
-
-def unpacked(packed: Tensor, rows: int) -> Tensor:
-    """Symmetric matrices `[items, rows, rows]` of their upper triangles, row by row."""
-    whole = packed.new_empty(packed.shape[0], rows, rows)
-    i, j = torch.triu_indices(rows, rows, device=packed.device).unbind()
-    whole[:, i, j] = packed
-    whole[:, j, i] = packed
-    return whole
-
-
-def _scaled(
-    features: Tensor, gram: str, centred: bool, dtype: torch.dtype, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The matrices F `[items, rows, columns]`, and the power of two that scales each."""
-    f = matrices(features, gram).to(dtype)
-    if scale is None:
-        scale = power_of_two(f)
-    f = f * scale.view(-1, 1, 1)
-    return (f - f.mean(1, keepdim=True) if centred else f), scale
 
 
 def _blocks(symmetric: Tensor, block: int) -> Tensor:
@@ -234,18 +185,3 @@ def _blocks(symmetric: Tensor, block: int) -> Tensor:
     whole = torch.nn.functional.pad(symmetric, (0, room, 0, room)).unflatten(-1, (count, block))
     whole = whole.unflatten(-3, (count, block))
     return torch.stack([whole[..., p, :, q, :] for q in range(count) for p in range(q + 1)], -3)
-
-
-def _own(cosine: Tensor, square: Tensor) -> Tensor:
-    """cosine / |G|^2, for matrices; 0 where a sample is all zero."""
-    return (cosine / torch.where(square == 0, 1, square)).view(-1, 1, 1)
-
-
-def _square(matrix: Tensor) -> Tensor:
-    return matrix.square().sum((1, 2))
-
-
-def _inverse_norm(aa: Tensor, bb: Tensor) -> Tensor:
-    """1 / sqrt(aa bb); 1 where a sample is all zero, whose products are 0 already; NaN stays NaN."""
-    norm = aa.sqrt() * bb.sqrt()
-    return torch.where(norm == 0, 1, norm).reciprocal()
