@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import infer_schema, register_autograd, register_fake
 
 from qkernels.ops._launch import KernelUnavailable
 from qkernels.runtime.precision import autocast_dtype
+
+
+_LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
 
 
 def define(
@@ -60,9 +64,13 @@ def define(
             by_name = dict(zip(differentiable, backward(ctx, *incoming), strict=True))
             return tuple(by_name.get(key) for key in names)
 
-        operator = torch.library.custom_op(f"qkernels::{name}", forward, mutates_args=())
-        operator.register_fake(lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))))
-        operator.register_autograd(gradients, setup_context=setup_context)
+        # Not by `torch.library.custom_op`, whose first call imports torch._dynamo (160 MB, a second), and each call of
+        # which compares all results with all arguments for memory in common.
+        _LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+        operator = getattr(torch.ops.qkernels, name).default
+        register_fake(operator, lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))), lib=_LIBRARY)
+        register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
         _bodies[operator] = function
         return operator
 
