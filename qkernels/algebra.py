@@ -14,6 +14,7 @@ The same bilinear map needs only 8 real products instead of 16 (Howell & Lafon 1
 with A = [H/4; -2 w-order], B = [H; x-order], C = S [H | I], H the 4x4 Hadamard matrix, S = diag(-1, 1, 1, 1).
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,9 @@ INPUT_ORDER = (0, 2, 3, 1)
 OUTPUT_ORDER = (0, 1, 2, 3)
 # The scales that A gives to its Hadamard and to its plain products.
 WEIGHT_SCALES = (0.25, -2.0)
+
+FEW = 4 * 1024 * 9
+"""Largest number of values of a weight that one product expands: with as few, calls take longer than values."""
 
 
 def structure_tensor(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
@@ -84,12 +88,21 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
         `[4 P, 4 Q/groups, *kernel]`; rows ordered (group, component, channel), columns (component, channel).
     """
     _, p, q, *kernel = weight.shape
+    if weight.numel() <= FEW and weight.device.type == "cpu":
+        real = (_expansion(weight.dtype) @ weight.reshape(4, -1)).view(4, 4, groups, p // groups, -1)
+        return real.permute(2, 0, 3, 1, 4).reshape(4 * p, 4 * q, *kernel)
     parts = weight.view(4, groups, p // groups, q, *kernel)
     real = weight.new_empty(groups, 4, p // groups, 4, q, *kernel)
     signed = {1: parts, -1: -parts}
     for a in range(4):
         torch.stack([signed[SIGNS[a][c]][a ^ c] for c in range(4)], dim=2, out=real[:, a])
     return real.view(4 * p, 4 * q, *kernel)
+
+
+@functools.cache
+def _expansion(dtype: torch.dtype) -> Tensor:
+    """`[16, 4]`: the blocks of the real weight, row by row, from the components."""
+    return structure_tensor(dtype).transpose(1, 2).reshape(16, 4)
 
 
 def real_weight(weight: Tensor, groups: int = 1) -> Tensor:
@@ -111,6 +124,9 @@ def contract_weight(real: Tensor, groups: int = 1) -> Tensor:
         `[4, P, Q/groups, *kernel]`, summed in float32 or wider and rounded once.
     """
     rows, columns, *kernel = real.shape
+    if real.numel() <= 4 * FEW and real.device.type == "cpu" and real.dtype == _wide_dtype(real):
+        parts = real.reshape(groups, 4, rows // (4 * groups), 4, -1).permute(1, 3, 0, 2, 4).reshape(16, -1)
+        return (_expansion(real.dtype).mT @ parts).view(4, rows // 4, columns // 4, *kernel)
     blocks = real.view(groups, 4, rows // (4 * groups), 4, columns // 4, *kernel)
     shape = (4, groups, rows // (4 * groups), columns // 4, *kernel)
     weight = torch.zeros(shape, dtype=_wide_dtype(real), device=real.device)
