@@ -446,12 +446,12 @@ def test_the_page_begins_with_a_verdict_and_one_chart(demo: Demo) -> None:
         *(f"{100 * most[c]:+.1f}" for c in ("difference", "difference_low", "difference_high"))
     )
     start = page.text.partition("What was trained")[0]
-    assert f"in {len(clear)} of 3 settings" in start or (not len(clear) and "No evidence" in start)
+    assert f"In {len(clear)} of 3 settings" in start or (not len(clear) and "No evidence" in start)
     assert most["name"] in start
     assert shown.replace("-", "−") in start
     text = out.read_text(encoding="utf-8")
     assert text.index("<svg") < text.index("<nav>") < text.index("<h2>")
-    assert "Anti-transfer is to raise both accuracies" in start
+    assert "Anti-transfer should raise both accuracies" in start
 
 
 def test_every_test_speaker_has_a_row(demo: Demo) -> None:
@@ -495,7 +495,7 @@ def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path: Path, rng: np.
     assert len(sounds) == 3
     audio, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].partition("base64,")[2])))
     assert (len(audio), rate) == (64_000, 16000)
-    assert "angry , heard as sad with probability 40.0 %" in page.text  # the most confident errors
+    assert "angry , classified as sad with probability 40.0 %" in page.text  # the most confident errors
     shutil.rmtree(tmp_path / "corpus")
     assert "audio" not in {tag for tag, _ in page_of(tmp_path / "run").seen}
 
