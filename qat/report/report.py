@@ -34,7 +34,7 @@ SECTIONS: tuple[tuple[str, Callable[[Any], Section] | None, Callable[[Any], Sect
     ("Limits of these results", sections.limits, grid_sections.limits),
     ("Provenance and settings", sections.provenance, sections.provenance),
 )
-"""Heading of each section, its function for runs and the one for a grid; templates are named after module and function."""
+"""Heading of each section, its function for runs and for a grid; templates are named after module and function."""
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:

@@ -22,15 +22,15 @@ KINDS = {"paper": "the paper's corpora", "recorded": "other recorded speech", "s
 
 _NAMES = {"iemocap": "IEMOCAP", "ravdess": "RAVDESS", "tess": "TESS"}
 _SHARED: dict[str, Callable[[Experiment], Any]] = {
-    "beta": lambda one: one.anti_transfer.beta,
-    "anti-transfer loss": lambda one: one.anti_transfer.loss,
-    "learning rate": lambda one: one.training.lr,
-    "batch": lambda one: one.training.batch,
-    "epochs at most": lambda one: one.training.epochs,
-    "patience": lambda one: one.training.patience,
-    "width": lambda one: one.network.width,
-    "initialisation": lambda one: one.network.init,
-    "precision": lambda one: one.training.precision,
+    "beta": lambda experiment: experiment.anti_transfer.beta,
+    "anti-transfer loss": lambda experiment: experiment.anti_transfer.loss,
+    "learning rate": lambda experiment: experiment.training.lr,
+    "batch": lambda experiment: experiment.training.batch,
+    "maximum epochs": lambda experiment: experiment.training.epochs,
+    "patience": lambda experiment: experiment.training.patience,
+    "width": lambda experiment: experiment.network.width,
+    "initialisation": lambda experiment: experiment.network.init,
+    "precision": lambda experiment: experiment.training.precision,
 }
 
 
@@ -196,7 +196,7 @@ class GridView(View):
     def __init__(self, folder: RunsFolder, grid: PaperGrid) -> None:
         super().__init__(folder)
         self.grid = grid
-        self.others = [one.group for one in grid.settings if one.stage != "emotion" and one.group.runs]
+        self.others = [setting.group for setting in grid.settings if setting.stage != "emotion" and setting.group.runs]
         self.main = [group for panel in self.panels for group in panel.groups]
 
     @cached_property
@@ -235,7 +235,7 @@ class GridView(View):
             dict(zip(head, (corpus, network.replace("quaternion", "quat"), split, *cells), strict=True))
             for corpus, network, split, *cells in self.by_cell(lambda row: at_layer(row["accuracy"], row["layer"]))
         ]
-        notes = {"synthesised, not to compare with the paper": ", ".join(synthesised)} if synthesised else {}
+        notes = {"synthesised, not comparable with the paper": ", ".join(synthesised)} if synthesised else {}
         return {"table1": table, **notes}
 
     @property
@@ -282,7 +282,7 @@ class GridView(View):
         return {at: title for at, title in METHODS.items() if (self.table1["at"] == at).any()}
 
     def by_cell(self, cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
-        """Rows of table 1: corpus, network, split, and ``cell`` of each method, or how many trainings are finished."""
+        """Rows of table 1: corpus, network, split, and for each method ``cell`` or the number of finished trainings."""
         rows: dict[tuple[str, str, str], dict[str, str]] = {}
         for row in records(self.table1):
             key = (row["corpus"], row["network"], row["split"])

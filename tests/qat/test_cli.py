@@ -125,7 +125,7 @@ def test_defaults_are_the_papers() -> None:
         (["corpus", "fetch", "demo", "--folder", "x"], "use `qat corpus make demo`"),
         (["demo", "--seeds", "0"], "--seeds 0"),
         (["train", "--out", "x", "--training.batch", "0"], "training.batch: 0 must be at least 1"),
-        (["train", "--out", "x", "--features.hop", "0"], "hop=0 must be positive"),
+        (["train", "--out", "x", "--features.hop", "0"], "features.hop: 0 must be above 0"),
         (["train", "--out", "x", "--network.rhemo", "/nowhere"], "/nowhere: no such checkpoint"),
         (["train", "--out", "x", "--training.device", "abacus"], "'abacus' is not one of PyTorch's"),
         (["sing"], "'sing'"),

@@ -109,9 +109,9 @@ def test_a_corpus_below_the_campaigns_folder_moves_with_it(tmp_path: Path) -> No
 def test_a_folder_of_an_earlier_layout_is_refused(tmp_path: Path, name: str) -> None:
     write_text(tmp_path / name, "{}")
     plan = Campaign(tmp_path)
-    with pytest.raises(ValueError, match=f"holds {name} of another layout than plan.csv and runs/ADDRESS"):
+    with pytest.raises(ValueError, match=f"has {name}, of an older layout than plan.csv and runs/ADDRESS"):
         plan.finished()
-    with pytest.raises(ValueError, match="another layout"):
+    with pytest.raises(ValueError, match="an older layout"):
         train(plan, LOCAL)
 
 

@@ -713,7 +713,7 @@ def test_the_command_prints_table_1_and_gives_it_as_json(
     shown = {key: f"{100 * value:.1f}" for key, value in accuracies.items() if value is not None}
     assert ["tess", "quat", "random", "0", "of", "1", shown["tess", "single_S"], "(2)"] in lines
     assert ["demo", "quat", "random", shown["demo", "none"], shown["demo", "single_S"], "(2)"] in lines
-    assert "synthesised, not to compare with the paper: demo" in text
+    assert "synthesised, not comparable with the paper: demo" in text
     assert str(folder / "report.html") in text.replace("\n", "")
 
 
