@@ -1,7 +1,7 @@
 """The command ``qat``: every stage of the method from the shell.
 
-Exit codes: 0 done; 1 training failed, or some files cannot be used; 2 bad input, or something that the machine lacks,
-which one line on stderr names; 130 interrupted, by Ctrl-C or SIGTERM.
+Exit codes: 0: done; 1: training failed, or some files cannot be used; 2: bad input, or something is missing on this
+machine, with one line on stderr; 130: interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qat.commands.parser import Action, Commands, Parser
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is shown as its number
+        if isinstance(stream, io.TextIOWrapper):  # characters that a terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="qat: %(message)s", level=logging.WARNING)
     parser, actions = build_parser()
@@ -93,7 +93,7 @@ def _termination_as_interruption() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether numpy, PyTorch's allocators or CUDA had no memory left."""
+    """Whether numpy, PyTorch's allocators or CUDA ran out of memory."""
     words = ("can't allocate memory", "out of memory", "Unable to allocate")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

@@ -57,7 +57,8 @@ def fetch(
 
 
 def _drop_all_but_files(folder: Path) -> None:
-    """Leave folders, plain files without setuid and setgid bits, and links among them: no devices, pipes or sockets."""
+    """Keep only folders, plain files without setuid and setgid bits, and links among them; no devices, pipes,
+    sockets."""
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
         inside = stat.S_ISLNK(mode) and path.resolve().is_relative_to(folder.resolve())
