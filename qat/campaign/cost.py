@@ -3,8 +3,8 @@
     seconds of an epoch = (training samples x FLOP to train one + validation samples x FLOP to judge one) / rate
 
 Training on a sample takes three times the arithmetic of its forward pass (the backward pass takes twice as much as
-forward). Counted are the products of convolutions and linear layers, as defined, and the twin's forward pass. Gram
-matrices, spectrograms, reading of files and the test part are not counted.
+forward). The products of convolutions and linear layers are counted, as defined, and the twin's forward pass; Gram
+matrices, spectrograms, reading of files and the test part are not.
 """
 
 from __future__ import annotations

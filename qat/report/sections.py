@@ -95,7 +95,7 @@ def results(view: View) -> Section:
         base, layer = dict(view.rows[row["baseline"]]), groups[row["name"]].first.layers[-1]
         base["voice_probe"] = groups[row["baseline"]].mean(partial(FinishedRun.probe, name="voice_probe", layer=layer))
         moved = ", ".join(
-            f"{name} {percent(base[column])} → {percent(row[column])} %"
+            f"{name} {percent(base[column])} → {percent(row[column])}\N{NO-BREAK SPACE}%"
             for column, name in (("shortcut_rate", "shortcut"), ("voice_probe", "speaker probe"))
             if "–" not in (percent(base[column]), percent(row[column]))
         )
