@@ -21,7 +21,7 @@ def write_readme(results_folder: Path, docs_folder: Path, readme: Path) -> None:
         ValueError: see `fill` and `load`.
     """
     root, folder = readme.parent, docs_folder / "bench"
-    folders = [one._replace(path=Path(os.path.relpath(one.path, root))) for one in load(results_folder)]
+    folders = [each._replace(path=Path(os.path.relpath(each.path, root))) for each in load(results_folder)]
     sections, drawn = _sections(folders, Path(os.path.relpath(folder, root)))
     text = fill(readme.read_bytes().decode(), sections, str(readme))
     _replace({**{folder / file: svg for file, svg in drawn.items()}, readme: text})

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, error, 1)
     except KeyboardInterrupt:
         again = "the same command with --resume" if "resume" in leaf else "the same command"
-        return _fail(name, f"interrupted; what is finished is kept, and {again} goes on", 130)
+        return _fail(name, f"interrupted; finished work is kept, and {again} continues", 130)
     if int(os.environ.get("RANK", 0)) == 0:
         show(result, options.json)
     return 1 if isinstance(result, dict) and result.get("problems") else 0
