@@ -51,6 +51,20 @@ bench: $(VENV)/.installed-dev
 gpu:
 	$(PYTHON) -m bench session --seconds 525 --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
 
+# The versions that $(VENV) holds, with the hashes of their files on PyPI.
+lock: $(VENV)/.installed-dev .venv-lock
+	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > .venv-lock/tested.txt
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev -c .venv-lock/tested.txt --generate-hashes --universal \
+	    --python-version 3.11 --no-annotate --custom-compile-command "make lock" --quiet -o requirements.lock
+
+# Known weaknesses of those versions; PyPI is asked.
+audit: .venv-lock
+	.venv-lock/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
+.venv-lock:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install uv pip-audit
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +75,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/pip install -c $(CONSTRAINTS) -e ".[$*]"
 	touch $@
 
-.PHONY: demo check test slow compat compat-image compat-newest bench gpu lint
+.PHONY: demo check test slow compat compat-image compat-newest bench gpu lock audit lint

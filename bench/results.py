@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 
 from bench.case import CaseName
-from qat.files import replacing
+from qat.files import read_text, replacing
 from qat.results import record
 from qkernels import runtime
 
@@ -166,7 +166,7 @@ def read(path: Path, kind: type[R]) -> Results[R]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such results")
-    return parse(path.read_text(encoding="utf-8"), str(path), kind)
+    return parse(read_text(path), str(path), kind)
 
 
 def parse(text: str, name: str, kind: type[R]) -> Results[R]:

@@ -123,6 +123,18 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_text(path: Traversable) -> str:
+    """The text of a file of at most 16 MiB.
+
+    Raises:
+        ValueError: it is larger, or not text in UTF-8; names the file.
+    """
+    try:
+        return _text_of(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as text: {error}") from None
+
+
 def _text_of(path: Traversable) -> str:
     with path.open("rb") as file:
         content = file.read(LARGEST + 1)

@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").is_file(), reason="an installed package has no repository")
@@ -47,7 +51,7 @@ def test_the_workflow_calls_what_exists() -> None:
                 variable, _, value = word.partition("=")
                 assert variable in ("PYTHON", "CONSTRAINTS"), (name, command)
                 assert variable != "CONSTRAINTS" or (ROOT / value).exists(), (name, command)
-    assert called == {"check", "test", "compat", "slow"}
+    assert called == {"check", "test", "compat", "slow", "audit"}
     assert called <= make_targets()
 
 
@@ -64,6 +68,20 @@ def test_the_oldest_versions_are_those_that_are_required() -> None:
     required = dict(re.findall(r'"(torch|torchaudio|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8")))
     oldest = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (ROOT / "constraints-oldest.txt").read_text("utf-8"), re.MULTILINE))
     assert oldest == required
+
+
+def test_the_lock_has_every_dependency_in_an_allowed_version_with_hashes() -> None:
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    hashes = r"(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+"
+    pins = re.findall(rf"^([\w.-]+)==(\S+)[^\\\n]*\\\n{hashes}", text, re.MULTILINE)
+    assert len(pins) == len(re.findall(r"^\w", text, re.MULTILINE)) > 50
+    versions = {canonicalize_name(name): version for name, version in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    required = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    required += (ROOT / "constraints.txt").read_text("utf-8").splitlines()[1:]
+    for requirement in map(Requirement, required):
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 
 def test_hooks_run_the_tools_of_lint() -> None:

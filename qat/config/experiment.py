@@ -6,7 +6,8 @@ settings; where paper and released code disagree, the default is the one argued 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +32,19 @@ def require(holds: object, name: str, value: object, rule: str) -> None:
     """
     if not holds:
         raise ValueError(f"{name}: {value!r} must be {rule}")
+
+
+def _check_numbers(config: Any, place: str = "") -> None:
+    """Refuse numbers that no setting can have and that pass comparisons with a limit: not finite, or too large."""
+    for name in [each.name for each in fields(config)]:
+        value = getattr(config, name)
+        if is_dataclass(value):
+            _check_numbers(value, f"{place}{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float):
+                require(math.isfinite(number), place + name, number, "finite")
+            elif isinstance(number, int):
+                require(abs(number) < 2**63, place + name, number, "below 2**63")
 
 
 @dataclass(frozen=True)
@@ -352,6 +366,9 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     cache: Path = Path("cache")
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
     @property
     def multi_label(self) -> bool:
         """Whether a sample may have several labels."""
@@ -403,6 +420,9 @@ class RHEmoExperiment:
         default_factory=lambda: TrainingConfig(lr=1e-3, batch=50, epochs=200_000, patience=100)
     )
     cache: Path = Path("cache")
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
 
 AnyExperiment = Experiment | RHEmoExperiment

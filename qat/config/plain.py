@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -164,9 +165,9 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if (of is Literal and value in inner) or (of in (str, bool) and isinstance(value, of)):
         return value
     if of in (int, float) and not isinstance(value, bool):
-        with suppress(ValueError, TypeError):  # YAML takes 1e-3, without a point, for text
+        with suppress(ValueError, TypeError, OverflowError):  # YAML takes 1e-3, without a point, for text
             number = float(value)
-            if of is float or number.is_integer():
+            if math.isfinite(number) if of is float else number.is_integer():
                 return of(number)
     rule = f"one of {', '.join(map(str, inner))}" if of is Literal else _RULES.get(of, "a mapping")
     raise ValueError(f"{place}: {'null' if value is None else repr(value)} must be {rule}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,9 @@ _CHUNKS: dict[tuple[bytes, bytes], tuple[Literal["little", "big"], bytes]] = {
     (b"FORM", b"AIFC"): ("big", b"SSND"),
 }
 """By the beginning of a file: order of the bytes of a length, and name of the chunk that holds samples."""
+
+_UNKNOWN = 0x7FFFF000
+"""Lengths of at least this mean an unknown length: a writer to a pipe writes the largest number."""
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -114,6 +119,8 @@ def _decoded(path: Path, start: float, duration: float | None) -> tuple[NDArray[
             raise AudioError(f"{path}: has a sample rate of {rate} Hz; {RATES[0]} to {RATES[1]} Hz can be read")
         if missing := _missing_bytes(path):
             raise AudioError(f"{path}: cut short, {missing} bytes of its samples are missing")
+        if "lacks an end-of-stream bit" in file.extra_info:  # libsndfile's words for Ogg
+            raise AudioError(f"{path}: cut short, its last page is not marked as the last")
         most = int(LONGEST * rate)
         mono = _read(file, first, most + 1 if wanted is None else min(wanted, most + 1))
         if len(mono) > most:
@@ -192,22 +199,37 @@ def _is_git_lfs_pointer(path: Path) -> bool:
 
 
 def _missing_bytes(path: Path) -> int:
-    """Number of bytes of samples that a WAV or AIFF file lacks by its header; libsndfile does not report them.
+    """Number of bytes of samples that a file lacks by its header; libsndfile does not report them.
 
     Up to 64 are tolerated, as some writers count the header too.
     """
     with path.open("rb") as raw:
-        kind = raw.read(4), raw.read(8)[4:]
-        if kind not in _CHUNKS:
-            return 0
-        order, samples = _CHUNKS[kind]
-        while len(head := raw.read(8)) == 8:
-            length = int.from_bytes(head[4:], order)
-            if head[:4] == samples:
-                missing = raw.tell() + length - path.stat().st_size
-                # A writer to a pipe does not know the length, and writes the largest.
-                return missing if missing > 64 and length < 0x7FFFF000 else 0
-            raw.seek(length + length % 2, 1)
+        missing = _promised_size(raw) - path.stat().st_size
+    return missing if missing > 64 else 0
+
+
+def _promised_size(raw: BinaryIO) -> int:
+    """Size in bytes of a WAV, RF64, W64, AIFF, AU or NIST file by its header; 0 if it has none."""
+    head = raw.read(1024)
+    if head[:4] == b"RF64":
+        return int.from_bytes(head[20:28], "little") + 8
+    if head[:4] == b"riff":  # of W64
+        return int.from_bytes(head[16:24], "little")
+    if head[:4] == b".snd":
+        length = int.from_bytes(head[8:12], "big")
+        return int.from_bytes(head[4:8], "big") + length if length < _UNKNOWN else 0
+    if head[:7] == b"NIST_1A":
+        sizes = re.findall(rb"^(?:sample_count|sample_n_bytes|channel_count) -i (\d+)", head, re.MULTILINE)
+        return int(head[8:16]) + math.prod(map(int, sizes))
+    if (kind := (head[:4], head[8:12])) not in _CHUNKS:
+        return 0
+    order, samples = _CHUNKS[kind]
+    raw.seek(12)
+    while len(head := raw.read(8)) == 8:
+        length = int.from_bytes(head[4:], order)
+        if head[:4] == samples:
+            return raw.tell() + length if length < _UNKNOWN else 0
+        raw.seek(length + length % 2, 1)
     return 0
 
 

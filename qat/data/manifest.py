@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from csv import Error as CsvError
+from csv import reader
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -141,15 +144,32 @@ def write_manifest(manifest: Manifest, csv: Path) -> None:
 
 
 def read_table(csv: Path) -> pd.DataFrame:
-    """Read a CSV; columns hold strings (never NaN), except those of `NUMBERS`."""
+    """Read a CSV; columns hold strings (never NaN), except those of `NUMBERS`.
+
+    Raises:
+        ValueError: not a CSV file, a row with another number of cells than the header, a column twice, a zero byte, or
+            a cell of `NUMBERS` that is no finite number; names file and row.
+    """
     try:
-        table = pd.read_csv(csv, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{csv}: not a CSV table ({error})") from error
+        with csv.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a mark before the header
+            rows = [row for row in reader(file, strict=True) if row]
+    except (OSError, ValueError, CsvError) as error:
+        raise ValueError(f"{csv}: not a CSV table ({error})") from None
+    if not rows:
+        raise ValueError(f"{csv}: not a CSV table (it is empty)")
+    header = rows.pop(0)
+    if twice := [name for n, name in enumerate(header) if name in header[:n]]:
+        raise ValueError(f"{csv}: has the column {twice[0]!r} twice")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise ValueError(f"{csv}: row {number} has {len(row)} cells; it must have {len(header)}, as the header has")
+        if any("\0" in cell for cell in row):
+            raise ValueError(f"{csv}: row {number} has a zero byte, which no text has")
+    table = pd.DataFrame(rows, columns=header, dtype=str)
     for column in NUMBERS:
         if column in table:
             numbers = pd.to_numeric(table[column].replace("", np.nan), errors="coerce")
-            _refuse(csv, table[column], numbers.isna() & (table[column] != ""), "must be a number")
+            _refuse(csv, table[column], ~np.isfinite(numbers) & (table[column] != ""), "must be a number")
             table[column] = numbers
     return table
 
@@ -192,7 +212,7 @@ def _complete(table: pd.DataFrame, root: Path, source: object) -> pd.DataFrame:
     """The table with `duration` and `checksum`, computed from the files if missing."""
     paths = table["path"]
     files = {path: root / path for path in paths.unique()}
-    exists = {path: file.is_file() for path, file in files.items()}
+    exists = {path: os.path.isfile(file) for path, file in files.items()}  # False for names that no file can have
     _refuse(source, paths, [not exists[path] for path in paths], f"is no file under {root}")
     with ThreadPoolExecutor() as pool:  # both functions wait for the disk and compute without Python's global lock
         for column, function in (("duration", duration_of), ("checksum", sha256_of)):

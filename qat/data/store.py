@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -24,8 +25,10 @@ from qat.data.spectrogram import cut
 from qat.files import make_once, read_json, sha256_of, write_json
 from qat.processes import bar, process_map
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the files; raised whenever their meaning changes, so that old stores are not read."""
+
+_TABLES = "index.csv", "skipped.csv"
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class SpectrogramStore:
         """Open a store.
 
         Raises:
-            ValueError: there is no store in the folder, or one of another layout.
+            ValueError: there is no store in the folder, or one of another layout, or a file of it is damaged.
         """
         meta_file = folder / "meta.json"
         if not meta_file.is_file():
@@ -60,16 +63,23 @@ class SpectrogramStore:
         meta = read_json(meta_file, "layout", "config")
         if meta["layout"] != LAYOUT:
             raise ValueError(
-                f"{folder}: layout {meta['layout']} is not {LAYOUT}; remove it and run `qat prepare` again"
+                f"{meta_file}: layout {meta['layout']!r} is not {LAYOUT}; remove the folder and run `qat prepare` again"
             )
-        index, skipped = read_table(folder / "index.csv"), read_table(folder / "skipped.csv")
-        return cls(folder, SpectrogramConfig(**meta["config"]), index, skipped)
+        if meta.pop("checksum", None) != _checksum(meta):
+            raise _damaged(meta_file, "its checksum differs")
+        for name in _TABLES:
+            if sha256_of(folder / name) != meta[name]:
+                raise _damaged(folder / name, "its checksum differs")
+        config = SpectrogramConfig(**meta["config"])
+        index, skipped = (read_table(folder / name) for name in _TABLES)
+        store = cls(folder, config, index, skipped)
+        store.magnitudes  # noqa: B018 - it is checked
+        return store
 
     @cached_property
     def magnitudes(self) -> NDArray[np.float32]:
         """`[len(index), config.frames, config.bins]`, read-only, memory-mapped."""
-        magnitudes: NDArray[np.float32] = np.load(self.folder / "magnitudes.npy", mmap_mode="r")
-        return magnitudes
+        return read_array(self.folder / "magnitudes.npy", (len(self.index), self.config.frames, self.config.bins))
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Copy some spectrograms to memory: `[len(indices), config.frames, config.bins]`."""
@@ -107,20 +117,46 @@ def prepare(
         ValueError: a file has changed since the manifest was made, or no file is usable.
     """
     settings = {"layout": LAYOUT, "config": asdict(config), "manifest": manifest.key}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    key = _checksum(settings)
     target = Path(folder) / f"{manifest.name}-{key[:16]}"
 
     def make(draft: Path) -> None:
-        index, skipped = _write(manifest, config, draft, workers, progress)
-        write_table(index, draft / "index.csv")
-        write_table(skipped, draft / "skipped.csv")
-        write_json(draft / "meta.json", settings | {"corpus": manifest.name, "cuts": len(index)})
+        for name, table in zip(_TABLES, _write(manifest, config, draft, workers, progress), strict=True):
+            write_table(table, draft / name)
+        meta = settings | {name: sha256_of(draft / name) for name in _TABLES}
+        write_json(draft / "meta.json", meta | {"checksum": _checksum(meta)})
 
     make_once(target, make)
     store = SpectrogramStore.open(target)
     if count := len(store.skipped):
         log.warning("%s: %d of %d files skipped, see %s", manifest.name, count, len(manifest), target / "skipped.csv")
     return store
+
+
+def _checksum(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Memory-map an array `shape` of float32 that is made again where it is lost.
+
+    Raises:
+        ValueError: there is no such file, or its content is another.
+    """
+    wanted = io.BytesIO()
+    write_header(wanted, shape)
+    header = wanted.getvalue()
+    try:
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                raise ValueError(f"it is not the array of {shape} numbers in float32 that was written")
+            return np.memmap(file, np.float32, "r", len(header), shape)
+    except (OSError, ValueError) as error:  # shorter than its header says, too
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, problem: str) -> ValueError:
+    return ValueError(f"{path}: damaged: {problem}; remove the folder, and it is made again")
 
 
 def _write(
@@ -138,7 +174,7 @@ def _write(
         process_map(workers, torch.set_num_threads, 1) as run,
         bar(progress) as progress_bar,
     ):
-        _write_header(out, 0, config)
+        write_header(out, (0, config.frames, config.bins))
         start = out.tell()
         task = progress_bar.add_task(f"Spectrograms of {manifest.name}", total=len(paths))
         for rows, results in zip(groups, run(partial(_spectrograms, config), *zip(*tasks, strict=True)), strict=True):
@@ -156,7 +192,7 @@ def _write(
             raise ValueError(f"{manifest.name}: no usable audio file among {len(paths)}; the first: {skipped[0][1]}")
         # numpy pads the header so that the first axis can grow: its length is written last.
         out.seek(0)
-        _write_header(out, len(sources), config)
+        write_header(out, (len(sources), config.frames, config.bins))
         assert out.tell() == start
     index = manifest.table.iloc[sources].reset_index(drop=True).assign(cut=cut_numbers, frames=frames)
     return index, pd.DataFrame(skipped, columns=["path", "reason"])
@@ -181,6 +217,6 @@ def _spectrograms(
     return results
 
 
-def _write_header(out: Any, count: int, config: SpectrogramConfig) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (count, config.frames, config.bins)}
-    np.lib.format.write_array_header_1_0(out, header)
+def write_header(out: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Write what stands before the numbers of a `.npy` file of this shape, in float32."""
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qat.config import AntiTransferConfig, AnyExperiment, Experiment, identity_settings, to_plain
-from qat.files import read_yaml
+from qat.files import read_text, read_yaml
 from qat.results.record import Analysis, Result, Scores, read_analysis, read_result
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class RunsFolder:
         if not (plan or runs):
             raise ValueError(f"{folder}: no result.json at or below this folder; a report needs a finished run")
         request = folder / "campaign.yaml"
-        text = request.read_text(encoding="utf-8") if request.is_file() else ""
+        text = read_text(request) if request.is_file() else ""
         return cls(folder, plan, list(runs.values()), failed, unfinished, text)
 
     @cached_property
@@ -329,7 +329,7 @@ def read_plan(path: Path) -> list[Planned]:
         for name in ("layer", "seed"):
             try:
                 values[name] = int(float(row[name])) if row[name] else None
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise ValueError(f"{path}: line {line}: {name} {row[name]!r} must be a number or empty") from None
         plan.append(planned := Planned(**values | {"layer": values["layer"] or 0}))
         if runs.setdefault(planned.label, planned.run) != planned.run:

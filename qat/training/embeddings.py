@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qat.config import to_plain
 from qat.data.rows import Read
+from qat.data.store import read_array, write_header
 from qat.files import make_once, write_json
 from qat.models import RHEmoEncoder
 from qat.processes import bar
@@ -55,7 +55,7 @@ def embeddings(
     target = folder / f"embeddings-{key[:16]}"
     with distributed.leader_first():
         make_once(target, partial(_write, settings, encoder, spectrograms, device, quiet))
-    table = np.load(target / "embeddings.npy", mmap_mode="r")
+    table = read_array(target / "embeddings.npy", (len(spectrograms.store), 4, 64, 64))
     return lambda numbers: torch.from_numpy(table[numbers.numpy()])
 
 
@@ -71,8 +71,7 @@ def _write(
         numbers = torch.arange(len(spectrograms.store))
         task = progress.add_task("Embeddings", total=len(numbers))
         with (folder / "embeddings.npy").open("wb") as out:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (len(numbers), 4, 64, 64)}
-            np.lib.format.write_array_header_1_0(out, header)
+            write_header(out, (len(numbers), 4, 64, 64))
             for block in numbers.split(_BATCH):
                 out.write(encoder(spectrograms(block).to(device)).cpu().numpy().tobytes())
                 progress.advance(task, len(block))

@@ -189,7 +189,7 @@ def test_termination_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(train, "run_train", lambda options: signal.raise_signal(signal.SIGTERM))
     code, _, err = run(capsys, "train", "--out", "x")
     assert code == 130
-    assert "interrupted; what is finished is kept" in err
+    assert "interrupted; finished work is kept" in err
     assert signal.getsignal(signal.SIGTERM) == before
 
 

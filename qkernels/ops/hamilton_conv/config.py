@@ -513,20 +513,31 @@ def _listed(kernel: str, form: str, precision: str, arch: int) -> tuple[Tile, ..
 
 @functools.cache
 def _table(arch: int) -> dict[str, dict[Any, Any]]:
-    """Measurements of `python -m qkernels.tune` on this architecture; QKERNELS_TABLES names a folder of your own."""
+    """Measurements of `python -m qkernels.tune` on this architecture; QKERNELS_TABLES names a folder of your own.
+
+    Raises:
+        ValueError: the file is none of that command's.
+    """
     folder = Path(os.environ.get("QKERNELS_TABLES") or Path(__file__).parent / "tables")
     path = folder / f"sm_{arch}.json"
     if not path.exists():
         return {"forms": {}, "plans": {}}
-    rows = json.loads(path.read_text())
-    forms = {(row["precision"], row["p"], row["q"], row["positions"]): row["form"] for row in rows["forms"]}
-    plans = {
-        (*row["problem"], row["form"], row["asked"]): Plan(
-            row["form"], row["precision"], Tile(*row["tile"]), row["splits"]
-        )
-        for row in rows["plans"]
-    }
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        forms = {(row["precision"], row["p"], row["q"], row["positions"]): row["form"] for row in rows["forms"]}
+        plans = {(*row["problem"], row["form"], row["asked"]): _measured(row) for row in rows["plans"]}
+        if wrong := {*forms.values()} - {"signed", "q8"}:
+            raise ValueError(f"unknown form {wrong.pop()!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: no table of `python -m qkernels.tune` ({error!r}); remove it") from None
     return {"forms": forms, "plans": plans}
+
+
+def _measured(row: dict[str, Any]) -> Plan:
+    sizes = [*row["tile"][:5], row["splits"]]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or any(size & size - 1 for size in sizes[:4]):
+        raise ValueError(f"tile {row['tile']} must be positive, blocks and warps powers of two; splits {row['splits']}")
+    return Plan(row["form"], row["precision"], Tile(*row["tile"]), row["splits"])
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -276,6 +276,6 @@ def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment: Experim
             driver.kill()
         assert driver.stderr is not None
         told = driver.stderr.read()
-    assert told.endswith("qat sweep: interrupted; what is finished is kept, and the same command goes on\n")
+    assert told.endswith("qat sweep: interrupted; finished work is kept, and the same command continues\n")
     assert "Traceback" not in told
     assert not (run / "error.txt").exists()

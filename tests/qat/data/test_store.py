@@ -225,7 +225,7 @@ def test_segments_are_prepared_as_if_they_were_files(
         assert torch.equal(store.rows([row]), cut(piece, config))
         assert store.index["frames"][row] == -(-len(piece) // 128) + 1
     if not workers:
-        assert hashed == ["a.wav", "b.wav", "a.wav"]  # once for adjacent segments
+        assert hashed[:3] == ["a.wav", "b.wav", "a.wav"]  # once for adjacent segments; then the tables of the store
 
 
 def test_a_changed_file_of_segments_is_refused(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
