@@ -133,7 +133,7 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
     if _settings.backend == "triton":
         if obstacle:
             raise ValueError(
-                f"backend 'triton' was asked for, but {obstacle}: use the backend 'auto' (the fastest there is) "
+                f"backend='triton' is set, but {obstacle}: use the backend 'auto' (the fastest available) "
                 "or 'reference'"
             )
         return "triton"
@@ -211,7 +211,7 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
         return backend, _kernels_algorithm(name, form, tuple(weight.shape), dtype, x.device)
     if form == "signed":
         raise ValueError(
-            f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
+            f"form='signed' is set, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
             f"({_obstacle(x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
     if needs_own_operators():

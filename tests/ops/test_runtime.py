@@ -64,7 +64,7 @@ def refused(op: Callable[..., Any], args: Any, reason: str) -> None:
     with qkernels.set_backend("triton"):
         for call in (op, functools.partial(qkernels.backend_of, op), functools.partial(qkernels.form_of, op)):
             with pytest.raises(
-                ValueError, match=f"backend 'triton' was asked for, but .*{reason}.*use the backend 'auto'"
+                ValueError, match=f"backend='triton' is set, but .*{reason}.*use the backend 'auto'"
             ):
                 call(*args)
 
@@ -116,7 +116,7 @@ def test_forced_forms(op: Callable[..., Any], args: Any, backend: str, form: str
 @all_products
 def test_signed_needs_a_kernel(op: Callable[..., Any], args: Any) -> None:
     with qkernels.set_form("signed"):
-        with pytest.raises(ValueError, match=f"form 'signed' was asked for, but.* a Triton kernel.*{op.__name__}"):
+        with pytest.raises(ValueError, match=f"form='signed' is set, but.* a Triton kernel.*{op.__name__}"):
             op(*args)
         with qkernels.set_backend("reference"):
             op(*args)
