@@ -165,7 +165,7 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if (of is Literal and value in inner) or (of in (str, bool) and isinstance(value, of)):
         return value
     if of in (int, float) and not isinstance(value, bool):
-        with suppress(ValueError, TypeError):  # YAML takes 1e-3, without a point, for text
+        with suppress(ValueError, TypeError, OverflowError):  # YAML takes 1e-3, without a point, for text
             number = float(value)
             if of is float or number.is_integer():
                 return of(number)

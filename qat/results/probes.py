@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from qat.config import Experiment, from_plain, to_plain
+from qat.config import to_plain
 from qat.files import write_json
 from qat.models import tap_name
 from qat.results.record import Analysis, Probes, read_analysis
@@ -33,7 +33,7 @@ def analyse(run: Path) -> Analysis:
     if path.is_file():
         return read_analysis(path)
     checkpoint = load_checkpoint(run, "classifier")
-    experiment = from_plain(Experiment, checkpoint.record["experiment"])
+    experiment = checkpoint.experiment
     predictions = pd.read_csv(run / "predictions.csv")
     data = load_data(experiment, trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()

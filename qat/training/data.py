@@ -187,7 +187,7 @@ def divide(index: pd.DataFrame, config: SplitConfig, corpus: str = "") -> splits
 def _recorded_parts(index: pd.DataFrame, trained: Checkpoint) -> splits.Split:
     rows = index.groupby("path").indices
     parts = {}
-    for name, files in trained.record["files"].items():
+    for name, files in trained.value("files").items():
         if absent := [file for file in files if file not in rows]:
             raise ValueError(
                 f"{trained.path}: the corpus has changed since: {len(absent)} files of the {name} part are not usable "

@@ -25,7 +25,7 @@ from qat.training.steps import Steps, precision
 
 def load_classifier(checkpoint: Checkpoint) -> SpeechClassifier:
     """The trained classifier of a checkpoint, encoder included."""
-    classifier = SpeechClassifier(checkpoint.experiment.network, len(checkpoint.record["classes"]))
+    classifier = SpeechClassifier(checkpoint.experiment.network, len(checkpoint.classes))
     checkpoint.load_into(classifier)
     return classifier
 
@@ -54,7 +54,7 @@ def evaluate_run(
             store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
             spectrograms = Spectrograms.of(store, checkpoint.normalisation, experiment)
             data = Data(store.index, {"all": list(range(len(store)))}, spectrograms)
-        classes, targets = class_targets(data.index, data.parts, experiment.task, checkpoint.record["classes"])
+        classes, targets = class_targets(data.index, data.parts, experiment.task, checkpoint.classes)
         objective = ClassificationObjective(
             placed(load_classifier(checkpoint), where), None, embedded=False, multi_label=experiment.multi_label
         )
@@ -80,7 +80,7 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> tuple[pd.Da
         missing, unreadable, silent or shorter than one window: ``path`` and ``problem``.
     """
     checkpoint = load_checkpoint(run, "classifier")
-    experiment, classes = checkpoint.experiment, checkpoint.record["classes"]
+    experiment, classes = checkpoint.experiment, checkpoint.classes
     where = distributed.device_of(device)
     classifier = load_classifier(checkpoint).eval().to(where)
     rows, problems = [], []
