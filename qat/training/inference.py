@@ -67,17 +67,23 @@ def evaluate_run(
         }
 
 
-def predict(run: Path, files: list[Path], *, device: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame]:
+def predict(
+    run: Path, files: list[Path], *, device: str = "cpu", strict: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Classify audio files with a trained classifier.
 
     Args:
         run: run folder or checkpoint.
         files: audio files; the probabilities of a file are means over its cuts.
         device: device to compute on.
+        strict: the first file that cannot be used is an error.
 
     Returns:
         One row per file: ``path``, ``predicted``, then the probability of every class; and one row per file that is
         missing, unreadable, silent or shorter than one window: ``path`` and ``problem``.
+
+    Raises:
+        ValueError: the checkpoint cannot be used; with ``strict``, a file.
     """
     checkpoint = load_checkpoint(run, "classifier")
     experiment, classes = checkpoint.experiment, checkpoint.classes
@@ -89,6 +95,8 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> tuple[pd.Da
             try:
                 audio = load_audio(path, experiment.features.sample_rate)
             except AudioError as error:
+                if strict:
+                    raise ValueError(str(error)) from None
                 problems.append({"path": str(path), "problem": str(error)})
                 continue
             cuts = checkpoint.normalisation(cut(audio, experiment.features))

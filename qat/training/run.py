@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import qat
+from qat import torchrun
 from qat.config import AnyExperiment, to_plain
 from qat.files import LOCK, Busy, held, read_json
 from qat.results.record import origin, read_result
 from qat.training import distributed
 from qat.training.checkpoint import check_run, load_checkpoint
-from qat.training.data import Data
+from qat.training.data import Data, problems_of
 from qat.training.examples import Examples
 from qat.training.loop import evaluate, fit, peak_memory
 from qat.training.metrics import Metrics, MetricsOf
@@ -105,6 +106,7 @@ class TrainingRun:
             "seed": training.seed,
             "experiment": record["experiment"],
             "classes": record.get("classes", []),
+            "problems": problems_of(data.spectrograms.store),
             "parts": metrics,
             "epochs": len(history),
             "rates": rates,
@@ -159,7 +161,7 @@ def open_run(
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which a campaign's jobs hold too; of several processes under torchrun the first does."""
-    if int(os.environ.get("RANK", 0)):
+    if not torchrun.leads():
         yield
         return
     new = not folder.exists()
