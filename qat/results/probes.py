@@ -13,6 +13,7 @@ from qat.config import to_plain
 from qat.files import write_json
 from qat.models import tap_name
 from qat.results.record import Analysis, Probes, read_analysis
+from qat.results.runs import read_csv
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
 from qat.training.inference import load_classifier
@@ -34,7 +35,9 @@ def analyse(run: Path) -> Analysis:
         return read_analysis(path)
     checkpoint = load_checkpoint(run, "classifier")
     experiment = checkpoint.experiment
-    predictions = pd.read_csv(run / "predictions.csv")
+    predictions = read_csv(run / "predictions.csv", dtype=str, keep_default_na=False)
+    if predictions is None or not {"part", "speaker", "label", "predicted"} <= set(predictions.columns):
+        raise ValueError(f"{run / 'predictions.csv'}: must have the columns part, speaker, label and predicted")
     data = load_data(experiment, trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()
     config = experiment.anti_transfer

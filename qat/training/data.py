@@ -203,8 +203,11 @@ def divide(index: pd.DataFrame, config: SplitConfig, corpus: str = "") -> splits
 
 def _recorded_parts(index: pd.DataFrame, trained: Checkpoint) -> splits.Split:
     rows = index.groupby("path").indices
+    recorded: dict[str, list[str]] = trained.value("files")
+    if missing := [name for name in splits.PARTS if not recorded.get(name)]:
+        raise ValueError(f"{trained.path}: its record has no files of the {missing[0]} part")
     parts = {}
-    for name, files in trained.value("files").items():
+    for name, files in recorded.items():
         if absent := [file for file in files if file not in rows]:
             raise ValueError(
                 f"{trained.path}: the corpus has changed since: {len(absent)} files of the {name} part are not usable "
