@@ -145,7 +145,8 @@ def check_run(folder: Path, experiment: AnyExperiment, *, resume: bool = False) 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Write tensors, record and their checksum to ``path`` atomically; an interrupted write leaves the older file."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    layout = torch.contiguous_format
+    plain = {name: tensor.detach().to("cpu", copy=True, memory_format=layout) for name, tensor in tensors.items()}
     text = json.dumps(record)
     metadata = {"record": text, "sha256": _checksum(plain, text)}
     with replacing(path) as draft:

@@ -299,6 +299,7 @@ class _Course:
         The steps since the last state are computed again, which also gives the state before that epoch: it is written.
         """
         done, steps = self.history.copy(), self.steps
+        steps.graphs = None  # they write to the optimiser's present state, which is replaced
         if self.initial is None:
             self.return_to_last()
         else:

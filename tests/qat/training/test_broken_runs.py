@@ -19,6 +19,7 @@ from qat.config import Experiment
 from qat.data.manifest import Manifest
 from qat.results.runs import RunsFolder
 from qat.training import loop
+from qat.training.checkpoint import load_checkpoint, save_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.inference import evaluate_run, predict
 from tests.qat.training.trainings import trained
@@ -182,6 +183,56 @@ def break_and_use(
         refused += sum(not survives(use, folder, how) for use in uses)
         shutil.rmtree(folder)
     assert refused > count / 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [], "history must have a row of"),
+        (lambda rows: None, "history: null must be a list"),
+        (lambda rows: [rows[0] | {"epoch": 1}], "history must have a row of"),
+        (lambda rows: [{"epoch": 0, "seconds": 1.0, "train_total": 1.0}], "history must have a row of"),
+        (lambda rows: [rows[0] | {"seconds": "1.5"}], "history must have a row of"),
+        (lambda rows: [rows[0] | {"seconds": "long"}], r"history\[0\]\.seconds: 'long' must be a number"),
+        (
+            lambda rows: [*rows, rows[0] | {"epoch": 1, "validation_total": -1.0}],
+            "model.safetensors: of epoch 0, which",
+        ),
+    ],
+)
+def test_a_history_of_another_form_is_refused(
+    small: Experiment, interrupted: Path, change: Any, message: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    last = load_checkpoint(folder / "last.safetensors", "training")
+    save_checkpoint(last.path, last.tensors, last.record | {"history": change(last.record["history"])})
+    with pytest.raises(ValueError, match=message) as refused:
+        train_classifier(small, folder, resume=True, quiet=True)
+    assert str(refused.value).startswith(str(folder))
+
+
+def test_a_model_that_was_written_after_the_last_state_is_for_the_same_rate(
+    small: Experiment, interrupted: Path, tmp_path: Path
+) -> None:
+    """A process may be killed between the two: the epochs until then come again, unless the rate is another."""
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    kept = load_checkpoint(folder, "classifier")
+    save_checkpoint(kept.path, kept.tensors, kept.record | {"epoch": 1})
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: of epoch 1, and last\.safetensors of 0; resume with the"
+    ):
+        train_classifier(trained(small, lr=1e-5), folder, resume=True, quiet=True)
+    train_classifier(small, folder, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "predictions.csv"])
+def test_a_table_that_was_cut_off_is_noticed(finished: Path, name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    for text, message in (("".join(lines)[:-3], "its last line has no end"), ("".join(lines[:-1]), "rows")):
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+            read_everything(folder)
 
 
 def test_a_broken_file_of_a_run_is_a_line_or_does_no_harm(
