@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,3 +143,49 @@ def test_output_padding_below_the_dilation(stride: tuple[int, int], dilation: tu
             with qkernels.set_backend(backend):
                 y = F.hamilton_conv_transpose2d(x, weight, real.bias, stride, 1, padding, 1, dilation)
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("form", ["dense", "q8", "reference"])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(name: str, form: str) -> None:
+    layer, x = LAYERS[name](), torch.empty((0, 8) if name == "linear" else (0, 8, 6, 6), requires_grad=True)
+    before = copy.deepcopy(layer.state_dict())
+    with qkernels.set_form(form) if form != "reference" else qkernels.set_backend("reference"):
+        y = layer(x)
+        y.square().sum().backward()
+    assert y.shape == (0, *layer(torch.zeros(1, *x.shape[1:])).shape[1:])
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(each.grad, torch.zeros_like(each)) for each in layer.parameters())
+    changed = {key for key, value in before.items() if not torch.equal(value, layer.state_dict()[key])}
+    assert changed <= {"running_mean", "running_var", "num_batches_tracked"}  # of the batch that is not empty
+
+
+def test_an_empty_batch_changes_no_running_value() -> None:
+    norm = QuaternionBatchNorm2d(4)
+    norm(torch.randn(2, 4, 3, 3))
+    before = copy.deepcopy(norm.state_dict())
+    norm(torch.randn(0, 4, 3, 3))
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8])
+def test_sizes_may_be_numpys(kind: Callable[[int], int]) -> None:
+    pair = (kind(3), kind(2))
+    convolution = QuaternionConv2d(kind(8), kind(8), pair, kind(2), np.array([1, 0]), kind(1), kind(2))
+    transposed = QuaternionConvTranspose2d(kind(8), kind(8), pair, kind(2), kind(1), kind(1), kind(2))
+    for layer, real in (
+        (convolution, nn.Conv2d(8, 8, (3, 2), 2, (1, 0), groups=2)),
+        (transposed, nn.ConvTranspose2d(8, 8, (3, 2), 2, 1, 1, groups=2)),
+        (QuaternionLinear(kind(8), kind(12)), nn.Linear(8, 12)),
+        (QuaternionBatchNorm2d(kind(8)), nn.BatchNorm2d(8)),
+    ):
+        x = torch.randn((2, 8) if isinstance(real, nn.Linear) else (2, 8, 6, 6))
+        assert layer(x).shape == real(x).shape
+    assert repr(convolution) == repr(QuaternionConv2d(8, 8, (3, 2), 2, (1, 0), groups=2))
+
+
+def test_a_truth_value_is_no_size() -> None:
+    """`bias` one place too early, as a stride, would else be a stride of 1."""
+    for arguments in ((8, 8, True), (8, 8, 3, True), (8, 8, 3, 1, False), (8, 8, 3, 1, 0, 1, True), (True, 8, 3)):
+        with pytest.raises(ValueError, match=r"must be .*; got (True|False)$"):
+            QuaternionConv2d(*arguments)
