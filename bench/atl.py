@@ -17,6 +17,7 @@ from bench.gradients import differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices
+from qkernels.runtime.flops import folded_flops, gram_flops
 from qkernels.runtime.tolerances import LOSS_TOLERANCES
 
 # Of loss and gradient. A baseline rounds Gram matrices to bfloat16, and its gradient is a small difference, so that its
@@ -40,31 +41,6 @@ class Features(NamedTuple):
 
     trained: Tensor
     frozen: Tensor
-
-
-def gram_flops(rows: int, columns: int) -> tuple[int, int]:
-    """Operations of a squared cosine of Gram matrices of F `[rows, columns]`, and of its gradient.
-
-    Matrix products alone are counted, by rows or by columns, whichever are fewer. By rows: two symmetric matrices, and
-    their combination times F. By columns: one product of both F and two symmetric ones, and two times F.
-
-    >>> gram_flops(2, 3), gram_flops(8, 2)
-    ((36, 24), (160, 128))
-    """
-    by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
-    by_columns = 2 * columns**2 * rows + 2 * columns * (columns + 1) * rows, 4 * columns**2 * rows
-    return min(by_rows, by_columns, key=sum)
-
-
-def folded_flops(rows: int, columns: int) -> tuple[int, int]:
-    """The same for the released code's loss, F `[B C, N]`.
-
-    By columns, rows are multiplied by the three column products, and each adds to the gradient of both.
-    """
-    by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
-    square = columns**2 * rows
-    by_columns = 8 * square + 2 * columns * (columns + 1) * rows, 12 * square
-    return min(by_rows, by_columns, key=sum)
 
 
 @dataclass(frozen=True, kw_only=True)

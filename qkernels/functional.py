@@ -26,7 +26,10 @@ from qkernels.ops.hamilton_conv import reference as conv_reference
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
+from qkernels.runtime.flops import register_formulas
 from qkernels.runtime.precision import autocast_dtype
+
+register_formulas()
 
 ACTIVATIONS = (None, "relu")
 POOLS = (None, 2)
