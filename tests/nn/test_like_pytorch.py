@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import qkernels
 from qkernels import functional as F
-from qkernels.nn import QuaternionBatchNorm2d, QuaternionConv2d, QuaternionConvTranspose2d, QuaternionLinear
+from qkernels.losses import LOSSES, MseSigmoid
+from qkernels.nn import (
+    AntiTransferLoss,
+    QuaternionBatchNorm2d,
+    QuaternionConv2d,
+    QuaternionConvTranspose2d,
+    QuaternionLinear,
+)
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: QuaternionConv2d(8, 8, 3, padding=1),
@@ -189,3 +201,66 @@ def test_a_truth_value_is_no_size() -> None:
     for arguments in ((8, 8, True), (8, 8, 3, True), (8, 8, 3, 1, False), (8, 8, 3, 1, 0, 1, True), (True, 8, 3)):
         with pytest.raises(ValueError, match=r"must be .*; got (True|False)$"):
             QuaternionConv2d(*arguments)
+
+
+def example(name: str) -> Tensor:
+    return torch.randn(2, 8) if name == "linear" else torch.randn(2, 8, 6, 6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_can_be_saved_copied_and_pickled(name: str, tmp_path: Path) -> None:
+    layer, x = LAYERS[name](), example(name)
+    layer(x).sum().backward()  # a batch norm has running values now
+    expected = layer.eval()(x)
+    torch.save(layer.state_dict(), tmp_path / "state")
+    torch.save(layer, tmp_path / "layer")
+    restored = LAYERS[name]().eval()
+    restored.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    whole = torch.load(tmp_path / "layer", weights_only=False)
+    copies = (restored, whole, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer))
+    for other in copies:
+        assert torch.equal(other(x), expected)
+        assert repr(other) == repr(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    assert not torch.equal(layer(x), expected)
+    assert all(torch.equal(other(x), expected) for other in copies[:-1])  # of which a shallow copy is none
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, MseSigmoid("stochastic_pairwise")], ids=str)
+def test_a_loss_can_be_copied_and_pickled(loss: Any) -> None:
+    generator = torch.Generator().manual_seed(3) if isinstance(loss, MseSigmoid) else None
+    module, maps = AntiTransferLoss(loss, beta=0.5, generator=generator), torch.rand(2, 2, 5, 3)
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for other in copies:
+        if generator is not None:
+            assert other.generator is not generator
+        assert repr(other) == repr(module)
+    values = [each(*maps) for each in (module, *copies)]
+    assert values[0] == values[1] == values[2]
+    assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "batch norm"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_parametrizations_of_the_weight(name: str, backend: str) -> None:
+    """PyTorch's weight norm and spectral norm, whose weight is no parameter but is computed of others."""
+    x = example(name)
+    for parametrization in (weight_norm, spectral_norm):
+        layer = LAYERS[name]()
+        plain = copy.deepcopy(layer)
+        layer = parametrization(layer)
+        with qkernels.set_backend(backend):
+            layer(x).square().sum().backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+        with torch.no_grad():
+            plain.weight.copy_(layer.eval().weight)  # type: ignore[operator]
+            torch.testing.assert_close(layer(x), plain.eval()(x))
+        again = parametrization(LAYERS[name]())
+        again.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(again.eval()(x), layer(x))
+        remove_parametrizations(layer, "weight")
+        torch.testing.assert_close(layer(x), plain(x))
+        layer.reset_parameters()  # type: ignore[operator]
+        assert not torch.equal(layer.weight, plain.weight)
