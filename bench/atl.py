@@ -17,6 +17,7 @@ from bench.gradients import differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices
+from qkernels.runtime.flops import folded_flops, gram_flops
 from qkernels.runtime.tolerances import LOSS_TOLERANCES
 
 # For loss and gradient. Baselines round Gram matrices to bfloat16, and their gradient is a small difference of these,
@@ -40,32 +41,6 @@ class Features(NamedTuple):
 
     trained: Tensor
     frozen: Tensor
-
-
-def gram_flops(rows: int, columns: int) -> tuple[int, int]:
-    """Operations in a squared cosine of Gram matrices of F `[rows, columns]`, and in its gradient.
-
-    Only matrix products are counted, by rows or by columns, whichever are fewer. By rows: two symmetric matrices;
-    their combination times F for the gradient. By columns: a product of both F and two symmetric products; two products
-    with F for the gradient.
-
-    >>> gram_flops(2, 3), gram_flops(8, 2)
-    ((36, 24), (160, 128))
-    """
-    by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
-    by_columns = 2 * columns**2 * rows + 2 * columns * (columns + 1) * rows, 4 * columns**2 * rows
-    return min(by_rows, by_columns, key=sum)
-
-
-def folded_flops(rows: int, columns: int) -> tuple[int, int]:
-    """The same for the released code's loss, with F `[B C, N]`.
-
-    By columns, rows are multiplied by the three column products, which all contribute to the gradient.
-    """
-    by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
-    square = columns**2 * rows
-    by_columns = 8 * square + 2 * columns * (columns + 1) * rows, 12 * square
-    return min(by_rows, by_columns, key=sum)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.atl import gram_flops
 from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite
 from bench.gradients import reference_run, relative_error
 from bench.layers import COMPILED, concatenated
@@ -34,6 +33,7 @@ from qat.training.examples import Batch, Examples
 from qat.training.loop import train_epoch
 from qat.training.objectives import ClassificationObjective
 from qat.training.steps import Steps, autocast
+from qkernels.runtime.flops import gram_flops
 
 CLASSES, LEARNING_RATE = 4, 1e-5
 NO_AT, CACHED = "no AT", "cached targets"

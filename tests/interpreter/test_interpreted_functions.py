@@ -827,3 +827,19 @@ def test_settings_of_the_backend(memory: Any) -> None:
     with pytest.raises(ValueError, match=r"'triton' is set, but the kernels compute .*, not torch.float64"):
         qkernels.gram_cosine(x, x.double())
     assert memory.launches == launches
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kernels_count_as_plain_pytorch(form: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, bias = operands(CASE, requires_grad=True)
+    counts = []
+    for backend, options in itertools.product(("triton", "auto"), ({}, {"activation": "relu", "pool": 2})):
+        counter, chosen = FlopCounterMode(display=False), form if backend == "triton" else "dense"
+        with qkernels.set_backend(backend), qkernels.set_form(chosen), counter:
+            y = hamilton_conv2d(x, weight, bias, *CASE[6:], **options)
+            hamilton_linear(y.flatten(1), torch.ones(4, 1, y[0].numel() // 4)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[:2] == counts[2:]
+    assert min(counts) > 0

@@ -191,9 +191,9 @@ def test_backward_follows_its_forward() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: qkernels.set_backend("cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
-        (lambda: qkernels.set_form("q4"), "form must be one of auto, dense, signed, q8; got 'q4'"),
-        (lambda: qkernels.backend_of("conv"), "op must be one of hamilton_conv2d, .*; got 'conv'"),
+        (lambda: qkernels.set_backend("cuda"), "backend must be one of 'auto', 'reference', 'triton'; got 'cuda'"),
+        (lambda: qkernels.set_form("q4"), "form must be one of 'auto', 'dense', 'signed', 'q8'; got 'q4'"),
+        (lambda: qkernels.backend_of("conv"), "op must be one of 'hamilton_conv2d', .*; got 'conv'"),
         (lambda: qkernels.form_of(torch.add, *CONV), "op must be one of .*; got 'add'"),
     ],
 )
@@ -207,7 +207,7 @@ def test_environment_variable() -> None:
     code = "import torch, qkernels; print(qkernels.backend_of('gram_cosine', torch.ones(1, 1), torch.ones(1, 1)))"
     assert run(code, QKERNELS_BACKEND="reference").stdout.strip() == "reference"
     error = run(code, QKERNELS_BACKEND="fast").stderr
-    assert "QKERNELS_BACKEND must be one of auto, reference, triton; got 'fast'" in error
+    assert "QKERNELS_BACKEND must be one of 'auto', 'reference', 'triton'; got 'fast'" in error
 
 
 def test_import_is_light() -> None:
