@@ -35,7 +35,7 @@ from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
 from qat.files import LOCK, Busy, held, holder, read_json, write_text
-from qat.processes import bar
+from qat.processes import GROUP_SIGNALS, bar
 from qat.training.checkpoint import check_run
 
 C = TypeVar("C")
@@ -464,7 +464,7 @@ def _end_with_parent() -> None:
 
 def _signals() -> set[signal.Signals]:
     """What a terminal and Slurm send to every process at once; only the one that leads the others may answer."""
-    return {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
+    return {*GROUP_SIGNALS, signal.SIGUSR2}
 
 
 @contextmanager
