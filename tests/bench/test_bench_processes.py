@@ -1,6 +1,7 @@
-"""What bench starts ends with it, also when it is killed."""
+"""What bench starts ends with it, also when it is killed; one process writes to a folder of results."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import main
 from bench.processes import ROOT, WITH_CALLER
+from qat.files import held, lock_of
 
 WORKER = """
 import os, time
@@ -52,3 +55,13 @@ def test_what_is_started_ends_with_its_caller(text: str, tmp_path: Path) -> None
             os.kill(int(started.name), signal.SIGKILL)
             pytest.fail("it lives on")
         time.sleep(0.05)
+
+
+def test_a_second_measurement_of_the_same_into_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(lock_of(tmp_path / "run")):
+        assert main(["run", "--smoke", "--out", str(tmp_path)]) == 2
+    told = rf"bench run: {tmp_path}: process {os.getpid()} on .* writes there; choose another folder, or wait\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
+    assert not (tmp_path / "results.csv").exists()
