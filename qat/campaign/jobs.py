@@ -386,7 +386,7 @@ class _Job:
         resource_tracker.ensure_running()  # now, because starting it unblocks SIGTERM for what is started afterwards
         running: dict[int, tuple[_Run, Any]] = {}
         try:
-            while True:
+            while self.driver is None or _is_held(self.driver):
                 while len(running) < self.at_once and (run := self._next(running)) is not None:
                     process = context.Process(target=_train, args=(run, self.one_thread))
                     with _blocked():
@@ -399,8 +399,6 @@ class _Job:
                     process.join()
                     if process.exitcode:
                         _record_death(run, process.exitcode)
-                if self.driver is not None and not _is_held(self.driver):
-                    return
         finally:
             for _, process in running.values():
                 process.kill()
