@@ -4,13 +4,14 @@ Exit codes: 0: done; 1: a result was wrong, a test failed or something got slowe
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bench.results import Fresh, Row, Shared, git_commit, provenance, read, writ
 from bench.suites import SUITES, chosen
 from bench.targets import targets
 from bench.timing import GpuClock, clock_of
+from qat.files import Busy, held, lock_of
 
 Command = Callable[[argparse.Namespace], int]
 Argument = tuple[str, dict[str, Any]]
@@ -48,11 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit code."""
     options = parser().parse_args(arguments)
     try:
-        with terminating():
+        with terminating(), _only_writer(options):
             return COMMANDS[options.command][0](options)
     except (ValueError, OSError) as error:
         print(f"bench {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _only_writer(options: argparse.Namespace) -> Iterator[None]:
+    """Nobody else measures the same into the same folder meanwhile; a session has its parts do so."""
+    if "out" not in options or options.command == "session":
+        yield
+        return
+    try:
+        with held(lock_of(options.out / options.command)):
+            yield
+    except Busy as error:
+        raise ValueError(f"{options.out}: {error} writes there; choose another folder, or wait") from None
 
 
 def parser() -> argparse.ArgumentParser:

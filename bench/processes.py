@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qat.processes import end_with
+
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-m"]
 # The repository's pytest configuration names plugins that a GPU machine may lack.
 PYTEST = [*PYTHON, "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+
+# Linux kills what is started through this when the thread that started it ends: here, one that waits for it.
+WITH_CALLER = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 
 @contextlib.contextmanager
@@ -24,13 +30,14 @@ def running(
 ) -> Iterator["subprocess.Popen[str]"]:
     """A program with text streams; it is killed with all its children when the block ends.
 
-    It gets this program's environment and `variables`; options are those of `subprocess.Popen`.
+    On Linux the program also ends when this process is killed. It gets this program's environment and `variables`;
+    options are those of `subprocess.Popen`.
     """
     environment = os.environ | (variables or {})
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     text: dict[str, Any] = {"text": True, "errors": "replace"}
     environment |= {"PYTHONPATH": path}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **text, **options)
+    process = subprocess.Popen([*WITH_CALLER, *command], env=environment, start_new_session=True, **text, **options)
     try:
         yield process
     finally:
@@ -73,7 +80,7 @@ class Worker(NamedTuple):
         """
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=_lead_group, args=(function, there, *arguments), daemon=True)
+        process = context.Process(target=_lead_group, args=(os.getpid(), function, there, *arguments), daemon=True)
         process.start()
         there.close()
         worker = cls(process, here)
@@ -101,6 +108,7 @@ class Worker(NamedTuple):
             self.process.join()
 
 
-def _lead_group(function: Callable[..., None], *arguments: Any) -> None:
+def _lead_group(parent: int, function: Callable[..., None], *arguments: Any) -> None:
     os.setsid()
+    end_with(parent)
     function(*arguments)

@@ -1,7 +1,7 @@
 """The command ``qat``: every stage of the method from the shell.
 
 Exit codes: 0: done; 1: training failed, or some files cannot be used; 2: bad input, or something is missing on this
-machine, with one line on stderr; 130: interrupted, by Ctrl-C or SIGTERM.
+machine, with one line on stderr; 130: interrupted, by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qat.commands import campaign, corpus, inspection, train
 from qat.commands.output import show
 from qat.commands.parser import Action, Commands, Parser
 from qat.files import problems_in_a_line
+from qat.processes import GROUP_SIGNALS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,15 +87,19 @@ def build_parser() -> tuple[Parser, dict[str, Action]]:
 
 @contextlib.contextmanager
 def _termination_as_interruption() -> Iterator[None]:
-    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does."""
+    """SIGTERM, which schedulers and containers send, and SIGHUP of a closed terminal end a command as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    former = {number: signal.getsignal(number) for number in GROUP_SIGNALS}
+    heard = [number for number in former if former[number] != signal.SIG_IGN]  # nohup ignores SIGHUP
+    for number in heard:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number in heard:
+            signal.signal(number, former[number])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -35,7 +35,7 @@ from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
 from qat.files import LOCK, Busy, held, holder, read_json, write_text
-from qat.processes import bar
+from qat.processes import GROUP_SIGNALS, bar
 from qat.training.checkpoint import check_run
 
 C = TypeVar("C")
@@ -387,7 +387,7 @@ class _Job:
         resource_tracker.ensure_running()  # first, since starting it unblocks SIGTERM for processes started afterwards
         running: dict[int, tuple[_Run, Any]] = {}
         try:
-            while True:
+            while self.driver is None or _is_held(self.driver):
                 while len(running) < self.at_once and (run := self._next(running)) is not None:
                     process = context.Process(target=_train, args=(run, self.one_thread))
                     with _blocked():
@@ -400,8 +400,6 @@ class _Job:
                     process.join()
                     if process.exitcode:
                         _record_death(run, process.exitcode)
-                if self.driver is not None and not _is_held(self.driver):
-                    return
         finally:
             for _, process in running.values():
                 process.kill()
@@ -465,7 +463,7 @@ def _end_with_parent() -> None:
 
 def _signals() -> set[signal.Signals]:
     """Signals that a terminal or Slurm sends to all processes at once; only the leading process handles them."""
-    return {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
+    return {*GROUP_SIGNALS, signal.SIGUSR2}
 
 
 @contextmanager

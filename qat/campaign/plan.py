@@ -20,7 +20,7 @@ import yaml
 
 from qat.config import AnyExperiment, difference, flatten, identity_settings, to_plain
 from qat.config.preset import ATTRIBUTES
-from qat.files import read_json, sha256_of, write_text
+from qat.files import held, lock_of, read_json, sha256_of, write_text
 
 CHECKPOINTS = ("network.rhemo", "anti_transfer.twin", "training.initial")
 """Settings that name a run to build on."""
@@ -145,8 +145,10 @@ class Campaign:
         """
         buffer = io.StringIO()
         self.table.to_csv(buffer, index=False)
-        write_text(self.folder / "plan.csv", buffer.getvalue())
-        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(about)), sort_keys=False, width=120))
+        settings = yaml.safe_dump(to_plain(dict(about)), sort_keys=False, width=120)
+        with held(lock_of(self.folder / "plan.csv"), wait=True):  # of two commands at once, both files are of one
+            write_text(self.folder / "plan.csv", buffer.getvalue())
+            write_text(self.folder / "campaign.yaml", settings)
 
     @cached_property
     def _absolute(self) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qat.files import replacing
+from qat.files import held, lock_of, replacing
 from qat.report import grid_sections, sections
 from qat.report.page import Page
 from qat.report.sections import Section
@@ -41,7 +41,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of all runs at or below ``folder``, finished or not, with its tables and figures beside it.
 
     The page is self-contained: figures are inside, there is no script and no link to the network. The same runs give
-    the same bytes.
+    the same bytes. Another process that writes a report to the same folder is waited for, so that page, tables and
+    figures belong together.
 
     Args:
         folder: folder of a run, a sweep, a study or a grid.
@@ -79,8 +80,9 @@ def _write(view: View, out: Path | None) -> Path:
             template = f"{section.__module__.rpartition('.')[2]}/{section.__name__}"
             shown.append((heading, page.render(template, view=view, **values)))
     document = page.render("page", title=view.title, sections=shown, label=view.label)
-    for path, table in view.tables(out).items():
-        with replacing(path) as draft:
-            table.to_csv(draft, index=False)
-    page.write(out, document)
+    with held(lock_of(out.with_name("report")), wait=True):  # one for all pages of a folder, whose tables have one name
+        for path, table in view.tables(out).items():
+            with replacing(path) as draft:
+                table.to_csv(draft, index=False)
+        page.write(out, document)
     return out

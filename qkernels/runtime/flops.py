@@ -24,10 +24,11 @@ Shape = Sequence[int]
 
 
 def gram_flops(rows: int, columns: int) -> tuple[int, int]:
-    """Operations of a squared cosine of Gram matrices of F `[rows, columns]`, and of its gradient.
+    """Operations in a squared cosine of Gram matrices of F `[rows, columns]`, and in its gradient.
 
-    Matrix products alone are counted, by rows or by columns, whichever are fewer. By rows: two symmetric matrices, and
-    their combination times F. By columns: one product of both F and two symmetric ones, and two times F.
+    Only matrix products are counted, by rows or by columns, whichever are fewer. By rows: two symmetric matrices;
+    their combination times F for the gradient. By columns: a product of both F and two symmetric products; two products
+    with F for the gradient.
 
     >>> gram_flops(2, 3), gram_flops(8, 2)
     ((36, 24), (160, 128))
@@ -38,9 +39,9 @@ def gram_flops(rows: int, columns: int) -> tuple[int, int]:
 
 
 def folded_flops(rows: int, columns: int) -> tuple[int, int]:
-    """The same for the released code's loss, F `[B C, N]`.
+    """The same for the released code's loss, with F `[B C, N]`.
 
-    By columns, rows are multiplied by the three column products, and each adds to the gradient of both.
+    By columns, rows are multiplied by the three column products, which all contribute to the gradient.
     """
     by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
     square = columns**2 * rows

@@ -184,14 +184,27 @@ def test_other_errors_of_the_program_are_not_hidden(monkeypatch: pytest.MonkeyPa
         cli.main(["train", "--out", "x"])
 
 
-def test_termination_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What Slurm, containers and CI send first."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "run_train", lambda options: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_is_an_interruption(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What Slurm, containers and CI send first, and terminals that are closed."""
+    before = signal.getsignal(number)
+    monkeypatch.setattr(train, "run_train", lambda options: signal.raise_signal(number))
     code, _, err = run(capsys, "train", "--out", "x")
     assert code == 130
     assert "interrupted; finished work is kept" in err
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_under_nohup_a_closed_terminal_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(train, "run_train", lambda options: signal.raise_signal(signal.SIGHUP) or "done")
+        assert cli.main(["train", "--out", "x"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_writer_is_told_who_holds_the_folder(

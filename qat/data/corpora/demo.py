@@ -26,7 +26,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from qat.data.manifest import Manifest, read_manifest, write_manifest
-from qat.files import new_folder, read_json, write_text
+from qat.files import make_once, read_json, write_text
 from qat.processes import bar, process_map
 
 VOICES: Mapping[str, Sequence[str]] = {
@@ -105,7 +105,7 @@ def make(
     """Synthesise the demo corpus: all sentences by all voices and all words by the training voices, in each emotion.
 
     The same arguments give the same bytes, for any number of workers. A folder that already holds the corpus is only
-    read; an interrupted run leaves nothing behind.
+    read; an interrupted run leaves nothing behind. Another process that makes it meanwhile is waited for.
 
     Args:
         folder: new folder for the corpus.
@@ -128,15 +128,16 @@ def make(
     folder = Path(folder)
     rows, utterances = _plan(voices, sentences, words, seed)
     recipe = hashlib.sha256(json.dumps([astuple(utterance) for utterance in utterances]).encode()).hexdigest()
-    done = folder / _DONE
-    if done.is_file() and read_json(done, "recipe")["recipe"] == recipe:
-        return read(folder)
-    library, data = _espeak()
-    variants = {file.name for file in (data / "voices" / "!v").iterdir()}
-    for voice in [voice for part in voices.values() for voice in part]:
-        if voice not in variants:
-            raise ValueError(f"voices: eSpeak NG has no variant {voice!r}; it has {', '.join(sorted(variants))}")
-    with new_folder(folder) as draft:
+
+    def is_made(folder: Path) -> bool:
+        return (folder / _DONE).is_file() and read_json(folder / _DONE, "recipe")["recipe"] == recipe
+
+    def speak(draft: Path) -> None:
+        library, data = _espeak()
+        variants = {file.name for file in (data / "voices" / "!v").iterdir()}
+        for voice in [voice for part in voices.values() for voice in part]:
+            if voice not in variants:
+                raise ValueError(f"voices: eSpeak NG has no variant {voice!r}; it has {', '.join(sorted(variants))}")
         for parent in {(draft / utterance.path).parent for utterance in utterances}:
             parent.mkdir(parents=True)
         # At least one process: eSpeak's state must never be shared with the caller.
@@ -155,6 +156,8 @@ def make(
             "manifest.csv has one row per clip.\n",
         )
         write_text(draft / _DONE, json.dumps({"recipe": recipe}) + "\n")
+
+    make_once(folder, speak, is_made)
     return read(folder)
 
 

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +19,7 @@ import pandas as pd
 import pytest
 
 from qat.config import AntiTransferConfig, CorpusConfig, to_plain
+from qat.files import held, lock_of
 from qat.report import figures
 from qat.report.report import write_report
 from qat.results.record import Result
@@ -256,6 +259,23 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path, rng: np.random.Genera
     assert again.read_bytes() == first.read_bytes()
     assert (tmp_path / "again/summary.csv").read_bytes() == (tmp_path / "summary.csv").read_bytes()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_another_report_of_the_folder_is_waited_for(
+    tmp_path: Path, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = Corpus(rng).answers("test", 0.5)
+    plain = to_plain(experiment(AntiTransferConfig(SPEAKER, [13])))
+    result = {"seed": 1, "experiment": plain, "classes": EMOTIONS, "parts": {"test": judged(answers)}}
+    write_run(tmp_path / "run", result, rng, answers)
+    with ThreadPoolExecutor(1) as pool:
+        with held(lock_of(tmp_path / "report")):
+            report = pool.submit(write_report, tmp_path, tmp_path / "page.html")
+            while "waiting for process" not in caplog.text:
+                assert not report.done()
+                time.sleep(0.01)
+            assert not list(tmp_path.glob("*.csv"))
+        assert report.result().is_file()
 
 
 def test_names_are_escaped(tmp_path: Path, rng: np.random.Generator) -> None:
