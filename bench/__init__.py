@@ -1,1 +1,1 @@
-"""Measurements that back the choices of the library and the claims of its README."""
+"""Measurements behind the choices of the library and the claims of its README."""

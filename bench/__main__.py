@@ -1,16 +1,17 @@
-"""`python -m bench`: measure, compare and show. Its commands need PyTorch, numpy, and Triton on a GPU.
+"""`python -m bench`: measure, compare, report. Needs PyTorch and numpy, and Triton on a GPU.
 
-Exit codes: 0 done; 1 a result was wrong, a test failed or something got slower; 2 bad input.
+Exit codes: 0: done; 1: a result was wrong, a test failed or something got slower; 2: bad input.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,19 @@ from bench.results import Fresh, Row, Shared, git_commit, provenance, read, writ
 from bench.suites import SUITES, chosen
 from bench.targets import targets
 from bench.timing import GpuClock, clock_of
+from qat.files import Busy, held, lock_of
 
 Command = Callable[[argparse.Namespace], int]
 Argument = tuple[str, dict[str, Any]]
 COMMANDS: dict[str, tuple[Command, str, tuple[Argument, ...]]] = {}
 OUT = "--out", dict(type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
-BUDGET = "--budget", dict(type=float, default=math.inf, help="time in seconds; what does not fit is dropped")
-COMMIT = "--commit", dict(help="measured commit, where git cannot tell")
+BUDGET = "--budget", dict(type=float, default=math.inf, help="time in seconds; the least valuable rest is dropped")
+COMMIT = "--commit", dict(help="measured commit, if git cannot tell")
 JSON = "--json", dict(action="store_true", help="print JSON, for programs")
 
 
 def command(text: str, *arguments: Argument) -> Callable[[Command], Command]:
-    """Makes the function `_name` the command `name`, with its help and the arguments of its parser."""
+    """Register the function `_name` as the command `name`, with its help and arguments."""
 
     def register(function: Command) -> Command:
         COMMANDS[function.__name__.removeprefix("_")] = function, text, arguments
@@ -48,11 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit code."""
     options = parser().parse_args(arguments)
     try:
-        with terminating():
+        with terminating(), _only_writer(options):
             return COMMANDS[options.command][0](options)
     except (ValueError, OSError) as error:
         print(f"bench {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _only_writer(options: argparse.Namespace) -> Iterator[None]:
+    """Nobody else measures the same into the same folder meanwhile; a session has its parts do so."""
+    if "out" not in options or options.command == "session":
+        yield
+        return
+    try:
+        with held(lock_of(options.out / options.command)):
+            yield
+    except Busy as error:
+        raise ValueError(f"{options.out}: {error} writes there; choose another folder, or wait") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-@command("List the suites with their numbers of cases and their providers.")
+@command("List the suites, with number of cases and providers.")
 def _list(options: argparse.Namespace) -> int:
     for name, suites in SUITES.items():
         for suite in suites:
@@ -73,9 +88,9 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-NAMES = "suites", dict(nargs="*", help=f"of {', '.join(SUITES)}; by default all that this machine can run")
+NAMES = "suites", dict(nargs="*", help=f"of {', '.join(SUITES)}; default: all that this machine can run")
 SMOKE = "--smoke", dict(action="store_true", help="tiny cases on the CPU, checked and not timed")
-RESUME = "--resume", dict(action="store_true", help="keep the rows of an earlier run and measure what it lacks")
+RESUME = "--resume", dict(action="store_true", help="keep the rows of an earlier run and measure the missing ones")
 
 
 @command("Measure suites.", NAMES, OUT, BUDGET, COMMIT, SMOKE, RESUME)
@@ -124,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
 DEVICE = "--device", dict(choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-@command("First call and all memory of the headline cases, each in a new process.", OUT, BUDGET, COMMIT, DEVICE)
+@command("Measure first call and memory of the headline cases, each in a new process.", OUT, BUDGET, COMMIT, DEVICE)
 def _fresh(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     origin = provenance(options.commit)
@@ -136,7 +151,7 @@ def _fresh(options: argparse.Namespace) -> int:
     return int(any(row.status == "failed" for row in rows.values()))
 
 
-@command("Trainings an hour of this device, by how many processes share it.", OUT, BUDGET, COMMIT)
+@command("Measure trainings per hour on this device, by the number of processes that share it.", OUT, BUDGET, COMMIT)
 def _share(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.budget
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,12 +174,12 @@ def _share(options: argparse.Namespace) -> int:
 
 
 def _words(row: Fresh | Shared) -> str:
-    """The fields of a row that were measured."""
+    """The measured fields of a row."""
     return ", ".join(f"{name} {value}" for name, value in vars(row).items() if value not in (None, ""))
 
 
 def limit(seconds: float) -> Argument:
-    return "--seconds", dict(type=float, default=seconds, help="time limit; what still runs is killed (%(default)s)")
+    return "--seconds", dict(type=float, default=seconds, help="time limit, then programs are killed (%(default)s)")
 
 
 @command("Run the tests of tests/gpu, one process per file.", OUT, limit(240))
@@ -172,7 +187,7 @@ def _tests(options: argparse.Namespace) -> int:
     return gpu_tests.main(options.out, options.seconds)
 
 
-@command("What a training step launches on a GPU, by part; counted without one.", JSON)
+@command("Count the kernels that a training step launches on a GPU, by part; needs no GPU.", JSON)
 def _launches(options: argparse.Namespace) -> int:
     from bench import launches
 
@@ -182,7 +197,7 @@ def _launches(options: argparse.Namespace) -> int:
 ARCH = "--arch", dict(type=int, choices=[80, 90, 100], default=90, help="compute capability (%(default)s)")
 
 
-@command("The time of a training step on a GPU by arithmetic: computed, not measured.", JSON, ARCH)
+@command("Compute the time of a training step on a GPU by a model; not measured, needs no GPU.", JSON, ARCH)
 def _model(options: argparse.Namespace) -> int:
     from bench import model
 
@@ -190,13 +205,13 @@ def _model(options: argparse.Namespace) -> int:
 
 
 def _print(lines: Iterable[str], plain: list[dict[str, Any]] | None) -> int:
-    """Lines as they come, or data in their place."""
+    """Print lines as they come, or instead plain data as JSON."""
     for line in lines if plain is None else [json.dumps({"cases": plain}, indent=1)]:
         print(line, flush=True)
     return 0
 
 
-@command("All of it on a GPU, the most valuable first: what `make gpu` does.", OUT, COMMIT, limit(525))
+@command("Run all measurements and tests on a GPU, the most valuable first (`make gpu`).", OUT, COMMIT, limit(525))
 def _session(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("needs a CUDA device, and there is none")
@@ -206,10 +221,10 @@ def _session(options: argparse.Namespace) -> int:
     return int(any(verdict != "ok" for verdict in session.run(parts, options.seconds, out).values()))
 
 
-FOLDER = "folder", dict(nargs="?", type=Path, help="with a results.csv; report.md is written there and printed")
+FOLDER = "folder", dict(nargs="?", type=Path, help="folder with a results.csv; report.md is written there and printed")
 
 
-@command("Results as charts and tables: those of bench/results in docs and README.md, or of a folder.", FOLDER)
+@command("Write charts and tables: of bench/results into docs and README.md, or of one folder.", FOLDER)
 def _report(options: argparse.Namespace) -> int:
     from bench.report import write_page, write_readme
 
@@ -222,12 +237,10 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-SIDES = [
-    (name, dict(help="folder of results, or a git revision whose results are meant")) for name in ("before", "after")
-]
+SIDES = [(name, dict(help="folder of results, or a git revision with committed ones")) for name in ("before", "after")]
 
 
-@command("What got slower, faster, larger or wrong from one result to another.", *SIDES)
+@command("List what got slower, faster, larger or wrong between two results.", *SIDES)
 def _compare(options: argparse.Namespace) -> int:
     from bench import compare
 

@@ -1,7 +1,7 @@
-"""The anti-transfer loss and its gradient at the features of every layer of both networks (WASPAA 2023).
+"""The anti-transfer loss and its gradient, for features of every layer of both networks (WASPAA 2023).
 
-Ours, also with a target that is computed once, against Gram matrices in memory: by `bmm`, or of the whole batch as in
-the released code; in the features' type or in float32.
+Ours, also with a cached target, is compared with Gram matrices in memory: by `bmm`, or of the whole batch as in the
+released code; in the features' type or in float32.
 """
 
 import itertools
@@ -17,15 +17,16 @@ from bench.gradients import differentiated, relative_error
 from qkernels import anti_transfer_loss, gram_target, reference
 from qkernels.losses import loss_of
 from qkernels.ops.gram_cosine.reference import matrices
+from qkernels.runtime.flops import folded_flops, gram_flops
 from qkernels.runtime.tolerances import LOSS_TOLERANCES
 
-# Of loss and gradient. A baseline rounds Gram matrices to bfloat16, and its gradient is a small difference, so that its
-# errors are larger than ours.
+# For loss and gradient. Baselines round Gram matrices to bfloat16, and their gradient is a small difference of these,
+# so their errors are larger than ours.
 BASELINE_TOLERANCE = (2e-2, 0.5)
 FOLDED = "folded-rowwise"
 VARIANTS = {"paper": "gram-channel", FOLDED: FOLDED, "position": "gram-position", "linear CKA": "cka"}
 """Losses by their names in results: the paper's, the released code's, and two others."""
-# First and last layer with features of one shape: channels, height, width.
+# Channels, height and width, by first and last layer with that shape.
 SHAPES = {
     (1, 2): (64, 64, 64),
     (3, 4): (128, 32, 32),
@@ -40,31 +41,6 @@ class Features(NamedTuple):
 
     trained: Tensor
     frozen: Tensor
-
-
-def gram_flops(rows: int, columns: int) -> tuple[int, int]:
-    """Operations of a squared cosine of Gram matrices of F `[rows, columns]`, and of its gradient.
-
-    Matrix products alone are counted, by rows or by columns, whichever are fewer. By rows: two symmetric matrices, and
-    their combination times F. By columns: one product of both F and two symmetric ones, and two times F.
-
-    >>> gram_flops(2, 3), gram_flops(8, 2)
-    ((36, 24), (160, 128))
-    """
-    by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
-    by_columns = 2 * columns**2 * rows + 2 * columns * (columns + 1) * rows, 4 * columns**2 * rows
-    return min(by_rows, by_columns, key=sum)
-
-
-def folded_flops(rows: int, columns: int) -> tuple[int, int]:
-    """The same for the released code's loss, F `[B C, N]`.
-
-    By columns, rows are multiplied by the three column products, and each adds to the gradient of both.
-    """
-    by_rows = 2 * rows * (rows + 1) * columns, 2 * rows**2 * columns
-    square = columns**2 * rows
-    by_columns = 8 * square + 2 * columns * (columns + 1) * rows, 12 * square
-    return min(by_rows, by_columns, key=sum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +72,7 @@ class LossCase(Case):
 
     @property
     def bytes(self) -> int:
-        maps = {FORWARD: 2, BACKWARD: 3, STEP: 5}[self.work]  # both in; both in and the gradient out
+        maps = {FORWARD: 2, BACKWARD: 3, STEP: 5}[self.work]  # both are read; backward also writes a gradient
         return maps * self.elements * self.dtype.itemsize
 
     @property
@@ -104,7 +80,7 @@ class LossCase(Case):
         return 2 if 4 * self.elements * self.dtype.itemsize <= ROTATED_BYTES else 1
 
     def operands(self, device: torch.device) -> Features:
-        """Frozen features near the trained ones, for which the terms of the gradient nearly cancel."""
+        """Frozen features close to the trained ones, for which the terms of the gradient nearly cancel."""
         a = torch.randn(self.batch, self.channels, *self.size, device=device).relu()
         b = (a + 0.5 * torch.randn_like(a)).relu()
         return Features(*(x.to(self.dtype).contiguous(memory_format=torch.channels_last) for x in (a, b)))
@@ -129,11 +105,11 @@ Loss = Callable[[Tensor], Tensor]
 def _provider(
     name: str, function: Callable[[LossCase, Tensor], Loss], fits: Callable[[LossCase], bool] = lambda case: True
 ) -> Provider:
-    """A provider from ``function(case, frozen features)``, which returns the loss as a function of the trained ones."""
+    """A provider from ``function(case, frozen)``, which returns the loss as a function of the trained features."""
 
     def build(case: LossCase, operands: Features) -> Run:
-        one = torch.ones((), device=operands.trained.device)
-        return differentiated(function(case, operands.frozen), (operands.trained,), one, case.work)
+        unit = torch.ones((), device=operands.trained.device)
+        return differentiated(function(case, operands.frozen), (operands.trained,), unit, case.work)
 
     return Provider(name, build, fits)
 
@@ -173,7 +149,7 @@ PROVIDERS = [
 
 
 def _rank(network: str, variant: str, batch: int, precision: str, work: str) -> int:
-    """The basis of promised figures first; then by the distance from that."""
+    """Priority: the cases of promised figures first, then by the number of differences from them."""
     if variant in ("paper", FOLDED) and (batch, precision, work) == (20, "bf16", STEP):
         return (network == "real") + (variant == FOLDED)
     far = (network == "real", variant not in ("paper", FOLDED), batch != 20, precision != "bf16", work != STEP)

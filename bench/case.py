@@ -1,7 +1,7 @@
-"""What a benchmark is made of: cases, providers that compute them, and the roof that both are held against.
+"""The parts of a benchmark: cases, providers that compute them, and the roof of the device.
 
-A case is one thing to compute, with operands of its own; it knows its FLOPs and bytes, what a right result is and the
-tolerance of it. A provider is one way to compute it. Everything else (bench/run.py) is the same for all.
+A case is a computation with its operands, FLOPs, bytes, exact result and tolerance. A provider is one way to compute
+it. Everything else (bench/run.py) is the same for all benchmarks.
 """
 
 import contextlib
@@ -17,24 +17,24 @@ from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
-MODES = ("graph", "eager")  # in a captured CUDA graph, behind a flush of the L2 cache; called from Python
-ROTATED_BYTES = 2**30  # most bytes of operands that runs rotate through
+MODES = ("graph", "eager")  # a captured CUDA graph after a flush of the L2 cache; calls from Python
+ROTATED_BYTES = 2**30  # maximum size of the sets of operands that runs rotate through
 Results = tuple[Tensor, ...]
 Run = Callable[[], Results]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseName:
-    """The fields that name a case, in the suites and in every row of results.
+    """The fields that identify a case, in the suites and in every row of results.
 
     Args:
-        suite: suite that the case belongs to.
-        network: network whose shapes it has: "quaternion", "real" or "real-on-embedding".
+        suite: suite of the case.
+        network: network with these shapes: "quaternion", "real" or "real-on-embedding".
         layer: part of that network, such as "conv 6-7".
-        variant: what else tells it from other cases, such as the anti-transfer loss.
+        variant: further distinction, such as the anti-transfer loss.
         batch: number of samples.
         precision: "bf16", "fp16", "tf32" or "float32" (which is never rounded to tf32).
-        work: what is computed: "forward", "backward" (the gradients alone), both, or what the suite says.
+        work: computation: "forward", "backward" (only the gradients), "forward+backward", or another work of the suite.
     """
 
     suite: str
@@ -47,7 +47,7 @@ class CaseName:
 
     @property
     def case(self) -> dict[str, Any]:
-        """The fields of this class alone."""
+        """The fields of `CaseName` by name."""
         return dict(zip(NAMES, self.case_key, strict=True))
 
     @property
@@ -60,16 +60,16 @@ class CaseName:
 
 
 NAMES = [field.name for field in fields(CaseName)]
-_key: Callable[[CaseName], tuple[Any, ...]] = attrgetter(*NAMES)  # fast: targets are judged after every case
+_key: Callable[[CaseName], tuple[Any, ...]] = attrgetter(*NAMES)  # fast, since targets are evaluated after every case
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(CaseName, ABC):
-    """One thing to compute.
+    """One computation.
 
     Args:
-        modes: how it is timed, of `MODES`.
-        rank: priority, 0 the highest; cases of a higher number are dropped first when time is short.
+        modes: modes of timing, see `MODES`.
+        rank: priority, 0 is the highest; cases with higher numbers are dropped first when time is short.
     """
 
     modes: tuple[str, ...] = MODES
@@ -87,7 +87,7 @@ class Case(CaseName, ABC):
     @property
     @abstractmethod
     def flops(self) -> int:
-        """Operations that the definition needs; a multiplication and an addition are 2."""
+        """Number of operations by the definition; a multiplication and an addition count as two."""
 
     @property
     @abstractmethod
@@ -110,12 +110,12 @@ class Case(CaseName, ABC):
 
     @contextlib.contextmanager
     def checking(self, operands: Any) -> Iterator[None]:
-        """A context for the run whose results are checked: randomness, such as dropout, is off."""
+        """A context for the run whose results are checked: without randomness such as dropout."""
         yield
 
     @abstractmethod
     def check(self, provider: "Provider", operands: Any, results: Results) -> tuple[float, float]:
-        """The error of a provider's results: as a multiple of the tolerance (above 1 is wrong), and as it is."""
+        """The error of a provider's results, as a multiple of the tolerance (above 1: wrong) and as it is."""
 
     @abstractmethod
     def tiny(self) -> "Case":
@@ -128,11 +128,11 @@ class Provider(NamedTuple):
     Args:
         name: name in the results; ours start with "ours".
         build: ``(case, operands) -> run``; not timed.
-        fits: whether it can compute a case.
+        fits: ``case -> whether it can compute the case``.
         real: whether it computes with the real weight of the same shape instead of the quaternion one.
-        cpu: whether it computes on a CPU.
-        smoke: whether building it takes seconds, not minutes.
-        read: ``(results of a run) -> results as the case checks them``.
+        cpu: whether it can compute on a CPU.
+        smoke: whether it can be built in seconds, not minutes.
+        read: ``results of a run -> results in the form that the case checks``.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Suite(NamedTuple):
 
     @classmethod
     def of(cls, cases: Iterable[Case], *providers: Provider) -> "Suite":
-        """The suite of these cases, in any order."""
+        """A suite of these cases, which it sorts."""
         return cls(sorted(cases, key=lambda case: case.rank), providers)
 
     def where(self, **names: Any) -> list[Any]:
@@ -165,11 +165,12 @@ class Suite(NamedTuple):
 
 
 class Roof(NamedTuple):
-    """Measured rates: bytes per second of a copy, read and written; FLOP per second of a product by precision."""
+    """Measured rates: bytes per second of a copy (read and written); FLOP per second of matrix products by
+    precision."""
 
     bandwidth: float
     flops: dict[str, float]
 
     def seconds(self, case: Case) -> float:
-        """A lower bound for every implementation that computes all products of the definition."""
+        """Lower bound of the time for implementations that compute all products of the definition."""
         return max(case.bytes / self.bandwidth, case.flops / self.flops.get(case.precision, math.inf))

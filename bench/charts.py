@@ -1,4 +1,4 @@
-"""Charts of one folder of results each, as SVG, in the style of qat's reports; drawing imports matplotlib."""
+"""Charts of folders of results as SVG, in the style of qat's reports; matplotlib is imported when they are drawn."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ PART_COLOURS = dict(zip(PARTS, (GREY, SKY, BLUE, AMBER), strict=True))
 
 
 class Bar(NamedTuple):
-    """A bar of a chart: its series, tick and value (None: it failed), and the text at its end."""
+    """A bar of a chart: series, tick, value (None: failed), and the text at its end."""
 
     series: str
     tick: int
@@ -25,7 +25,7 @@ class Bar(NamedTuple):
 
 
 def charts(folders: Sequence[Folder]) -> dict[tuple[str, str], str]:
-    """SVG by section and file name, for each chart whose rows exist; the same results give the same bytes."""
+    """SVG by section and file name, for each chart whose rows exist; equal results give equal bytes."""
     drawers = (
         ("layers", "layers", speeds),
         ("layers", "roofline", roofline),
@@ -42,7 +42,7 @@ def charts(folders: Sequence[Folder]) -> dict[tuple[str, str], str]:
 
 
 def speeds(folder: Folder) -> Any:
-    """Every provider by layer; of one with several variants, such as memory formats, the fastest."""
+    """Speed of every provider by layer; of several variants, such as memory formats, the fastest."""
     rows = folder.headline("layers")
     lines = {line.layer: line for line in standings(rows) if line.best}
     if not lines:
@@ -50,7 +50,7 @@ def speeds(folder: Folder) -> Any:
     ours = {row.case_key: median(row) for row in rows if row.provider in summary.OURS}
 
     def speed(row: Row, line: summary.Standing) -> float | None:
-        """Speed over the best baseline; over ours of the same case first, so that the chart agrees with the table."""
+        """Speed relative to the best baseline, computed through ours of the same case, to agree with the table."""
         relative = summary.ratio(ours.get(row.case_key), median(row))
         if relative is None or line.speedup is None:
             return summary.ratio(median(line.best), median(row))
@@ -103,7 +103,7 @@ def roofline(folder: Folder) -> Any:
 
 
 def memory(folder: Folder) -> Any:
-    """Memory of the loss, one panel for each of the first two semantics."""
+    """Memory of the loss, one panel for each of the first two variants."""
     rows = folder.headline("anti-transfer")
     sizes = {row.key: folder.memory(row) for row in rows}
     base = min((size for size in sizes.values() if size), default=0) / 2
@@ -144,7 +144,7 @@ def steps(folder: Folder) -> Any:
             text = words.microseconds(1e3 * sum(times)) if times else failed
             axis.text(n, sum(times), text, ha="center", va="bottom")
         axis.set_xticks(range(len(bars)), [joined(*key[1:]) for key, _ in bars], rotation=20, ha="right")
-        axis.set_xlim(-0.6, len(bars) - 0.4)  # also where the last has no height
+        axis.set_xlim(-0.6, len(bars) - 0.4)  # also if the last bar has no height
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.15)
     for part, colour in PART_COLOURS.items():
@@ -157,7 +157,7 @@ def _family(row: Row) -> str:
 
 
 def _figure(folder: Folder, titles: Sequence[str], ylabel: str) -> tuple[Any, Any]:
-    """A figure that names its device, commit and date, with panels below one another."""
+    """A figure with device, commit and date, and panels below one another."""
     figure = new_figure(10, 0.6 + 3.6 * len(titles))
     figure.suptitle(f"{folder.device}; {folder.results.source}", fontsize=9, x=0.01, ha="left")
     axes = figure.subplots(len(titles), squeeze=False)[:, 0]
@@ -173,7 +173,7 @@ def _with_legend(figure: Any) -> Any:
 
 
 def _bars(axis: Any, bars: Sequence[Bar], names: Sequence[str], ticks: Sequence[str], base: float) -> None:
-    """Groups of bars of the named series, from `base` up or down, each with its text at the end."""
+    """Grouped bars of the named series, from `base` up or down, each with its text at the end."""
     width = 0.8 / len(names)
     for n, (name, colour) in enumerate(zip(names, itertools.cycle(COLOURS), strict=False)):
         series = [(bar.tick + (n - (len(names) - 1) / 2) * width, bar) for bar in bars if bar.series == name]

@@ -1,8 +1,8 @@
-"""What got slower, faster, larger or wrong between two results of one device, such as those of two commits.
+"""Changes in speed, memory and correctness between two results of one device, such as those of two commits.
 
-Rows are matched by `Row.key`. With medians a (before) and b (after), one is slower or faster if `|b - a| > 0.05 a` and
-`|b - a|` exceeds the larger p80 - p20 of both; it takes more or less memory if peak bytes differ by more than 5 % of
-those before and by more than 64 KiB. A row that was right and now is not is always named.
+Rows are matched by `Row.key`. With medians a (before) and b (after), a row is slower or faster if `|b - a| > 0.05 a`
+and `|b - a|` exceeds the larger p80 - p20 of both. It takes more or less memory if peak bytes differ by more than 5 %
+of those before and by more than 64 KiB. A row that was right and is not any more is always listed.
 """
 
 import subprocess
@@ -15,12 +15,12 @@ from bench import words
 from bench.results import Results, Row, parse, read
 
 TIME, MEMORY, MEMORY_BYTES = 0.05, 0.05, 64 * 1024
-RIGHT = ("ok", "smoke")  # statuses of rows whose result was right
-LINES = 40  # maximum length of the table
+RIGHT = ("ok", "smoke")  # status of rows with a right result
+LINES = 40  # maximum number of lines in the table
 
 
 class Change(NamedTuple):
-    """A row, as it is after, in which the results differ: in microseconds, in bytes, or in its status.
+    """A row of the later results that differs: in microseconds, in bytes, or in its status.
 
     The verdict is "slower", "more memory", "faster", "less memory", "now ok", or "now" and another status.
     """
@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """After over before; infinite for what is wrong now, or held no memory before."""
+        """After over before; infinite if the result is wrong now, or took no memory before."""
         if self.before is None or self.after is None:
             return float("inf") if self.regression else 0.0
         return self.after / self.before if self.before else float("inf")
@@ -51,7 +51,7 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Changes, worst first; the number of matched rows, and by suite of those that are only before or only after."""
+    """Changes, worst first; number of matched rows; numbers by suite of rows that are only before or only after."""
 
     changes: list[Change]
     matched: int
@@ -63,7 +63,7 @@ class Comparison(NamedTuple):
         return [change for change in self.changes if change.regression]
 
     def __str__(self) -> str:
-        """A table of the changes, and a line that sums up."""
+        """A table of the changes and a line with totals."""
         lines = [change.cells for change in self.changes[:LINES]]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -78,13 +78,13 @@ class Comparison(NamedTuple):
 
 
 def load(name: str, folder: str = "bench/results") -> Results[Row]:
-    """Results by name: a folder, a results.csv, or committed ones as `REVISION[:FOLDER]`; files go first.
+    """Results by name: a folder, a results.csv, or committed ones as `REVISION[:FOLDER]`; existing files win.
 
-    FOLDER is one below `folder`, and may be left out where the revision has one only; `folder` is relative to the
-    working directory, which is in the repository.
+    FOLDER is a folder within `folder`, and may be omitted if the revision has only one. `folder` is relative to the
+    working directory, which must be in the repository.
 
     Raises:
-        ValueError: it is none of these, or the revision has no, or several, results of that name.
+        ValueError: the name is none of these, or the revision has no or several results of that name.
     """
     path = Path(name)
     if path.exists():
@@ -101,14 +101,14 @@ def load(name: str, folder: str = "bench/results") -> Results[Row]:
     if choice in committed:
         return parse(_git("show", f"{commit}:./{committed[choice]}"), name, Row)
     choices = ", ".join(f"{revision}:{folder}" for folder in sorted(committed))
-    raise ValueError(f"{name}: name one of {choices}" if choices else f"{name}: it has no results below {folder}")
+    raise ValueError(f"{name}: name one of {choices}" if choices else f"{name}: has no results in {folder}")
 
 
 def compare(before: Results[Row], after: Results[Row]) -> Comparison:
-    """Match rows and judge their differences.
+    """Match rows and find their changes.
 
     Raises:
-        ValueError: devices or numbers of threads differ; no row is in both; a row is there twice.
+        ValueError: devices or numbers of threads differ; no row is in both; a row occurs twice.
     """
     for field in ("device", "threads"):
         a, b = (results.provenance.get(field, "unknown") for results in (before, after))
@@ -145,7 +145,7 @@ def _by_key(results: Results[Row], when: str) -> dict[tuple[object, ...], Row]:
     rows = {row.key: row for row in results.rows}
     if len(rows) < len(results.rows):
         twice = Counter(row.key for row in results.rows).most_common(1)[0][0]
-        raise ValueError(f"{when}: two rows of one name: {', '.join(map(str, filter(None, twice)))}")
+        raise ValueError(f"{when}: two rows with the same name: {', '.join(map(str, filter(None, twice)))}")
     return rows
 
 

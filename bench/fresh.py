@@ -1,8 +1,8 @@
-"""What a case costs in a process of its own: first call, and all memory.
+"""Cost of a case in a process of its own: time of the first call, and memory.
 
-Each headline case runs in one new process after the other, which finds the kernels that were compiled before; then all
-of ours run at once, with empty caches. The memory of the GPU is NVML's, which also counts what the allocator does not
-know of: CUDA's context, libraries, the kernels themselves.
+The headline cases run one after another, each in a new process that finds kernels compiled earlier. Then all of ours
+run at the same time with empty caches. GPU memory is measured by NVML, which also counts what the allocator does not:
+CUDA's context, libraries, the kernels themselves.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ SECONDS = 600  # until a process is killed
 
 
 def measured(device: str, deadline: float) -> Iterator[tuple[int, Fresh]]:
-    """Rows by number, each again when more of it is measured; prints how many are dropped at the deadline."""
+    """Numbered rows; a row is yielded again when more of it is measured. Prints how many are dropped at the
+    deadline."""
     nvml = Nvml.open() if device == "cuda" else None
     ours: dict[int, Fresh] = {}
     for number, (case, provider) in enumerate(HEADLINE[device]):
@@ -50,7 +51,7 @@ def measured(device: str, deadline: float) -> Iterator[tuple[int, Fresh]]:
 
 
 def _cold(rows: Mapping[int, Fresh], device: str, deadline: float) -> Iterator[tuple[int, Fresh]]:
-    """The rows with their first call where nothing is compiled, all at the same time."""
+    """The rows with the time of a first call without compiled kernels; all run at the same time."""
     with contextlib.ExitStack() as stack:
         workers = {}
         for number in rows:
@@ -66,7 +67,7 @@ def _cold(rows: Mapping[int, Fresh], device: str, deadline: float) -> Iterator[t
 
 
 def _received(worker: Worker, deadline: float) -> tuple[str, dict[str, Any]]:
-    """The status of a process, and the costs that it reports."""
+    """The status of a process, and its reported costs."""
     now = time.monotonic()
     try:
         return "ok", worker.receive(min(now + SECONDS, max(now + 1, deadline)))
@@ -82,7 +83,8 @@ def _report(pipe: Connection, device: str, number: int, caches: Mapping[str, str
 
 
 def costs(case: Case, provider: Provider, device: torch.device) -> dict[str, Any]:
-    """What it takes this process to run the case twice, by the fields of `Fresh`; and `used`, by all on the GPU."""
+    """Cost of running the case twice in this process, by fields of `Fresh`, and `used`: memory of all processes on the
+    GPU."""
     on_gpu = device.type == "cuda"
     at_start = _peak_resident()
     with switched(case.precision):
@@ -104,9 +106,9 @@ def costs(case: Case, provider: Provider, device: torch.device) -> dict[str, Any
 
 
 def _peak_resident() -> int | None:
-    """Peak resident memory of this process in bytes; None where there is no /proc.
+    """Peak resident memory of this process in bytes; None without /proc.
 
-    Not `ru_maxrss`, which a process inherits from the one that started it.
+    Not `ru_maxrss`, which a process inherits from its parent.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

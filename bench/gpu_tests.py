@@ -1,7 +1,7 @@
-"""The tests of tests/gpu, one process per file at the same time: `python -m bench tests`.
+"""The tests of tests/gpu, all files at the same time, each in its own process: `python -m bench tests`.
 
-They spend most of their time compiling and on the host, so side by side they take as long as the longest. Writes
-tests.log, and tests.csv with the verdict on each file.
+They spend most of their time on the host, compiling, so together they take as long as the longest. Writes tests.log,
+and tests.csv with the verdict on each file.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ OPTIONS = ["-v", "-ra", "--tb=short", "--durations=5"]
 
 
 def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
-    """The verdict on each file: "passed", "skipped" (all of it), "FAILED" or "out of time"."""
+    """The verdict on each file: "passed", "skipped" (all its tests), "FAILED" or "out of time"."""
     deadline = time.monotonic() + seconds
     verdicts: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -37,7 +37,7 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
                 verdict = "out of time"
             log.seek(0)
             text = log.read()
-            # Only pytest's summary counts, the last line: why a test is skipped may be in any words.
+            # Only pytest's summary, the last line, counts: the reason of a skipped test may have any text.
             passed = re.search(r"\b\d+ passed\b", text.rstrip().rpartition("\n")[2])
             verdicts[file.stem] = verdict or ("passed" if passed else "skipped")
             whole.write(f"{file.name}: {verdicts[file.stem]}\n{text}\n")
@@ -46,7 +46,7 @@ def run(files: list[Path], seconds: float, out: Path) -> dict[str, str]:
 
 
 def main(out: Path, seconds: float) -> int:
-    """Print the end of every log; return 1 where a test failed or the time was up."""
+    """Print the end of every log; return 1 if a test failed or the time was up."""
     out.mkdir(parents=True, exist_ok=True)
     verdicts = run(sorted((ROOT / "tests" / "gpu").glob("test_*.py")), seconds, out)
     with (out / "tests.csv").open("w", newline="") as file:

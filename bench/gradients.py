@@ -1,4 +1,4 @@
-"""Runs that compute gradients, and how far results are from exact ones."""
+"""Runs that compute gradients, and the relative error of results."""
 
 import contextlib
 import math
@@ -16,8 +16,8 @@ def differentiated(
 ) -> Run:
     """A run of one of the three works on a function of `inputs`, whose output has the gradient `dy`.
 
-    "forward" returns `(y,)`, "forward+backward" `(y, gradients...)`; "backward" computes y once and returns `(y,
-    gradients...)` of it every time. Gradients are those of the inputs whose numbers are `wanted`, or of all.
+    "forward" returns `(y,)`, "forward+backward" `(y, gradients...)`; "backward" computes y only once, and `(y,
+    gradients...)` in every run. Gradients are those of the inputs with the numbers `wanted`, by default of all.
     """
     numbers = wanted or range(len(inputs))
     leaves = [x.detach().requires_grad_(n in numbers) for n, x in enumerate(inputs)]
@@ -46,6 +46,6 @@ def reference_run() -> Iterator[None]:
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius error; infinite where anything is not a number."""
+    """Relative Frobenius error; infinite if any value is NaN or infinite."""
     error = ((actual.to(exact.dtype) - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else math.inf

@@ -1,11 +1,12 @@
-"""How long the trainings of the paper's grid take, from measured steps.
+"""Time of the emotion trainings of the paper's grid, from measured steps.
 
-For each of two networks and two splits of three corpora: one training without anti-transfer and one for each of 13
-layers and 4 kinds of it (two single; two dual, whose first half is a single one), 636 in all.
+The trainings, and the sizes of their training and validation parts, are those that `qat grid` plans and estimates.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,17 +15,13 @@ from bench.case import FORWARD
 from bench.network import CACHED, NO_AT, TRAIN
 from bench.results import Row
 from bench.summary import RESEARCH, median
-from qat.data import corpora
-from qat.data.splits import counts
-from qat.models.vgg import CHANNELS
+from qat.campaign.cost import samples
+from qat.campaign.grid import plan_grid
+from qat.config import AnyExperiment, Experiment
+from qat.config.preset import VALUES
 
 NETWORKS = ("quaternion", "real")
-CORPORA = {"IEMOCAP": corpora.FOUR_EMOTIONS} | {
-    name: corpora.CORPORA[name.lower()].utterances for name in ("RAVDESS", "TESS")
-}
-SPLITS, KINDS, LAYERS = 2, 4, len(CHANNELS)
-TRAININGS = len(NETWORKS) * len(CORPORA) * SPLITS * (1 + KINDS * LAYERS)
-OTHERS = 6  # four networks of the orthogonal tasks, two stages of RH-Emo
+LAYERS = len(VALUES["layer"][1:])
 BATCH, PRECISION = 20, "bf16"
 MEASURED = (2, 7, 13)  # layers
 
@@ -44,12 +41,22 @@ class Seconds(NamedTuple):
     forward: float
 
 
-SHARED = Way("ours", CACHED, "graph")  # what bench/sharing.py measures: an epoch's targets are computed before it
+SHARED = Way("ours", CACHED, "graph")  # measured by bench/sharing.py: targets are computed before an epoch
 WAYS = (Way("ours", "", "graph"), SHARED, Way(RESEARCH, "", "eager"))
 
 
+@cache
+def trainings() -> list[AnyExperiment]:
+    """All trainings of the paper's grid."""
+    return list(plan_grid(Path()).trainings.values())
+
+
+def emotion_trainings() -> list[Experiment]:
+    return [each for each in trainings() if isinstance(each, Experiment) and each.task == "emotion"]
+
+
 def measured(rows: Sequence[Row], network: str, way: Way) -> dict[int, Seconds] | None:
-    """Times by layer, 0 without anti-transfer; None where one was not measured."""
+    """Times by layer, 0 without anti-transfer; None if one was not measured."""
     times = {row.key: 1e-6 * us for row in rows if (us := median(row))}
     by_layer = {}
     for at in (0, *MEASURED):
@@ -62,13 +69,16 @@ def measured(rows: Sequence[Row], network: str, way: Way) -> dict[int, Seconds] 
     return by_layer
 
 
-def epoch_seconds(times: Mapping[int, Seconds]) -> float:
-    """Seconds of one epoch of all trainings of one network.
+def epoch_seconds(network: str, times: Mapping[int, Seconds]) -> float:
+    """Seconds of one epoch of all emotion trainings of one network.
 
     Layers between the measured ones are interpolated linearly; those before the first are taken as the first.
     """
-    parts = zip(*map(counts, CORPORA.values()), strict=True)
-    steps, passes, _ = (sum(math.ceil(size / BATCH) for size in sizes) for sizes in parts)
-    none, *tapped = (steps * times[layer].step + passes * times[layer].forward for layer in (0, *MEASURED))
-    layers = np.interp(range(1, LAYERS + 1), MEASURED, tapped)
-    return float(SPLITS * (none + KINDS * layers.sum()))
+    seconds = 0.0
+    for training in emotion_trainings():
+        if training.network.domain == network:
+            steps, passes = (math.ceil(size / BATCH) for size in samples(training))
+            none, *tapped = (steps * times[layer].step + passes * times[layer].forward for layer in (0, *MEASURED))
+            at = training.anti_transfer
+            seconds += none if at.twin is None else float(np.interp(at.layers[0], MEASURED, tapped))
+    return seconds

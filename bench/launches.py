@@ -1,7 +1,7 @@
-"""Counts what a training step of the quaternion network launches on a GPU, on a machine without one.
+"""Counts the kernels that a training step of the quaternion network launches on a GPU; needs no GPU.
 
-The step is that of `qat train`, on tensors without data. Our kernels are recorded where they would be launched; of
-PyTorch's operators those count that would launch a kernel. Libraries may launch more than one kernel for an operator.
+The step is that of `qat train`, on tensors without data. Our kernels are recorded instead of launched. A PyTorch
+operator counts if it would launch a kernel; libraries may launch more than one kernel for an operator.
 """
 
 import itertools
@@ -31,16 +31,17 @@ from qkernels.runtime.recording import Launch, Recording, record
 PARTS = ("gather", "twin", "forward", "loss", "backward", "optimiser", "sums")
 ARCH = 90
 CPU = torch.device("cpu")
-# Operators that allocate, or look at memory in another way, and are not marked as views.
+# Operators that allocate or reinterpret memory without a kernel, and are not marked as views.
 SILENT = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view"}
-# Limits of one kernel for many tensors: tensors, by the number of lists of them that it takes, and blocks of elements
+# Limits of one multi-tensor kernel: number of tensors, by the number of tensor lists, and number of blocks of elements
 # (MultiTensorApply.cuh of PyTorch 2.11; ten times as many from 2.12 on with CUDA 13).
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS, BLOCK_ELEMENTS = 320, 65536
 
 
 class Event(NamedTuple):
-    """One kernel of a step: its part and name; the launch if it is ours; bytes of its tensors, each once."""
+    """One kernel of a step: part, name, the launch if it is ours, and size of its tensors in bytes, each counted
+    once."""
 
     part: str
     name: str
@@ -49,7 +50,7 @@ class Event(NamedTuple):
 
 
 def step_case(at: int, cached: bool, batch: int, precision: str) -> NetworkCase:
-    """A training step of the quaternion network with anti-transfer at a layer, or none (0)."""
+    """A training step of the quaternion network with anti-transfer at layer `at`; 0: none."""
     variant = CACHED if cached else ""
     return network_case("step", "quaternion", at, precision, TRAIN, batch=batch, variant=variant)
 
@@ -65,7 +66,7 @@ def cases() -> list[NetworkCase]:
 
 def step_launches(case: NetworkCase, arch: int = ARCH) -> list[Event]:
     """The kernels of a step in their order, after the warm steps."""
-    samples = torch.arange(case.batch)  # numbers that are known
+    samples = torch.arange(case.batch)  # not a fake tensor: its values are read
     with FakeTensorMode(allow_non_fake_inputs=True), qkernels.set_backend("triton"), record(arch) as recording:
         config, (channels, *size) = NetworkConfig(domain="quaternion"), INPUT["quaternion"]
         inputs = Rows(torch.empty(case.batch, *size, channels).permute(0, 3, 1, 2), CPU)
@@ -88,18 +89,18 @@ def by_part(events: Iterable[Event]) -> dict[str, int]:
 
 
 def where(case: NetworkCase) -> str:
-    """The layer of anti-transfer, in words."""
+    """The layer of anti-transfer as text."""
     return f"{case.at}, cached" if case.variant == CACHED else str(case.at or "none")
 
 
 def fields(case: NetworkCase) -> dict[str, Any]:
-    """A case for programs."""
+    """The fields of a case, for JSON."""
     plain = {"network": case.network, "at_layer": case.at, "cached": case.variant == CACHED}
     return plain | {"batch": case.batch, "precision": case.precision}
 
 
 def plain() -> list[dict[str, Any]]:
-    """The launches of all cases, for programs."""
+    """The numbers of launches of all cases, for JSON."""
     counted = [(case, step_launches(case)) for case in cases()]
     return [{**fields(case), "launches": len(events), "by_part": by_part(events)} for case, events in counted]
 
@@ -123,7 +124,7 @@ def report() -> Iterator[str]:
 
 
 class _Counter(TorchDispatchMode):
-    """Notes what would be launched, by part, which the program marks itself."""
+    """Collects the kernels that would be launched, by part; the training step marks its parts."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -152,9 +153,9 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _ours(self) -> None:
-        """Notes the launches that were recorded since the last call."""
+        """Collect the launches that were recorded since the last call."""
         for entry in self._recording.launches:
-            # Without its tensors: a reference to a gradient makes autograd copy it.
+            # Without its tensors: a reference to a gradient would make autograd copy it.
             size = tensor_bytes(entry.arguments)
             launch = replace(entry, arguments={name: _described(value) for name, value in entry.arguments.items()})
             self.events.append(Event(self._part, entry.kernel.__name__, launch, size))
@@ -162,12 +163,12 @@ class _Counter(TorchDispatchMode):
 
     @property
     def _part(self) -> str:
-        """The innermost part; after the last one come the sums of losses over a pass."""
+        """The innermost marked part; after the last mark, the sums of losses are computed."""
         return next((mark for mark in reversed(self._marks) if mark in PARTS), PARTS[-1])
 
 
 def _described(value: Any) -> Any:
-    """An argument, with tensors without memory in place of its tensors."""
+    """An argument whose tensors are replaced by tensors without memory."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     if isinstance(value, tuple):
@@ -177,7 +178,7 @@ def _described(value: Any) -> Any:
 
 
 def _kernels(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, str]:
-    """How many kernels an operator launches, and its name."""
+    """Number of kernels that an operator launches, and its name."""
     name = func.overloadpacket.__name__
     if name.startswith(("_foreach", "_fused")):
         lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
@@ -193,7 +194,7 @@ def _kernels(func: Any, args: tuple[Any, ...], result: Any) -> tuple[int, str]:
 
 
 def _multi_tensor(depth: int, sizes: Iterable[int]) -> int:
-    """Launches for lists of tensors of these sizes; one ends when its tensors or its blocks are used up."""
+    """Number of launches for lists of tensors of these sizes; each launch has a maximum of tensors and of blocks."""
     launches = tensors = blocks = 0
     for size in sizes:
         tensors += 1

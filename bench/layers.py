@@ -1,7 +1,7 @@
-"""The layers of the quaternion VGG16 (WASPAA 2023): convolutions and linear maps, on their own.
+"""Single layers of the quaternion VGG16 (WASPAA 2023): convolutions and linear layers.
 
-Ours, in each form, against the method of the public libraries, a real weight that is concatenated in each step and
-multiplied by cuDNN, and against cuDNN's real convolution of the same shape; baselines in both memory formats.
+Ours, in each form, is compared with the method of the public libraries (a real weight that is concatenated in each
+step, and cuDNN) and with cuDNN's real convolution of the same shape. Baselines run in both memory formats.
 """
 
 import functools
@@ -26,7 +26,7 @@ from qkernels import algebra
 from qkernels.runtime.tolerances import tolerance
 
 PRODUCT, DX, DW = BARE = ("product", "dx", "dw")  # without bias and ReLU
-# Baselines may round more: gradients of concatenated parts are summed in the half type, and cuDNN may take Winograd's
+# Baselines may round more: they sum gradients of concatenated parts in the half type, and cuDNN may use Winograd's
 # algorithm for float32.
 BASELINE_TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "float32": 1e-4}
 X, WEIGHT = range(2)
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Layer(NamedTuple):
-    """A layer: real channels, kernel size (0: a linear map) and side of the square map."""
+    """A layer: real channels, kernel size (0: linear layer) and side of the square map."""
 
     name: str
     channels_in: int
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
     side: int
 
 
-# The last four are of no network here; they show the effect of the kernel's and the map's size.
+# The last four are not from the networks; they show the effect of kernel size and map size.
 LAYERS = [
     Layer("conv 1", 4, 64, 3, 64),
     Layer("conv 2", 64, 64, 3, 64),
@@ -64,7 +64,7 @@ LAYERS = [
 
 
 class Operands(NamedTuple, Generic[T]):
-    """The operands, or their shapes; `real` is the weight of the real layer of the same shape."""
+    """The operands or their shapes; `real` is the weight of the real layer of the same shape."""
 
     x: T
     weight: T
@@ -75,10 +75,10 @@ class Operands(NamedTuple, Generic[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCase(Case):
-    """A convolution, or a linear map (kernel 0) with maps of one pixel.
+    """A convolution, or a linear layer (kernel 0).
 
-    The works "forward", "backward" and both include bias, ReLU and all gradients; "product", "dx" and "dw" are bare
-    products. A layer of one input channel, the real network's first, has no quaternion weight.
+    The works "forward", "backward" and "forward+backward" include bias, ReLU and all gradients; "product", "dx" and
+    "dw" are single products. A layer with one input channel, the real network's first, has no quaternion weight.
     """
 
     channels_in: int
@@ -108,7 +108,7 @@ class LayerCase(Case):
 
     @property
     def flops(self) -> int:
-        """Those of the 16 products of the definition, as many as a real layer of the same shape has."""
+        """Operations of the 16 products of the definition, as many as in a real layer of the same shape."""
         products = {STEP: 3, BACKWARD: 2}.get(self.work, 1)
         return 2 * products * math.prod(self.shapes.dy) * self.channels_in * math.prod(self._window)
 
@@ -116,7 +116,7 @@ class LayerCase(Case):
     def bytes(self) -> int:
         x, weight, bias, y, real = (math.prod(shape) for shape in self.shapes)
         w = weight or real
-        forward, backward = x + w + bias + y, 2 * y + 2 * (x + w) + bias  # dy, y, x, w in; dx, dw, db out
+        forward, backward = x + w + bias + y, 2 * y + 2 * (x + w) + bias  # reads dy, y, x, w; writes dx, dw, db
         elements = {FORWARD: forward, BACKWARD: backward, STEP: forward + backward}.get(self.work, x + w + y)
         return elements * self.dtype.itemsize
 
@@ -153,9 +153,10 @@ class LayerCase(Case):
         return () if self.linear else (self.kernel, self.kernel)
 
     def _exact(self, operands: Operands[Tensor], real: bool, y: Tensor) -> Sequence[Tensor]:
-        """Reference results: in float64 for float32; for half types in float32, whose error is 1/1000 of the tolerance.
+        """Reference results: in float64 for float32; in float32 for half types, with an error of 1/1000 of the
+        tolerance.
 
-        The ReLU passes gradients where the provider's own `y` is positive, since they jump where values are near 0.
+        Gradients pass the ReLU where the provider's own `y` is positive, because they jump at 0.
         """
         wide, bare = torch.float64 if self.dtype == torch.float32 else torch.float32, self.work in BARE
         x, weight, bias, dy, dense = (tensor.to(wide).contiguous() for tensor in operands)
@@ -181,7 +182,7 @@ def building(
     layer: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor],
     prepare: Callable[[Operands[Tensor]], Operands[Tensor]] = lambda operands: operands,
 ) -> Callable[[LayerCase, Operands[Tensor]], Run]:
-    """``(case, operands) -> run`` of a function of x, weight, bias or None, and whether a ReLU follows."""
+    """``(case, operands) -> run`` for a function of x, weight, bias (or None) and whether a ReLU follows."""
 
     def bare(x: Tensor, weight: Tensor) -> Tensor:
         return layer(x, weight, None, False)
@@ -217,7 +218,7 @@ def ours(form: str, fits: Callable[[LayerCase], bool]) -> Provider:
 
 
 def concatenated(weight: Tensor) -> Tensor:
-    """The real weight as the public libraries build it: rows of signed components, joined by `cat`."""
+    """The real weight as the public libraries build it: rows of signed components, concatenated."""
     parts = weight.unbind(0)
     signed = {1: parts, -1: [-part for part in parts]}
     rows = [torch.cat([signed[algebra.SIGNS[a][c]][a ^ c] for c in range(4)], 1) for a in range(4)]
@@ -330,12 +331,12 @@ PROVIDERS = [
 if importlib.util.find_spec("speechbrain"):
     PROVIDERS.append(Provider("SpeechBrain", _speechbrain, _whole, read=_stacked))
 
-WIDE = 128  # least number of input channels of the products that are compared
+WIDE = 128  # minimum number of input channels for the works in `BARE`
 BATCHES, PRECISIONS, WORKS = (20, 256), ("bf16", "float32", "fp16", "tf32"), (STEP, FORWARD, BACKWARD)
 
 
 def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str, **more: Any) -> LayerCase:
-    """A layer in one of the two networks; the real one's maps are 8 times as high and twice as wide."""
+    """A layer in one of the two networks; maps in the real one are 8 times as high and twice as wide."""
     tall, wide = (8, 2) if network == "real" else (1, 1)
     channels_in = layer.channels_in
     if network == "real":
@@ -355,7 +356,7 @@ def layer_case(layer: Layer, network: str, batch: int, precision: str, work: str
 
 
 def count_of(name: str) -> int:
-    """Number of layers of the network that a name stands for.
+    """Number of layers that a name stands for.
 
     >>> count_of("conv 11-13"), count_of("conv 2")
     (3, 1)
@@ -365,7 +366,7 @@ def count_of(name: str) -> int:
 
 
 def _rank(layer: Layer, network: str, batch: int, precision: str, work: str) -> int:
-    """The steps at the paper's batch first, then what other promised figures rest on; then by distance from that."""
+    """Priority: steps at the paper's batch, then cases of other promised figures, then by number of differences."""
     if network == "quaternion" and precision == "bf16" and work == STEP:
         return 0 if batch == 20 else 1
     if network == "quaternion" and layer.channels_in >= WIDE:
@@ -400,5 +401,5 @@ _MORE: dict[str, Any] = {"variant": COMPILED, "rank": 3, "modes": ("graph",)}
 _compiled = (layer_case(layer, "quaternion", 20, "bf16", STEP, **_MORE) for layer in CONVS)
 CONV = Suite.of([*_cases(CONVS, (*WORKS, *BARE)), *_compiled], *PROVIDERS)
 LINEAR = Suite.of(_cases(LINEARS, WORKS), *PROVIDERS)
-# The basis of `cpu_form` in qkernels/ops/hamilton_conv/config.py: the real product or 8 thin ones, by shape.
+# Measures which form is faster, for `cpu_form` in qkernels/ops/hamilton_conv/config.py.
 FORMS = Suite.of(_form_cases(), *(ours(form, _quaternion) for form in ("dense", "q8", "auto")))

@@ -1,8 +1,8 @@
-"""The time of a training step on a GPU, launch by launch: computed from sizes and data sheets, not measured.
+"""Computed time of a training step on a GPU, launch by launch, from sizes and data sheets; not measured.
 
-The launches are those of `bench.launches`. The time of a kernel of the Hamilton products is that of `config.cost`; the
-time of any other is that of its memory traffic, or the latency of its steps. No kernel of these operands can be faster
-than its floor.
+The launches are those of `bench.launches`. Kernels of Hamilton products take the time of `config.cost`; all others the
+time of their memory traffic or the latency of their steps. The floor is a lower bound for any kernel with these
+operands.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from qkernels.ops.hamilton_conv.config import Plan, Problem, Tile
 from qkernels.runtime.device import MULTIPROCESSORS
 from qkernels.runtime.recording import Launch
 
-# Bytes/s of memory and of the L2 cache, and size of the cache (data sheets; the cache's rough): A100, H100, B200.
+# Bytes/s of memory and of the L2 cache, and size of the cache: A100, H100, B200 (data sheets; rough for the cache).
 MEMORY = {80: 2.0e12, 90: 3.35e12, 100: 8.0e12}
 CACHE = {80: 3.5e12, 90: 5.5e12, 100: 9.0e12}
 CACHE_BYTES = {80: 40e6, 90: 50e6, 100: 126e6}
 CLOCK_MHZ = {80: 1410, 90: 1755, 100: 1850}
-GAP_US = 1.0  # from one kernel of a graph to the next
+GAP_US = 1.0  # time between two kernels of a graph
 COMPUTED = "computed, not measured"
 
 
@@ -35,8 +35,9 @@ class Estimate:
     Attributes:
         part: part of the step. name: name of the kernel or of PyTorch's operator.
         predicted_us, floor_us: microseconds.
-        bound: what it waits for: "products", "loads", "latency", "memory" or "launch".
-        grid: programs. tile: m x n x k and warps. registers: of a thread. shared: bytes of a program.
+        bound: bottleneck: "products", "loads", "latency", "memory" or "launch".
+        grid: number of programs. tile: m x n x k and warps.
+        registers: registers per thread. shared: bytes of shared memory per program.
         splits: number of programs that share a sum. parts_share: share of the time for parts of shared sums.
     """
 
@@ -85,31 +86,31 @@ def estimate(event: Event, arch: int = ARCH) -> Estimate:
 
 def _planned(launch: Launch, arch: int) -> tuple[Problem, Plan]:
     """The product of a launch of the Hamilton kernels, and the launch's plan."""
-    arguments, how = launch.arguments, launch.arguments["META"]
+    arguments, meta = launch.arguments, launch.arguments["META"]
     kernel, n, k = (
         ("dw", arguments["P"], arguments["Q"]) if "dw_ptr" in arguments else ("gather", arguments["N"], arguments["K"])
     )
     if kernel == "dw":
         pixels, phases = arguments["batch"] * arguments["y_h"] * arguments["y_w"], 1
     else:
-        pixels = arguments["batch"] * arguments["grid_h"] * arguments["grid_w"] * (4 if how.POOL else 1)
-        phases = math.prod(how.STRIDE) if how.ADJOINT else 1
-    positions = max(1, math.prod(how.KERNEL) // phases)
-    problem = Problem(kernel, pixels, n, k, positions, arguments["groups"], phases, how.POOL or how.DROPOUT)
+        pixels = arguments["batch"] * arguments["grid_h"] * arguments["grid_w"] * (4 if meta.POOL else 1)
+        phases = math.prod(meta.STRIDE) if meta.ADJOINT else 1
+    positions = max(1, math.prod(meta.KERNEL) // phases)
+    problem = Problem(kernel, pixels, n, k, positions, arguments["groups"], phases, meta.POOL or meta.DROPOUT)
     form = "q8" if "q8" in launch.kernel.__name__ else "signed"
     half = arguments["x_ptr"].element_size() == 2
-    precision = "half" if half else how.PRECISION
+    precision = "half" if half else meta.PRECISION
     options = launch.options
-    numbers = (how.BLOCK_M, how.BLOCK_N, how.BLOCK_K, options["num_warps"], options["num_stages"])
-    # The same numbers may stand in both lists, with the registers of different kernels.
-    few = config.flat_tiles(kernel, precision, arch) if how.FLAT else ()
+    numbers = (meta.BLOCK_M, meta.BLOCK_N, meta.BLOCK_K, options["num_warps"], options["num_stages"])
+    # A tile may be in both lists, with the registers of different kernels.
+    few = config.flat_tiles(kernel, precision, arch) if meta.FLAT else ()
     tiles = few or config.tiles(kernel, form, precision, arch)
     tile = next((t for t in tiles if (t.m, t.n, t.k, t.warps, t.stages) == numbers), Tile(*numbers))
     return problem, Plan(form, precision, tile, arguments["splits"])
 
 
 def _steps(launch: Launch) -> int:
-    """Steps of the longest loop of a program, where the arguments tell."""
+    """Number of steps in the longest loop of a program; 1 if the arguments do not tell."""
     arguments = launch.arguments
     block = getattr(arguments.get("META"), "BLOCK_K", arguments.get("BLOCK_K"))
     size = arguments.get("K") or next((value.K for value in arguments.values() if hasattr(value, "K")), None)
@@ -122,19 +123,19 @@ def estimates(case: NetworkCase, arch: int = ARCH) -> list[Estimate]:
 
 
 def sums(estimates: Sequence[Estimate]) -> dict[str, Any]:
-    """The number of launches and their microseconds, in all and by part."""
+    """Number of launches and their microseconds, in total and by part."""
     totals = {name: round(sum(getattr(each, name) for each in estimates), 1) for name in ("predicted_us", "floor_us")}
     by_part = {part: round(sum(each.predicted_us for each in estimates if each.part == part), 1) for part in PARTS}
     return {"launches": len(estimates), **totals, "by_part": by_part}
 
 
 def plain(arch: int = ARCH) -> list[dict[str, Any]]:
-    """The sums of all cases, for programs."""
+    """The sums of all cases, for JSON."""
     return [{**fields(case), **sums(estimates(case, arch)), "source": COMPUTED} for case in cases()]
 
 
 def report(arch: int = ARCH) -> Iterator[str]:
-    """Every launch of every case, and the sums; all of it says that it is computed."""
+    """Every launch of every case, and the sums; every heading says that they are computed."""
     for case in cases():
         yield f"AT at {where(case)}, batch {case.batch}, {case.precision}, sm_{arch} ({COMPUTED}):"
         yield f"{'part':10} {'kernel':28} {'grid':16} {'tile':22} regs  shared      us  floor bound"

@@ -1,7 +1,7 @@
 """Training steps, epochs and inference of the whole networks (WASPAA 2023).
 
-Ours, as `qat train` computes them, against the research code's method and against a careful program under
-`torch.compile`. All start from the same weights and compute the same from the same inputs.
+Ours, as in `qat train`, is compared with the research code's method and with a careful program under `torch.compile`.
+All start from the same weights and compute the same values from the same inputs.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.atl import gram_flops
 from bench.case import FORWARD, STEP, Case, Provider, Results, Run, Suite
 from bench.gradients import reference_run, relative_error
 from bench.layers import COMPILED, concatenated
@@ -34,6 +33,7 @@ from qat.training.examples import Batch, Examples
 from qat.training.loop import train_epoch
 from qat.training.objectives import ClassificationObjective
 from qat.training.steps import Steps, autocast
+from qkernels.runtime.flops import gram_flops
 
 CLASSES, LEARNING_RATE = 4, 1e-5
 NO_AT, CACHED = "no AT", "cached targets"
@@ -41,26 +41,26 @@ TRAIN, TWIN, EPOCH, LOGITS = "step", "twin forward", "epoch", "logits"
 CONTROL = "real-on-embedding"
 NETWORKS, PRECISIONS = ("quaternion", "real", CONTROL), ("bf16", "float32", "tf32")
 DATA = Path(__file__).parent / "data" / "demo_embeddings.npz"
-# Relative errors of a loss, and of features and logits. In float32 cuDNN may take Winograd's algorithm: 1e-5 a layer.
+# Relative errors of a loss, and of features and logits. In float32 cuDNN may use Winograd's algorithm: 1e-5 per layer.
 LOSS = {"bf16": 2e-2, "tf32": 2e-3, "float32": 1e-4}
 VALUES = {"bf16": 5e-2, "tf32": 5e-3, "float32": 3e-4}
 # 1 - cosine of the angle between all gradients, as one vector, and the exact ones; the same for each parameter alone.
-# Rounding sends some gradients through another branch of a ReLU or max pool: in full width on a CPU, the baseline's and
-# ours alike, up to 0.009 and 0.07 in bfloat16, 1e-6 and 1e-4 in float32. The first alone would miss a wrong layer:
-# without anti-transfer the last bias has nine tenths of the quaternion network's squared gradient.
+# Rounding changes the branch of some ReLUs and max pools. At full width on a CPU this gives, for baseline and ours, up
+# to 0.009 and 0.07 in bfloat16, 1e-6 and 1e-4 in float32. The first criterion alone would miss a wrong layer: without
+# anti-transfer the last bias holds nine tenths of the quaternion network's squared gradient.
 TURN = {"bf16": 2.5e-2, "tf32": 5e-3, "float32": 1e-5}
 PART_TURN = {"bf16": 0.25, "tf32": 5e-2, "float32": 2e-3}
-# In a network this narrow a single branch turns the gradients by up to 0.02; it happens in float32 once in 100 runs.
+# In networks narrower than NARROW a single branch turns the gradients by up to 0.02; in float32 once in 100 runs.
 NARROW, NARROW_TURN = 0.2, 5e-2
 EPOCH_LOSS = 5e-2
-ADAM_BYTES = 28  # a parameter: p, g, m, v read; p, m, v written, in float32
+ADAM_BYTES = 28  # per parameter: reads p, g, m, v and writes p, m, v in float32
 
 
 @dataclass
 class Operands:
     """The untrained network, the frozen twin (None without anti-transfer), inputs `[B, ...]` and class numbers `[B]`.
 
-    Providers take copies of the networks, which are listed. Inputs of an epoch are those of all samples, on the CPU.
+    Providers take copies of the networks, which are collected in `copies`. Inputs of an epoch are on the CPU.
     """
 
     classifier: SpeechClassifier
@@ -84,8 +84,8 @@ class Operands:
 class NetworkCase(Case):
     """A work of a whole network.
 
-    "step" is forward, backward and Adam; its parts are "forward" (of the loss), "forward+backward", and the "twin
-    forward" that is in all of them. "epoch" is the steps and the loading of the samples; "logits" is inference.
+    "step" is forward, backward and Adam; its parts are "forward" (to the loss), "forward+backward", and "twin forward",
+    which is in all of them. "epoch" is all steps with the loading of samples; "logits" is inference.
 
     Args:
         width: width of the network, as in `NetworkConfig`.
@@ -114,32 +114,35 @@ class NetworkCase(Case):
 
     @property
     def flops(self) -> int:
-        """Those of layers and Gram matrices, also of the target's where it is cached: less than 1 % of the step."""
+        """Operations in layers and Gram matrices, including the target's even if it is cached (less than 1 % of a
+        step)."""
         forward, backward, tapped = self._passes
         flops = sum(layer.flops for layer in forward) + sum(2 * layer.flops for layer in backward)
-        flops -= sum(layer.flops for layer in backward[:1])  # whose input has no gradient
+        flops -= sum(layer.flops for layer in backward[:1])  # the first layer's input has no gradient
         if tapped:
             flops += sum(gram_flops(*tapped.features)[: 2 if backward else 1])
         return (self.samples or self.batch) * flops
 
     @property
     def bytes(self) -> int:
-        """Each layer reads its operands and writes its results once a pass, in the case's type; Adam's are float32.
+        """Each layer reads its operands and writes its results once per pass, in the case's type; Adam works in
+        float32.
 
-        Forward x, w in, y out; backward dy, x, w in, dx, dw out; loss both features in, twice with its gradient, out.
+        Forward reads x, w and writes y. Backward reads dy, x, w and writes dx, dw. The loss reads both features, with
+        its gradient twice, and writes one gradient.
         """
         forward, backward, tapped = self._passes
         samples, steps = self.samples or self.batch, math.ceil(self.samples / self.batch) or 1
         elements = sum(samples * (s.inputs + s.outputs) + steps * s.weights for s in forward)
         elements += sum(samples * (2 * s.inputs + s.outputs) + 2 * steps * s.weights for s in backward)
-        elements -= samples * sum(s.inputs for s in backward[:1])  # which has no gradient
+        elements -= samples * sum(s.inputs for s in backward[:1])  # the first layer's input has no gradient
         elements += samples * (5 if backward else 2) * tapped.outputs if tapped else 0
         adam = ADAM_BYTES * steps * sum(s.weights for s in backward) if self.work in (TRAIN, EPOCH) else 0
         return elements * self.dtype.itemsize + adam
 
     @property
     def _passes(self) -> tuple[list[Sizes], list[Sizes], Sizes | None]:
-        """The layers that run forward, those that run backward, and that of anti-transfer."""
+        """The layers of the forward pass, those of the backward pass, and the layer of anti-transfer."""
         sizes = layer_sizes(self.config, CLASSES)
         if self.work == TWIN:
             return sizes[: self.at], [], None
@@ -150,7 +153,8 @@ class NetworkCase(Case):
         return autocast(self.precision, device)
 
     def operands(self, device: torch.device) -> Operands:
-        """Random networks and inputs, the same in each call; embeddings are not negative, an epoch's are the demo's."""
+        """Random networks and inputs, the same in each call; embeddings are non-negative, those of an epoch the
+        demo's."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(1)
             classifier = SpeechClassifier(self.config, CLASSES)
@@ -163,7 +167,7 @@ class NetworkCase(Case):
 
     @contextlib.contextmanager
     def checking(self, operands: Operands) -> Iterator[None]:
-        """Without dropout, by its rate, since a training loop turns the training mode on."""
+        """Sets dropout rates to 0, since a training loop would turn training mode on again."""
         modules = itertools.chain.from_iterable(network.modules() for network in operands.copies)
         rates = {module: module.p for module in modules if isinstance(module, nn.Dropout) and module.training}
         try:
@@ -177,8 +181,8 @@ class NetworkCase(Case):
     def check(self, provider: Provider, operands: Operands, results: Results) -> tuple[float, float]:
         """Loss, logits or frozen features, and gradients, against plain PyTorch from the initial weights.
 
-        An epoch's mean loss is compared with that of the untrained network, which 50 steps at this learning rate lower
-        by 0.2 % without anti-transfer and by 1.1 % with it.
+        An epoch's mean loss is compared with that of the untrained network; 50 steps at this learning rate lower it by
+        0.2 % without anti-transfer and by 1.1 % with it.
         """
         (value, *gradients), (exact, *exact_gradients) = results, reference(self, operands)
         assert len(gradients) == len(exact_gradients), f"{provider.name}: gradients of every parameter, and no others"
@@ -199,8 +203,8 @@ def turns(
 ) -> Iterator[tuple[float, float]]:
     """Errors, as multiples of the tolerance and as they are, of each parameter's gradient and of all as one vector.
 
-    The errors are one minus the cosine, with the tolerance `part` for each gradient and `allowed` for all, and that of
-    the length, which may be as large as the allowed turn.
+    Two errors are computed: one minus the cosine, with the tolerance `part` for each gradient and `allowed` for all;
+    and the relative error of the length, which may be as large as the allowed angle in radians.
     """
     pairs = ((x.flatten().double(), y.flatten().double()) for x, y in zip(gradients, exact, strict=True))
     products = torch.stack([torch.stack([x @ y, x @ x, y @ y]) for x, y in pairs])
@@ -208,7 +212,7 @@ def turns(
     for bound, sums in zip(bounds, [*products.tolist(), products.sum(0).tolist()], strict=True):
         product, square, exact_square = sums
         if square == exact_square == 0:
-            continue  # of a layer behind one whose ReLUs are all off
+            continue  # of a layer after one whose ReLUs are all off
         length = (square * exact_square) ** 0.5
         turn, stretch = (1 - product / length, abs((square / exact_square) ** 0.5 - 1)) if length else (1.0, 1.0)
         yield (turn / bound, turn) if math.isfinite(turn) else (math.inf, math.inf)
@@ -218,9 +222,9 @@ def turns(
 def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
     """Embeddings `[samples, 4, 64, 64]` in [0, 1] and emotions `[samples]` of 128 clips, repeated as needed.
 
-    The clips are from the training part of `qat demo` (synthesised speech, seed 1), the embeddings from the RH-Emo that
-    it trained, divided by their maximum, in steps of 1/255. After `make demo` they were written by
-    `prepare(Path("runs/demo-synthetic/runs/ADDRESS"), DATA)`, ADDRESS of "baseline" in `plan.csv`.
+    The clips are from the training part of `qat demo` (synthesised speech, seed 1), the embeddings from its RH-Emo,
+    divided by their maximum and rounded to steps of 1/255. After `make demo` they were written by
+    `prepare(Path("runs/demo-synthetic/runs/ADDRESS"), DATA)`, where ADDRESS is that of "baseline" in `plan.csv`.
     """
     with np.load(DATA) as file:
         embeddings, labels = (torch.from_numpy(file[name]) for name in ("embeddings", "labels"))
@@ -229,7 +233,8 @@ def demo_embeddings(samples: int) -> tuple[Tensor, Tensor]:
 
 
 def prepare(run: Path, out: Path) -> None:
-    """Write the file that `demo_embeddings` reads, from a run of `qat demo`, in the folder that it was started in."""
+    """Write the file that `demo_embeddings` reads, from a run of `qat demo`; to be called where the demo was
+    started."""
     from qat.training.checkpoint import load_checkpoint
     from qat.training.data import class_targets, load_data
     from qat.training.inference import load_classifier
@@ -246,10 +251,10 @@ def prepare(run: Path, out: Path) -> None:
 
 
 def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Tensor]:
-    """A VGG16 in plain PyTorch, with the weights of `net` as real ones, which are computed in every call.
+    """A VGG16 in plain PyTorch; in every call the weights of `net` are expanded to real ones.
 
     Returns:
-        The features behind the ReLU of convolution `tap`, unless that is 0; then the logits, unless `stop`.
+        The features after the ReLU of convolution `tap`, unless that is 0; then the logits, unless `stop`.
     """
 
     def weight_of(layer: Any) -> Tensor:
@@ -277,8 +282,8 @@ def plain(net: VGG16, x: Tensor, tap: int = 0, *, stop: bool = False) -> list[Te
 def plain_loss(net: VGG16, twin: VGG16 | None, x: Tensor, targets: Tensor, at: int, *, careful: bool = True) -> Tensor:
     """Cross-entropy and anti-transfer at a layer by the definition, with Gram matrices in memory.
 
-    If not careful, it is computed as in the research code: the features again, in a forward pass of their own, and the
-    twin's with gradients of its parameters, which nobody reads.
+    If not careful, it is computed as in the research code: features in another forward pass, and the twin's with
+    gradients of its parameters, which are not used.
     """
     *features, logits = plain(net, x, at)
     loss = F.cross_entropy(logits, targets)
@@ -295,8 +300,8 @@ def plain_loss(net: VGG16, twin: VGG16 | None, x: Tensor, targets: Tensor, at: i
 def reference(case: NetworkCase, operands: Operands) -> Results:
     """The exact results, without dropout; of an epoch, the mean loss of the untrained network.
 
-    In float64 for narrow networks; in float32 for wide ones, in which float64 convolutions would take longer than all
-    that is timed, and whose own error is at most a tenth of the tolerance.
+    In float64 for narrow networks. In float32 for wide ones, where float64 convolutions would take longer than the
+    timed runs; its error is at most a tenth of the tolerance.
     """
     wide = torch.float64 if case.width < NARROW else torch.float32
     net, twin = (copy.deepcopy(network) for network in (operands.classifier.net, operands.twin))
@@ -319,7 +324,7 @@ def reference(case: NetworkCase, operands: Operands) -> Results:
 
 
 def _training(case: NetworkCase, net: nn.Module, loss: Callable[[], Tensor], fused: bool) -> Run:
-    """A run of a training step or of its parts, which a CUDA graph can hold."""
+    """A run of a training step or of its parts that can be captured in a CUDA graph."""
     device = next(net.parameters()).device
     cuda = device.type == "cuda"
     adam = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=(fused and cuda) or None, capturable=cuda)
@@ -354,7 +359,7 @@ def _inference(case: NetworkCase, net: nn.Module, function: Callable[[], Tensor]
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    """On CUDA in the layout of tensor cores, whose strides `contiguous` would not give to maps of one channel."""
+    """On CUDA, x in NHWC; `contiguous` would not give its strides to maps of one channel."""
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x) if x.is_cuda else x
 
 
@@ -363,7 +368,7 @@ def training(
 ) -> tuple[ClassificationObjective, Examples, TrainingConfig]:
     """The objective of `qat train` for a case, its arguments by sample (of `samples`), and the settings of its steps.
 
-    Where the case's targets are cached, the twin computes them here.
+    If the case has cached targets, the twin computes them here.
     """
     rows, anti_transfer = {"inputs": inputs, "targets": targets}, None
     if twin is not None:
@@ -424,7 +429,7 @@ def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
     dropout = next(module for module in objective.modules() if isinstance(module, nn.Dropout))
 
     @functools.cache
-    def steps(rate: float) -> Steps:  # a graph keeps the rate with which it was captured; results are checked without
+    def steps(rate: float) -> Steps:  # a graph keeps the rate of its capture; results are checked at rate 0
         return Steps(objective, examples, replace(config, capture=True), operands.device, training=True)
 
     def run() -> Results:
@@ -434,7 +439,7 @@ def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
 
 
 def _research_epoch(case: NetworkCase, operands: Operands) -> Run:
-    """PyTorch's loader, the research code's step, and the value of the loss after each."""
+    """PyTorch's loader and the research code's step, which reads the value of the loss each time."""
     device, net = operands.device, operands.own_classifier().net.train()
     twin = operands.own_twin() if case.at else None
     adam = torch.optim.Adam(net.parameters(), LEARNING_RATE)
@@ -454,7 +459,7 @@ def _research_epoch(case: NetworkCase, operands: Operands) -> Run:
 
 
 def network_case(suite: str, network: str, layer: int | str, precision: str, work: str, **more: Any) -> NetworkCase:
-    """A case of a network; "AT at layer n" for a number, "no AT" for 0."""
+    """A case of a network; the number n of a layer becomes "AT at layer n", 0 "no AT"."""
     if isinstance(layer, int):
         layer = f"AT at layer {layer}" if layer else NO_AT
     fields: dict[str, Any] = {"batch": 20, "modes": ("graph", "eager"), **more}
@@ -462,7 +467,7 @@ def network_case(suite: str, network: str, layer: int | str, precision: str, wor
 
 
 def _step_cases() -> Iterator[NetworkCase]:
-    """Steps, their parts in bfloat16, and steps against a compiled one, whose compilation takes long."""
+    """Steps, their parts in bfloat16, and steps against a compiled one (few, since compiling takes long)."""
     for network, precision, layer in itertools.product(NETWORKS, PRECISIONS, (0, 2, 7, 13)):
         for variant in ("", CACHED) if layer else ("",):
             parts = (FORWARD, STEP, *((TWIN,) if layer and not variant else ())) if precision == "bf16" else ()

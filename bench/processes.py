@@ -1,8 +1,9 @@
-"""Programs and processes that bench starts, and their ends."""
+"""Starts and ends programs and processes."""
 
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,25 +13,31 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qat.processes import end_with
+
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-m"]
-# The repository's configuration of pytest names plugins that a GPU machine need not have.
+# The repository's pytest configuration names plugins that a GPU machine may lack.
 PYTEST = [*PYTHON, "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+
+# Linux kills what is started through this when the thread that started it ends: here, one that waits for it.
+WITH_CALLER = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 
 @contextlib.contextmanager
 def running(
     command: Sequence[str], variables: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator["subprocess.Popen[str]"]:
-    """A program with text streams, which is killed with all that it started when the block ends.
+    """A program with text streams; it is killed with all its children when the block ends.
 
-    It has this program's environment with some more variables; options are those of `subprocess.Popen`.
+    On Linux the program also ends when this process is killed. It gets this program's environment and `variables`;
+    options are those of `subprocess.Popen`.
     """
     environment = os.environ | (variables or {})
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     text: dict[str, Any] = {"text": True, "errors": "replace"}
     environment |= {"PYTHONPATH": path}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **text, **options)
+    process = subprocess.Popen([*WITH_CALLER, *command], env=environment, start_new_session=True, **text, **options)
     try:
         yield process
     finally:
@@ -38,7 +45,7 @@ def running(
 
 
 def end(process: "subprocess.Popen[Any]") -> None:
-    """Kill a program and its group."""
+    """Kill a program and its process group."""
     _kill_group(process.pid)
     process.wait()
 
@@ -50,7 +57,7 @@ def _kill_group(pid: int) -> None:
 
 @contextlib.contextmanager
 def terminating() -> Iterator[None]:
-    """SIGTERM ends the block by SystemExit, so that nothing that it started is left running."""
+    """SIGTERM ends the block by SystemExit, so that programs started within are ended too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         yield
@@ -67,13 +74,13 @@ class Worker(NamedTuple):
     @classmethod
     @contextlib.contextmanager
     def start(cls, function: Callable[..., None], *arguments: Any) -> Iterator["Worker"]:
-        """Call ``function(pipe, *arguments)`` in a process, which is killed with its group when the block ends.
+        """Call ``function(pipe, *arguments)`` in a new process, which is killed with its group when the block ends.
 
-        It is spawned, since CUDA does not survive a fork.
+        The process is spawned, since CUDA does not survive a fork.
         """
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=_lead_group, args=(function, there, *arguments), daemon=True)
+        process = context.Process(target=_lead_group, args=(os.getpid(), function, there, *arguments), daemon=True)
         process.start()
         there.close()
         worker = cls(process, here)
@@ -86,7 +93,7 @@ class Worker(NamedTuple):
         """The next message.
 
         Raises:
-            TimeoutError: there is none until `until` (`time.monotonic`).
+            TimeoutError: no message came before `until` (`time.monotonic`).
             EOFError, OSError: the process has ended.
         """
         if not self.pipe.poll(max(0.0, until - time.monotonic())):
@@ -101,6 +108,7 @@ class Worker(NamedTuple):
             self.process.join()
 
 
-def _lead_group(function: Callable[..., None], *arguments: Any) -> None:
+def _lead_group(parent: int, function: Callable[..., None], *arguments: Any) -> None:
     os.setsid()
+    end_with(parent)
     function(*arguments)

@@ -1,4 +1,4 @@
-"""Reports: the README's tables and charts from the committed results, or a page about one folder of results."""
+"""Reports: the README's tables and charts of the committed results, or a page about one folder of results."""
 
 import os
 import re
@@ -12,23 +12,23 @@ from qat.files import replacing
 
 
 def write_readme(results_folder: Path, docs_folder: Path, readme: Path) -> None:
-    """Write the charts to `bench/*.svg` of a folder, and the sections into a README between its markers.
+    """Write the charts to `docs_folder/bench/*.svg`, and the sections into a README between its markers.
 
-    The text between `<!-- bench: NAME -->` and `<!-- /bench -->` becomes the section NAME, of `SECTIONS`. Files are
-    replaced atomically, when all of them are computed, and only those that change.
+    The text between `<!-- bench: NAME -->` and `<!-- /bench -->` becomes the section NAME of `SECTIONS`. When all files
+    are computed, those that changed are replaced atomically.
 
     Raises:
         ValueError: see `fill` and `load`.
     """
     root, folder = readme.parent, docs_folder / "bench"
-    folders = [one._replace(path=Path(os.path.relpath(one.path, root))) for one in load(results_folder)]
+    folders = [each._replace(path=Path(os.path.relpath(each.path, root))) for each in load(results_folder)]
     sections, drawn = _sections(folders, Path(os.path.relpath(folder, root)))
     text = fill(readme.read_bytes().decode(), sections, str(readme))
     _replace({**{folder / file: svg for file, svg in drawn.items()}, readme: text})
 
 
 def write_page(folder: Path) -> Path:
-    """Write all sections to `report.md` in a folder with a results.csv, and the charts beside it; return its path.
+    """Write all sections to `report.md` in a folder with a results.csv, with charts beside it; return its path.
 
     Files are replaced as by `write_readme`.
 
@@ -45,10 +45,10 @@ def write_page(folder: Path) -> Path:
 
 
 def fill(text: str, sections: Mapping[str, str], name: str) -> str:
-    """A text with sections between their markers, in the text's own line ends; nothing else is touched.
+    """A text with the sections between their markers, with the text's line ends; the rest is unchanged.
 
     Raises:
-        ValueError: an unknown section, or an opening or closing marker alone: the message has file, line and rule.
+        ValueError: an unknown section, or a marker without its counterpart; the message has file, line and rule.
     """
     end = "\r\n" if "\r\n" in text else "\n"
     pieces, copied, opened, line = [], 0, None, ""
@@ -71,7 +71,7 @@ def fill(text: str, sections: Mapping[str, str], name: str) -> str:
 
 
 def _sections(folders: Sequence[Folder], images: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Sections by name, whose images are in the folder `images`, and the images: SVG by file name."""
+    """Sections by name, which refer to images in the folder `images`; and the images, SVG by file name."""
     drawn = charts(folders)
     sections = {}
     for name, section in SECTIONS.items():
@@ -82,7 +82,7 @@ def _sections(folders: Sequence[Folder], images: Path) -> tuple[dict[str, str], 
 
 
 def _replace(files: Mapping[Path, str]) -> None:
-    """Write the files that change, each at once."""
+    """Atomically replace the files that change."""
     for path, text in files.items():
         new = text.encode()
         if not path.is_file() or path.read_bytes() != new:

@@ -1,4 +1,4 @@
-"""Rows of results: what they say, where they were measured, and their CSV files."""
+"""Rows of results, their provenance, and their CSV files."""
 
 import csv
 import datetime
@@ -21,22 +21,23 @@ R = TypeVar("R", "Row", "Fresh", "Shared")
 
 @dataclass(frozen=True, kw_only=True)
 class Row(CaseName):
-    """One line of results.csv; what was not measured is empty.
+    """One line of results.csv; values that were not measured are empty.
 
     Args:
         mode: "graph" or "eager".
         provider: name of the provider; names of ours start with "ours".
         shape: sizes, for the reader.
-        status: "ok"; "REFUSED": its result is wrong, so that it has no time; "out of memory"; "not judged": the
-            reference result does not fit into memory; "failed"; "smoke": right, and not timed.
-        error: relative error of the worst result. error_over_tolerance: as a multiple of the tolerance.
+        status: "ok"; "REFUSED": the result is wrong, so it was not timed; "out of memory"; "not judged": the reference
+            result does not fit into memory; "failed"; "smoke": right, and not timed.
+        error: relative error of the worst result. error_over_tolerance: the same as a multiple of the tolerance.
         median_us, p20_us, p80_us: microseconds of one run. samples: number of timed runs.
-        host_us: microseconds that Python is busy with one eager run before it returns.
+        host_us: microseconds until an eager call returns, spent in Python.
         first_call_ms: milliseconds of the first run, with kernels compiled before.
-        peak_bytes: peak memory of the GPU's allocator without the operands.
-        energy_mj: millijoules of one run, of the whole GPU.
-        floor_us: of ours, the sum over its kernels of max(3 us, bytes that the kernel must move / measured bandwidth).
-        flops, bytes: least work of the definition. percent_of_roof: its time at the measured rates over the median.
+        peak_bytes: peak memory of the GPU's allocator, without the operands.
+        energy_mj: energy of the whole GPU in one run, in millijoules.
+        floor_us: for ours, sum over its kernels of max(3 us, bytes that the kernel must move / measured bandwidth).
+        flops, bytes: minimum work by the definition.
+        percent_of_roof: time of that work at the measured rates, in percent of the median.
     """
 
     FILE: ClassVar[str] = "results.csv"
@@ -61,21 +62,21 @@ class Row(CaseName):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What identifies the row within its results."""
+        """The fields that identify the row within its results."""
         return (*self.case_key, self.mode, self.provider)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh(CaseName):
-    """One line of fresh.csv, a case in a process of its own; what was not measured is empty.
+    """One line of fresh.csv: a case in its own process; values that were not measured are empty.
 
     Args:
         provider: name of the provider.
         status: "ok", "failed" or "out of time".
-        first_call_s: seconds of building and running it for the first time, with kernels compiled before.
-        cold_call_s: the same with nothing compiled before, while the other cases do so too.
+        first_call_s: seconds of building and first run, with kernels compiled before.
+        cold_call_s: the same with nothing compiled before, while the other cases compile too.
         peak_bytes: peak memory of the GPU's allocator, operands included.
-        gpu_bytes: the GPU's memory that the process took, by NVML.
+        gpu_bytes: memory of the GPU that the process took, by NVML.
         host_bytes: on a CPU, growth of the process' peak resident memory after its imports.
     """
 
@@ -91,14 +92,14 @@ class Fresh(CaseName):
 
 @dataclass(frozen=True, kw_only=True)
 class Shared(CaseName):
-    """One line of sharing.csv, trainings of a case side by side; what was not measured is empty.
+    """One line of sharing.csv: trainings of a case side by side; values that were not measured are empty.
 
     Args:
-        mode: how they share the device: "processes" (on a GPU: by time slices) or "MPS".
+        mode: sharing of the device: by "processes" (on a GPU in time slices) or "MPS".
         processes: number of processes. threads_each: CPU threads of each.
-        status: "ok"; "failed": a process did; "out of time"; or why there is no MPS.
+        status: "ok"; "failed": a process failed; "out of time"; or the reason why MPS is not available.
         samples_per_second: sum over all processes, the median of several windows.
-        trainings_relative: that over the value of the case's first row: one process that has the device to itself.
+        trainings_relative: that rate relative to the case's first row, one process that has the device to itself.
         peak_bytes: highest peak memory of the GPU's allocator in a process, operands included.
     """
 
@@ -113,7 +114,7 @@ class Shared(CaseName):
 
 
 class Results(NamedTuple, Generic[R]):
-    """Rows of one file, and where they were measured (see `provenance`)."""
+    """Rows of one file and their provenance (see `provenance`)."""
 
     rows: list[R]
     provenance: dict[str, str]
@@ -142,7 +143,7 @@ def provenance(commit: str | None = None) -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit that is checked out, "unknown" outside of a repository."""
+    """The checked-out commit, "unknown" outside of a repository."""
     return record.git_commit(Path(__file__).parents[1]) or "unknown"
 
 
@@ -161,7 +162,7 @@ def read(path: Path, kind: type[R]) -> Results[R]:
     """The rows of a CSV file.
 
     Raises:
-        ValueError: there is no such file, or it lacks a column, or a value is of a wrong type.
+        ValueError: the file does not exist, lacks a column, or has a value of a wrong type.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such results")
@@ -169,7 +170,7 @@ def read(path: Path, kind: type[R]) -> Results[R]:
 
 
 def parse(text: str, name: str, kind: type[R]) -> Results[R]:
-    """The rows of a CSV file's text, which errors call `name`."""
+    """The rows of a CSV file's text; `name` is its name in errors."""
     columns = [field.name for field in fields(kind)]
     lines = list(csv.DictReader(text.splitlines()))
     if lacking := sorted(set(columns) - set(lines[0] if lines else ())):
@@ -183,7 +184,7 @@ def parse(text: str, name: str, kind: type[R]) -> Results[R]:
 
 
 def _value(text: str | None, hint: Any, place: str) -> Any:
-    """A cell as a value of the type ``hint``; None where it is empty and may be."""
+    """A cell as a value of the type ``hint``; None if it is empty and optional."""
     kind, *others = typing.get_args(hint) or (hint,)
     if others and text == "":
         return None

@@ -1,6 +1,6 @@
-"""Runs suites: every result is checked against a reference, and only providers whose results are right are timed.
+"""Runs suites: every result is checked against a reference, and only providers with right results are timed.
 
-Cases are taken by rank, so that the most valuable are done when the time is up; results.csv is written as they finish.
+Cases run by rank, so that the most valuable are done when the time is up; results.csv is written as they finish.
 """
 
 import itertools
@@ -26,9 +26,9 @@ from qkernels.runtime.device import arch_of
 from qkernels.runtime.precision import switched
 from qkernels.runtime.recording import Launch, record
 
-COMPILE_SECONDS = 120.0  # for one rank; what is left is compiled when it first runs
-CASE_SECONDS = 90.0  # after which a case on a GPU counts as hanging
-LAUNCH_US = 3.0  # least device time of a kernel in a graph (design notes)
+COMPILE_SECONDS = 120.0  # per rank; kernels that are not compiled by then are compiled at their first run
+CASE_SECONDS = 90.0  # a case on a GPU that takes longer counts as hanging
+LAUNCH_US = 3.0  # minimum device time of a kernel in a graph
 Bytes = Mapping[str, Sequence[int]]
 """Bytes that each kernel of a run must move, by provider."""
 
@@ -41,12 +41,12 @@ def measure(
     roof: Roof | None = None,
     moved: Bytes | None = None,
 ) -> list[Row]:
-    """The rows of a case: one for each provider and mode. Without a clock, results are checked only.
+    """The rows of a case, one per provider and mode; without a clock, results are only checked.
 
     `roof` has the measured rates of the device, `moved` the bytes that the kernels of our providers must move.
     """
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # what was compiled for other cases would count against its limits
+        torch._dynamo.reset()  # graphs compiled for other cases would count against its limits
     try:
         with switched(case.precision):
             operands = case.operands(device)
@@ -64,7 +64,7 @@ def measure(
                     row = replace(row, mode=mode)
                     rows.append(_timed(row, times.get(row.provider), roof.seconds(case) if roof else None))
             return rows
-    except Exception as raised:  # operands that do not fit, or a device that is lost
+    except Exception as raised:  # operands that do not fit into memory, or a lost device
         return unmeasured(case, providers, _failure(f"{case}", raised))
 
 
@@ -74,13 +74,13 @@ def unmeasured(case: Case, providers: Sequence[Provider], status: str) -> list[R
 
 
 def _row(case: Case, provider: Provider, status: str, **values: Any) -> Row:
-    """A row that no mode is chosen for yet."""
+    """A row without a mode."""
     sizes: dict[str, Any] = {"shape": case.shape, "flops": case.flops, "bytes": case.bytes}
     return Row(**case.case, mode="", provider=provider.name, status=status, **sizes, **values)
 
 
 def _failure(name: str, raised: Exception) -> str:
-    """The status after an exception, which is printed unless memory was short."""
+    """The status after an exception; prints it unless memory was too small."""
     if isinstance(raised, torch.OutOfMemoryError):
         return "out of memory"
     print(f"{name}: {type(raised).__name__}: {raised}", file=sys.stderr, flush=True)
@@ -88,7 +88,7 @@ def _failure(name: str, raised: Exception) -> str:
 
 
 def _first_run(case: Case, provider: Provider, operands: Any, clock: Clock | None) -> tuple[Row, Run | None]:
-    """The row after a provider's first run, and the run if it is right and to be timed."""
+    """The row after a provider's first run, and the run if it is right and can be timed."""
     try:
         before = clock.memory() if clock else 0
         run = provider.build(case, operands)
@@ -107,16 +107,16 @@ def _first_run(case: Case, provider: Provider, operands: Any, clock: Clock | Non
         if clock is None or not excess <= 1:
             return _row(case, provider, "smoke" if excess <= 1 else "REFUSED", **errors), None
         clock.memory()
-        run()  # again: libraries search no algorithms any more, which takes memory
+        run()  # again, since the search for algorithms in the first run takes memory
         peak = clock.peak()
         sizes = {"first_call_ms": 1e3 * taken, "peak_bytes": None if peak is None else peak - before}
         return _row(case, provider, "ok", **errors, **sizes), run
-    except Exception as raised:  # whatever a compiler or another library raises: the others are measured all the same
+    except Exception as raised:  # whatever a compiler or another library raises; the other providers are still measured
         return _row(case, provider, _failure(f"{case}, {provider.name}", raised)), None
 
 
 def _timed(row: Row, timing: Timing | None, least_seconds: float | None) -> Row:
-    if timing is None:  # of a right run: its capture failed
+    if timing is None:  # the capture of a right run failed
         return replace(row, status="failed", first_call_ms=None, peak_bytes=None) if row.status == "ok" else row
     median = statistics.median(timing.samples)
     low, *_, high = statistics.quantiles(timing.samples, n=5, method="inclusive")
@@ -136,7 +136,7 @@ def resumed(out: Path, provenance: Mapping[str, str]) -> list[Row]:
     """The rows of an earlier run, if there is one.
 
     Raises:
-        ValueError: it was measured on another device, of another commit, or with other versions.
+        ValueError: it was measured on another device, at another commit, or with other versions.
     """
     if not (out / "results.csv").is_file():
         return []
@@ -151,14 +151,14 @@ def resumed(out: Path, provenance: Mapping[str, str]) -> list[Row]:
 
 
 class Schedule(NamedTuple):
-    """Suites, the device to run them on, and the end of the time for them (`time.monotonic`)."""
+    """Suites, the device to run them on, and the deadline (`time.monotonic`)."""
 
     suites: Sequence[Suite]
     device: torch.device
     deadline: float = math.inf
 
     def planned(self, done: set[tuple[Any, ...]]) -> Iterator[tuple[Case, list[Provider], Bytes]]:
-        """The cases whose key is not in `done`, by rank, with what `measure` takes; prints how many are dropped."""
+        """The cases whose key is not in `done`, by rank, with arguments of `measure`; prints how many are dropped."""
         left = [(case, suite) for suite in self.suites for case in suite.cases if case.case_key not in done]
         dropped = Counter[str]()
         for _, rank in itertools.groupby(sorted(left, key=lambda pair: pair[0].rank), lambda pair: pair[0].rank):
@@ -180,7 +180,7 @@ class Schedule(NamedTuple):
         """The rows of a tiny case of each kind, checked and not timed."""
         for suite in self.suites:
             kinds: dict[tuple[str, ...], Case] = {}
-            for case in suite.cases:  # like layers have names that start with the same word
+            for case in suite.cases:  # names of similar layers start with the same word
                 kinds.setdefault((case.suite, case.network, case.variant, case.work, case.layer.split()[0]), case)
             for tiny in (case.tiny() for case in kinds.values()):
                 yield measure(tiny, [p for p in self.providers(suite, tiny) if p.smoke], self.device)
@@ -193,9 +193,9 @@ class Schedule(NamedTuple):
         note: Callable[[list[Row]], None],
         restart: Callable[[str], None],
     ) -> Iterator[list[Row]]:
-        """The rows of one case after the other, but those of the cases that are done.
+        """The rows of each case that is not done.
 
-        On a GPU, a case that kills or hangs the device costs its own rows only: before each case, `note` writes it to
+        On a GPU, a case that crashes or hangs the device costs only its own rows: before each case, `note` writes it to
         disk as failed. If the case takes over `CASE_SECONDS`, or the device is lost, `restart` replaces this program.
         """
         on_gpu = self.device.type == "cuda"
@@ -226,7 +226,7 @@ class Schedule(NamedTuple):
         def launches() -> Iterator[Launch]:
             for case, providers in cases:
                 for provider in providers:
-                    # An epoch's kernels are those of the steps.
+                    # The kernels of epochs are those of the steps.
                     if provider.ours and "graph" in case.modes and time.monotonic() < self.deadline:
                         before, timed = recorded_launches(case, provider, self.device)
                         moved[case][provider.name] = [tensor_bytes(launch.arguments) for launch in timed]
@@ -238,15 +238,15 @@ class Schedule(NamedTuple):
 
 
 def recorded_launches(case: Case, provider: Provider, device: torch.device) -> tuple[list[Launch], list[Launch]]:
-    """The kernels of building a run, and of the run itself: none is launched, results are whatever lay in memory."""
+    """The launches of building a run, and of the run; none is executed, so results are arbitrary."""
     arch, built = arch_of(torch.empty(0, device=device)), 0
-    # In one thread: a backward pass would not be recorded in those of autograd.
+    # In one thread: in autograd's own threads a backward pass would not be recorded.
     with switched(case.precision), record(arch) as recording, torch.autograd.set_multithreading_enabled(False):
         try:
             run = provider.build(case, case.operands(device))
             built = len(recording.launches)
             run()
-        except Exception as raised:  # which the measurement meets again, or which comes from meaningless values
+        except Exception as raised:  # the measurement raises it again, or arbitrary values caused it
             _failure(f"{case}, {provider.name}, only planned", raised)
     return recording.launches[:built], recording.launches[built:]
 

@@ -1,8 +1,7 @@
-"""All that a GPU is used for in some minutes, the most valuable first: `python -m bench session`.
+"""All measurements and tests on a GPU within some minutes, the most valuable first: `python -m bench session`.
 
-Each part is a program of its own with a share of the time. One that fails, or that hangs and is killed, stops no other;
-the time that it leaves goes to the parts behind it. The kernels are checked first: no suite is measured that needs one
-which is not right.
+Each part is a program with a share of the time. A part that fails, or hangs and is killed, does not stop the others;
+its unused time goes to the later parts. Kernels are checked first: a suite that needs a wrong kernel is not measured.
 """
 
 import contextlib
@@ -16,9 +15,9 @@ from typing import IO, NamedTuple
 
 from bench.processes import PYTEST, PYTHON, ROOT, running
 
-GRACE = 30.0  # seconds for the case at hand, once a part's share is over; the whole session has none
+GRACE = 30.0  # seconds to finish the current case after a part's share; the whole session has none
 QUIT = 5.0  # seconds between SIGTERM and SIGKILL
-# The operators of each suite, one of which must be right.
+# The operators of each suite, of which at least one must be right.
 NEEDS = {
     "step": ("conv",),
     "atl": ("gram", "folded"),
@@ -27,7 +26,7 @@ NEEDS = {
     "epoch": ("conv",),
     "linear": ("linear",),
 }
-OPERATORS = ("conv", "linear", "gram", "folded")  # the name of each kernel that is checked holds one of them
+OPERATORS = ("conv", "linear", "gram", "folded")  # the name of each checked kernel contains one of them
 
 
 class Part(NamedTuple):
@@ -35,11 +34,11 @@ class Part(NamedTuple):
 
     Args:
         name: name in the log.
-        share: seconds out of 525, in proportion to which it gets time.
-        command: program and arguments, of which "{budget}" is replaced by seconds, "{suites}" by those that are
-            measured, and "{resume}" by "--resume" once this session has written a results.csv.
-        suites: suites that it measures; without a measurable one, it is left out.
-        file: name of a file for its output, besides the log.
+        share: seconds in a session of 525 seconds; other sessions are divided in proportion.
+        command: program and arguments; "{budget}" is replaced by seconds, "{suites}" by the suites to measure, and
+            "{resume}" by "--resume" once this session has written a results.csv.
+        suites: suites that it measures; if none can be measured, the part is skipped.
+        file: name of another file for its output, besides the log.
     """
 
     name: str
@@ -71,16 +70,16 @@ def parts(out: Path, commit: str) -> list[Part]:
 
 
 def run(parts: Sequence[Part], seconds: float, out: Path) -> dict[str, str]:
-    """The verdict on each part: "ok", "exit code N", "out of time", "not begun" (no time is left) or "left out".
+    """The verdict on each part: "ok", "exit code N", "out of time", "not begun" (no time left) or "left out".
 
-    Writes log.txt: the output of all, and the verdicts.
+    Writes log.txt with all output and the verdicts.
     """
     deadline, wall = time.monotonic() + seconds, time.time()
     out.mkdir(parents=True, exist_ok=True)
     verdicts: dict[str, str] = {}
 
     def written(name: str) -> bool:
-        """Whether this session wrote the file: an earlier one's kernels or device may have been others."""
+        """Whether this session wrote the file; an earlier one may have had other kernels or another device."""
         path = out / name
         return path.is_file() and path.stat().st_mtime >= wall
 
@@ -109,13 +108,13 @@ def run(parts: Sequence[Part], seconds: float, out: Path) -> dict[str, str]:
                 verdicts[part.name] = _run(command, min(left, share + GRACE), say, file)
             say(f"== {part.name}: {verdicts[part.name]} after {time.monotonic() - start:.0f} s\n")
         say("".join(f"{name:12} {verdict}\n" for name, verdict in verdicts.items()))
-    for draft in out.glob(".*.part"):  # left by a program that was killed while it wrote
+    for draft in out.glob(".*.part"):  # left by a program that was killed while writing
         draft.unlink()
     return verdicts
 
 
 def _verdicts(check: Path) -> dict[str, str]:
-    """By kernel, "right" or what is wrong with it; empty if the check wrote nothing readable."""
+    """Verdict by kernel, "right" or the problem; empty if the check wrote nothing readable."""
     try:
         kernels = json.loads(check.read_text())["kernels"]
         return {str(kernel): str(verdict) for kernel, verdict in kernels.items()}
@@ -126,7 +125,7 @@ def _verdicts(check: Path) -> dict[str, str]:
 def _right(suites: Sequence[str], kernels: Mapping[str, str], say: Callable[[str], None]) -> list[str]:
     """The suites that may be measured; prints why the others may not.
 
-    A kernel that is not right spoils the operators that are in its name, and all of them if none is.
+    A kernel that is not right spoils the operators in its name, or all operators if its name contains none.
     """
     spoilt: dict[str, str] = {}
     for kernel, verdict in kernels.items():
@@ -159,7 +158,7 @@ def _run(command: Sequence[str], seconds: float, say: Callable[[str], None], fil
 
 
 def _copy(lines: Iterable[str], say: Callable[[str], None], file: IO[str] | None) -> None:
-    with contextlib.suppress(ValueError):  # of files that are closed once the part is over
+    with contextlib.suppress(ValueError):  # the files are closed after the part
         for line in lines:
             say(line if line.endswith("\n") else f"{line}\n")
             if file:

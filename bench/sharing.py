@@ -1,8 +1,8 @@
-"""How many trainings an hour one device gives when several processes share it.
+"""Trainings per hour on one device when several processes share it.
 
-Each process trains a network of its own. All start a window of some seconds together; the sum of their samples per
-second counts. On a GPU they share by time slices or through NVIDIA's Multi-Process Service (MPS). Threads of one
-process, with a stream each, are left out: they would wait for one interpreter, and draw from one generator.
+Each process trains its own network. All start a window of some seconds together; their samples per second are summed.
+On a GPU they share by time slices or through NVIDIA's Multi-Process Service (MPS). Threads of one process with a stream
+each are not measured: they would share one interpreter and one random generator.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ OURS = next(provider for provider in EPOCHS.providers if provider.name == "ours"
 PRECISIONS = ("bf16", "float32")
 PROCESSES, MPS, MPS_CONTROL = "processes", "MPS", "nvidia-cuda-mps-control"
 COUNTS = {PROCESSES: (1, 8, 4, 2), MPS: (8, 16, 4, 2)}  # numbers of processes on a GPU, the most valuable first
-WARM = 3  # epochs before all windows
+WARM = 3  # epochs before the first window
 SECONDS = {"cpu": 3.0, "cuda": 2.0}  # length of a window
-ROUNDS = {"cpu": 3, "cuda": 1}  # windows of each row, by turns: others may be at work on the CPU
-# Until a process that has not started, or not answered in a window, counts as hanging; until MPS has to answer.
+ROUNDS = {"cpu": 3, "cuda": 1}  # windows per row, in turns; several on a CPU, which other programs may use too
+# Seconds after which a process hangs that has not started, or not answered in a window; and for MPS to answer.
 START_SECONDS, WINDOW_SECONDS, MPS_SECONDS = 240.0, 60.0, 10.0
-LEAD = 0.2  # seconds until a window opens, so that all its processes know of it by then
+LEAD = 0.2  # seconds until a window opens, so that all its processes have got the message
 
 
 class Setting(NamedTuple):
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Samples per second of all processes, and the highest peak memory of one; `status` says why there are none."""
+    """Samples per second of all processes and highest peak memory of one; `status` tells why there are none."""
 
     rate: float | None = None
     peak: int | None = None
@@ -59,7 +59,7 @@ def cases(device: torch.device) -> list[NetworkCase]:
 
 
 def plan(device: torch.device, cores: int) -> dict[str, list[Setting]]:
-    """Settings by mode; in the first one process has the device to itself, in the others they share the cores."""
+    """Settings by mode; in the first, one process has the device to itself, in the others processes share the cores."""
     if device.type == "cpu":
         return {PROCESSES: list(dict.fromkeys(Setting(PROCESSES, *n) for n in ((1, cores), (1, 1), (cores, 1))))}
     return {mode: [Setting(mode, n, max(1, cores // n)) for n in several] for mode, several in COUNTS.items()}
@@ -68,7 +68,7 @@ def plan(device: torch.device, cores: int) -> dict[str, list[Setting]]:
 def measured(
     trained: Sequence[NetworkCase], device: torch.device, cores: int, deadline: float
 ) -> Iterator[list[Shared]]:
-    """All rows so far, again after each window; prints how many are dropped at the deadline (`time.monotonic`)."""
+    """All rows so far, after each window; prints how many are dropped at the deadline (`time.monotonic`)."""
     windows: dict[tuple[NetworkCase, Setting], list[Window]] = {}
     for case in trained:
         for mode, settings in plan(device, cores).items():
@@ -97,7 +97,7 @@ def rows(windows: Mapping[tuple[NetworkCase, Setting], Sequence[Window]]) -> lis
 
 
 def most(shared: Sequence[Shared], precision: str) -> Shared | None:
-    """The row with the most trainings an hour."""
+    """The row with the most trainings per hour."""
     right = [row for row in shared if row.precision == precision and row.status == "ok" and row.trainings_relative]
     return max(right, key=lambda row: row.trainings_relative or 0.0, default=None)
 
@@ -105,7 +105,7 @@ def most(shared: Sequence[Shared], precision: str) -> Shared | None:
 def _pooled(
     case: NetworkCase, mode: str, settings: Sequence[Setting], device: torch.device, deadline: float
 ) -> Iterator[tuple[Setting, Window]]:
-    """Windows of each setting, by turns, in processes that are started once."""
+    """Windows of the settings in turns, in processes that are started once."""
     if time.monotonic() > deadline:
         return
     service = mps() if mode == MPS else contextlib.nullcontext(dict[str, str]())
@@ -127,7 +127,7 @@ def _pooled(
 
 
 def _window(workers: list[Worker], setting: Setting, seconds: float) -> Window:
-    """One window of the first workers; one that fails or hangs is ended and removed from `workers`."""
+    """One window of the first workers; a worker that fails or hangs is ended and removed from `workers`."""
     chosen, status = workers[: setting.processes], "ok"
     if len(chosen) < setting.processes:
         return Window(status="failed")
@@ -154,11 +154,11 @@ def _window(workers: list[Worker], setting: Setting, seconds: float) -> Window:
 def _pool(
     case: NetworkCase, device: torch.device, count: int, environment: dict[str, str], deadline: float
 ) -> Iterator[list[Worker]]:
-    """Processes that are ready to train; all of them end with the block."""
+    """Processes that are ready to train; all end with the block."""
     with contextlib.ExitStack() as stack:
         start = (Worker.start(_serve, case, device.type, environment) for _ in range(count))
         workers = [stack.enter_context(worker) for worker in start]
-        # A process that has not started after half of the time that is left is ended.
+        # A process that has not started after half of the remaining time is ended.
         until, ready = time.monotonic() + min(START_SECONDS, (deadline - time.monotonic()) / 2), []
         for worker in workers:
             try:
@@ -170,7 +170,7 @@ def _pool(
 
 
 def _serve(pipe: Connection, case: NetworkCase, device: str, environment: dict[str, str]) -> None:
-    """What each process does: warm epochs, the message "ready", then rate and peak memory in each window."""
+    """Run in each process: warm up, send "ready", then rate and peak memory of each window."""
     os.environ.update(environment)
     on_gpu = device == "cuda"
     with switched(case.precision), contextlib.suppress(EOFError):
@@ -193,7 +193,7 @@ def _serve(pipe: Connection, case: NetworkCase, device: str, environment: dict[s
 
 
 def runs_per_second(run: Callable[[], None], seconds: float) -> float:
-    """Rate of the runs that begin within the window; one more keeps the device busy while others end theirs."""
+    """Rate of the runs that start within the window; one more run keeps the device busy while others finish."""
     start, count = time.perf_counter(), 0
     while (taken := time.perf_counter() - start) < seconds:
         run()
@@ -216,7 +216,7 @@ def mps() -> Iterator[dict[str, str]]:
         for path in environment.values():
             Path(path).mkdir()
         until = time.monotonic() + MPS_SECONDS
-        # The server that it starts ends with its group.
+        # The server that it starts is in its process group and ends with it.
         service = running([MPS_CONTROL, "-f"], environment, stdout=log, stderr=subprocess.STDOUT)
         control = stack.enter_context(service)
         try:
@@ -233,10 +233,10 @@ def mps() -> Iterator[dict[str, str]]:
 
 
 def _ask_mps(command: str, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """A command to the service, and its answer.
+    """Send a command to the service; returns its answer.
 
     Raises:
-        OSError: there is none.
+        OSError: it does not answer.
     """
     options: dict[str, Any] = {"input": f"{command}\n", "env": os.environ | environment, "timeout": MPS_SECONDS}
     try:

@@ -1,4 +1,4 @@
-"""The suites by name, and the headline cases, of which more is measured."""
+"""The suites by name, and the headline cases, which have further measurements."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ def _on_cpu(case: Any, **changes: Any) -> Any:
 
 
 def _cpu() -> list[Suite]:
-    """What makes sense without a GPU, in some minutes; whole networks at full width in batches of 4."""
+    """Suites for a CPU that take some minutes; whole networks at full width with batches of 4."""
     layers = [_on_cpu(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
     paper = ATL.where(network="quaternion", variant="paper", batch=20, precision="bf16", work=STEP)
     losses = [_on_cpu(case) for case in paper]
@@ -51,18 +51,18 @@ ON_CPU = ("cpu", "forms")  # the other suites need a GPU
 
 
 def chosen(names: Sequence[str], device: torch.device, smoke: bool) -> list[Suite]:
-    """The suites with these names; by default all that make sense on the device but "forms", which takes long.
+    """The suites with these names; by default all for the device except "forms", which takes long.
 
     Raises:
-        ValueError: there is no such suite, or it needs a GPU that is not there.
+        ValueError: there is no such suite, or it is for another kind of device.
     """
     usable = [name for name in SUITES if smoke or (name in ON_CPU) == (device.type == "cpu")]
     for name in names:
         if name not in SUITES:
             raise ValueError(f"suite {name!r}: must be one of {', '.join(SUITES)}")
         if name not in usable:
-            need = "a CPU alone" if name in ON_CPU else "a CUDA device, and there is none"
-            raise ValueError(f"suite {name!r}: needs {need}; here there are {', '.join(usable)}, or --smoke")
+            need = "a machine without GPU" if name in ON_CPU else "a CUDA device, and there is none"
+            raise ValueError(f"suite {name!r}: needs {need}; this machine can run {', '.join(usable)}, or --smoke")
     return [suite for name in names or [n for n in usable if smoke or n != "forms"] for suite in SUITES[name]]
 
 
@@ -72,7 +72,7 @@ def _headline(suite: Suite, providers: Sequence[str], **wanted: Any) -> list[tup
 
 
 def _gpu_headline() -> list[tuple[Case, Provider]]:
-    """Ten cases, ours and the best-known baseline: steps, losses, layers."""
+    """Ten cases (steps, losses, layers) with ours and the best-known baseline."""
     pairs, both = [], ("ours", "research style")
     for network, layer in (("quaternion", AT), ("real", AT), ("quaternion", NO_AT), ("real", NO_AT),
                            ("quaternion", "AT at layer 13")):  # fmt: skip
@@ -85,7 +85,7 @@ def _gpu_headline() -> list[tuple[Case, Provider]]:
 
 
 def _cpu_headline() -> list[tuple[Case, Provider]]:
-    """Whole steps, for their memory; a loss and a layer."""
+    """Whole steps, to measure their memory; a loss and a layer."""
     layers, losses, steps, *_ = SUITES["cpu"]
     pairs = []
     for network, layer in (("quaternion", NO_AT), ("quaternion", AT), ("real-on-embedding", NO_AT), ("real", NO_AT),

@@ -1,7 +1,7 @@
-"""Results as tables, charts and targets want them: read, grouped, ours beside the baselines.
+"""Results for tables, charts and targets: read and grouped, with ours beside the baselines.
 
-A speed-up is the time of the fastest baseline that computes the same over ours, from one case, whose runs took turns;
-below 1 we lose. "Ours" is what a user gets who sets nothing; forms that have to be asked for are in the charts only.
+A speed-up is the time of the fastest baseline over that of ours in the same case, whose runs took turns; below 1 ours
+is slower. "Ours" has the default settings; forms that must be chosen explicitly are only in the charts.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from bench.results import Fresh, Results, Row, Shared, read
 from bench.words import joined
 
 OURS, CACHED, RESEARCH = ("ours", "ours auto"), "ours, cached target", "research style"
-# Fields that make rows comparable, and their values by priority; values that are not listed come last.
+# Fields in which comparable rows agree, with their values by priority; other values come last.
 ORDERS: dict[str, tuple[Any, ...]] = {
     "network": ("quaternion", "real", "real-on-embedding"),
     "work": ("step", FORWARD_BACKWARD, "forward", "backward"),
@@ -29,14 +29,14 @@ ORDERS: dict[str, tuple[Any, ...]] = {
 }
 CONDITION = ("batch", "precision", "mode")
 SEMANTICS = ("paper", "folded-rowwise")
-# The works of a step, each of which holds those before it, and its parts, which are the differences.
+# The works of a step, each of which includes those before it, and its parts, which are their differences.
 WORKS = (TWIN, FORWARD, FORWARD_BACKWARD, TRAIN)
 PARTS = ("twin", "rest of forward", "backward", "optimiser")
 Measure = Callable[[Row], float | None]
 
 
 class Folder(NamedTuple):
-    """The files of one folder of results, which are of one device; `path` is that of results.csv, for captions."""
+    """The files of one folder of results, all of one device; `path` is that of results.csv, for captions."""
 
     path: Path
     results: Results[Row]
@@ -61,7 +61,7 @@ class Folder(NamedTuple):
         return next((rows for _, rows in combinations(self.rows(kind), tuple(ORDERS))), [])
 
     def memory(self, row: Row) -> int | None:
-        """Bytes: the peak of the GPU's allocator, on a CPU the growth of a fresh process; only of right results."""
+        """Peak bytes of the GPU's allocator, on a CPU growth of a fresh process; None if the result was not right."""
         if row.status != "ok" or not self.on_cpu:
             return row.peak_bytes if row.status == "ok" else None
         name = (*row.case_key, row.provider)
@@ -70,7 +70,7 @@ class Folder(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """Our row of a layer, that of the fastest baseline, a real layer's time over ours, and the rows that failed."""
+    """Rows of one layer: ours, the fastest baseline, the failed ones; and a real layer's time over ours."""
 
     layer: str
     ours: Row | None
@@ -92,10 +92,10 @@ class Standing(NamedTuple):
 
 
 def load(folder: Path) -> list[Folder]:
-    """The folders of results below a folder; GPUs first, then by name.
+    """The folders of results within a folder; GPUs first, then by name.
 
     Raises:
-        ValueError: there is no such folder, or a file in it has another schema.
+        ValueError: the folder does not exist, or a file in it has another schema.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of results")
@@ -104,14 +104,14 @@ def load(folder: Path) -> list[Folder]:
 
 
 def load_folder(folder: Path) -> Folder:
-    """The results.csv of a folder, and the fresh.csv and sharing.csv beside it if there are any.
+    """The results.csv of a folder, with its fresh.csv and sharing.csv if they exist.
 
     Raises:
         ValueError: there is no results.csv, or one of the files has another schema.
     """
     path = folder / "results.csv"
     if not path.is_file():
-        raise ValueError(f"{folder}: it has no results.csv; `python -m bench run --out FOLDER` writes one")
+        raise ValueError(f"{folder}: has no results.csv; `python -m bench run --out FOLDER` writes one")
     loaded = Folder(path, read(path, Row))
     if (fresh := folder / "fresh.csv").is_file():
         loaded = loaded._replace(fresh=read(fresh, Fresh))
@@ -121,7 +121,7 @@ def load_folder(folder: Path) -> Folder:
 
 
 def kind_of(row: Row) -> str:
-    """The kind of a row: "layers", "anti-transfer", "step", "epoch" or "inference"; the suite "cpu" has all of them."""
+    """The kind of a row: "layers", "anti-transfer", "step", "epoch" or "inference"; the suite "cpu" has all kinds."""
     if row.suite != "cpu":
         return {"conv": "layers", "linear": "layers", "atl": "anti-transfer"}.get(row.suite, row.suite)
     if row.work == "epoch":
@@ -131,7 +131,7 @@ def kind_of(row: Row) -> str:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
-    """Rows of equal key, in the order of their first."""
+    """Rows by key, in the order of first occurrence."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -139,7 +139,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, l
 
 
 def combinations(rows: Iterable[Row], fields: tuple[str, ...]) -> list[tuple[Any, list[Row]]]:
-    """Rows of equal fields, most valuable first: by the sum of their places in `ORDERS`."""
+    """Rows by the values of these fields, most valuable first: by the sum of their places in `ORDERS`."""
 
     def places(group: tuple[Any, list[Row]]) -> tuple[Any, ...]:
         each = [place(getattr(group[1][0], field), ORDERS[field]) for field in ORDERS if field in fields]
@@ -149,14 +149,14 @@ def combinations(rows: Iterable[Row], fields: tuple[str, ...]) -> list[tuple[Any
 
 
 def place(value: Any, order: Sequence[Any] = (NO_AT,)) -> tuple[Any, ...]:
-    """Sorts as listed, then in the natural way: "conv 2" before "conv 10"."""
+    """Sort key: listed values first, then natural order, with "conv 2" before "conv 10"."""
     text = str(value)
     numbers = [int(number) for number in re.findall(r"\d+", text)]
     return order.index(value) if value in order else len(order), re.sub(r"[\d-]", "", text), numbers
 
 
 def standings(rows: Iterable[Row]) -> list[Standing]:
-    """One for each layer of one combination; of variants that add a baseline, that with the lowest speed-up."""
+    """One standing per layer of a combination; of variants that add a baseline, the one with the lowest speed-up."""
     lines = []
     for layer, of_layer in grouped(rows, label):
         cases = [standing(layer, case) for _, case in grouped(of_layer, attrgetter("variant"))]
@@ -175,9 +175,9 @@ def standing(layer: str, rows: Sequence[Row]) -> Standing:
 
 
 def parts(rows: Iterable[Row]) -> list[float] | None:
-    """Microseconds of the `PARTS` of one step, from the rows of its works; None where one was not measured.
+    """Microseconds of the `PARTS` of one step, from the rows of its works; None if one was not measured.
 
-    They add up to the step: where noise makes a work longer than one that holds it, it ends with that.
+    They add up to the step: a work that noise made longer than a work that includes it is cut to the latter.
     """
     timed = {row.work: row for row in rows if median(row) is not None}
     ends: list[float] = []
@@ -198,12 +198,12 @@ def best(rows: Iterable[Row], network: str, measure: Measure, provider: str | No
 
 
 def median(row: Row | None) -> float | None:
-    """Microseconds of a right result."""
+    """Median microseconds; None unless the result is right."""
     return row.median_us if row and row.status == "ok" else None
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
-    """a / b, where both are known and b is not 0."""
+    """a / b; None if one of them is unknown or b is 0."""
     return a / b if a is not None and b else None
 
 

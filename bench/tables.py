@@ -1,4 +1,4 @@
-"""Sections of a report as Markdown tables, each a function of the folders of results."""
+"""Sections of a report as Markdown tables; each is a function of the folders of results."""
 
 import functools
 import itertools
@@ -16,18 +16,19 @@ from bench.results import Results, Row, Shared
 from bench.sharing import PROCESSES, most
 from bench.summary import CONDITION, ORDERS, Folder, best, combinations, grouped, median, place, ratio, standing
 from bench.words import MISSING, conditions, joined, number
+from qat.campaign.cost import utterances
 
-# Maximum number of tables of one device and kind, of conditions and layers beside the paper, of lines of a table.
+# Maximum number of tables per device and kind, of conditions and layers beside the paper, and of lines per table.
 TABLES, CONDITIONS, LINES = 2, 2, 30
 Table = Callable[[Folder, list[Row]], str]
 More = Callable[[Folder], str]
 PAPER_NETWORKS = ("quaternion", "real")
-MEMORY = "Memory: the GPU allocator's peak beside the operands, or, on a CPU, what a fresh process grew by."
+MEMORY = "Memory: peak of the GPU's allocator without the operands, or, on a CPU, growth of a fresh process."
 NOTHING, UNMEASURED = "Not measured yet.", Folder(Path(), Results([], {"device": MISSING}))
 
 
 def paper(folders: Sequence[Folder]) -> str:
-    """The paper's figures beside ours, each precision in its most valuable condition only."""
+    """Our figures beside the paper's, for each precision in its most valuable condition."""
     against_real, against_none = [], []
     for folder in folders or [UNMEASURED]:
         by_precision: dict[str, list[Row]] = {}
@@ -38,20 +39,20 @@ def paper(folders: Sequence[Folder]) -> str:
             against_real += _against_real(folder, where, rows)
             against_none += _against_none(folder, where, rows)
     return f"""\
-Quaternion network against the real one (paper: WASPAA 2023, means over its trainings). *Best providers*: each side by
-the one with its lowest figure, named in this order. The *control*, a real network on the quaternion network's input
-against the real network, tells how much of the gain comes from the smaller input alone. {MEMORY}
+Quaternion network against the real one (paper: WASPAA 2023, means over its trainings). *Best providers*: both networks
+with the provider that has the lowest figure, named in this order. The *control*, a real network on the quaternion
+network's input, against the real network shows how much of the gain comes from the smaller input alone. {MEMORY}
 
 {_table(against_real)}
 
-Anti-transfer (AT) against none, same network and provider, at the layers where it costs least and most (AT paper:
-Guizzo, Weyde and Tarroni, 2021, a real network). *Cached targets*: the frozen network is not run.
+Anti-transfer (AT) against none, with the same network and provider, at the layers where it costs least and most (AT
+paper: Guizzo, Weyde and Tarroni, 2021, a real network). *Cached targets*: the frozen network is not run.
 
 {_table(against_none)}"""
 
 
 def sharing(folders: Sequence[Folder]) -> str:
-    """Trainings an hour of one device by how it is shared."""
+    """Trainings per hour on one device, by the number of processes that share it."""
     pieces = []
 
     def order(row: Shared) -> tuple[Any, ...]:
@@ -63,8 +64,8 @@ def sharing(folders: Sequence[Folder]) -> str:
                 "each trains": joined(conditions(row, "network"), row.layer, row.variant,
                                       conditions(row, "batch", "precision")),
                 "mode": row.mode, "processes": str(row.processes), "threads of each": str(row.threads_each),
-                "samples/s in all": "" if row.samples_per_second is None else f"{row.samples_per_second:.0f}",
-                "trainings an hour": "" if row.trainings_relative is None else f"{row.trainings_relative:.2f}x",
+                "samples/s in total": "" if row.samples_per_second is None else f"{row.samples_per_second:.0f}",
+                "trainings per hour": "" if row.trainings_relative is None else f"{row.trainings_relative:.2f}x",
                 "GPU allocator, each": words.size(row.peak_bytes), "no result": _unless_ok(row.status),
             }
             for row in sorted(folder.shared.rows, key=order)
@@ -72,7 +73,7 @@ def sharing(folders: Sequence[Folder]) -> str:
         if lines:
             path = folder.path.with_name("sharing.csv").as_posix()
             caption = f"**{folder.device}**: {folder.shared.source}. All rows in [{path}]({path})."
-            against = "*Trainings an hour*: against one after another, each with the whole device."
+            against = "*Trainings per hour*: relative to one after another, each with the whole device."
             pieces.append(f"{caption} {against}\n\n{_table(lines)}")
     return "\n\n".join(pieces) or NOTHING
 
@@ -80,15 +81,18 @@ def sharing(folders: Sequence[Folder]) -> str:
 def grid(folders: Sequence[Folder]) -> str:
     """Hours of the paper's grid on one GPU."""
     lines = [_grid_line(folder, way) for folder in folders if not folder.on_cpu for way in grids.WAYS]
-    corpora = ", ".join(f"{name} {utterances}" for name, utterances in grids.CORPORA.items())
-    whole, tapped = grids.TRAININGS + grids.OTHERS, ", ".join(map(str, grids.MEASURED))
+    emotion, whole = grids.emotion_trainings(), len(grids.trainings())
+    sizes = {training.corpus.name.upper(): utterances(training.corpus) for training in emotion}
+    corpora = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    first, layers = grids.MEASURED[0], ", ".join(map(str, grids.MEASURED))
     return f"""\
-GPU-hours of {grids.TRAININGS} of the paper's {whole} trainings: two networks, three corpora ({corpora} utterances,
-one cut each) in two splits, each once without anti-transfer and with four kinds of it at each of {grids.LAYERS} layers.
-The other {grids.OTHERS} have other batches and inputs and are left out. An epoch is 70 % of a corpus in steps of
-{grids.BATCH} and 20 % in forward passes, {grids.PRECISION}, and nothing else. Anti-transfer at layers {tapped}
-is measured; between them it is interpolated linearly, and layer 1 is taken as layer {grids.MEASURED[0]}.
-*Side by side*: with the most trainings an hour of the table of that name, which are of anti-transfer at layer 2.
+GPU-hours of {len(emotion)} of the paper's {whole} trainings: two networks, three corpora ({corpora} utterances,
+one cut each) and two splits, each once without anti-transfer and with four kinds of it at each of {grids.LAYERS}
+layers. The other {whole - len(emotion)} have other batches and inputs and are left out. An epoch is the training part
+(70 % of a corpus in the random split) in steps of {grids.BATCH} and the validation part in forward passes,
+{grids.PRECISION}, and nothing else. Anti-transfer is measured at layers {layers} and interpolated linearly in between;
+layer 1 is taken as layer {first}. *Side by side*: at the highest rate in the table of that name, which is measured with
+anti-transfer at layer 2.
 
 {_table(lines or [_grid_line(UNMEASURED, grids.WAYS[0]) | {"steps": MISSING}])}"""
 
@@ -96,7 +100,7 @@ is measured; between them it is interpolated linearly, and layer 1 is taken as l
 def _by_device(
     folders: Sequence[Folder], kind: str, fields: tuple[str, ...], table: Table, more: More = lambda folder: ""
 ) -> str:
-    """For each device a caption, the tables of its most valuable combinations, and `more`."""
+    """For each device: a caption, the tables of its most valuable combinations, and `more`."""
     pieces = []
     for folder in folders:
         groups = combinations(_whole_steps(folder) if kind == "step" else folder.rows(kind), fields)
@@ -127,7 +131,7 @@ def _layer_table(folder: Folder, rows: list[Row]) -> str:
 
 
 def _overview(folder: Folder) -> str:
-    """Geometric mean of the speed-ups and the lowest, of every combination; "conv 11-13" counts three times."""
+    """Geometric mean and minimum of the speed-ups in every combination; "conv 11-13" counts three times."""
     lines: dict[str, dict[str, str]] = {}
     for _, rows in combinations(folder.rows("layers"), tuple(ORDERS)):
         weighed = [(line.speedup, count_of(line.layer)) for line in summary.standings(rows) if line.speedup]
@@ -211,7 +215,7 @@ def _against_real(folder: Folder, where: str, rows: Sequence[Row]) -> list[dict[
 
 
 def _change(rows: Sequence[Row], network: str, measure: summary.Measure, provider: str | None = None) -> str:
-    """A network against the real one: by one provider, or each by its best."""
+    """A network against the real one, both with one provider, or each with its best."""
     sides = []
     for side in (network, "real"):
         if not (lowest := best(rows, side, measure, provider)):
@@ -241,7 +245,7 @@ def _against_none(folder: Folder, where: str, rows: Sequence[Row]) -> list[dict[
 
 
 def _costs(tapped: Sequence[Row], without: Row | None, measure: summary.Measure) -> str:
-    """With anti-transfer over without, at the layers where it is least and most; the layers that failed."""
+    """Cost with anti-transfer over without, at the layers where it is lowest and highest; the layers that failed."""
     base = measure(without) if without else None
     costs = [(cost, row.layer) for row in tapped if (cost := ratio(measure(row), base))]
     ends = dict.fromkeys((min(costs), max(costs))) if costs else ()
@@ -251,8 +255,9 @@ def _costs(tapped: Sequence[Row], without: Row | None, measure: summary.Measure)
 
 
 def _grid_line(folder: Folder, way: grids.Way) -> dict[str, str]:
-    times = [grids.measured(folder.results.rows, network, way) for network in grids.NETWORKS]
-    quaternion, real = (grids.epoch_seconds(each) / 3600 if each else math.nan for each in times)
+    times = {network: grids.measured(folder.results.rows, network, way) for network in grids.NETWORKS}
+    hours_of = {name: grids.epoch_seconds(name, each) / 3600 if each else math.nan for name, each in times.items()}
+    quaternion, real = hours_of.values()
     shared = most(folder.shared.rows, grids.PRECISION) if way == grids.SHARED else None
     gain = (shared.trainings_relative if shared else None) or math.nan
     hours = {
@@ -270,7 +275,7 @@ def _unless_ok(status: str) -> str:
 
 
 def _table(lines: Sequence[Mapping[str, str]]) -> str:
-    """Markdown of the first `LINES`, cells by column, without the columns that are empty in all."""
+    """Markdown of the first `LINES` lines, which are cells by column; empty columns are omitted."""
     shown = lines[:LINES]
     columns = [name for name in dict.fromkeys(itertools.chain(*shown)) if any(line.get(name) for line in shown)]
     rows = [columns, ["---"] * len(columns), *([line.get(name, "") for name in columns] for line in shown)]
@@ -278,9 +283,9 @@ def _table(lines: Sequence[Mapping[str, str]]) -> str:
     return table if len(lines) <= LINES else f"{table}\n\n{len(lines) - LINES} more lines are not shown."
 
 
-# Speed of convolutions and linear maps: the most valuable tables of each device, and all the others in short.
+# Speed of convolutions and linear layers: the most valuable tables of each device, and a summary of all.
 layers = functools.partial(_by_device, kind="layers", fields=tuple(ORDERS), table=_layer_table, more=_overview)
-# Time and memory of the loss by layer and semantics; of steps by provider, and in short of epochs and first calls.
+# Time and memory of the loss by layer and variant; of steps by provider, then of epochs, inference and first calls.
 anti_transfer = functools.partial(_by_device, kind="anti-transfer", fields=tuple(ORDERS), table=_loss_table)
 step = functools.partial(_by_device, kind="step", fields=CONDITION, table=_step_table, more=_beside_steps)
 SECTIONS: Mapping[str, Callable[[Sequence[Folder]], str]] = {

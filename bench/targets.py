@@ -1,4 +1,4 @@
-"""The promised figures, judged by the rows of a run."""
+"""The promised figures, compared with the rows of a run."""
 
 import math
 import statistics
@@ -19,12 +19,12 @@ QUATERNION, PAPER = {"network": "quaternion", "variant": ""}, {"work": STEP, "ba
 AT_BEST = "step, quaternion against real network, each at its best"
 TWO, SEVEN, THIRTEEN = "AT at layer 2", "AT at layer 7", "AT at layer 13"
 Values = Mapping[str, float | None]
-"""By layer; None where the rows that a value needs were not measured, or are not right."""
+"""Values by layer; None if a row that a value needs was not measured or is not right."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A promised figure, its bound, its measured value and the layer furthest from the bound.
+    """A promised figure, its bound, its measured value and the layer that is worst.
 
     Args:
         verdict: "met", "MISSED" or "not measured".
@@ -72,14 +72,14 @@ class Figures:
         return median(self._rows.get(key, {}).get(provider))
 
     def against_real(self, layer: str, measure: Callable[[Row], float | None]) -> float | None:
-        """Percent that the quaternion network's step takes more than the real one's, each at its best."""
+        """Difference of the quaternion network's step from the real one's in percent, each with its best provider."""
         keys = [("step", network, layer, "", 20, "bf16", TRAIN, "graph") for network in ("quaternion", "real")]
         rows = [row for key in keys for row in self._rows.get(key, {}).values()]
         quaternion, real = (best(rows, network, measure) for network in ("quaternion", "real"))
         return 100 * (quaternion[0] / real[0] - 1) if quaternion and real else None
 
     def epochs(self) -> Values:
-        """Time of an epoch, whose targets were computed before it, over that of its steps."""
+        """Time of an epoch with cached targets over that of its steps."""
         values = {}
         for case in EPOCHS.where(network="quaternion", batch=20, precision="bf16"):
             times = [us for mode in case.modes if (us := median(self.rows(case, mode).get("ours")))]
@@ -90,7 +90,7 @@ class Figures:
 
 
 def targets(rows: Sequence[Row], shared: Sequence[Shared] = ()) -> list[Target]:
-    """The promised figures in the rows, and in those of trainings side by side."""
+    """The promised figures, from rows and from trainings side by side."""
     figures = Figures(rows)
     return [*_of_layers(figures), *_of_the_loss(figures), *_of_the_training(figures), _of_sharing(shared)]
 
@@ -135,7 +135,7 @@ def _of_the_loss(figures: Figures) -> list[Target]:
 
 
 def _of_the_training(figures: Figures) -> list[Target]:
-    """Whole steps of the quaternion network in bfloat16, batch 20, in a CUDA graph unless it says otherwise."""
+    """Whole steps of the quaternion network in bfloat16, batch 20, in a CUDA graph unless stated otherwise."""
     step, real = figures.step, figures.against_real
     research = {layer: ratio(step(layer, RESEARCH, mode="eager"), step(layer)) for layer in (TWO, THIRTEEN)}
     modes = [us for mode in MODES if (us := step(TWO, "torch.compile", COMPILED, mode))]
@@ -161,33 +161,33 @@ def _of_the_training(figures: Figures) -> list[Target]:
 def _of_sharing(shared: Sequence[Shared]) -> Target:
     row = most(shared, "bf16")
     gains = {f"{row.mode}, {row.processes}": row.trainings_relative} if row else {}
-    return at_least("trainings an hour, side by side against one after another", gains, 4.0)
+    return at_least("trainings per hour, side by side against one after another", gains, 4.0)
 
 
 def at_least(target: str, values: Values, bound: float, each: float = 0.0) -> Target:
-    """A bound of the geometric mean, in which a layer counts as often as the network has it, and of each layer."""
+    """A lower bound of the geometric mean, weighted by the layers a name stands for, and one of each layer."""
     wanted = f">= {bound:.2f}" + (f", no layer under {each:.2f}" if each else "")
-    if not (known := _known(values)):
+    if not (measured := _complete(values)):
         return Target(target, wanted)
-    mean = math.exp(statistics.mean(math.log(v) for layer, v in known.items() for _ in range(count_of(layer))))
-    low, layer = min((value, layer) for layer, value in known.items())
+    mean = math.exp(statistics.mean(math.log(v) for layer, v in measured.items() for _ in range(count_of(layer))))
+    low, layer = min((value, layer) for layer, value in measured.items())
     return Target(
         target, wanted, f"{mean:.2f}", f"{layer}: {low:.2f}", "met" if mean >= bound and low >= each else "MISSED"
     )
 
 
 def at_most(target: str, values: Values, bound: float) -> Target:
-    """A bound of every layer."""
-    if not (known := _known(values)):
+    """An upper bound of every layer."""
+    if not (measured := _complete(values)):
         return Target(target, f"<= {bound:g}")
-    high, layer = max((value, layer) for layer, value in known.items())
+    high, layer = max((value, layer) for layer, value in measured.items())
     return Target(target, f"<= {bound:g}", f"{high:.2f}", layer, "met" if high <= bound else "MISSED")
 
 
-def _known(values: Values) -> dict[str, float]:
-    """The values, if all are known."""
-    known = {layer: value for layer, value in values.items() if value is not None}
-    return known if len(known) == len(values) else {}
+def _complete(values: Values) -> dict[str, float]:
+    """The values; empty if one of them is None."""
+    measured = {layer: value for layer, value in values.items() if value is not None}
+    return measured if len(measured) == len(values) else {}
 
 
 def _ours(rows: Mapping[str, Row]) -> Row | None:

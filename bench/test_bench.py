@@ -1,6 +1,6 @@
 """The headline cases for pytest-benchmark: `pytest bench --benchmark-json=FILE`.
 
-On a CPU those of the suite "cpu". The wall clock of eager calls, until their work is done; results.csv has more.
+On a CPU those of the suite "cpu". Measures the wall clock of eager calls until the device is done.
 """
 
 from typing import Any

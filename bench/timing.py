@@ -1,9 +1,8 @@
-"""How long runs take, how much memory and energy they need, and how fast the device is.
+"""Time, memory and energy of runs, and the rates of the device.
 
-Runs take turns, so that drift meets all of them. On a GPU, mode "graph" is a captured CUDA graph between two events,
-behind a flush of the L2 cache; "eager" is the wall clock of 10 calls in a row, in which host time dominates and nothing
-is flushed. On a CPU there is "eager" alone, single calls. Several runs of one provider, on operands of their own, are
-rotated through.
+Runs take turns, so that drift affects all alike. On a GPU, mode "graph" times a captured CUDA graph between two events
+after a flush of the L2 cache; "eager" is the wall clock of 10 calls in a row, dominated by the host, without a flush. A
+CPU has only "eager", with single calls. Several runs of one provider, each with its own operands, alternate.
 """
 
 import functools
@@ -19,18 +18,18 @@ from bench.case import DTYPES, MODES, Roof
 from qkernels.runtime.precision import switched
 
 ROUNDS, EAGER_ROUNDS = 30, 7
-EAGER_CALLS, CALLS_SECONDS = 10, 0.1  # most calls, and most seconds, of an eager sample
-LEAST_ROUNDS, SECONDS = 3, 5.0  # rounds of slow runs: as many as fit these seconds, but at least 3
+EAGER_CALLS, CALLS_SECONDS = 10, 0.1  # maximum number of calls, and of seconds, in an eager sample
+LEAST_ROUNDS, SECONDS = 3, 5.0  # slow runs get as many rounds as fit these seconds, but at least 3
 Turn = Iterator[Callable[[], Any]]
 Runs = Mapping[str, Sequence[Callable[[], Any]]]
 FLUSH_BYTES = 2**30  # many times any L2 cache; writing it takes longer than the host needs to enqueue a graph
-ENERGY_SECONDS = 0.5  # the counter moves about every 20 to 100 ms
+ENERGY_SECONDS = 0.5  # the counter is updated every 20 to 100 ms
 
 
 class Timing(NamedTuple):
-    """Microseconds of one provider's runs, and joules of one.
+    """Microseconds of one provider's runs, and joules of one run.
 
-    `host` is the time until an eager call returned; None where that is the whole time, or not measured.
+    `host` is the time until an eager call returns; None if that is the whole time, or was not measured.
     """
 
     samples: list[float]
@@ -42,19 +41,19 @@ class Clock:
     """Times runs on a CPU, by wall clock."""
 
     modes: tuple[str, ...] = ("eager",)
-    device, copied, sizes = "cpu", 2**28, {"float32": 2048}  # of the roof's copy in bytes, and of its matrices
+    device, copied, sizes = "cpu", 2**28, {"float32": 2048}  # for the roof: bytes to copy, sizes of matrices
 
     def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
-        """The times of the runs of every name, which take turns; a name whose capture fails is left out."""
+        """Times of the runs by name, which take turns; a name whose capture fails is left out."""
         times = _interleaved(EAGER_ROUNDS, runs, lambda _, turn: self._eager(turn, 1))
         return {name: Timing(samples) for name, samples in times.items()}
 
     def memory(self) -> int:
-        """Allocated bytes, from which the peak is counted again."""
+        """Allocated bytes; starts a new count of the peak."""
         return 0
 
     def peak(self) -> int | None:
-        """Peak of the allocated bytes since `memory`; None where it is unknown."""
+        """Peak of the allocated bytes since `memory`; None if unknown."""
         return None
 
     def roof(self, precisions: Sequence[str]) -> Roof:
@@ -86,7 +85,7 @@ class Clock:
 
 
 class GpuClock(Clock):
-    """CUDA events and wall clock. Everything runs in one stream, in which graphs are captured too."""
+    """Times runs on a GPU, by CUDA events and wall clock. Runs and captures use one stream."""
 
     modes = MODES
     device, copied, sizes = "cuda", 2**30, {"float32": 4096}
@@ -95,7 +94,7 @@ class GpuClock(Clock):
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
         self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        # Libraries take their workspaces now, and not while the memory of a provider is counted.
+        # Libraries allocate their workspaces now, so that they do not count as memory of a provider.
         for dtype in (torch.float64, *DTYPES.values()):
             a = torch.rand(256, 256, dtype=dtype, device="cuda", requires_grad=True)
             (a @ a).sum().backward()
@@ -106,7 +105,7 @@ class GpuClock(Clock):
             slow = {name for name, several in runs.items() if self._eager(iter(several), 1) > 1e6 * CALLS_SECONDS / 2}
             calls = {name: 1 if name in slow else EAGER_CALLS for name in runs}
             times = _interleaved(EAGER_ROUNDS, runs, lambda name, turn: self._eager(turn, calls[name]))
-            # A slow run has synchronised, or is dominated by the device's work.
+            # A slow run has synchronised or is dominated by the device.
             return {name: Timing(t, None if name in slow else self._host(runs[name])) for name, t in times.items()}
         replays: dict[str, list[Callable[[], Any]]] = {}
         for name, several in runs.items():
@@ -129,7 +128,7 @@ class GpuClock(Clock):
         return torch.cuda.max_memory_allocated()
 
     def empty_graph(self) -> float:
-        """Microseconds between the events around a graph of one addition."""
+        """Microseconds of a graph with one addition."""
         value = torch.zeros(1, device="cuda")
         return self._microseconds(self._captured(lambda: value.add_(1)).replay)
 
@@ -160,7 +159,7 @@ class GpuClock(Clock):
         return statistics.median(samples)
 
     def _energy(self, run: Callable[[], Any]) -> float | None:
-        """Joules of the whole GPU for one run, replayed back to back; None where it is unknown."""
+        """Joules of the whole GPU per run, from many runs back to back; None if unknown."""
         torch.cuda.synchronize()
         start, count = time.perf_counter(), 0
         if self.nvml is None or (first := self.nvml.joules()) is None:
@@ -191,7 +190,7 @@ class Nvml:
 
     @classmethod
     def open(cls) -> "Nvml | None":
-        """The library for the current device; None where package or driver are missing."""
+        """The library for the current device; None if package or driver are missing."""
         try:
             import pynvml
 
@@ -206,14 +205,14 @@ class Nvml:
             return None
 
     def joules(self) -> float | None:
-        """Energy since the driver was loaded; None where it is unknown."""
+        """Joules since the driver was loaded; None if unknown."""
         try:
             return 1e-3 * float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except self.library.NVMLError:
             return None
 
     def used(self) -> int:
-        """Bytes of the device's memory that all its processes take."""
+        """Bytes of the device's memory in use by all processes."""
         return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
 
 
@@ -223,7 +222,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def _interleaved(rounds: int, runs: Runs, sample: Callable[[str, Turn], float]) -> dict[str, list[float]]:
-    """Samples by name, which take turns; fewer rounds where all of them would take over `SECONDS`."""
+    """Samples by name, which take turns; fewer rounds if all of them would take over `SECONDS`."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     turns = {name: itertools.cycle(several) for name, several in runs.items()}
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Kernels are compiled in parallel before they are tested or timed.
+"""Compiles kernels in parallel before they are tested or timed.
 
-Triton compiles a kernel at its first launch, for 1 to 9 s, and keeps it on disk where every process finds it. So
-recorded launches (`qkernels.runtime.recording`) are compiled in as many processes as there are cores; the launches
-themselves then only load what is there.
+Triton compiles a kernel at its first launch, in 1 to 9 s, and caches it on disk for all processes. So recorded launches
+(`qkernels.runtime.recording`) are compiled in as many processes as there are cores; the launches themselves then only
+load the cached kernels.
 """
 
 import importlib
@@ -20,7 +20,7 @@ COMPILE_CRASHED = "a compiling process died"
 
 
 class Spec(NamedTuple):
-    """What Triton compiles once: kernel, arguments by position (tensors by their type), launch options."""
+    """The key of one compilation by Triton: kernel, arguments by position (tensors by their type), launch options."""
 
     module: str
     kernel: str
@@ -29,7 +29,7 @@ class Spec(NamedTuple):
 
 
 def spec_of(launch: Launch) -> Spec:
-    """The launch, its integers replaced by one of the same specialisation: 1, divisible by 16, neither or none."""
+    """The launch, with each integer replaced by one of the same specialisation: 1, divisible by 16, or other."""
     kernel = launch.kernel
     arguments = tuple(
         _typical(launch.arguments[name], parameter.is_constexpr, not parameter.do_not_specialize)
@@ -53,12 +53,12 @@ def _typical(value: Any, constant: bool, specialized: bool) -> Any:
 
 
 def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tuple[int, list[str]]:
-    """Compile every kernel among `launches` once, for the present GPU, until the time is over.
+    """Compile every kernel among `launches` once, for the current GPU, until the time is over.
 
     Returns:
-        The number of kernels, and the errors, which do not raise: a broken kernel is for its test to report.
+        The number of kernels and the errors, which are not raised: a broken kernel is reported by its test.
     """
-    # Longest first: a product of four components takes several times as long as a kernel that adds or copies.
+    # Longest first: a Hamilton product takes several times as long as a kernel that adds or copies.
     specs = sorted({spec_of(launch) for launch in launches}, key=lambda spec: -len(str(spec.arguments)))
     if not specs:
         return 0, []

@@ -1,4 +1,4 @@
-"""Numbers, names and times as tables, charts and the terminal show them."""
+"""Numbers, names and times as text, for tables, charts and the terminal."""
 
 import functools
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from bench.results import Row, Shared
 
 MISSING = "not measured"
-SPREAD = 0.05  # share of the median, from which on p20 and p80 are shown
+SPREAD = 0.05  # p20 and p80 are shown if they differ by more than this share of the median
 
 
 def joined(*texts: str) -> str:
-    """The texts that are not empty, with commas."""
+    """The non-empty texts, joined with commas."""
     return ", ".join(filter(None, texts))
 
 
@@ -19,7 +19,7 @@ def number(value: float | None) -> str:
 
 
 def scaled(value: float | None, units: Sequence[tuple[float, str]]) -> str:
-    """Three digits, in the largest unit of which there is at least one."""
+    """Three digits, in the largest unit in which the value is at least 1."""
     if value is None:
         return ""
     scale, unit = next(((scale, unit) for scale, unit in units if abs(value) >= scale), units[-1])
@@ -32,7 +32,7 @@ size = functools.partial(scaled, units=((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (
 
 
 def time(row: Row | None) -> str:
-    """The median, with p20 to p80 where they are far apart; the status of a row that has no time."""
+    """The median, with p20 to p80 if they are far apart; the status of a row without a time."""
     if row is None or row.status != "ok":
         return row.status if row else ""
     low, middle, high = (microseconds(us) for us in (row.p20_us, row.median_us, row.p80_us))

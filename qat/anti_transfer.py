@@ -57,9 +57,9 @@ class AntiTransfer(nn.Module):
 
         After caching, the twin is dropped, so the cache cannot go stale. It is kept in memory, not on disk.
 
-        All samples are computed here, in the order of ``samples``, and not when each is first needed: the output of a
-        convolution depends on the size of the batch by a rounding error, and would then depend on the epoch in which a
-        run was resumed, or on the number of processes.
+        All samples are computed here, in the order of ``samples``, not at their first use: the rounding of a
+        convolution depends on the size of the batch, so that targets would depend on the epoch in which a run was
+        resumed, or on the number of processes.
 
         Args:
             inputs: inputs of the networks by sample number, ``samples [b] -> [b, ...]``, on the device.
@@ -92,7 +92,7 @@ class AntiTransfer(nn.Module):
         return {name: Rows(table, device, axis=int(name.endswith("_stats"))) for name, table in tables.items()}
 
     def forward(self, inputs: Tensor, remembered: Mapping[str, Tensor] | None = None) -> dict[str, Tap]:
-        """The taps that the trained network's features go through, by name; each computes its layer's unweighted loss.
+        """The taps for the trained network's features, by name; each computes its layer's unweighted loss.
 
         Args:
             inputs: input of the trained network and of the twin, `[B, ...]`.
@@ -124,7 +124,7 @@ class AntiTransfer(nn.Module):
             return self.twin.features_at(inputs, self.layers)
 
     def _target(self, features: Tensor) -> Frozen:
-        """What the loss reads of the twin's features, sample by sample."""
+        """The loss's targets from the twin's features, one per sample."""
         return gram_target(features, loss=self.loss) if self.loss.per_sample else features
 
     def _recalled(self, tap: str, remembered: Mapping[str, Tensor]) -> Frozen:

@@ -1,7 +1,7 @@
 """The command ``qat``: every stage of the method from the shell.
 
-Exit codes: 0 done; 1 training failed, or some files cannot be used; 2 bad input, or something that the machine lacks,
-which one line on stderr names; 130 interrupted, by Ctrl-C or SIGTERM.
+Exit codes: 0: done; 1: training failed, or some files cannot be used; 2: bad input, or something is missing on this
+machine, with one line on stderr; 130: interrupted, by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
 import qat
+from qat import torchrun
 from qat.commands import campaign, corpus, inspection, train
 from qat.commands.output import show
 from qat.commands.parser import Action, Commands, Parser
+from qat.files import problems_in_a_line
+from qat.processes import GROUP_SIGNALS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is shown as its number
+        if isinstance(stream, io.TextIOWrapper):  # characters that a terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="qat: %(message)s", level=logging.WARNING)
     parser, actions = build_parser()
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     while "subcommand" in leaf:
         name, leaf = f"{name} {leaf.subcommand}", leaf[leaf.subcommand]
     try:
+        leads = torchrun.leads()
         with _termination_as_interruption():
             options = parser.instantiate(options)
             for word in name.split():
@@ -48,10 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(name, error, 1)
     except KeyboardInterrupt:
         again = "the same command with --resume" if "resume" in leaf else "the same command"
-        return _fail(name, f"interrupted; what is finished is kept, and {again} goes on", 130)
-    if int(os.environ.get("RANK", 0)) == 0:
+        return _fail(name, f"interrupted; finished work is kept, and {again} continues", 130)
+    if leads:
         show(result, options.json)
-    return 1 if isinstance(result, dict) and result.get("problems") else 0
+    problems = result.get("problems") if isinstance(result, dict) else None
+    if problems and leads:
+        _fail(name, problems_in_a_line(problems), 1)
+    return 1 if problems else 0
 
 
 def build_parser() -> tuple[Parser, dict[str, Action]]:
@@ -81,19 +87,23 @@ def build_parser() -> tuple[Parser, dict[str, Action]]:
 
 @contextlib.contextmanager
 def _termination_as_interruption() -> Iterator[None]:
-    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does."""
+    """SIGTERM, which schedulers and containers send, and SIGHUP of a closed terminal end a command as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    former = {number: signal.getsignal(number) for number in GROUP_SIGNALS}
+    heard = [number for number in former if former[number] != signal.SIG_IGN]  # nohup ignores SIGHUP
+    for number in heard:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number in heard:
+            signal.signal(number, former[number])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether numpy, PyTorch's allocators or CUDA had no memory left."""
+    """Whether numpy, PyTorch's allocators or CUDA ran out of memory."""
     words = ("can't allocate memory", "out of memory", "Unable to allocate")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import re
+import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from importlib.resources.abc import Traversable
@@ -38,16 +41,54 @@ class Busy(Exception):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: replaces it atomically on success, is removed on an error."""
+    """A temporary path beside ``path``: replaces it atomically on success, is removed on an error.
+
+    Where this block holds the lock of ``path`` (:func:`held`), what killed writers of it have left is removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove_drafts(path)
+    draft = _draft(path)
     try:
-        yield draft
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())  # else a crash of the machine may leave the new name with an empty file
-        os.replace(draft, path)
+        with _naming(path):
+            yield draft
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())  # else a crash of the machine may leave the new name with an empty file
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    """A new name beside ``path``; process numbers alone are the same in many a container, where most are 1."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def _remove_drafts(path: Path) -> None:
+    """Remove drafts of ``path``, if nobody else can be at work on one, as its folder or one above has a lock held here.
+
+    Whether their writers live could not be told: they may be on another machine, and numbers of processes come again.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    if not any(folder.is_relative_to(Path(key).parent) for key in _held.get()):
+        return
+    draft = re.compile(rf"\.{re.escape(path.name)}\.\d+(-[0-9a-f]+)?\.part")
+    for entry in folder.iterdir():
+        if draft.fullmatch(entry.name):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system that name no file, such as that of a full disk, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,30 +185,6 @@ def _text_of(path: Traversable) -> str:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``: renamed to it on success, removed on an error.
-
-    Raises:
-        ValueError: ``target`` exists and is not empty; files that are already there are never deleted.
-    """
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target}: not empty, and not what would be made there; remove it or name another folder")
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        try:
-            draft.rename(target)
-        except OSError:
-            if not any(target.iterdir()):
-                raise
-            # Another process finished the same work first; its result is as good.
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
 def held(lock: Path, *, wait: bool = False, nested: bool = False) -> Iterator[None]:
     """Hold a lock until the block ends, or this process.
 
@@ -176,12 +193,14 @@ def held(lock: Path, *, wait: bool = False, nested: bool = False) -> Iterator[No
 
     Args:
         lock: lock file; created where absent, and kept. A file beside it says who holds it.
-        wait: wait for the present holder, instead of raising ``Busy``.
+        wait: wait for the present holder, instead of raising ``Busy``; for work that is short, and may be done twice
+            where nothing can be locked: a warning says so then.
         nested: be content with a lock that is held around this block.
 
     Raises:
         Busy: another process or thread holds the lock.
-        ValueError: the file cannot be locked.
+        ValueError: the file system has no locks.
+        OSError: the file cannot be made, as in a folder that is read-only.
     """
     key = os.path.realpath(lock)
     if nested and key in _held.get():
@@ -198,20 +217,31 @@ def held(lock: Path, *, wait: bool = False, nested: bool = False) -> Iterator[No
             log.warning("%s: waiting for %s", lock, holder(lock))
             file_lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise ValueError(f"{lock}: cannot be locked ({error}); use a folder on a file system with locks") from None
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        problem = f"{lock}: cannot be locked ({error})"
+        if not wait:
+            raise ValueError(f"{problem}; use a folder on a file system with locks") from None
+        log.warning("%s; meanwhile other processes may repeat this work", problem)
+    token = _held.set(_held.get() | {key} if file_lock.is_locked else _held.get())
     try:
-        about = {"process": os.getpid(), "host": socket.gethostname()}
-        write_json(_holder_file(lock), about | {"since": datetime.now().astimezone().isoformat(timespec="seconds")})
-        token = _held.set(_held.get() | {key})
-        try:
-            yield
-        finally:
-            _held.reset(token)
+        if file_lock.is_locked:
+            about = {"process": os.getpid(), "host": socket.gethostname()}
+            write_json(_holder_file(lock), about | {"since": datetime.now().astimezone().isoformat(timespec="seconds")})
+        yield
     finally:
+        _held.reset(token)
         file_lock.release()
 
 
 _held: ContextVar[frozenset[str]] = ContextVar("held", default=frozenset())
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of a file or folder, beside it."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def holder(lock: Path) -> str:
@@ -227,25 +257,55 @@ def _holder_file(lock: Path) -> Path:
     return lock.with_name(f"{lock.name}.holder")
 
 
-def make_once(target: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder unless it exists; other processes that need it wait meanwhile.
+def make_once(target: Path, make: Callable[[Path], None], is_made: Callable[[Path], bool] = Path.exists) -> None:
+    """Make a folder unless it is made; other processes that need it wait meanwhile.
 
-    Without locks (:func:`held`) several processes may make it; the first result is kept.
+    It is filled beside ``target``, renamed to it on success, and removed on an error. Without locks (:func:`held`)
+    several processes may make it; the first result is kept.
 
     Args:
-        target: folder; absent, or complete.
+        target: folder.
         make: fills the empty folder that it is given.
+        is_made: whether ``target`` is what would be made, and complete.
+
+    Raises:
+        ValueError: ``target`` is something else; files that are already there are never deleted.
     """
-    if target.exists():
+    if is_made(target):
         return
-    with ExitStack() as stack:
+    with held(lock_of(target), wait=True):
+        if is_made(target):
+            return
+        if target.is_dir() and any(target.iterdir()):
+            raise ValueError(f"{target}: not empty, and not what would be made there; remove it or name another folder")
+        _remove_drafts(target)
+        draft = _draft(target)
+        draft.mkdir()
         try:
-            stack.enter_context(held(target.with_name(f".{target.name}.lock"), wait=True))
-        except ValueError as error:
-            log.warning("%s; meanwhile other processes may repeat this work", error)
-        if not target.exists():
-            with new_folder(target) as draft:
+            with _naming(target):
                 make(draft)
+                try:
+                    draft.rename(target)
+                except OSError:
+                    if not any(target.iterdir()):
+                        raise
+                    # Another process finished the same work first; its result is as good.
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def problems_in_a_line(problems: Sequence[Mapping[str, Any]]) -> str:
+    """The first of several problems, with its file, and their number.
+
+    Args:
+        problems: ``problem``, and ``path`` where it is a file's.
+
+    >>> problems_in_a_line([{"path": "a.wav", "problem": "is silent"}, {"path": "b.wav", "problem": "is not there"}])
+    'a.wav: is silent (2 problems)'
+    """
+    path, problem = problems[0].get("path", ""), problems[0]["problem"]
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return f"{'' if path in problem else f'{path}: '}{problem} ({count})"
 
 
 def sha256_of(path: Path) -> str:

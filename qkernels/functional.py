@@ -26,7 +26,10 @@ from qkernels.ops.hamilton_conv import reference as conv_reference
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
+from qkernels.runtime.flops import register_formulas
 from qkernels.runtime.precision import autocast_dtype
+
+register_formulas()
 
 ACTIVATIONS = (None, "relu")
 POOLS = (None, 2)
@@ -131,11 +134,13 @@ def hamilton_conv2d(
     stride, padding, dilation = checks.window(stride, padding, dilation)
     checks.rank("x", x, ("B", "4 Q", "H", "W"))
     checks.rank("weight", weight, ("4", "P", "Q/groups", "kh", "kw"))
-    checks.groups(groups, weight.shape[1])
+    groups = checks.groups(groups, weight.shape[1])
     checks.channels(x.shape[1], 4 * weight.shape[2] * groups, "4 * weight.shape[2] * groups")
     checks.bias(bias, 4 * weight.shape[1])
-    checks.option("activation", activation, ACTIVATIONS)
-    checks.option("pool", pool, POOLS)
+    activation, pool = checks.option("activation", activation, ACTIVATIONS), checks.option("pool", pool, POOLS)
+    return_map = checks.flag("return_map", return_map)
+    x_is_relu, mask_gradient = checks.flag("x_is_relu", x_is_relu), checks.flag("mask_gradient", mask_gradient)
+    checks.instance("packed", packed, PackedWeight, "a result of pack_weights")
     if return_map and not pool:
         raise ValueError("return_map=True needs pool=2: without a pool the map is the result itself")
     size = conv_reference.conv_output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
@@ -196,7 +201,7 @@ def hamilton_conv_transpose2d(
     output_padding = checks.pair("output_padding", output_padding, 0)
     checks.rank("x", x, ("B", "4 Q", "H", "W"))
     checks.rank("weight", weight, ("4", "Q", "P/groups", "kh", "kw"))
-    checks.groups(groups, weight.shape[1])
+    groups = checks.groups(groups, weight.shape[1])
     checks.channels(x.shape[1], 4 * weight.shape[1], "4 * weight.shape[1]")
     checks.bias(bias, 4 * weight.shape[2] * groups)
     for extra, s, d in zip(output_padding, stride, dilation, strict=True):
@@ -263,13 +268,17 @@ def hamilton_linear(
     (WASPAA 2023, section 2.1; Parcollet et al. 2019.)
     """
     checks.rank("weight", weight, ("4", "N", "K"))
+    flatten = checks.flag("flatten", flatten)
     features = checks.features_of(x, flatten)
     leading = x.shape[:1] if flatten else x.shape[:-1]
     checks.channels(features, 4 * weight.shape[2], "4 * weight.shape[2]")
     checks.bias(bias, 4 * weight.shape[1])
-    checks.option("activation", activation, ACTIVATIONS)
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be a probability, 0 to 1; got {dropout}")
+    activation = checks.option("activation", activation, ACTIVATIONS)
+    dropout = checks.number("dropout", dropout, "a probability, 0 to 1", 0, 1)
+    x_is_relu, mask_gradient = checks.flag("x_is_relu", x_is_relu), checks.flag("mask_gradient", mask_gradient)
+    checks.instance("packed", packed, PackedWeight, "a result of pack_weights")
+    if dtype is not None:
+        checks.floating("dtype", dtype)
     if flatten:  # on the Triton backend this is a convolution whose kernel is as large as the map
         weight = weight.unflatten(2, (-1, *x.shape[2:]))
     x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_linear", x, weight, bias)
@@ -332,6 +341,8 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
 
     (The signed tiles of `ops/hamilton_conv/kernels.py`.)
     """
+    checks.tensor("x", x)
+    checks.layers(weights)
     dtype = _cast_dtype(x)
     plans = [runtime.plan_of(name, x, weight, dtype) for name, weight in weights]
     on_triton = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
@@ -367,6 +378,8 @@ class GramTarget(NamedTuple):
 
     def of(self, index: Tensor) -> GramTarget:
         """The targets of the samples with these numbers, `[b]`."""
+        checks.parts("", self)
+        checks.numbers(index, self.values)
         return self._replace(values=self.values.index_select(0, index), stats=self.stats.index_select(1, index))
 
 
@@ -428,7 +441,9 @@ def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = 
     (WASPAA 2023, equation 1; Guizzo et al. 2021. Linear CKA: Kornblith et al. 2019.)
     """
     checks.features(a, b, "a", "b")
-    checks.option("gram", gram, GRAMS)
+    gram, centred = checks.option("gram", gram, GRAMS), checks.flag("centred", centred)
+    if gram == "batch" and a.shape[0] == 0:
+        return _of_no_samples(a, b)
     if _is_reference(a, b):
         cosine = _in_float32(gram_reference.gram_cosine, a, b, gram, centred)
     else:
@@ -459,8 +474,11 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     (Kornblith et al. 2019, section 3.)
     """
     for name, value in (("a", a), ("b", b)):
+        checks.tensor(name, value)
         if value.dim() < 2:
             raise ValueError(f"{name} must have dimensions [B, ...]; got shape {tuple(value.shape)}")
+        if value.shape[1:].numel() == 0:
+            raise ValueError(f"{name} must have at least one channel and one position; got shape {tuple(value.shape)}")
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"b must have as many samples as a; got {b.shape[0]} and {a.shape[0]}")
     if a.shape != b.shape:
@@ -493,7 +511,8 @@ def anti_transfer_loss(
             device, the only one that `torch.compile(fullgraph=True)` takes.
 
     Returns:
-        A scalar, or `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too.
+        A scalar, or `[B]` for reduction "none"; float32 (float64 for float64 features), under autocast too. Of an empty
+        batch NaN, as PyTorch's means are, and 0 for "sum" of a loss that has a value per sample.
 
     Raises:
         ValueError: shapes, types or options that do not fit; reduction "none" for a loss with one value per batch; a
@@ -514,7 +533,9 @@ def anti_transfer_loss(
     loss = loss_of(loss)
     checks.loss_options(loss, reduction, generator)
     _check_frozen(trained, frozen, "trained", loss)
-    weight = loss.weight(beta)
+    weight = loss.weight(checks.number("beta", beta, "a finite number"))
+    if trained.shape[0] == 0 and isinstance(frozen, Tensor) and not loss.per_sample:
+        return weight * _of_no_samples(trained, frozen)
     if loss.gram is not None and not _is_reference(trained, frozen):
         cosine, value, *_ = gram_op.gram_cosine(*_operands(trained, frozen, *loss.gram, weight, reduction == "mean"))
         return weight * cosine.square() if reduction == "none" else value
@@ -564,7 +585,9 @@ def anti_transfer_tap(
     loss = loss_of(loss)
     checks.option("reduction", reduction, ("mean", "sum"))
     _check_frozen(features, frozen, "features", loss)
-    if loss.gram is None or _is_reference(features, frozen):
+    beta = checks.number("beta", beta, "a finite number")
+    empty = features.shape[0] == 0 and not loss.per_sample
+    if loss.gram is None or _is_reference(features, frozen) or empty:
         return features, anti_transfer_loss(features, frozen, loss=loss, beta=beta, reduction=reduction)
     return _Tap.apply(*_operands(features, frozen, *loss.gram, loss.weight(beta), reduction == "mean"))
 
@@ -598,6 +621,11 @@ def _folded_rowwise(trained: Tensor, frozen: Tensor, weight: float, clamp: str) 
     if backend == "reference" or runtime.needs_own_operators():
         return weight * _in_float32(folded_reference.folded_rowwise, trained, frozen, clamp)
     return folded_op.folded_rowwise(trained, frozen, clamp, weight, runtime.operator_backend(backend))[0]
+
+
+def _of_no_samples(a: Tensor, b: Tensor) -> Tensor:
+    """The value of an empty batch, NaN as any mean over nothing, with gradients of the features' shape."""
+    return (a.sum() + b.sum()).to(compute_dtype(a, b)) * math.nan
 
 
 def _operands(
@@ -656,8 +684,7 @@ def _operands_of_layer(
     x = x.to(dtype, memory_format=torch.channels_last if maps else torch.preserve_format)
     if autocast and backend != "triton":
         weight, bias = weight.to(_cast_dtype(weight)), None if bias is None else bias.to(_cast_dtype(bias))
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x must be of a floating-point type; got {x.dtype}")
+    checks.floating("x", x.dtype)
     for label, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.dtype != x.dtype and not (autocast and backend == "triton"):
             raise ValueError(f"{label} must have the type of x; got {other.dtype} and {x.dtype}")

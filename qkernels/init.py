@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from qkernels import checks
+
 
 def quaternion_glorot_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Fills a weight with quaternions of sigma = 1 / sqrt(2 (fan_in + fan_out)), in place.
@@ -52,8 +54,7 @@ def quaternion_he_(weight: Tensor, generator: torch.Generator | None = None) -> 
 
 
 def _fans(weight: Tensor) -> tuple[int, int]:
-    if weight.dim() < 3 or weight.shape[0] != 4:
-        raise ValueError(f"weight must have shape [4, out/4, in/4, *kernel]; got {tuple(weight.shape)}")
+    checks.initialised(weight)
     _, fan_out, fan_in, *kernel = weight.shape
     area = math.prod(kernel)
     return fan_in * area, fan_out * area
@@ -61,6 +62,7 @@ def _fans(weight: Tensor) -> tuple[int, int]:
 
 @torch.no_grad()
 def _quaternion_(weight: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
+    checks.generator(generator)
     shape, dtype = weight.shape[1:], torch.promote_types(weight.dtype, torch.float32)
     device = weight.device if generator is None else generator.device
 

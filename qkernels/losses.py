@@ -37,8 +37,9 @@ class Loss:
 
     def __post_init__(self) -> None:
         for option, allowed in self.options().items():
-            if (value := getattr(self, option)) not in allowed:
-                raise ValueError(f"{option} of loss {self.name!r} must be {_one_of(allowed)}; got {value!r}")
+            value = getattr(self, option)
+            if not isinstance(value, type(allowed[0])) or value not in allowed:
+                raise ValueError(f"{option} of loss {self.name!r} must be {_one_of(allowed)}; got {told(value)}")
 
     @classmethod
     def options(cls) -> dict[str, tuple[Any, ...]]:
@@ -131,7 +132,7 @@ class FoldedRowwise(Loss):
 
     def weight(self, beta: float) -> float:
         """The released code applies beta twice."""
-        return beta**2
+        return beta * beta
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,25 @@ def loss_of(value: object) -> Loss:
     Raises:
         ValueError: no such loss or option.
     """
-    if isinstance(value, Loss):
+    if isinstance(value, _CLASSES):
         return value
     if isinstance(value, str) and value in _DEFAULTS:
         return _DEFAULTS[value]
     name = value.get("name") if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping) or not isinstance(name, str) or name not in LOSSES:
-        raise ValueError(f"loss must be {_one_of(LOSSES)}, or a mapping of such a name and options; got {value!r}")
+        raise ValueError(f"loss must be {_one_of(LOSSES)}, or a mapping of such a name and options; got {told(value)}")
     options = {option: setting for option, setting in value.items() if option != "name"}
     allowed = LOSSES[name].options()
     for option in options.keys() - allowed.keys():
         listed = ", ".join(allowed) or "none"
-        raise ValueError(f"{option}: {options[option]!r} must be an option of loss {name!r}, which has {listed}")
+        raise ValueError(f"{option}: {told(options[option])} must be an option of loss {name!r}, which has {listed}")
     return LOSSES[name](**options)
+
+
+def told(value: object) -> str:
+    """A value in an error message: on one line, and not longer than it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _one_of(allowed: Any) -> str:

@@ -31,11 +31,12 @@ class _QuaternionLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        checks.option("init", init, tuple(INITS))
-        self.init = init
+        checks.factory(shape, device, dtype)
+        self.init = checks.option("init", init, tuple(INITS))
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            "bias",
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if checks.flag("bias", bias) else None,
         )
         self.reset_parameters(generator)
 
@@ -105,15 +106,15 @@ class QuaternionConv2d(_QuaternionLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        groups = checks.count("groups", groups)
         p = checks.quaternions("out_channels", out_channels, groups)
         q = checks.quaternions("in_channels", in_channels, groups)
-        checks.option("activation", activation, F.ACTIVATIONS)
-        checks.option("pool", pool, F.POOLS)
         kernel = checks.pair("kernel_size", kernel_size, 1)
-        super().__init__((4, p, q // groups, *kernel), out_channels, bias, init, generator, device, dtype)
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        super().__init__((4, p, q // groups, *kernel), 4 * p, bias, init, generator, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size, self.groups = 4 * q, 4 * p, kernel, groups
         self.stride, self.padding, self.dilation = checks.window(stride, padding, dilation)
-        self.groups, self.activation, self.pool = groups, activation, pool
+        self.activation = checks.option("activation", activation, F.ACTIVATIONS)
+        self.pool = checks.option("pool", pool, F.POOLS)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hamilton_conv2d(
@@ -174,13 +175,14 @@ class QuaternionConvTranspose2d(_QuaternionLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        groups = checks.count("groups", groups)
         p = checks.quaternions("out_channels", out_channels, groups)
         q = checks.quaternions("in_channels", in_channels, groups)
         kernel = checks.pair("kernel_size", kernel_size, 1)
-        super().__init__((4, q, p // groups, *kernel), out_channels, bias, init, generator, device, dtype)
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        super().__init__((4, q, p // groups, *kernel), 4 * p, bias, init, generator, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size, self.groups = 4 * q, 4 * p, kernel, groups
         self.stride, self.padding, self.dilation = checks.window(stride, padding, dilation)
-        self.output_padding, self.groups = checks.pair("output_padding", output_padding, 0), groups
+        self.output_padding = checks.pair("output_padding", output_padding, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hamilton_conv_transpose2d(
@@ -230,11 +232,11 @@ class QuaternionLinear(_QuaternionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         n, k = checks.quaternions("out_features", out_features), checks.quaternions("in_features", in_features)
-        checks.option("activation", activation, F.ACTIVATIONS)
-        super().__init__((4, n, k), out_features, bias, init, generator, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__((4, n, k), 4 * n, bias, init, generator, device, dtype)
+        self.in_features, self.out_features = 4 * k, 4 * n
+        self.activation = checks.option("activation", activation, F.ACTIVATIONS)
         # None instead of 0.0, which torch.compile would treat as a number that may change.
-        self.activation, self.dropout = activation, dropout or None
+        self.dropout = checks.number("dropout", dropout, "a probability, 0 to 1", 0, 1) or None
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training and self.dropout else 0.0
@@ -249,7 +251,7 @@ class QuaternionBatchNorm2d(nn.modules.batchnorm._BatchNorm):
 
     y = weight (x - mean) / sqrt(var + eps) + bias, where mean `[4]` is one number per component, over batch,
     quaternion channels and space, and var is the mean over the same elements of |x - mean|^2, summed over
-    components (biased). In eval mode the running values take their place, with gradient.
+    components (biased). In eval mode the running values take their place, with gradient. An empty batch changes none.
 
     Args:
         num_features: real channels C, 4 per quaternion.
@@ -262,7 +264,7 @@ class QuaternionBatchNorm2d(nn.modules.batchnorm._BatchNorm):
         buffers running_mean `[4]`, running_var `[1]`, num_batches_tracked `[]`.
 
     Raises:
-        ValueError: channels not divisible by 4; an empty batch in training.
+        ValueError: channels not divisible by 4; maps or options that do not fit.
 
     (RH-Emo's decoder, Guizzo et al. 2022; Gaudet & Maida 2018.)
     """
@@ -277,24 +279,30 @@ class QuaternionBatchNorm2d(nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         quaternions = checks.quaternions("num_features", num_features)
-        super().__init__(num_features, eps, momentum, affine=False, device=device, dtype=dtype)
+        checks.factory((num_features,), device, dtype)
+        eps = checks.number("eps", eps, "a finite number >= 0", 0)
+        if momentum is not None:
+            momentum = checks.number("momentum", momentum, "None or a number from 0 to 1", 0, 1)
+        super().__init__(4 * quaternions, eps, momentum, affine=False, device=device, dtype=dtype)
         self.affine = True
         self.weight = nn.Parameter(torch.ones(quaternions, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(4 * quaternions, device=device, dtype=dtype))
         self.running_mean = torch.zeros(4, device=device, dtype=dtype)
         self.running_var = torch.ones(1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"x must have shape [B, {self.num_features}, H, W]; got {tuple(x.shape)}")
+        checks.floating("x", x.dtype)
+        if x.device != self.weight.device:
+            raise ValueError(f"weight must be on the device of x; got {self.weight.device} and {x.device}")
         running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
         assert running_mean is not None
         assert running_var is not None
         assert batches is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (4, -1))
-        if self.training:
-            if wide.numel() == 0:
-                raise ValueError(f"x must not be empty in training; got shape {tuple(x.shape)}")
+        if self.training and wide.numel():
             mean = wide.mean((0, 2, 3, 4))
             centred = wide - mean.view(4, 1, 1, 1)
             var = centred.square().sum(1).mean().view(1)
@@ -345,8 +353,9 @@ class AntiTransferLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.loss, self.beta, self.reduction, self.generator = loss_of(loss), beta, reduction, generator
+        self.loss, self.beta = loss_of(loss), checks.number("beta", beta, "a finite number")
         checks.loss_options(self.loss, reduction, generator)
+        self.reduction, self.generator = reduction, generator
 
     def forward(self, trained: Tensor, frozen: Tensor | F.GramTarget) -> Tensor:
         return F.anti_transfer_loss(

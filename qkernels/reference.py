@@ -1,4 +1,7 @@
-"""The definitions: plain PyTorch over the structure tensor, in any float type, differentiable by autograd."""
+"""The definitions: plain PyTorch over the structure tensor, in any float type, differentiable by autograd.
+
+They check no argument: `qkernels.functional` does, and computes them under `set_backend("reference")`.
+"""
 
 from qkernels.ops.folded_rowwise.reference import folded_rowwise
 from qkernels.ops.gram_cosine.reference import gram_cosine

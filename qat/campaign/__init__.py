@@ -1,1 +1,1 @@
-"""Many trainings from one plan, and the engine that runs them."""
+"""Plans of many trainings, and the engine that runs them."""

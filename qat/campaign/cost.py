@@ -1,10 +1,10 @@
-"""What trainings that have not been run yet are likely to cost: arithmetic, at a rate that is assumed or was measured.
+"""The estimated time of trainings that have not been run yet: their arithmetic at an assumed or measured rate.
 
     seconds of an epoch = (training samples x FLOP to train one + validation samples x FLOP to judge one) / rate
 
-A sample is trained by three forward passes' worth of arithmetic (forward, and twice that backward). Counted are the
-products of convolutions and linear maps, as the definition has them, and the twin's forward pass; Gram matrices,
-spectrograms, reading and judging the test part are not.
+Training on a sample takes three times the arithmetic of its forward pass (the backward pass takes twice as much as
+forward). The products of convolutions and linear layers are counted, as defined, and the twin's forward pass; Gram
+matrices, spectrograms, reading of files and the test part are not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pandas as pd
 
 from qat.campaign.options import Assumed
 from qat.campaign.plan import RUNS, Campaign
-from qat.config import AnyExperiment, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
+from qat.config import AnyExperiment, CorpusConfig, Experiment, NetworkConfig, RHEmoExperiment, TrainingConfig
 from qat.data.corpora import CORPORA, FOUR_EMOTIONS
 from qat.data.splits import counts
 from qat.models.rhemo import DIMENSIONS
@@ -21,23 +21,25 @@ from qat.models.sizes import layer_sizes
 from qat.models.vgg import HIDDEN, scaled
 from qat.results.record import Result, read_result
 
-_WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}  # training (at most) and validation
-_ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}  # training and validation
-_RHEMO_CONVOLUTIONS = 16e6  # multiplications of encoder and decoder, a sample
+# Sizes of the training part (maximum) and the validation part of the word task.
+_WORDS = {"librispeech": (120_000, 40_000), "demo": counts(864)[:2]}
+# Shares of training and validation part in the actor split.
+_ACTOR = {"iemocap": (0.6, 0.2), "tess": (0.5, 0.25), "ravdess": (0.75, 0.21)}
+_RHEMO_CONVOLUTIONS = 16e6  # multiplications in encoder and decoder, per sample
 
 
 def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:
-    """What is left to train, by stage and network.
+    """Estimated time of the trainings that are not finished, by stage and network.
 
     Args:
-        campaign: the trainings.
-        assumed: epochs and rate where no training of the same stage and network is finished. Where some are, their mean
-            number of epochs and the arithmetic that they did in a second are taken.
+        campaign: trainings.
+        assumed: epochs and rate of a stage and network without finished trainings. Where some are finished, their mean
+            number of epochs and their measured rate are used instead.
 
     Returns:
-        One row per stage and network: ``stage``, ``network``, ``trainings``, ``finished``, ``epochs`` (mean of those
-        that are left), ``tflops``, ``hours`` (of those that are left, one after another on one device) and ``basis``:
-        where epochs and rate come from.
+        One row per stage and network: ``stage``, ``network``, ``trainings``, ``finished``, ``epochs`` (mean over
+        the unfinished ones), ``tflops``, ``hours`` (of the unfinished ones, one after another on one device) and
+        ``basis``: the origin of epochs and rate.
     """
     finished, rows = campaign.finished(), []
     for (stage, network), group in campaign.table.fillna("").groupby(["stage", "network"], sort=False):
@@ -47,7 +49,7 @@ def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:
         epochs, rate, basis = measured or (assumed.epochs, assumed.tflops, "assumed")
         remaining = [experiment for path, experiment in runs.items() if path not in results]
         lengths = [_length(experiment.training, epochs) for experiment in remaining]
-        flop = sum(length * flop_of_epoch(one) for length, one in zip(lengths, remaining, strict=True))
+        flop = sum(length * flop_of_epoch(left) for length, left in zip(lengths, remaining, strict=True))
         rows.append(
             {
                 "stage": stage,
@@ -64,8 +66,8 @@ def estimate(campaign: Campaign, assumed: Assumed) -> pd.DataFrame:
 
 
 def flop_of_epoch(experiment: AnyExperiment) -> float:
-    """Operations of one epoch of a training, two for each multiplication with its addition."""
-    train, validation = _samples(experiment)
+    """Operations in one epoch of a training; a multiplication and an addition count as two."""
+    train, validation = samples(experiment)
     forward = _forward(experiment)
     twin = 0.0
     if isinstance(experiment, Experiment) and (experiment.anti_transfer.twin or experiment.anti_transfer.random_twin):
@@ -86,29 +88,33 @@ def _forward(experiment: AnyExperiment) -> float:
 
 
 def _vgg(network: NetworkConfig, layers: int) -> float:
-    """Operations of a sample's forward pass through the first layers."""
+    """Operations in the forward pass of one sample through the first ``layers`` layers."""
     return sum(layer.flops for layer in layer_sizes(network, 1)[:layers])
 
 
-def _samples(experiment: AnyExperiment) -> tuple[float, float]:
-    """Training and validation samples, one cut a file."""
-    name, where = experiment.corpus.name, experiment.corpus.where
+def samples(experiment: AnyExperiment) -> tuple[float, float]:
+    """Estimated number of training and validation samples, one cut per file."""
+    name = experiment.corpus.name
     if isinstance(experiment, Experiment) and experiment.task == "word":
         return _WORDS.get(name, _WORDS["librispeech"])
-    items = (CORPORA[name].utterances if name in CORPORA else 0) or CORPORA["iemocap"].utterances
-    if name == "iemocap" and "emotion" in where:
-        items = FOUR_EMOTIONS
-    if name == "demo" and "speaker" in where:
-        items = items * len(where["speaker"]) // 18
+    files = utterances(experiment.corpus)
     if experiment.split.rule != "random" and name in _ACTOR:
-        train, validation = (share * items for share in _ACTOR[name])
+        train, validation = (share * files for share in _ACTOR[name])
         return train, validation
-    return counts(items)[:2]
+    return counts(files)[:2]
+
+
+def utterances(corpus: CorpusConfig) -> int:
+    """Number of selected utterances of a corpus; of an unknown one, as many as IEMOCAP has."""
+    if corpus.name == "iemocap" and "emotion" in corpus.where:
+        return FOUR_EMOTIONS
+    files = (CORPORA[corpus.name].utterances if corpus.name in CORPORA else 0) or CORPORA["iemocap"].utterances
+    return files * len(corpus.where["speaker"]) // 18 if corpus.name == "demo" and "speaker" in corpus.where else files
 
 
 def _measured(runs: list[tuple[AnyExperiment, Result]]) -> tuple[int, float, str] | None:
-    """Mean epochs and rate of finished runs, and where they come from."""
-    timed = [(result, result.epochs * flop_of_epoch(one)) for one, result in runs if result.epochs and result.seconds]
+    """Mean number of epochs and rate of finished runs, and a description of their origin."""
+    timed = [(result, result.epochs * flop_of_epoch(run)) for run, result in runs if result.epochs and result.seconds]
     if not timed:
         return None
     devices = ", ".join(sorted({result.device for result, _ in timed}))
@@ -118,5 +124,5 @@ def _measured(runs: list[tuple[AnyExperiment, Result]]) -> tuple[int, float, str
 
 
 def _length(training: TrainingConfig, epochs: int) -> int:
-    """Epochs of a training: none stops before its patience is over."""
+    """Number of epochs of a training; early stopping cannot end it before its patience is over."""
     return min(max(epochs, training.patience + 1), training.epochs)

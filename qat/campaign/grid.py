@@ -1,8 +1,9 @@
-"""The paper's grid (WASPAA 2023, table 1 and figure 2): every training that its results are made of, in one plan.
+"""The paper's grid (WASPAA 2023): every training behind its table 1 and figure 2, in one plan.
 
-RH-Emo in two stages; for each of two networks one that recognises words and one that recognises speakers; then for each
-emotion corpus, split and network one training without anti-transfer (AT), one with AT against speakers (S) or words (W)
-at each of 13 layers, and as many that go on from those with AT against the other: 2 + 4 + 12 (1 + 13 x 4) = 642.
+RH-Emo has two stages. Each of the two networks is trained to recognise words and to recognise speakers. Then, for each
+emotion corpus, split and network, there is one training without anti-transfer (AT) and, at each of 13 layers, one with
+AT against speakers (S), one against words (W), and one that continues each of these against the other task. That is
+2 + 4 + 12 (1 + 13 x 4) = 642 trainings.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def plan_grid(
         folder: folder of the campaign.
         preset: preset, of :data:`qat.config.preset.NAMES`, or a file of the same form.
         selection: emotion trainings.
-        seeds: seeds of the emotion trainings; what they build on has one.
+        seeds: seeds of the emotion trainings; the networks that they build on have one seed.
         folders: folders of the corpora, by name; ``corpora/NAME`` for others.
-        settings: file of overrides, see :mod:`qat.config.preset`, applied after the preset's.
+        settings: file of overrides that are applied after the preset's, see :mod:`qat.config.preset`.
 
     Raises:
         ValueError: wrong settings.
@@ -51,7 +52,7 @@ def plan_grid(
 
 
 def _add(stages: Stages, attributes: Mapping[str, Any]) -> Path:
-    """Add an emotion training; the second half of dual anti-transfer goes on from the single one."""
+    """Add an emotion training; dual anti-transfer continues the single one."""
     kind, _, tasks = attributes["at"].partition("_")
     training = stages.emotion(attributes)
     if kind == "dual":

@@ -1,11 +1,11 @@
-"""The engine: trains a campaign on this machine's processors or GPUs, or as job arrays of a Slurm cluster.
+"""The engine: trains a campaign on this machine's CPU or GPUs, or as job arrays on a Slurm cluster.
 
-The runs' folders are the only state. Whoever trains a run holds the lock in its folder (and, for a moment, whoever
-looks whether it is free), so that the same campaign may be started again at any time, wherever it was stopped: finished
-runs are left alone, the others go on.
+The run folders are the only state. A process that trains a run holds the lock in its folder; a process that checks
+whether the run is free holds it for a moment. So a campaign can be stopped and started again at any time: finished runs
+are skipped, the others continue.
 
-A job trains whatever is ready, one run after the other, and ends when nothing is; a run is ready as soon as all that
-it builds on is finished. Whenever more becomes ready than the jobs there are take, more jobs are submitted.
+A run is ready as soon as every run that it builds on is finished. A job trains ready runs one after another and ends
+when there is none. When more runs become ready than the running jobs take, more jobs are submitted.
 """
 
 from __future__ import annotations
@@ -35,36 +35,37 @@ from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
 from qat.files import LOCK, Busy, held, holder, read_json, write_text
-from qat.processes import bar
+from qat.processes import GROUP_SIGNALS, bar
 from qat.training.checkpoint import check_run
 
 C = TypeVar("C")
 Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
 
 _IMPORTED = [__name__, "qat.training.classifier", "torchmetrics", "torch.utils.tensorboard", "torch._inductor"]
-"""What every training imports, which takes seconds and is done once for all of a job. None of them starts CUDA, which
-does not survive a fork."""
+"""Modules that every training imports. They take seconds to import, so each job imports them once, before it forks.
+None of them initialises CUDA, which does not survive a fork."""
 
 _ASK_SLURM = 30.0
-"""Seconds between questions whether jobs are still there, which matters only for those that were killed."""
+"""Seconds between two queries whether the jobs still exist; only a killed job is noticed this way."""
 
 _LAST_BREATH = 1.0
-"""Seconds from the death of a training until it counts as failed, which a job that is being killed does not live."""
+"""Seconds from the death of a training's process until it counts as failed. A job that is being killed itself dies
+sooner, so that its trainings do not count as failed."""
 
 _REQUEUES = 10
-"""Times that a job may use up its time limit before it is given up."""
+"""Maximum number of times that a job is requeued after reaching its time limit."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run.
+    """The outcome of one run.
 
     Args:
-        path: folder of the run, below the campaign's.
-        status: ``finished``; ``failed``: it raised, or its process died; ``busy``: somebody else is training it;
-            ``stopped``: the jobs ended before it did; ``waiting``: what it builds on is not finished.
-        error: error in one line, unless it is finished. ``error.txt`` in the run's folder has the traceback.
-        result: content of ``result.json``, if it is finished.
+        path: folder of the run, relative to the campaign's.
+        status: ``finished``; ``failed``: it raised an error, or its process died; ``busy``: another process trains it;
+            ``stopped``: the jobs ended before it did; ``waiting``: a run that it builds on is not finished.
+        error: error in one line, unless the run is finished. ``error.txt`` in the run's folder has the traceback.
+        result: content of ``result.json``, if the run is finished.
     """
 
     path: Path
@@ -75,7 +76,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of a campaign as a job sees it: all paths are absolute.
+    """One run of a campaign for a job, with absolute paths.
 
     Args:
         folder: folder of the run.
@@ -100,7 +101,7 @@ class _Run:
         return self.folder / LOCK
 
     def missing(self) -> list[Path]:
-        """The runs that it builds on and that are not finished."""
+        """The unfinished runs that it builds on."""
         return [need for need in self.needs if not (need / "result.json").is_file()]
 
     def is_done(self) -> bool:
@@ -108,29 +109,29 @@ class _Run:
         return analysed and (self.folder / "result.json").is_file()
 
     def is_free(self) -> bool:
-        """Whether it is ready and nobody trains it. Only a new call of :func:`train` tries again what has failed."""
+        """Whether it is ready and no process trains it. A failed run is retried only by a new call of :func:`train`."""
         return not (self.is_done() or self.error.is_file() or self.missing() or _is_held(self.lock))
 
 
 def train(campaign: Campaign, layout: Layout | None = None) -> list[Outcome]:
-    """Train what is not finished, each run as soon as all that it builds on is there.
+    """Train every run that is not finished, as soon as the runs that it builds on are.
 
-    Every training is a process of its own: one that fails ends no other, and what builds on it is left out. Probes
-    follow their training in its process.
+    Each training runs in its own process, followed by its probes. A failed training does not stop the others; the runs
+    that build on it are skipped.
 
     Args:
-        campaign: trainings; on a cluster, the nodes see its folder under the same path. ``.jobs`` in it has logs.
-        layout: machine and number of jobs; by default one after another, on every GPU that this process sees.
+        campaign: trainings. On a cluster, its folder must have the same path on every node. Its ``.jobs`` has the logs.
+        layout: machine and number of jobs; by default one training at a time on every visible GPU.
 
     Returns:
-        What became of each training, in the order of the campaign.
+        The outcome of each training, in the order of the campaign.
 
     Raises:
-        ValueError: a folder holds a run of other settings, or the cluster takes no jobs; nothing was trained then.
+        ValueError: a folder holds a run with other settings, or the cluster rejects the jobs; nothing is trained then.
 
     Notes:
-        An interruption (Ctrl-C) stops the jobs. Jobs on this machine end a second after this process, however it ends;
-        those of a cluster go on without it, and a second call finds their runs ``busy``.
+        An interruption (Ctrl-C) stops the jobs. Jobs on this machine end a second after this process, however it ends.
+        Jobs on a cluster go on without it; a second call reports their runs as ``busy``.
     """
     layout = layout or Layout()
     folder = campaign.folder.absolute()
@@ -156,14 +157,14 @@ def train(campaign: Campaign, layout: Layout | None = None) -> list[Outcome]:
 
 
 def _with_absolute_paths(config: C) -> C:
-    """The same settings with paths that do not depend on the current folder."""
+    """The settings with absolute paths."""
     changes: dict[str, Any] = {}
-    for one in dataclasses.fields(config):  # type: ignore[arg-type]
-        value: Any = getattr(config, one.name)
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value: Any = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            changes[one.name] = _with_absolute_paths(value)
+            changes[field.name] = _with_absolute_paths(value)
         elif isinstance(value, Path):
-            changes[one.name] = value.absolute()
+            changes[field.name] = value.absolute()
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
@@ -185,14 +186,14 @@ def _outcome(run: _Run, folder: Path, logs: Path | None) -> Outcome:
         return Outcome(path, "waiting", f"builds on {missing[0].relative_to(folder)}, which is not finished")
     if _is_held(run.lock):
         return Outcome(path, "busy", f"{holder(run.lock)} is training it")
-    return Outcome(path, "stopped", f"the jobs ended before it; the logs in {logs} may tell why")
+    return Outcome(path, "stopped", f"the jobs ended before it did; the logs in {logs} may tell why")
 
 
 class _Driver:
     """Submits jobs and waits for them.
 
     Args:
-        runs: runs that are not done; what a run builds on comes before it.
+        runs: unfinished runs, each after the runs that it builds on.
         folder: folder of the campaign.
         layout: machine and number of jobs.
     """
@@ -209,13 +210,13 @@ class _Driver:
         self.executor.update_parameters(**_parameters(layout))
         self.slots = _slots(runs, layout, None if layout.is_slurm else self.alive)
         self.submitted: dict[int, list[Any]] = {}  # submitit's jobs, by slot
-        self.offered: set[Path] = set()  # a run that its job did not train is not tried again
+        self.offered: set[Path] = set()  # a run is offered to a job only once
         self.waiting: set[Path] = set()
         self.gone: set[str] = set()  # arrays that Slurm no longer knows
         self.last_query = time.monotonic()
 
     def drive(self) -> Path:
-        """Wait until nothing is ready that was not tried; returns the folder of the jobs' logs."""
+        """Submit jobs and wait until every ready run has been tried; returns the folder of their logs."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
@@ -224,7 +225,7 @@ class _Driver:
                 _watch(self)
         except (FailedJobError, FailedSubmissionError) as error:
             text = " ".join(str(error).split())
-            raise ValueError(f"cluster: 'slurm' takes no such jobs ('local' stays on this machine): {text}") from None
+            raise ValueError(f"cluster: 'slurm' rejects the jobs ('local' trains on this machine): {text}") from None
         except BaseException:
             for job in self.jobs:
                 if self.layout.is_slurm:
@@ -239,17 +240,17 @@ class _Driver:
         return [job for jobs in self.submitted.values() for job in jobs]
 
     def submit(self, ready: set[Path]) -> None:
-        """Offer runs to new jobs, at most one for each."""
+        """Offer runs to new jobs, at most one job per run."""
         from submitit.helpers import clean_env
 
-        settings = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}  # of the cluster
+        settings = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}  # which cluster
         chosen = self.free_slots()[: len(ready)]
         if not chosen:
             return
         self.offered |= ready
         self.last_query = time.monotonic()
-        # Jobs on this machine end with this process, not by a terminal's Ctrl-C; sbatch's words are in the error. A job
-        # that this process runs in gives neither its memory nor its cores to the new ones.
+        # Jobs on this machine end with this process, not by Ctrl-C. The output of sbatch is hidden: an error repeats
+        # it. If this process is a Slurm job itself, its variables must not set memory or cores of the new jobs.
         with _blocked(), redirect_stderr(io.StringIO()), clean_env():
             os.environ.update(settings)
             jobs = self.executor.submit_array([self.slots[n] for n in chosen])
@@ -260,13 +261,13 @@ class _Driver:
         return [n for n in range(len(self.slots)) if all(map(self.has_ended, self.submitted.get(n, [])))]
 
     def has_ended(self, job: Any) -> bool:
-        if self.layout.is_slurm:  # whose accounting, which submitit would ask, is not everywhere
+        if self.layout.is_slurm:  # submitit would query its accounting, which not every cluster has
             return job.paths.result_pickle.exists() or job.job_id.partition("_")[0] in self.gone
         ended: bool = job.done()
         return ended
 
     def settled(self) -> int:
-        """Number of runs that are done, have failed, or build on one that has."""
+        """Number of runs that are done, have failed, or build on a failed run."""
         failed: set[Path] = set()
         done = 0
         for run in self.runs:
@@ -277,7 +278,7 @@ class _Driver:
         return done + len(failed)
 
     def top_up(self) -> None:
-        """Submit jobs for runs that have become ready and that no job has taken since the last look."""
+        """Submit jobs for runs that were ready and free at the last call and still are."""
         if not self.free_slots():
             return
         ready = [run for run in self.runs if run.folder not in self.offered and not run.missing()]
@@ -295,7 +296,7 @@ class _Driver:
 
 
 def _watch(driver: _Driver) -> None:
-    """Show how many runs have ended until every job has, or nothing is left for those still in a queue."""
+    """Show progress until every job has ended, or until nothing is left for the jobs in Slurm's queue."""
     with bar(True) as progress:
         task = progress.add_task("trainings", total=len(driver.runs))
         while True:
@@ -314,14 +315,14 @@ def _watch(driver: _Driver) -> None:
 
 
 def _queued() -> set[str] | None:
-    """The arrays of which Slurm still has a job; None where it does not answer."""
+    """The job arrays that Slurm still knows; None if it does not answer."""
     command = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%F"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return set(answer.stdout.split()) if answer.returncode == 0 else None
 
 
 def _slots(runs: list[_Run], layout: Layout, driver: Path | None) -> list[_Job]:
-    """Every job that there may be at once, each with all runs; first its own, round-robin."""
+    """The jobs that may run at the same time. Each has all runs, its own (assigned round-robin) first."""
     gpus = [] if layout.is_slurm else _gpus()
     jobs = min(layout.jobs or len(gpus) or 1, len(runs))
     shares = [runs[n::jobs] for n in range(jobs)]
@@ -338,7 +339,7 @@ def _slots(runs: list[_Run], layout: Layout, driver: Path | None) -> list[_Job]:
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` calls them."""
+    """The visible GPUs, by their names in ``CUDA_VISIBLE_DEVICES``."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(n) for n in range(count)]
@@ -362,14 +363,14 @@ def _parameters(layout: Layout) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Job:
-    """Trains one run after the other that is ready and free, each in a process of its own. What submitit calls.
+    """A job, which submitit calls: trains runs that are ready and free, each in its own process.
 
     Args:
-        runs: runs, in the order in which this job prefers them.
-        at_once: number of processes at once.
-        one_thread: whether each has one CPU thread.
-        gpu: the only GPU that they may see; None leaves that to the cluster.
-        driver: file that is locked as long as somebody waits for this job; it ends without.
+        runs: runs in order of preference.
+        at_once: maximum number of processes at the same time.
+        one_thread: whether each process has one CPU thread.
+        gpu: the only GPU that they may see; None: the cluster decides.
+        driver: file that the waiting driver locks; the job ends when nobody holds the lock.
     """
 
     runs: list[_Run]
@@ -383,10 +384,10 @@ class _Job:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
-        resource_tracker.ensure_running()  # now, because starting it unblocks SIGTERM for what is started afterwards
+        resource_tracker.ensure_running()  # first, since starting it unblocks SIGTERM for processes started afterwards
         running: dict[int, tuple[_Run, Any]] = {}
         try:
-            while True:
+            while self.driver is None or _is_held(self.driver):
                 while len(running) < self.at_once and (run := self._next(running)) is not None:
                     process = context.Process(target=_train, args=(run, self.one_thread))
                     with _blocked():
@@ -399,8 +400,6 @@ class _Job:
                     process.join()
                     if process.exitcode:
                         _record_death(run, process.exitcode)
-                if self.driver is not None and not _is_held(self.driver):
-                    return
         finally:
             for _, process in running.values():
                 process.kill()
@@ -408,18 +407,18 @@ class _Job:
                 process.join()
 
     def _next(self, running: dict[int, tuple[_Run, Any]]) -> _Run | None:
-        started = {run.folder for run, _ in running.values()}  # whose processes may not have locked them yet
+        started = {run.folder for run, _ in running.values()}  # their processes may not hold the lock yet
         return next((run for run in self.runs if run.folder not in started and run.is_free()), None)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again when the time is up or the job is preempted: the same, which goes on."""
+        """The job that submitit queues after a timeout or a preemption: the same one, which continues."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def _record_death(run: _Run, code: int) -> None:
-    """The process of a run has died: it has failed, unless the job is being killed too or another has taken over."""
+    """Mark a run as failed whose process died, unless this job is being killed too or another process trains it."""
     cause = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     with suppress(Busy), held(run.lock):
         time.sleep(_LAST_BREATH)
@@ -427,7 +426,7 @@ def _record_death(run: _Run, code: int) -> None:
 
 
 def _train(run: _Run, one_thread: bool) -> None:
-    """One training in this process, unless another one is at it; what goes wrong is written to its folder."""
+    """Train one run in this process, unless another process does; an error is written to the run's folder."""
     for number in _signals():
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())
@@ -449,8 +448,8 @@ def _train_and_probe(run: _Run) -> None:
     from qat.training.classifier import train_classifier
     from qat.training.rhemo import pretrain_rhemo
 
-    train_one: Any = pretrain_rhemo if isinstance(run.experiment, RHEmoExperiment) else train_classifier
-    train_one(run.experiment, run.folder, resume=True, quiet=True, name=run.name or None)
+    train_run: Any = pretrain_rhemo if isinstance(run.experiment, RHEmoExperiment) else train_classifier
+    train_run(run.experiment, run.folder, resume=True, quiet=True, name=run.name or None)
     if run.probe:
         analyse(run.folder)
 
@@ -463,13 +462,13 @@ def _end_with_parent() -> None:
 
 
 def _signals() -> set[signal.Signals]:
-    """What a terminal and Slurm send to every process at once; only the one that leads the others may answer."""
-    return {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
+    """Signals that a terminal or Slurm sends to all processes at once; only the leading process handles them."""
+    return {*GROUP_SIGNALS, signal.SIGUSR2}
 
 
 @contextmanager
 def _blocked() -> Iterator[None]:
-    """Start processes that get none of these signals until they say so."""
+    """Block these signals in processes that are started within, until they unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
     try:
         yield

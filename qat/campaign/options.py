@@ -1,4 +1,4 @@
-"""Options of campaigns: what is trained, where, and at which assumed cost; no PyTorch is needed here."""
+"""Options of campaigns: trainings, machines and assumed cost. Imports no PyTorch, so that help is quick."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qat.config.preset import PAPER_CORPORA, PAPER_SPLITS, VALUES, check_values
 
 @dataclass(frozen=True)
 class Selection:
-    """Emotion trainings of the paper's grid; what they build on comes along.
+    """Emotion trainings of the paper's grid; the networks that they build on are added.
 
     Args:
-        corpora: emotion corpora, of those that ``qat corpus list`` shows.
+        corpora: emotion corpora, see ``qat corpus list``.
         networks: ``quaternion``, ``real``.
         splits: ``random``, ``actor``; ``confounded`` for the demo corpus.
         at: kinds of anti-transfer: ``none``, ``single_S``, ``single_W``, ``dual_SW``, ``dual_WS``.
-        layers: layers that it is applied to, 1 to 13.
+        layers: layers of anti-transfer, 1 to 13.
     """
 
     corpora: list[str] = field(default_factory=lambda: list(PAPER_CORPORA))
@@ -32,10 +32,10 @@ class Selection:
         from qat.data.corpora import EMOTION
 
         allowed = (EMOTION, VALUES["network"], VALUES["split"], VALUES["at"], VALUES["layer"][1:])
-        for one, values in zip(fields(self), allowed, strict=True):
-            chosen = getattr(self, one.name)
-            check_values(one.name, chosen, values)
-            require(chosen and len(set(chosen)) == len(chosen), one.name, chosen, "one or more, each once")
+        for name, values in zip([option.name for option in fields(self)], allowed, strict=True):
+            chosen = getattr(self, name)
+            check_values(name, chosen, values)
+            require(chosen and len(set(chosen)) == len(chosen), name, chosen, "one or more, each once")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class SlurmConfig:
 
     Args:
         partition: partition of the jobs; the cluster's default if absent.
-        account: account that is charged; the user's default if absent.
-        minutes: time limit of a job. One that reaches it, or is preempted, queues again and goes on.
+        account: account to be charged; the user's default if absent.
+        minutes: time limit of a job. A job that reaches it or is preempted is requeued and continues.
         gpus: GPUs of a job.
-        cpus: cores of a job; one for each training at once if absent.
+        cpus: cores of a job; one for each simultaneous training if absent.
         mem: memory of a job in GB; the cluster's default if absent.
         extra: further options of sbatch by their long names, e.g. ``{qos: high, constraint: a100}``.
     """
@@ -69,14 +69,14 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where trainings run, and how many at once.
+    """Where trainings run, and how many at the same time.
 
     Args:
-        at_once: number of trainings side by side in each job, on its one GPU; if above 1, each has one CPU thread.
-        jobs: number of jobs; runs are assigned round-robin, and an idle job takes runs that nobody has started. One
-            for each GPU that this process sees, or one, if absent.
-        cluster: ``slurm``, ``local``, or ``auto``, which is ``slurm`` where there is an sbatch.
-        slurm: resources of each job there.
+        at_once: number of simultaneous trainings in each job, which share its GPU; if above 1, each has one CPU thread.
+        jobs: number of jobs; runs are assigned round-robin, and an idle job takes runs that nobody has started. If
+            absent, one for each visible GPU, or one without GPUs.
+        cluster: ``slurm``, ``local`` (this machine), or ``auto``: ``slurm`` where the command sbatch exists.
+        slurm: resources of each Slurm job.
     """
 
     at_once: int = 1
@@ -89,7 +89,7 @@ class Layout:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         if self.cluster == "slurm" and shutil.which("sbatch") is None:
-            raise ValueError("cluster: 'slurm' must have the command sbatch, which is not on the PATH")
+            raise ValueError("cluster: 'slurm' needs the command sbatch, which is not on the PATH")
 
     @property
     def is_slurm(self) -> bool:
@@ -98,11 +98,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Assumed:
-    """Cost of a training where nothing was measured.
+    """Assumed cost of a training where nothing was measured.
 
     Args:
-        epochs: epochs of a training, unless its settings allow fewer, or its patience asks for more.
-        tflops: arithmetic of a training, 1e12 operations a second.
+        epochs: number of epochs of a training, within the limits of its settings (maximum epochs, patience).
+        tflops: rate of a training in 1e12 operations per second.
     """
 
     epochs: int = 60

@@ -1,8 +1,8 @@
-"""Campaigns: many trainings in one folder, each found by what it is made of. Data only; ``jobs.py`` trains them.
+"""Campaigns: many trainings in one folder, each with a content address. Data only; ``jobs.py`` trains them.
 
-A run's folder is named after its address, a hash of every setting that decides what is learnt, among them the addresses
-of the runs that it builds on. So nothing is trained twice, whoever planned it; and where a setting of RH-Emo changes,
-all that builds on it has new addresses and is trained anew, and nothing else is.
+A run's folder is named after its address, a hash of every setting that decides what is learnt, which includes the
+addresses of the runs that it builds on. So no training is repeated, whichever plan it is part of; and when a setting of
+RH-Emo changes, all runs that build on it get new addresses and are trained again, and no others.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import yaml
 
 from qat.config import AnyExperiment, difference, flatten, identity_settings, to_plain
 from qat.config.preset import ATTRIBUTES
-from qat.files import read_json, sha256_of, write_text
+from qat.files import held, lock_of, read_json, sha256_of, write_text
 
 CHECKPOINTS = ("network.rhemo", "anti_transfer.twin", "training.initial")
 """Settings that name a run to build on."""
 
 RUNS = Path("runs")
-"""Where a campaign's runs lie, below its folder."""
+"""Folder of the runs within a campaign's folder."""
 
 COLUMNS = ("run", *ATTRIBUTES, "name")
-"""Columns of ``plan.csv``. A design leaves empty what its trainings do not have."""
+"""Columns of ``plan.csv``; attributes that a training does not have are empty."""
 
 
 class Campaign:
     """Trainings in one folder, each in ``runs/<address>``.
 
     Args:
-        folder: folder for all of them. It may be moved as a whole when nothing is being trained: what is finished is
-            recognised, what is half-finished has to be deleted.
+        folder: folder of the campaign. While nothing is being trained it may be moved as a whole: finished runs are
+            recognised; unfinished ones have to be deleted.
 
     Attributes:
-        trainings: experiment of each run, by the run's path below ``folder``; after what it builds on.
-        names: name of each run in reports; the first, where it was added several times.
+        trainings: experiment of each run, by the run's path below ``folder``; each after the runs that it builds on.
+        names: name of each run in reports; the first name if it was added several times.
         probed: runs whose network is probed after its training, see :func:`qat.results.probes.analyse`.
     """
 
@@ -57,13 +57,14 @@ class Campaign:
         """Plan a training, unless it is planned already.
 
         Args:
-            experiment: training; it builds on others of the campaign by the folders that this method returned for them.
-            name: name in reports; its address by default.
+            experiment: training. Checkpoints of other runs of the campaign are named by the folders that this method
+                returned for them.
+            name: name in reports; the address by default.
             probe: whether the trained network is probed.
-            attributes: its attributes, of :data:`qat.config.preset.ATTRIBUTES`.
+            attributes: attributes of the training, see :data:`qat.config.preset.ATTRIBUTES`.
 
         Returns:
-            Its run folder.
+            The run's folder.
         """
         path = RUNS / self.address(experiment)
         self.trainings.setdefault(path, experiment)
@@ -75,7 +76,7 @@ class Campaign:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per training with :data:`COLUMNS`, what is built on first; two that are the same share a ``run``."""
+        """One row per training with :data:`COLUMNS`, each after those it builds on; equal trainings share a ``run``."""
         return pd.DataFrame(list(self._rows), columns=list(COLUMNS), dtype=object)
 
     @property
@@ -88,11 +89,11 @@ class Campaign:
         }
 
     def address(self, experiment: AnyExperiment) -> str:
-        """16 hex digits that stand for all settings which decide what is learnt and are not the defaults.
+        """Hash, in 16 hex digits, of the settings that decide what is learnt and differ from the defaults.
 
-        A run of the campaign that it builds on counts by its address, another checkpoint by its file's content, the
-        corpus by its reader, folder, selection and options. A folder below the campaign's counts by its path there, so
-        that both can be moved. ``cache`` and how it is computed (the device) do not count.
+        Another run of the campaign is represented by its address, any other checkpoint by the hash of its file, the
+        corpus by its reader, folder, selection and options. A folder within the campaign's is represented by its
+        relative path, so that both can be moved. ``cache`` and settings such as the device do not count.
         """
         settings = identity_settings(to_plain(experiment))
         for name in CHECKPOINTS:
@@ -107,16 +108,16 @@ class Campaign:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def needs(self, experiment: AnyExperiment) -> list[Path]:
-        """The paths, below the folder, of the planned runs that an experiment builds on."""
+        """Relative paths of the planned runs that an experiment builds on."""
         settings = flatten(to_plain(experiment))
         paths = (Path(settings[name]) for name in CHECKPOINTS if settings.get(name) is not None)
         return list(dict.fromkeys(RUNS / path.name for path in paths if self._has(path)))
 
     def finished(self) -> set[Path]:
-        """The trainings that are finished, probed or not.
+        """The finished trainings, probed or not.
 
         Raises:
-            ValueError: a folder holds a run of other settings, or the campaign's one of an earlier version.
+            ValueError: a run's folder holds other settings, or the campaign's folder is of an earlier version.
         """
         self._refuse_former_layout()
         done = set()
@@ -132,20 +133,22 @@ class Campaign:
         return done
 
     def missing_corpora(self) -> dict[str, Path]:
-        """Folders of corpora that do not exist, by the corpus's name."""
+        """Missing folders of corpora, by the corpus's name."""
         corpora = (experiment.corpus for experiment in self.trainings.values())
         return {corpus.name: corpus.folder for corpus in corpora if not corpus.folder.exists()}
 
     def write(self, about: Mapping[str, Any]) -> None:
-        """Write ``plan.csv``, which a report reads, and ``campaign.yaml``; they replace those of an earlier plan here.
+        """Write ``plan.csv``, which a report reads, and ``campaign.yaml``; earlier ones in the folder are replaced.
 
         Args:
-            about: options of the campaign: design, preset, selection and so on.
+            about: options of the campaign, such as design, preset and selection.
         """
         buffer = io.StringIO()
         self.table.to_csv(buffer, index=False)
-        write_text(self.folder / "plan.csv", buffer.getvalue())
-        write_text(self.folder / "campaign.yaml", yaml.safe_dump(to_plain(dict(about)), sort_keys=False, width=120))
+        settings = yaml.safe_dump(to_plain(dict(about)), sort_keys=False, width=120)
+        with held(lock_of(self.folder / "plan.csv"), wait=True):  # of two commands at once, both files are of one
+            write_text(self.folder / "plan.csv", buffer.getvalue())
+            write_text(self.folder / "campaign.yaml", settings)
 
     @cached_property
     def _absolute(self) -> Path:
@@ -159,7 +162,7 @@ class Campaign:
         former += [path for folder in others for path in folder.rglob("result.json")][:1]
         if former:
             raise ValueError(
-                f"{self.folder}: holds {former[0].relative_to(self.folder)} of another layout than plan.csv and "
+                f"{self.folder}: has {former[0].relative_to(self.folder)}, of an older layout than plan.csv and "
                 "runs/ADDRESS; choose another folder"
             )
 
@@ -172,13 +175,13 @@ class Campaign:
         file = path / "model.safetensors" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"{setting}: {path} must be a checkpoint, or a run of the plan that was added before")
-        if file not in self._hashes:  # RH-Emo has half a gigabyte, and hundreds of trainings name it
+        if file not in self._hashes:  # RH-Emo takes half a gigabyte, and hundreds of trainings name it
             self._hashes[file] = sha256_of(file)
         return self._hashes[file]
 
 
 def no_folder(corpora: Mapping[str, Path]) -> ValueError:
-    """The error that corpora have no folder."""
+    """The error for corpora whose folders are missing."""
     text = "{0}: no folder {1}; name it with --folders '{{{0}: DIR}}'"
     return ValueError("; ".join(text.format(*item) for item in corpora.items()))
 
@@ -189,7 +192,7 @@ def _defaults(kind: Callable[[], AnyExperiment]) -> dict[str, Any]:
 
 
 def _without_paths(plain: dict[str, Any]) -> dict[str, Any]:
-    """Settings that decide what is learnt, with the names instead of the paths of the corpus and the checkpoints."""
+    """Settings that decide what is learnt, with names of corpus and checkpoints instead of their paths."""
     settings = identity_settings(plain)
     paths = (*CHECKPOINTS, "corpus.folder")
     return settings | {name: Path(settings[name]).name for name in paths if settings.get(name) is not None}

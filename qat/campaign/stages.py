@@ -1,4 +1,4 @@
-"""The trainings of a preset, and what each builds on: RH-Emo, the orthogonal tasks' networks, emotion networks."""
+"""The trainings of a preset with all that they build on: RH-Emo, networks of the orthogonal tasks, emotion networks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Stages:
     """Adds trainings of one preset to a campaign, with all that they build on.
 
     Args:
-        campaign: campaign.
-        overrides: overrides of the preset, and those after them.
+        campaign: campaign that trainings are added to.
+        overrides: overrides of the preset and of the user, in order of application.
         folders: folders of corpora, by name.
-        corpora: folder of the other corpora.
+        corpora: parent folder of all other corpora.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Stages:
 
     @cached_property
     def rhemo(self) -> Path:
-        """The folder of RH-Emo's second stage."""
+        """Run folder of RH-Emo's second stage."""
         first = self.campaign.add(self._experiment("rhemo-1", {}), "rhemo-1", stage="rhemo-1")
         second = self._experiment("rhemo-2", {})
         second = replace(second, training=replace(second.training, initial=first))
         return self.campaign.add(second, "rhemo-2", stage="rhemo-2")
 
     def orthogonal(self, task: str, network: str) -> Path:
-        """The network of an orthogonal task, ``speaker`` or ``word``."""
+        """Run folder of the network of an orthogonal task, ``speaker`` or ``word``."""
         if (task, network) not in self._orthogonal:
             training = self._experiment(task, {"network": network})
             folder = self.campaign.add(training, f"{task} {network}", stage=task, network=network)
@@ -50,11 +50,11 @@ class Stages:
         return self._orthogonal[task, network]
 
     def emotion(self, attributes: Mapping[str, Any], own: Plain | None = None) -> Experiment:
-        """An emotion training that is yet to be added, from random weights and with anti-transfer as it is set.
+        """An emotion training from random weights with the preset's anti-transfer; it is not added to the campaign.
 
         Args:
-            attributes: all of :data:`qat.config.preset.ATTRIBUTES` but the stage.
-            own: nested settings that lie over the preset's.
+            attributes: all :data:`qat.config.preset.ATTRIBUTES` except the stage.
+            own: nested settings that override the preset's.
         """
         emotion = self._experiment("emotion", attributes, own)
         assert isinstance(emotion, Experiment)
@@ -72,7 +72,7 @@ class Stages:
         corpus = settings["corpus"]
         corpus.setdefault("folder", str(self.folders.get(corpus["name"], self.corpora / corpus["name"])))
         settings["cache"] = str(self.campaign.folder / "cache")
-        one = experiment(settings, stage)
-        if isinstance(one, Experiment) and one.network.embeds and one.network.rhemo is None:
-            one = replace(one, network=replace(one.network, rhemo=self.rhemo))
-        return one
+        training = experiment(settings, stage)
+        if isinstance(training, Experiment) and training.network.embeds and training.network.rhemo is None:
+            training = replace(training, network=replace(training.network, rhemo=self.rhemo))
+        return training

@@ -1,8 +1,8 @@
-"""Studies: emotion trainings that are compared with each other, as a design file says.
+"""Studies: emotion trainings that are compared with each other, described by a design file.
 
-A design is a YAML file; ``qat/campaign/designs`` has that of ``qat demo`` and ``qat study``, to be copied and changed.
-Networks start from random weights, or from the very network that anti-transfer pushes away from. The speech that they
-learn from is described by a file of its own, so that one design can be tried on several corpora.
+A design is a YAML file; ``qat/campaign/designs`` has those of ``qat demo`` and ``qat study``, to be copied and changed.
+Networks start from random weights or from the network that anti-transfer pushes them away from. A second file describes
+the speech that they learn from, so that one design can be tried on several corpora.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class Speech:
     Args:
         about: description for the report.
         corpus: emotion corpus.
-        split: its division: ``random``, ``actor`` or ``confounded``.
-        preset: preset that learns something from it, where the command line names no other.
-        settings: overrides after the preset's, see :mod:`qat.config.preset`: above all, which recordings RH-Emo and the
-            networks of speakers and words learn from, none with a speaker that the emotion networks are judged on.
-        redraw: whether each seed draws a split of its own, in every design.
+        split: split of the emotion corpus: ``random``, ``actor`` or ``confounded``.
+        preset: default preset for this speech.
+        settings: overrides that are applied after the preset's, see :mod:`qat.config.preset`. They choose the
+            recordings that RH-Emo and the networks of speakers and words learn from; none of those may have a speaker
+            on which emotion networks are evaluated.
+        redraw: whether each seed draws its own split, in every design.
     """
 
     about: str
@@ -55,17 +56,17 @@ class Speech:
 
 @dataclass(frozen=True)
 class Entry:
-    """Emotion trainings of a design: one for each combination of the values that are lists, and for each seed.
+    """Emotion trainings of a design: one per seed and combination of listed values.
 
     Args:
         name: name in reports; ``{start}``, ``{against}``, ``{loss}`` and ``{layer}`` stand for the values.
         start: initial weights: ``random``, the network of an orthogonal task (``speaker``, ``word``), or the name of an
-            earlier emotion training (then this one is its second half).
+            earlier emotion training, which this one continues.
         against: network that anti-transfer pushes away from: ``speaker``, ``word``, or a ``random`` twin as the
             control.
         loss: names in the design's ``losses``; the preset's own loss if empty.
         layer: ``each`` of the design's layers, the ``last`` of them, or numbers.
-        watch: without anti-transfer: the similarity at all layers of the design is only monitored (beta 0).
+        watch: whether the similarity at all layers of the design is only monitored (beta 0), without anti-transfer.
         network: ``quaternion`` or ``real``.
         brief: whether it is part of the brief study.
     """
@@ -82,12 +83,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Remark:
-    """A sentence about what a study leaves out.
+    """A sentence in the report about what a study leaves out.
 
     Args:
         text: sentence; ``{layers}`` stands for the design's layers.
-        brief: only where this is what was asked for; absent: always.
-        real: the same of the real network.
+        brief: value of the design's ``brief`` with which the sentence applies; absent: both.
+        real: value of the design's ``real`` with which it applies; absent: both.
     """
 
     text: str
@@ -104,10 +105,10 @@ class Design:
         seeds: number of seeds, from 1.
         layers: layers of anti-transfer.
         losses: settings of ``anti_transfer`` by name.
-        redraw: whether each seed draws a split of its own.
-        real: whether the real network takes part.
-        brief: whether it is the brief study.
-        not_run: remarks for the report on what it leaves out.
+        redraw: whether each seed draws its own split.
+        real: whether the real network is trained too.
+        brief: whether only the entries of the brief study are trained.
+        not_run: remarks on what the study leaves out.
     """
 
     emotion: list[Entry]
@@ -130,7 +131,7 @@ class Design:
                 check_values("network", [entry.network], VALUES["network"])
 
     def remarks(self) -> list[str]:
-        """What is left out, in sentences."""
+        """Sentences on what the study leaves out."""
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
         return [
             remark.text.format(layers=layers)
@@ -140,12 +141,12 @@ class Design:
 
 
 def read_design(source: str | Path) -> Design:
-    """The design with this name (``demo``, ``study``), or in this file."""
+    """The design of this name (``demo``, ``study``) or file."""
     return _read(Design, source, DESIGNS)
 
 
 def read_speech(source: str | Path) -> Speech:
-    """The speech with this name (``synthetic``, ``recorded``), or in this file."""
+    """The speech of this name (``synthetic``, ``recorded``) or file."""
     return _read(Speech, source, SPEECHES)
 
 
@@ -163,11 +164,11 @@ def plan_study(
     Args:
         folder: folder of the campaign.
         design: emotion trainings.
-        speech: corpus and preset.
-        preset: preset instead of the speech's.
-        seeds: seeds of the emotion trainings instead of the design's.
+        speech: corpora and default preset.
+        preset: preset to use instead of the speech's.
+        seeds: seeds to use instead of the design's.
         folders: folders of corpora, by name; ``corpora/NAME`` below the campaign's folder for others.
-        settings: file of overrides after those of preset and speech.
+        settings: file of overrides that are applied after those of preset and speech.
 
     Raises:
         ValueError: wrong settings.
@@ -187,14 +188,14 @@ def plan_study(
 
 
 def obtain(campaign: Campaign, packages: Path | None = None) -> None:
-    """Make or fetch the corpora of a campaign that are not there.
+    """Make or fetch the missing corpora of a campaign.
 
     Args:
         campaign: campaign.
-        packages: folder of Debian packages that are downloaded already.
+        packages: folder of Debian packages that were downloaded before.
 
     Raises:
-        ValueError: a corpus cannot be made nor fetched.
+        ValueError: a corpus can be neither made nor fetched.
     """
     for name, folder in campaign.missing_corpora().items():
         corpus: Any = module(name) if name != "csv" else None
@@ -231,23 +232,23 @@ def _add(
             initial = stages.orthogonal(start, entry.network) if start in _AT else runs[entry.network, start]
             training = replace(training, training=replace(training.training, initial=initial))
         name = entry.name.format(start=start, against=against, loss=loss, layer=layer)
-        # Without the attribute `at`, which is what the cells of the paper's table 1 are told by.
+        # Without the attribute `at`, by which the cells of the paper's table 1 are recognised.
         run = stages.campaign.add(training, name, probe=True, stage="emotion", **attributes, layer=layer)
         added.append((name, run))
     return added
 
 
 def _read(kind: type[T], source: str | Path, names: Sequence[str]) -> T:
-    """What a packaged YAML file or one of the user's describes.
+    """An object of class ``kind`` from a YAML file of this package or of the user.
 
     Raises:
-        ValueError: no such name or file, or a file that is not of this form.
+        ValueError: no such name or file, or wrong content.
     """
     if source in names:
         plain = read_yaml(files("qat.campaign") / "designs" / f"{source}.yaml")
     elif Path(source).is_file():
         plain = read_yaml(Path(source))
     else:
-        raise ValueError(f"{source}: must be a file, or one of {', '.join(names)}")
+        raise ValueError(f"{source}: must be a file or one of {', '.join(names)}")
     with prefix_errors(source):
         return from_plain(kind, plain)

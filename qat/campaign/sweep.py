@@ -1,4 +1,4 @@
-"""Sweeps: every combination of the settings that vary in a plan file."""
+"""Sweeps: one training for every combination of the varied settings in a plan file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED = "training.seed"
 
 
 def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> Campaign:
-    """Every training of a plan file, called after what varies; runs that differ in their seed only share a name.
+    """Every training of a plan file, named after its varied settings; runs that differ only in their seed share a name.
 
     Args:
         folder: folder of the campaign.
@@ -27,7 +27,7 @@ def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> 
         seeds: values of ``training.seed``, instead of the file's.
 
     Raises:
-        ValueError: the file is no such plan, a training has a wrong or unknown setting, or two are the same.
+        ValueError: the file is not a plan, a training has a wrong or unknown setting, or two trainings are equal.
     """
     campaign = Campaign(folder)
     names: dict[Path, str] = {}
@@ -43,18 +43,18 @@ def plan_sweep(folder: Path, file: Path, seeds: Sequence[int] | None = None) -> 
                 seed=experiment.training.seed,
             )
             if run in names:
-                raise ValueError(f"is the same training as {names[run]}; what varies must change what is learnt")
+                raise ValueError(f"is the same training as {names[run]}; varied settings must change what is learnt")
         names[run] = name
     return campaign
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The content of a plan file. The runs are all combinations of what varies, the first setting varying slowest.
+    """The content of a plan file. Runs are all combinations of the varied values; the first setting varies slowest.
 
     Args:
-        base: settings of every run, as ``qat train --config`` takes them.
-        vary: list of values for each setting that varies, by its dotted name.
+        base: settings of every run, as in a file for ``qat train --config``.
+        vary: list of values for each varied setting, by its dotted name.
     """
 
     base: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Sweep:
 def read_plan(file: Path, seeds: Sequence[int] | None = None) -> list[tuple[str, Experiment]]:
     """Name and experiment of every training of a plan file, see :class:`Sweep`.
 
-    Args, Raises: as :func:`plan_sweep`.
+    Args and errors: see :func:`plan_sweep`.
     """
     plain = read_yaml(file)
     with prefix_errors(file):
@@ -99,13 +99,13 @@ def read_plan(file: Path, seeds: Sequence[int] | None = None) -> list[tuple[str,
 
 
 def _names(values: dict[str, list[Any]]) -> dict[str, list[str]]:
-    """Names for each value of each setting: ``layers-2``."""
+    """Names of the values of each setting, such as ``layers-2``."""
     last = Counter(setting.rpartition(".")[2] for setting in values)
     names = {}
     for setting, listed in values.items():
         group, _, label = setting.rpartition(".")
         if last[label] > 1 or label == "seed":
-            # Reports take "seed" and a number for that of the training.
+            # In a run's name, reports read "seed" and a number as the training's seed.
             label = group if label == "seed" else setting
         slugs = [_slug(value) for value in listed]
         if len(set(slugs)) < len(slugs) or not all(
@@ -127,7 +127,7 @@ def _slug(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_slug, value))
     if isinstance(value, dict):
-        return "+".join(f"{key}-{_slug(one)}" for key, one in value.items())
+        return "+".join(f"{key}-{_slug(inner)}" for key, inner in value.items())
     text = value.name if isinstance(value, Path) else str(value)
     if value is None or isinstance(value, bool):
         text = text.lower()

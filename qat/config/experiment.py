@@ -1,4 +1,4 @@
-"""The experiment as one typed object: what is read, split, trained and how. Saved with every run.
+"""The experiment as one typed object: recordings, split, network and training. Saved with every run.
 
 Every field can be set in YAML or on the command line (``--network.width 0.125``). Defaults are the paper's
 settings; where paper and released code disagree, the default is the one argued in the README's table.
@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal
 from qkernels.losses import GramChannel, Loss
 
 WINDOW = 256
-"""Samples of the periodic Hamming window; 129 bins, which the networks' shape needs."""
+"""Length of the periodic Hamming window in samples; it gives the 129 bins that the networks' shape requires."""
 INPUT_FRAMES = 512
 INPUT_BINS = 128
 WORD_FRAMES = 170
-"""Frames that one isolated word is cut or padded to, 1.35 s (Guizzo et al. 2021)."""
+"""Number of frames to which an isolated word is cut or padded, 1.35 s (Guizzo et al. 2021)."""
 
 Domain = Literal["quaternion", "real", "real-on-embedding"]
 Task = Literal["emotion", "speaker", "word", "word-presence"]
@@ -28,23 +28,23 @@ def require(holds: object, name: str, value: object, rule: str) -> None:
     """Refuse the value of a setting unless its rule holds.
 
     Raises:
-        ValueError: naming all three.
+        ValueError: with name, value and rule.
     """
     if not holds:
         raise ValueError(f"{name}: {value!r} must be {rule}")
 
 
 def _check_numbers(config: Any, place: str = "") -> None:
-    """Refuse numbers that no setting can have, which comparisons with a limit let through."""
-    for one in fields(config):
-        value = getattr(config, one.name)
+    """Refuse numbers that no setting can have and that pass comparisons with a limit: not finite, or too large."""
+    for name in [each.name for each in fields(config)]:
+        value = getattr(config, name)
         if is_dataclass(value):
-            _check_numbers(value, f"{place}{one.name}.")
+            _check_numbers(value, f"{place}{name}.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float):
-                require(math.isfinite(number), place + one.name, number, "finite")
+                require(math.isfinite(number), place + name, number, "finite")
             elif isinstance(number, int):
-                require(abs(number) < 2**63, place + one.name, number, "below 2**63")
+                require(abs(number) < 2**63, place + name, number, "below 2**63")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class CorpusConfig:
     """The recordings of an experiment.
 
     Args:
-        name: a known corpus (``qat corpus list``) or ``csv`` for a manifest of your own.
-        folder: the corpus folder, or the manifest file when ``name`` is ``csv``.
+        name: known corpus (``qat corpus list``), or ``csv`` for a manifest of your own.
+        folder: folder of the corpus, or the manifest file if ``name`` is ``csv``.
         where: allowed values by column of the manifest, e.g. ``{speaker: [en-us+f1, en-us+m1]}``; other rows are
             dropped.
         options: options of the corpus's reader, e.g. ``{speaker: session}`` for iemocap; ``qat corpus list`` names
@@ -72,12 +72,12 @@ class SpectrogramConfig:
 
     Args:
         sample_rate: sample rate in Hz.
-        hop: hop between windows, in samples.
+        hop: distance between windows in samples.
         frame_seconds: length of one cut in seconds.
-        cut: rule by which a file is cut. "audio" cuts the audio in non-overlapping pieces of `frame_seconds`, drops the
-            remainder and fills a short file with zeros at its end (WASPAA 2023). "reference" is the released code's
+        cut: rule by which a file is cut. "audio" cuts the audio into non-overlapping pieces of `frame_seconds`, drops
+            the remainder and pads a short file with zeros at its end (WASPAA 2023). "reference" is the released code's
             rule: blocks are counted from the end of the file's spectrogram, and a file longer than two blocks ends with
-            a block that overlaps. "word" makes one cut per file, cut or filled with zeros to 170 frames.
+            a block that overlaps. "word" makes one cut per file, cropped or padded with zeros to 170 frames.
         time_order: order of the frames: "natural", or "reversed" (last frame first) as in the released code.
     """
 
@@ -90,22 +90,19 @@ class SpectrogramConfig:
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "hop", "frame_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
-        if self.hop > self.window:
-            raise ValueError(f"hop={self.hop} must not be above the window of {self.window} samples")
-        if self.cut != "word" and self.frames > INPUT_FRAMES:
-            raise ValueError(
-                f"frame_seconds={self.frame_seconds} at sample_rate={self.sample_rate} and hop={self.hop} gives "
-                f"{self.frames} frames; the networks take at most {INPUT_FRAMES}"
+            require(getattr(self, name) > 0, f"features.{name}", getattr(self, name), "above 0")
+        require(self.hop <= self.window, "features.hop", self.hop, f"at most the window of {self.window} samples")
+        for name, values in (("cut", ("audio", "reference", "word")), ("time_order", ("natural", "reversed"))):
+            require(
+                getattr(self, name) in values, f"features.{name}", getattr(self, name), f"one of {', '.join(values)}"
             )
-        if self.samples < self.window:
-            raise ValueError(
-                f"frame_seconds={self.frame_seconds} must hold at least one window of {self.window} samples"
-            )
-        for name, known in (("cut", ("audio", "reference", "word")), ("time_order", ("natural", "reversed"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+        fits = self.cut == "word" or self.frames <= INPUT_FRAMES
+        rule = (
+            f"so short that a cut has at most {INPUT_FRAMES} frames; with this sample_rate and hop it has {self.frames}"
+        )
+        require(fits, "features.frame_seconds", self.frame_seconds, rule)
+        least = f"at least one window of {self.window} samples"
+        require(self.samples >= self.window, "features.frame_seconds", self.frame_seconds, least)
 
     @property
     def samples(self) -> int:
@@ -133,13 +130,14 @@ class SplitConfig:
             5 and 2 actors); ``paper-actor``: the released code's lists for the corpora (or manifest files) named
             iemocap, ravdess, tess and emodb; ``folds``: one fold of a cross-validation over speakers; ``part``: as the
             corpus's column ``part`` says (LibriSpeech's subsets); ``part-train-only``: its training part three times,
-            as the released code's word task has it; ``confounded``: the listed speakers, and each training speaker says
-            one emotion always and the others with ``leak`` of its sentences, so that the speaker predicts the emotion.
-        seed: seed of the shuffled files or speakers, or of which speaker says which emotion.
+            as in the released code's word task; ``confounded``: the speakers listed below, where each training speaker
+            keeps one emotion and only the share ``leak`` of its sentences in the others, so that the speaker predicts
+            the emotion.
+        seed: seed of the shuffled files or speakers, or of the assignment of emotions to speakers (``confounded``).
         train: speakers of the training part (rules ``speaker`` and ``confounded``).
         validation: speakers of the validation part.
         test: speakers of the test part.
-        leak: share of sentences kept in the other emotions (``confounded``).
+        leak: share of sentences that a training speaker keeps in the other emotions (``confounded``).
         group: column that stands for the speaker in the rules ``speaker``, ``speaker-in-order`` and ``folds``:
             ``session`` for leave-one-session-out, ``text`` or ``script`` for parts that share no sentence.
         folds: number of folds (rule ``folds``), at least 3; 0: one for each group, leave-one-out.
@@ -172,18 +170,19 @@ class NetworkConfig:
 
     Args:
         domain: kind of network: ``quaternion`` on the RH-Emo embedding; ``real`` on the spectrogram;
-            ``real-on-embedding``: the control that tells the smaller input from the Hamilton product.
+            ``real-on-embedding``: real-valued on the embedding, the control that separates the effect of the smaller
+            input from that of the Hamilton product.
         width: factor of every hidden width (1 is the paper's network).
         dropout: dropout probability of the two hidden linear layers.
-        init: initialisation: ``default`` is quaternion Glorot (convolutions) and He (linears), or torchvision's VGG law
-            in the real domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
+        init: initialisation: ``default`` is quaternion Glorot (convolutions) and He (linear layers), or torchvision's
+            VGG rule in the real domains; ``he``: He everywhere; ``pytorch``: PyTorch's own default (real domains only).
         adaptive_pool: whether an average pool to 7x7 precedes the classifier, as in torchvision.
-        rhemo: checkpoint of RH-Emo whose encoder makes the embedding (both embedding domains need it).
-        rhemo_mode: treatment of RH-Emo in training: ``frozen`` (eval mode, embedded once); ``batch-statistics``: frozen
-            weights, batch norm in train mode; ``trainable``: trained along.
-        outputs: number of outputs, if more than there are classes (8 for TESS's 7 in the released code); the others are
-            called ``unused-8`` and so on, and are never right.
-        embedding_scale: divisor of the embeddings, over the training part: their ``max`` or ``rms`` (root mean square);
+        rhemo: checkpoint of RH-Emo whose encoder computes the embedding (required in both embedding domains).
+        rhemo_mode: treatment of RH-Emo in training: ``frozen``: eval mode, embeddings computed once;
+            ``batch-statistics``: frozen weights, batch norm in train mode; ``trainable``: trained with the network.
+        outputs: number of outputs, if more than the number of classes (8 for the 7 classes of TESS in the released
+            code); the others are named ``unused-8`` and so on and are never correct.
+        embedding_scale: divisor of the embeddings: their ``max`` or ``rms`` (root mean square) over the training part,
             or ``none``. Without batch norm, thirteen layers hardly learn from values far from 1.
     """
 
@@ -215,27 +214,27 @@ class AntiTransferConfig:
 
     Args:
         twin: checkpoint of the network trained on the orthogonal task; absent means no anti-transfer.
-        layers: convolution layers 1..13 to push apart; their losses are summed.
-        beta: weight of the loss, of every layer or a list with one for each of ``layers``; 0 only monitors the
-            similarity.
+        layers: convolutions 1..13 whose features are compared; their losses are summed.
+        beta: weight of the loss: a number for every layer, or a list with one for each of ``layers``; 0 only monitors
+            the similarity.
         position: features that layer n stands for: ``relu`` (output of conv n after ReLU, before pooling),
-            ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (always the last pool, as
-            in the released code).
-        loss: loss by its name, or a mapping of name and options, such as ``{name:
-            folded-rowwise, clamp: product}``. The squared cosine of Gram matrices over the channels, ``gram-channel``
-            (the paper's), or over the positions, ``gram-position``, which no rotation of the channels changes, so that
-            it also sees what two unrelated networks have in common; both of features that are ``centred`` first, if
-            true. Of matrices over the samples of the batch, one value for all of them: ``gram-batch``, or with centred
-            features ``cka``, squared linear CKA. ``folded-rowwise``: the released code's, with beta squared; its
-            ``clamp`` is the norms' lower bound, on ``each`` of two (newer PyTorch) or on their ``product`` (PyTorch
-            1.7, with which the code ran). ``cos-squared`` and ``mse-sigmoid``: the older code's distances of maps by
-            ``aggregation`` (none, mean, sum, max, mul_comp, pairwise, stochastic_pairwise; of mse-sigmoid also gram),
-            one value per batch, see ``qkernels.losses``.
+            ``pre-relu``, ``slice`` (the *input* of conv n, as in the older code) or ``pool5`` (the last pool for every
+            n, as in the released code).
+        loss: name of the loss, or a mapping of name and options, such as ``{name: folded-rowwise, clamp: product}``.
+            The squared cosine of Gram matrices over the channels, ``gram-channel`` (the paper's), or over the
+            positions, ``gram-position``, which is invariant to rotations of the channels and so also detects what two
+            unrelated networks have in common; with ``centred`` true, features are centred first. Over the samples of
+            the batch, one value per batch: ``gram-batch``, or ``cka`` with centred features (squared linear CKA).
+            ``folded-rowwise``: the released code's, with beta squared; its ``clamp`` is the lower bound of the norms,
+            applied to ``each`` of the two (newer PyTorch) or to their ``product`` (PyTorch 1.7, with which the code
+            ran). ``cos-squared`` and ``mse-sigmoid``: the older code's distances between maps by ``aggregation`` (none,
+            mean, sum, max, mul_comp, pairwise, stochastic_pairwise; mse-sigmoid also gram), one value per batch, see
+            ``qkernels.losses``.
         cache: whether the twin's features of every sample are computed once, before training, instead of in every step.
             It takes effect where a sample's input is the same in every epoch: in the ``real`` domain or with
-            ``network.rhemo_mode`` ``frozen``, unless words move in their canvas.
-        cache_mib: maximum size of that cache in the device's memory, in MiB; a larger one is kept in the host's.
-        random_twin: whether the twin keeps its random initialisation, as the control of what its knowledge adds.
+            ``network.rhemo_mode`` ``frozen``, unless words are shifted at random in their canvas.
+        cache_mib: maximum size of that cache in the device's memory, in MiB; a larger cache is kept in host memory.
+        random_twin: whether the twin keeps its random initialisation, as a control of the effect of its training.
     """
 
     twin: Path | None = None
@@ -255,7 +254,7 @@ class AntiTransferConfig:
         require(number, "anti_transfer.beta", self.beta, f"one number, or a list of {len(layers)}, one for each layer")
         require(all(beta >= 0 for beta in self.betas), "anti_transfer.beta", self.beta, "at least 0")
         if self.position == "pre-relu" and not self.loss.takes_negative:
-            rule = f"behind a ReLU with loss {self.loss.plain()}, which takes no negative features"
+            rule = f"after a ReLU with loss {self.loss.plain()}, which takes no negative features"
             require(False, "anti_transfer.position", self.position, rule)
         require(self.cache_mib >= 0, "anti_transfer.cache_mib", self.cache_mib, "at least 0")
         if self.position == "pool5":
@@ -284,20 +283,20 @@ class TrainingConfig:
         patience: epochs without a lower validation loss before stopping.
         keep: state that becomes ``model.safetensors``: the ``best`` (lowest validation loss) or the ``last``.
         stopping: early-stopping rule: ``standard`` or ``reference-window`` (the released code's).
-        seed: seed of initialisation, order, dropout and word offsets.
-        word_offset: random place of a word in its canvas in training: one per ``sample`` or one per ``batch``.
-        initial: checkpoint to start from (the second half of dual anti-transfer, transfer then anti-transfer), with
-            RH-Emo's encoder where both train it; the last layer is initialised anew where the classes are others.
-        initial_head: treatment of the last layer of ``initial`` where the classes are the same: ``keep``, or ``new``
-            initialises it anew even there, as the released code does.
+        seed: seed of initialisation, sample order, dropout and word offsets.
+        word_offset: random position of a word in its canvas in training: one per ``sample`` or one per ``batch``.
+        initial: checkpoint to start from (for the second half of dual anti-transfer, or transfer before anti-transfer),
+            with RH-Emo's encoder where both train it. The last layer is initialised anew if the classes differ.
+        initial_head: treatment of the last layer of ``initial`` if the classes are the same: ``keep``, or ``new``:
+            initialise it anew, as the released code does.
         accuracy: mean over ``samples``, or over ``batches``: the mean of the accuracies of consecutive batches, as in
-            the released code, which gives the samples of a last, short batch more weight.
+            the released code, which gives the samples of a short last batch more weight.
         device: PyTorch device; ``auto`` is CUDA where there is one.
-        precision: arithmetic: ``float32``; ``tf32``: products of float32 rounded to TF32 on GPUs that can; ``bf16``:
-            layers compute in bfloat16, weights and optimiser stay float32.
+        precision: arithmetic: ``float32``; ``tf32``: factors of float32 products are rounded to TF32 on GPUs that
+            support it; ``bf16``: layers compute in bfloat16, weights and optimiser stay in float32.
         deterministic: whether PyTorch's deterministic algorithms are used.
-        capture: whether every step on a GPU is one captured CUDA graph: the same numbers, in a fraction of the time.
-        data_mib: maximum size of inputs kept on the device, in MiB; of larger ones, batches are read from the host.
+        capture: whether every step on a GPU is one captured CUDA graph: the same results in a fraction of the time.
+        data_mib: maximum size of inputs kept on the device, in MiB; batches of larger inputs are read from the host.
         checkpoint_seconds: minimum time between checkpoints, which are written at the end of an epoch; 0 writes one
             after every epoch. An interruption loses the epochs since the last one.
     """
@@ -341,12 +340,12 @@ EXECUTION = ("device", "capture", "data_mib", "checkpoint_seconds")
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training of a classifier, complete: the same object makes the same run.
+    """All settings of one training of a classifier: equal objects give equal runs.
 
     Args:
         corpus: the recordings.
-        task: recognised classes: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (which words
-            of the vocabulary a line holds).
+        task: recognised classes: ``emotion``, ``speaker``, ``word`` (one word a clip) or ``word-presence`` (the words
+            of the vocabulary that occur in a clip).
         features: settings of the spectrograms.
         normalisation: scale of the spectrograms: ``paper`` divides by the training maximum before RH-Emo and
             standardises for the real network; ``log`` is log(1 + 1000 S / max) / log 1001.
@@ -378,13 +377,13 @@ class Experiment:
 
 @dataclass(frozen=True)
 class RHEmoConfig:
-    """RH-Emo's own shape and loss weights (method section 3).
+    """RH-Emo's width and loss weights (method section 3).
 
     Args:
-        width: factor of the heads' hidden width 4096; the encoder and decoder are always the published ones.
+        width: factor of the heads' hidden width 4096; encoder and decoder always have the published widths.
         beta: weight of the supervised terms (0 in stage 1, 0.01 in stage 2).
-        beta_class: weight of the emotion term within them.
-        beta_vad: weight of each of the valence, arousal and dominance terms within them.
+        beta_class: weight of the emotion term among them.
+        beta_vad: weight of each of the valence, arousal and dominance terms among them.
     """
 
     width: float = 1.0
@@ -405,7 +404,7 @@ class RHEmoExperiment:
     Args:
         corpus: the recordings.
         features: settings of the spectrograms.
-        normalisation: ``max`` (the paper's) or ``log``; both map the training part to 0..1.
+        normalisation: ``max`` (the paper's) or ``log``; both map the training part to [0, 1].
         split: division into training, validation and test part.
         rhemo: width and loss weights.
         training: the optimisation; in stage 2 ``training.initial`` names stage 1's run.

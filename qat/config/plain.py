@@ -1,4 +1,4 @@
-"""Settings as plain data, for YAML and JSON: written, read and checked, compared."""
+"""Settings as plain data for YAML and JSON: conversion, checks, comparison."""
 
 from __future__ import annotations
 
@@ -31,24 +31,23 @@ def to_plain(config: Any) -> Any:
 
 
 def flatten(nested: dict[str, Any]) -> dict[str, Any]:
-    """Values by ``group.field``; what such a field holds may be a mapping itself, and stays whole.
+    """Values by ``group.field``; a mapping within a field is not flattened further.
 
     >>> flatten({"task": "word", "corpus": {"name": "csv", "where": {"speaker": ["ann"]}}})
     {'task': 'word', 'corpus.name': 'csv', 'corpus.where': {'speaker': ['ann']}}
     """
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for group, value in nested.items():
-        found |= (
-            {f"{group}.{field}": one for field, one in value.items()} if isinstance(value, dict) else {group: value}
-        )
-    return found
+        inner = {f"{group}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {group: value}
+        flat |= inner
+    return flat
 
 
 def identity_settings(plain: dict[str, Any]) -> dict[str, Any]:
     """The settings of a plain experiment that decide what is learnt, by ``group.field``.
 
-    With other values of the rest a run may be resumed: on another device, after it ran out of memory, uncaptured, or
-    with another cache. Settings that there were not yet when it was saved have their defaults.
+    The other settings may change when a run is resumed, such as the device, the capture of steps or the cache folder.
+    Settings that did not exist yet when the experiment was saved have their defaults.
     """
     kind: type[AnyExperiment] = RHEmoExperiment if "rhemo" in plain else Experiment
     free = ("cache", *(f"training.{name}" for name in EXECUTION))
@@ -56,7 +55,7 @@ def identity_settings(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """The first setting that differs, with its value in a run that is there and in one that is wanted.
+    """The first setting that differs, with its value in an existing run and in the wanted one.
 
     >>> difference({"task": "word", "training.lr": 0.1}, {"task": "word", "training.lr": 0.2})
     'training.lr 0.1, and this one has 0.2'
@@ -70,12 +69,12 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
 
 
 def from_plain(kind: type[C], plain: Any, place: str = "") -> C:
-    """The config of class ``kind`` from plain data: undoes :func:`to_plain`, and reads what users write.
+    """The config of class ``kind`` from plain data, such as the result of :func:`to_plain` or a user's file.
 
     Args:
         kind: dataclass.
-        plain: its fields; those that are absent have their defaults.
-        place: dotted name of the config within what it is a part of.
+        plain: values by field; absent fields have their defaults.
+        place: dotted name of the config within its parent, for errors.
 
     Raises:
         ValueError: an unknown setting or a wrong value, by its dotted name.
@@ -114,16 +113,16 @@ def typed_setting(kind: type[Any], name: str, value: Any) -> Any:
             raise ValueError(f"{name}: unknown setting; {getattr(hint, '__name__', hint)} has {', '.join(hints)}")
         hint = hints[part]
     if dataclasses.is_dataclass(hint):
-        raise ValueError(f"{name}: {value!r} must be of one setting; this is a group of them")
+        raise ValueError(f"{name}: {value!r} must be of one setting; this is a group of settings")
     return _typed(hint, value, name)
 
 
 @contextmanager
 def prefix_errors(*place: object) -> Iterator[None]:
-    """Say in one line where a wrong setting stands.
+    """Prefix the errors of the block with the place of the wrong setting, in one line.
 
     Raises:
-        ValueError: instead of any error of a setting, with ``place`` before it.
+        ValueError: in place of a ValueError or TypeError.
     """
     try:
         yield
@@ -134,7 +133,7 @@ def prefix_errors(*place: object) -> Iterator[None]:
 _RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
-@cache  # a grid compares hundreds of trainings with what is there
+@cache  # a grid compares hundreds of trainings with existing runs
 def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
@@ -144,12 +143,12 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     """A plain value as one of the type ``hint``."""
     of, inner = get_origin(hint) or hint, get_args(hint)
     if of in (Union, UnionType):
-        *others, last = [one for one in inner if one is not NoneType]
+        *others, last = [member for member in inner if member is not NoneType]
         if value is None and NoneType in inner:
             return None
-        for one in others:
+        for member in others:
             with suppress(ValueError):
-                return _typed(one, value, place)
+                return _typed(member, value, place)
         return _typed(last, value, place)
     if hint is Any or (dataclasses.is_dataclass(of) and isinstance(value, of)):  # type: ignore[arg-type]
         return value
@@ -158,9 +157,9 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(of):
         return from_plain(of, value, place)  # type: ignore[arg-type]
     if of is list and isinstance(value, list):
-        return [_typed(inner[0], one, f"{place}[{n}]") for n, one in enumerate(value)]
+        return [_typed(inner[0], item, f"{place}[{n}]") for n, item in enumerate(value)]
     if of is dict and isinstance(value, dict):
-        return {_typed(inner[0], key, place): _typed(inner[1], one, f"{place}.{key}") for key, one in value.items()}
+        return {_typed(inner[0], key, place): _typed(inner[1], item, f"{place}.{key}") for key, item in value.items()}
     if of is Path and isinstance(value, (str, Path)):
         return Path(value)
     if (of is Literal and value in inner) or (of in (str, bool) and isinstance(value, of)):
@@ -185,7 +184,7 @@ _LOSS_FIELDS = {
 
 
 def with_loss(settings: dict[str, Any]) -> dict[str, Any]:
-    """Plain anti-transfer settings, which before there was ``loss`` were saved with six fields in its place.
+    """Plain anti-transfer settings with ``loss``; older files have six fields in its place.
 
     >>> with_loss({"layers": [2], "gram": "batch", "centred": True})
     {'layers': [2], 'loss': 'cka'}

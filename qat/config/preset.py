@@ -1,16 +1,16 @@
 """Presets: the settings of every training of the paper's grid, as files of overrides.
 
-``paper`` takes the paper's reading wherever paper and released code disagree, ``released-code`` the code's; ``small``
-is what learns in minutes, and ``demo`` the same on synthesised speech. A file is a list of overrides::
+Where paper and released code disagree, ``paper`` follows the paper and ``released-code`` the code; ``small`` trains in
+minutes, and ``demo`` is ``small`` on synthesised speech. A file is a list of overrides::
 
     - preset: small
     - settings: {training: {batch: 20}}
     - when: {network: real, stage: [word, speaker]}
       settings: {training: {batch: 40}}
 
-``preset`` stands for all overrides of another one. An override holds for the trainings that have every attribute of its
-``when``, with that value or one of a list; the later override wins. Settings are those of ``qat train``, or of ``qat
-pretrain rhemo`` in RH-Emo's stages; each kind of training takes what it has.
+``preset`` includes all overrides of another preset. An override applies to trainings that match every attribute of its
+``when``, by that value or one of a list; later overrides win. Settings are those of ``qat train``, or of ``qat pretrain
+rhemo`` in RH-Emo's stages; each kind of training ignores the settings of the other.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from qat.files import read_yaml
 
 NAMES = ("paper", "released-code", "demo", "small")
 _PARTS = ("demo-corpus", "small-recorded")
-"""Presets that others are made of."""
+"""Presets that other presets include."""
 
 ATTRIBUTES = ("stage", "network", "corpus", "split", "at", "layer", "seed")
-"""What tells trainings apart. RH-Emo's stages have no ``network``, and what follows it only emotion trainings have."""
+"""Attributes that distinguish trainings. RH-Emo's stages have only ``stage``; only emotion trainings have those after
+``network``."""
 
 METHODS = {
     "none": "no AT",
@@ -41,15 +42,15 @@ METHODS = {
     "dual_SW": "dual SW",
     "dual_WS": "dual WS",
 }
-"""Titles of the attribute ``at``: without anti-transfer (AT), against the network of speakers or of words, or against
-both, one after the other."""
+"""Titles of the values of ``at``: no anti-transfer (AT), AT against the network of speakers (S) or words (W), or first
+against one and then against the other."""
 
 SPLITS = {
     "random": ("random",),
     "actor": ("speaker", "speaker-in-order", "paper-actor"),
     "confounded": ("confounded",),
 }
-"""The attribute ``split``, and the values of ``split.rule`` that it stands for."""
+"""Values of the attribute ``split``, and the values of ``split.rule`` that each stands for."""
 
 VALUES: dict[str, Sequence[Any]] = {
     "stage": ("rhemo-1", "rhemo-2", "word", "speaker", "emotion"),
@@ -65,16 +66,16 @@ TASKS = {"S": "speaker", "W": "word"}
 
 PAPER_CORPORA = ("iemocap", "ravdess", "tess")
 PAPER_SPLITS = ("random", "actor")
-"""What the paper's tables are about."""
+"""Corpora and splits of the paper's tables."""
 
 Plain = dict[str, Any]
 
 
 def check_values(name: str, values: Sequence[Any], allowed: Sequence[Any]) -> None:
-    """Refuse a value that is not among the allowed ones.
+    """Refuse values that are not allowed.
 
     Raises:
-        ValueError: naming it and them.
+        ValueError: with the value and the allowed ones.
     """
     for value in values:
         require(value in allowed, name, value, f"one of {', '.join(map(str, allowed))}")
@@ -85,8 +86,8 @@ class Override:
     """Settings of some trainings.
 
     Args:
-        settings: nested, as in a YAML file.
-        when: allowed value by attribute, or a list of them; empty: of all trainings.
+        settings: nested settings, as in a YAML file.
+        when: value, or list of allowed values, by attribute; empty: all trainings.
     """
 
     settings: Plain
@@ -100,24 +101,24 @@ class Override:
         for name, value in flatten(self.settings).items():
             try:
                 typed_setting(Experiment, name, value)
-            except ValueError as error:  # it may be RH-Emo's
+            except ValueError as error:  # unless it is a setting of RH-Emo
                 with suppress(ValueError):
                     typed_setting(RHEmoExperiment, name, value)
                     continue
                 raise error
 
     def matches(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether a training with these attributes takes it."""
+        """Whether it applies to a training with these attributes."""
         return all(name in attributes and attributes[name] in as_list(values) for name, values in self.when.items())
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list, or the only value of one."""
+    """A list as it is, another value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 def kind_of(stage: str) -> type[AnyExperiment]:
-    """What a stage trains."""
+    """The class of a stage's experiments."""
     return RHEmoExperiment if stage.startswith("rhemo") else Experiment
 
 
@@ -125,8 +126,8 @@ def read_overrides(source: str | Path) -> list[Override]:
     """The overrides of a preset, or of a file of the same form.
 
     Raises:
-        ValueError: no such preset or file, or one that is not of this form; unknown attributes and settings, and wrong
-            values, are named with the override's number.
+        ValueError: no such preset or file, wrong form, unknown attributes or settings, or wrong values, with the
+            override's number.
     """
     if source in (*NAMES, *_PARTS):
         return list(_packaged(str(source)))
@@ -143,34 +144,34 @@ def _packaged(name: str) -> tuple[Override, ...]:
 
 
 def parse_overrides(listed: Any, source: object) -> list[Override]:
-    """The overrides of a list as a preset file holds it.
+    """The overrides of a list of the form of a preset file.
 
     Args:
-        listed: content of the file, or of a part of it.
+        listed: content of the file, or a part of it.
         source: name of the file, for errors.
 
     Raises:
-        ValueError: as in :func:`read_overrides`.
+        ValueError: see :func:`read_overrides`.
     """
     if not isinstance(listed, list):
-        raise ValueError(f"{source}: must be a list of overrides, each with `settings` and perhaps `when`")
+        raise ValueError(f"{source}: must be a list of overrides, each with `settings` and optionally `when`")
     overrides: list[Override] = []
-    for number, one in enumerate(listed, 1):
+    for number, entry in enumerate(listed, 1):
         with prefix_errors(source, f"override {number}"):
-            if isinstance(one, dict) and one.keys() == {"preset"}:
-                check_values("preset", [one["preset"]], (*NAMES, *_PARTS))
-                overrides += _packaged(one["preset"])
+            if isinstance(entry, dict) and entry.keys() == {"preset"}:
+                check_values("preset", [entry["preset"]], (*NAMES, *_PARTS))
+                overrides += _packaged(entry["preset"])
             else:
-                overrides.append(from_plain(Override, one))
+                overrides.append(from_plain(Override, entry))
     return overrides
 
 
 def merge(attributes: Mapping[str, Any], overrides: Sequence[Override], base: Plain) -> Plain:
-    """The settings of a training: ``base``, and over it every override that holds; of groups, field by field.
+    """The settings of a training: ``base`` with all matching overrides applied; groups are merged field by field.
 
     Args:
         attributes: attributes of the training, see :data:`ATTRIBUTES`.
-        overrides: the later wins.
+        overrides: overrides; later ones win.
         base: nested settings.
 
     >>> override = Override({"training": {"batch": 40}}, {"network": "real"})
@@ -187,13 +188,12 @@ def merge(attributes: Mapping[str, Any], overrides: Sequence[Override], base: Pl
 
 
 def settings_of(stage: str, attributes: Mapping[str, Any], overrides: Sequence[Override]) -> Plain:
-    """The settings of one training of a preset, nested; what they do not say has its default.
+    """The nested settings of one training of a preset; absent settings have their defaults.
 
     Args:
         stage: stage of the training.
-        attributes: its other :data:`ATTRIBUTES`, as far as it has them; an emotion training's corpus is IEMOCAP if
-            absent.
-        overrides: overrides of the preset, applied after those of ``presets/stages.yaml``, which hold for all presets.
+        attributes: other :data:`ATTRIBUTES` of the training; the default corpus of an emotion training is IEMOCAP.
+        overrides: overrides of the preset, applied after those of ``presets/stages.yaml``, which all presets share.
 
     >>> settings_of("speaker", {"network": "real"}, [])
     {'network': {'domain': 'real'}, 'corpus': {'name': 'iemocap', 'options': {'speaker': 'session'}}, 'task': 'speaker'}
@@ -206,7 +206,7 @@ def settings_of(stage: str, attributes: Mapping[str, Any], overrides: Sequence[O
 
 
 def experiment(settings: Plain, stage: str) -> AnyExperiment:
-    """The experiment of a stage from nested settings; what they do not say has its default.
+    """The experiment of a stage from nested settings; absent settings have their defaults.
 
     Raises:
         ValueError: a wrong or unknown setting.

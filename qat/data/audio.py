@@ -21,7 +21,8 @@ SILENCE = 0.005
 """Files whose largest magnitude, at their own sample rate, is at most this are skipped."""
 
 LOUDEST = 16.0
-"""Largest magnitude of a usable sample, where full scale is 1; above it the samples are on the scale of integers."""
+"""Largest magnitude of a usable sample, where full scale is 1; larger values mean that samples are on an integer
+scale."""
 
 RATES = (2_000, 768_000)
 """Sample rates in Hz that are decoded."""
@@ -40,7 +41,7 @@ _CHUNKS: dict[tuple[bytes, bytes], tuple[Literal["little", "big"], bytes]] = {
 """By the beginning of a file: order of the bytes of a length, and name of the chunk that holds samples."""
 
 _UNKNOWN = 0x7FFFF000
-"""Length from which on it stands for none: a writer to a pipe does not know it, and writes the largest."""
+"""Lengths of at least this mean an unknown length: a writer to a pipe writes the largest number."""
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -100,7 +101,7 @@ def load_audio(
 
 
 def duration_of(path: Path) -> float:
-    """Duration of a file in seconds as its header has it; 0 where it has none, or one of more than a day."""
+    """Duration of a file in seconds by its header; 0 if it has none, or one of more than a day."""
     try:
         with _opened(path) as file:
             seconds = round(file.frames / file.samplerate, 6)
@@ -143,19 +144,20 @@ def _decoded(path: Path, start: float, duration: float | None) -> tuple[NDArray[
 
 
 def _read(file: SoundFile, first: int, count: int) -> NDArray[np.float32]:
-    """At most `count` frames from `first` on, averaged over the channels, in blocks: a header may lie about both."""
+    """At most `count` frames from `first` on, averaged over channels; read in blocks, since header sizes may be
+    wrong."""
     if first and file.seekable():
         file.seek(min(first, file.frames))
         first = 0
     block = max(_BLOCK // file.channels, 1)
     blocks = []
-    left = first + count  # of a coding that cannot seek, what is before the segment is decoded too
+    left = first + count  # codings that cannot seek decode the part before the segment too
     while left > 0:
         read = file.read(min(block, left), dtype="float32", always_2d=True)
         if not len(read):
             break
         left -= len(read)
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is an error of its own
+        with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite raise an error of their own
             blocks.append(read.mean(axis=1, dtype=np.float32)[first:])
         first = max(first - len(read), 0)
     return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
@@ -170,7 +172,7 @@ def _resampled(samples: NDArray[np.float32], rate: int, sample_rate: int) -> NDA
 
 @contextmanager
 def _opened(path: Path) -> Iterator[SoundFile]:
-    """The file for reading; whatever a decoder raises, here or within the block, is an `AudioError`."""
+    """The file, open for reading; any error of a decoder, here or in the block, becomes an `AudioError`."""
     # Imported here, as training on prepared spectrograms needs no decoder.
     import soundfile
 
@@ -197,9 +199,9 @@ def _is_git_lfs_pointer(path: Path) -> bool:
 
 
 def _missing_bytes(path: Path) -> int:
-    """Bytes of samples that a header promises and the file has not; libsndfile reads what is there.
+    """Number of bytes of samples that a file lacks by its header; libsndfile does not report them.
 
-    Up to 64 are forgiven, as some writers count the header too.
+    Up to 64 are tolerated, as some writers count the header too.
     """
     with path.open("rb") as raw:
         missing = _promised_size(raw) - path.stat().st_size
@@ -207,7 +209,7 @@ def _missing_bytes(path: Path) -> int:
 
 
 def _promised_size(raw: BinaryIO) -> int:
-    """Size in bytes of a WAV, RF64, W64, AIFF, AU or NIST file as its header has it; 0 where it has none."""
+    """Size in bytes of a WAV, RF64, W64, AIFF, AU or NIST file by its header; 0 if it has none."""
     head = raw.read(1024)
     if head[:4] == b"RF64":
         return int.from_bytes(head[20:28], "little") + 8

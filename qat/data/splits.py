@@ -46,7 +46,7 @@ def random(table: pd.DataFrame, seed: int) -> Split:
     """Split by files, shuffled: 70, 20 and 10 %. All cuts of a file stay together, and so do files of the same bytes.
 
     Args:
-        table: table with the column `path`, and perhaps `checksum`.
+        table: table with the column `path`, and optionally `checksum`.
         seed: seed of the shuffle.
 
     Returns:
@@ -62,7 +62,7 @@ def random(table: pd.DataFrame, seed: int) -> Split:
 
 
 def without_copies(table: pd.DataFrame, split: Split) -> Split:
-    """Without files whose bytes are also in a part before theirs: what is trained on is not tested on.
+    """The split without files whose bytes also occur in an earlier part, so that no test file was trained on.
 
     Args:
         table: table with the columns `path` and `checksum`.
@@ -75,7 +75,7 @@ def without_copies(table: pd.DataFrame, split: Split) -> Split:
         copies = checksums.isin(present)
         if copies.any():
             first, number = table.loc[checksums.index[copies][0], "path"], table.loc[rows, "path"][copies].nunique()
-            log.warning("%d files left out of the %s part, which are in a part before it too: %s", number, part, first)
+            log.warning("%d files left out of the %s part, which are also in an earlier part: %s", number, part, first)
         kept[part] = checksums.index[~copies].tolist()
         present.update(checksums)
     return kept
@@ -217,8 +217,8 @@ def confounded(
     """Split by speakers so that in training the voice predicts the label: a shortcut that fails for new voices.
 
     Each training speaker keeps all files of one label, the speaker's own, and the share `leak` (rounded, at least 1
-    file) of every other label. Own labels are assigned round-robin, so that each has about as many speakers. The
-    validation and test parts are complete.
+    file) of every other label. Own labels are assigned round-robin, so that all have about the same number of speakers.
+    The validation and test parts are complete.
 
     Args:
         table: table with the columns `path`, `speaker` and `label`.

@@ -1,4 +1,4 @@
-"""The networks: VGG16 in three domains, RH-Emo, and the classifier of speech that combines them."""
+"""The networks: VGG16 in three domains, RH-Emo, and the speech classifier that combines them."""
 
 from qat.models.classifier import SpeechClassifier
 from qat.models.rhemo import RHEmo, RHEmoEncoder

@@ -1,4 +1,4 @@
-"""The classifier of speech: RH-Emo's encoder, if the network reads embeddings, and VGG16."""
+"""The speech classifier: VGG16, after RH-Emo's encoder if it reads embeddings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ class SpeechClassifier(nn.Module):
     """From a normalised spectrogram `[B, 1, 512, 128]` to logits `[B, K]`: RH-Emo's encoder (or none), then VGG16.
 
     Args:
-        config: the network; ``rhemo_mode`` sets whether the encoder is trained, and its batch statistics.
-        num_classes: K.
+        config: settings of the network; ``rhemo_mode`` decides whether the encoder is trained and uses batch
+            statistics.
+        num_classes: number of logits K.
     """
 
     def __init__(self, config: NetworkConfig, num_classes: int) -> None:
@@ -40,7 +41,7 @@ class SpeechClassifier(nn.Module):
             return spectrogram
         if self.config.rhemo_mode == "trainable":
             return self.encoder(spectrogram) / self.embedding_scale
-        # Float32 in any precision, so that embeddings of a frozen encoder can be stored.
+        # In float32 whatever the precision, so that embeddings of a frozen encoder can be stored.
         with torch.no_grad(), torch.autocast(spectrogram.device.type, enabled=False):
             return self.encoder(spectrogram) / self.embedding_scale
 

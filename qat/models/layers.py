@@ -24,7 +24,7 @@ class Link(NamedTuple):
     Args:
         x_is_relu: apply the mask of the ReLU before this layer to the gradient of its input.
         mask_gradient: apply the mask of this layer's own ReLU; False leaves it to the next layer.
-        packed: weight in the layout of the GPU's kernels.
+        packed: weight in the layout of the GPU kernels.
     """
 
     x_is_relu: bool = False
@@ -62,7 +62,7 @@ class Layers:
 
 
 def placed(module: M, device: torch.device) -> M:
-    """The module on the device; on a GPU with the weights of real convolutions in NHWC, which tensor cores read."""
+    """The module on the device; on a GPU, real convolutions get weights in NHWC, the layout of tensor cores."""
     if device.type == "cuda":
         for part in module.modules():
             if isinstance(part, nn.Conv2d):
@@ -142,14 +142,7 @@ def _real(init: str) -> Layers:
     def linear(inputs: int, outputs: int) -> nn.Module:
         return initialised(nn.Linear(inputs, outputs))
 
-    def run(
-        module: nn.Module,
-        x: Tensor,
-        activation: str | None,
-        pool: bool = False,
-        return_map: bool = False,
-        link: Link = UNLINKED,
-    ) -> tuple[Tensor, None]:
+    def run(module: nn.Module, x: Tensor, activation: str | None, *_: Any, **ignored: Any) -> tuple[Tensor, None]:
         y = module(x)
         return F.relu(y) if activation == "relu" else y, None
 

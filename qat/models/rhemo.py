@@ -1,4 +1,4 @@
-"""RH-Emo: a real encoder that gives a 4-channel speech embedding, a quaternion decoder and four heads.
+"""RH-Emo: a real encoder to a 4-channel speech embedding, a quaternion decoder and four heads.
 
 Source: Guizzo et al., "Learning speech emotion representations in the quaternion domain", 2022; the frozen encoder
 feeds the quaternion networks (WASPAA 2023, section 2).
@@ -24,7 +24,7 @@ def _xavier_(module: nn.Module) -> None:
 
 
 class RHEmoEncoder(nn.Sequential):
-    """Three real convolutions, `[B, 1, 512, 128] -> [B, 4, 64, 64]`, non-negative; each pools before it normalises."""
+    """Three real convolutions, `[B, 1, 512, 128] -> [B, 4, 64, 64]`, non-negative; pooling precedes batch norm."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Sizes of VGG16's layers, from which its arithmetic and memory traffic are computed."""
+"""Sizes of VGG16's layers, for computing its arithmetic and memory traffic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Sizes(NamedTuple):
     """Sizes of one layer.
 
     Args:
-        inputs, outputs: elements of a sample's input and output.
+        inputs, outputs: number of elements of a sample's input and output.
         weights: number of parameters.
-        products: multiplications of an output element.
-        features: channels and positions of the output.
+        products: number of multiplications per output element.
+        features: number of channels and of positions of the output.
     """
 
     inputs: int
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Operations of one sample's forward pass; as many of each of its two gradients. Biases are not counted."""
+        """Operations in one sample's forward pass; each of the two gradients takes as many. Biases are not counted."""
         return 2 * self.outputs * self.products
 
 

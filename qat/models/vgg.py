@@ -15,7 +15,7 @@ from qkernels import PackedWeight, runtime
 from qkernels.runtime.precision import autocast_dtype
 
 Tap = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps features `[B, C, H, W]` to the next layer's input, and to a value that is returned beside the logits."""
+"""Maps features `[B, C, H, W]` to the next layer's input and a value that is returned with the logits."""
 
 LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 """The 3x3 convolutions by their output channels, and 2x2 max pools "M" (Simonyan and Zisserman, configuration D)."""
@@ -28,11 +28,11 @@ POOL_AFTER = tuple(i - LAYERS[:i].count("M") for i, layer in enumerate(LAYERS) i
 
 _DEPTH = {"input": 0} | {f"{kind}{n}": n for n in range(1, len(CHANNELS) + 1) for kind in ("conv", "relu")}
 _DEPTH |= {f"pool{k}": n for k, n in enumerate(POOL_AFTER, 1)}
-"""Number of convolutions before each feature map; the next convolution reads the last map with the same number."""
+"""Number of convolutions before each feature map; of maps with the same number, the next convolution reads the last."""
 
 
 def tap_name(layer: int, position: str) -> str:
-    """Name of the feature map that "layer n" means.
+    """Name of the feature map that "layer n" stands for.
 
     Args:
         layer: convolution 1..13.
@@ -64,7 +64,7 @@ class VGG16(nn.Module):
     """Thirteen 3x3 convolutions, each with ReLU, five 2x2 max pools, three linear layers; no batch norm.
 
     Args:
-        config: domain, width, initialisation, dropout, and whether there is a 7x7 average pool.
+        config: settings of the network.
         num_classes: number of logits K.
 
     Shapes: input `[B, 4, 64, 64]` (embedding domains) or `[B, 1, 512, 128]` (real), output logits `[B, K]`.
@@ -76,8 +76,8 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         channels, height, width = INPUT[config.domain]
-        # Packed weights of a frozen network by the weights' versions, stored with the weights so that their ids stay
-        # unique. Entries are never removed: a CUDA graph may read them.
+        # Packed weights of a frozen network by the versions of its weights. The weights are stored with them, so that
+        # their ids stay unique. Entries are never removed: a CUDA graph may read them.
         self._frozen: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):
@@ -96,7 +96,7 @@ class VGG16(nn.Module):
         )
 
     def forward(self, x: Tensor, taps: Mapping[str, Tap] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, K]`, and the value of each tap, from one forward pass.
+        """Logits `[B, K]` and the value of each tap, from one forward pass.
 
         Args:
             x: input.
@@ -107,7 +107,7 @@ class VGG16(nn.Module):
         first, _, first_dropout, second, _, second_dropout, head = self.classifier
         rates = [dropout.p if self.training else 0.0 for dropout in (first_dropout, second_dropout)]
         x = self._layers.run_hidden(first, self.pool(x), rates[0], Link(False, False, packed[-2]))
-        # The few logits are computed in the type of their weight in any precision: casting would take longer.
+        # The few logits are computed in the type of their weight, whatever the precision: casting would take longer.
         x = self._layers.run_hidden(second, x, rates[1], Link(True, True, packed[-1]), head.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return head(x), tapped
@@ -120,9 +120,9 @@ class VGG16(nn.Module):
         return self._features(x, taps, self._packed(x, depth), last_pool)[1]
 
     def _packed(self, x: Tensor, convs: int, hidden: bool = False) -> list[PackedWeight | None]:
-        """Weights of the first ``convs`` convolutions, and of the hidden layers, as the kernels read them.
+        """Weights of the first ``convs`` convolutions, and of the hidden layers, in the layout of the kernels.
 
-        They are packed in one launch, for a frozen network only once.
+        They are packed in one launch; those of a frozen network only once.
         """
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
         weights = [module.weight for module in modules]
@@ -142,8 +142,8 @@ class VGG16(nn.Module):
         Args:
             x: input.
             taps: taps by the name of their feature map.
-            packed: packed weights, one for each convolution to compute.
-            last_pool: pool the last convolution's output if the network does.
+            packed: packed weights, one per convolution to compute.
+            last_pool: whether the last convolution's output is pooled if the network has a pool there.
         """
         tapped: dict[str, Tensor] = {}
 
@@ -163,7 +163,7 @@ class VGG16(nn.Module):
                 y, pooled = F.relu(tap(conv_name, self._layers.run(conv, x, None, link=link)[0])), None
             else:
                 y, pooled = self._layers.run(conv, x, "relu", pool, relu_name in taps, link)
-            # With a fused pool nothing follows the tapped map: the convolution adds its gradient to the pool's.
+            # With a fused pool, only the tap reads this map: the convolution adds its gradient to the pool's.
             x, x_is_relu = tap(relu_name, y), chained
             if pool:
                 pool_name = f"pool{POOL_AFTER.index(n) + 1}"

@@ -1,1 +1,1 @@
-"""Pages of tables and figures about finished runs."""
+"""Reports: pages of tables and figures about finished runs."""

@@ -1,4 +1,4 @@
-"""The one drawing style of pages and benchmarks, and the pages' figures."""
+"""The figures of reports, and the drawing style that benchmarks share."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 PANELS = 15
 """Maximum number of settings in one figure, so that the report of a whole grid opens quickly."""
 
-_POINTS = 200  # of a curve: more than its panel can show
+_POINTS = 200  # maximum number of points in a curve; a panel cannot show more
 INK, SOFT, EDGE, RULE, PAPER = "#1d2129", "#5b616b", "#9aa0a8", "#e8eaed", "#ffffff"
-# Okabe and Ito's, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, RED, GREY, GREEN, PURPLE, AMBER, SKY = COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -36,15 +36,15 @@ BLUE, RED, GREY, GREEN, PURPLE, AMBER, SKY = COLOURS = (
     "#56b4e9",
 )
 _VARIABLES = {INK: "ink", SOFT: "soft", EDGE: "edge", RULE: "rule", PAPER: "paper", BLUE: "blue", RED: "red"}
-"""Colours that a page exchanges in its dark mode, by its CSS variables."""
+"""Names of the CSS variables for colours that change in a page's dark mode."""
 
 _LEGENDS: Any = {"upper": "outside upper left", "lower": "outside lower left"}
 DASHED: tuple[int, tuple[int, int]] = (0, (4, 3))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "qat",  # the same figure has the same bytes
+    "svg.hashsalt": "qat",  # equal figures have equal bytes
     "text.parse_math": False,  # names may hold dollar signs
-    "font.sans-serif": ["DejaVu Sans"],  # every text of an SVG names the whole list
+    "font.sans-serif": ["DejaVu Sans"],  # every text in an SVG repeats the whole list
     "font.size": 9,
     "text.color": INK,
     "figure.facecolor": PAPER,
@@ -78,14 +78,14 @@ class Drawing(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """A mean in a row of `dots`, with its interval and the single values behind it.
+    """A mean in a row of `dots`, with its interval and single values.
 
     Args:
         row: row number, from 0.
         mean: mean value. low, high: ends of its interval.
-        values: single values, such as those of the seeds.
+        values: single values, such as one per seed.
         colour: colour. hollow: whether the dot is a ring.
-        shift: place within the row, of -0.5 to 0.5.
+        shift: vertical position within the row, -0.5 to 0.5.
     """
 
     row: int
@@ -99,7 +99,7 @@ class Dot(NamedTuple):
 
 
 class DotPanel(NamedTuple):
-    """A panel of `dots`: its title and unit, its dots, and a line at what is no effect or guessing."""
+    """A panel of `dots`: title, unit, dots, and the value of a reference line, such as no effect or guessing."""
 
     title: str
     unit: str
@@ -108,12 +108,12 @@ class DotPanel(NamedTuple):
 
 
 def dots(rows: Sequence[str], panels: Sequence[DotPanel], breaks: Sequence[int] = ()) -> Drawing:
-    """Means and intervals, one named row each, panels side by side.
+    """Means and intervals in named rows, panels side by side.
 
     Args:
         rows: names of the rows.
         panels: panels that share the rows.
-        breaks: rows that a line parts from those above.
+        breaks: rows with a separating line above them.
     """
     with style():
         figure = new_figure(10, 0.9 + 0.36 * len(rows))
@@ -145,11 +145,11 @@ class Line:
     """A line of `by_layer`.
 
     Args:
-        label: label in the legend; lines of one label look alike.
-        look: its colour: that of an anti-transfer method, a network or ``mean``.
-        values: by layer, or one level, dashed.
-        hollow: dotted with hollow squares, to tell two lines of one colour apart.
-        chosen: the layer that gets a ring.
+        label: label in the legend.
+        look: anti-transfer method, network or ``mean``, which sets the colour.
+        values: values by layer, or one level, which is drawn dashed.
+        hollow: whether it is dotted with hollow squares, to distinguish two lines of one colour.
+        chosen: layer that gets a ring.
     """
 
     label: str
@@ -170,11 +170,11 @@ _LOOKS = {"single_S": BLUE, "single_W": AMBER, "dual_SW": RED, "dual_WS": GREEN,
 
 
 def by_layer(panels: Mapping[str, Sequence[Line]], ylabel: str, guess: float | None = None) -> Drawing:
-    """Lines over the layer of anti-transfer, one panel a title, two in a row, with the same axes.
+    """Lines over the layer of anti-transfer; panels with the same axes, two in a row.
 
     Args:
-        panels: lines by title.
-        ylabel: label of the values.
+        panels: lines by title of the panel.
+        ylabel: label of the vertical axis.
         guess: accuracy of guessing, dotted in red.
     """
     ticks = {layer for lines in panels.values() for line in lines for layer in line.layers}
@@ -213,7 +213,7 @@ def _draw_line(axis: Axes, line: Line) -> Any:
 
 
 def losses(groups: Sequence[Group], share: bool) -> Drawing:
-    """Training and validation loss by epoch; dotted is cross-entropy alone, where anti-transfer adds to it."""
+    """Training and validation loss by epoch; dotted: cross-entropy alone, where anti-transfer adds to it."""
 
     def draw(axis: Axes, group: Group) -> None:
         for run in group.runs:
@@ -266,7 +266,7 @@ def similarities(groups: Sequence[Group]) -> Drawing:
 
 
 def confusions(groups: Sequence[Group]) -> Drawing:
-    """Confusion matrices as heat maps of row shares, with counts summed over the seeds."""
+    """Confusion matrices as heat maps of row shares, with counts summed over seeds."""
     from matplotlib.patches import Rectangle
 
     def draw(axis: Axes, group: Group) -> None:
@@ -275,7 +275,7 @@ def confusions(groups: Sequence[Group]) -> Drawing:
         classes = len(counts)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         for (row, column), share in np.ndenumerate(shares):
-            # Blue of the share's opacity, so that the page's own colour shines through.
+            # The share is the opacity, so that the page's background shows through in both modes.
             corner = (column + 0.03, row + 0.03)
             axis.add_patch(Rectangle(corner, 0.94, 0.94, color=BLUE, alpha=0.9 * share, linewidth=0))
             if classes <= 12:
@@ -298,14 +298,14 @@ def confusions(groups: Sequence[Group]) -> Drawing:
 
 
 def confusion(group: Group) -> NDArray[np.float64] | None:
-    """Test counts `[K, K]` summed over the seeds, rows true; nothing unless every seed has them."""
+    """Test counts `[K, K]` summed over seeds, rows true; None unless every seed has them."""
     classes = len(group.first.result.classes)
     counts = [np.array(run.score("test", "confusion")) for run in group.runs]
-    return np.sum(counts, axis=0) if all(one.shape == (classes, classes) for one in counts) else None
+    return np.sum(counts, axis=0) if all(matrix.shape == (classes, classes) for matrix in counts) else None
 
 
 def similarity(run: FinishedRun) -> dict[int, Curve]:
-    """Logged cos^2 by layer: of the validation part, else of the training part."""
+    """Logged cos^2 by layer, of the validation part or, if it has none, of the training part."""
     curves = {
         layer: _curve(run, f"validation_similarity_{layer}") or _curve(run, f"train_similarity_{layer}")
         for layer in run.layers
@@ -314,21 +314,21 @@ def similarity(run: FinishedRun) -> dict[int, Curve]:
 
 
 def style() -> Any:
-    """A context in which everything is drawn alike, whatever the user's own settings are."""
+    """A context with the drawing style, independent of the user's own settings."""
     from matplotlib import style as styles
 
     return styles.context(["default", STYLE])
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """An empty figure of a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def svg_of(figure: Figure) -> str:
-    """The SVG document of a figure; the same figure gives the same bytes."""
+    """The SVG document of a figure; equal figures give equal bytes."""
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue()
@@ -336,18 +336,17 @@ def svg_of(figure: Figure) -> str:
 
 def drawing(figure: Figure) -> Drawing:
     svg, png = svg_of(figure), io.BytesIO()
-    figure.set_layout_engine(None)  # the layout is computed already, and that takes as long as drawing
+    figure.set_layout_engine(None)  # the layout is computed already, which takes as long as drawing
     figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return Drawing(svg, png.getvalue())
 
 
 def embed(svg: str, number: int, label: str) -> str:
-    """The figure as a part of a page: without the XML around it, in the page's colours, with ids of its own among
-    several, and with a text for those who cannot see it."""
+    """The SVG for a page: without XML header, in the page's colours, with unique ids and a text for screen readers."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1f{number}-", svg)
-    svg = re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", svg)
+    svg = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]})", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
@@ -356,7 +355,7 @@ def _named(groups: Sequence[Group]) -> list[tuple[str, Group]]:
 
 
 def _lines(looks: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-    """Lines for a legend, of colours and line styles."""
+    """Legend lines by label, from colours and line styles."""
     from matplotlib.lines import Line2D
 
     return {label: Line2D([], [], color=colour, linestyle=style) for label, (colour, style) in looks.items()}
@@ -373,15 +372,15 @@ def _multiples(
     share: bool = True,
     aspect: float = 0.6,
 ) -> Drawing:
-    """Small multiples: one panel each, under its title.
+    """Small multiples: panels of one kind, each under its title.
 
     Args:
-        panels: titles, and what ``draw`` draws under them.
-        draw: draws one panel.
+        panels: title and content of each panel.
+        draw: function that draws the content of a panel.
         xlabel, ylabel: labels of the axes.
-        legend: handles by label, which ``draw`` may add to.
+        legend: handles by label; ``draw`` may add to them.
         most: maximum number of columns.
-        share: whether the panels have the same axes.
+        share: whether the panels share their axes.
         aspect: height of a panel over its width.
     """
     from matplotlib.ticker import MaxNLocator
@@ -401,7 +400,7 @@ def _multiples(
             if xlabel == "epoch":
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
                 low, high = axis.get_xlim()
-                axis.set_xlim(min(low, 0.5), max(high, 1.5))  # also where the only epoch has no width
+                axis.set_xlim(min(low, 0.5), max(high, 1.5))  # a single epoch has no width
             axis.tick_params(labelbottom=True)
             axis.set_ylabel(ylabel if place % columns == 0 else "")
             axis.set_xlabel(xlabel if place + columns >= len(panels) else "")
@@ -414,19 +413,19 @@ def _multiples(
 
 def add_legend(figure: Figure, handles: Mapping[str, Any], side: Literal["upper", "lower"] = "upper") -> None:
     """A legend above all panels, or below them (``lower``), in as many columns as fit the figure's width."""
-    points = 40 + 4.6 * max(map(len, handles))  # of a column, in letters of 8 points
+    points = 40 + 4.6 * max(map(len, handles))  # width of a column, with letters of 8 points
     columns = max(1, min(len(handles), int(72 * figure.get_figwidth() / points)))
     figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(handles) / columns) - 1))
     figure.legend(handles=list(handles.values()), labels=list(handles), loc=_LEGENDS[side], ncols=columns)
 
 
 def _plot(axis: Axes, curve: Curve, colour: str, line: str) -> None:
-    """A curve, of which a single epoch is a point."""
+    """A curve; a single epoch is drawn as a point."""
     axis.plot(*curve, color=colour, alpha=0.8, linestyle=line, marker="" if len(curve[0]) > 1 else "o", markersize=3)
 
 
 def _curve(run: FinishedRun, name: str) -> Curve | None:
-    """Epochs, from 1, and a logged value at them, thinned to what a panel can show."""
+    """Epochs, from 1, and the logged value in each, thinned to `_POINTS`."""
     if run.metrics is None or name not in run.metrics:
         return None
     points = [(epoch, float(value)) for epoch, value in enumerate(run.metrics[name], 1) if math.isfinite(value)]

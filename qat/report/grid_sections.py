@@ -1,4 +1,4 @@
-"""The sections that only a grid has: the paper's table 1, figure 2 and resources, beside ours."""
+"""The sections that only a grid has: table 1, figure 2 and resources, ours beside the paper's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def verdict(view: GridView) -> Section:
                 dots.append(Dot(y, 100 * row["paper_gain"], colour=figures.RED, hollow=True, shift=0.15))
         panels += [DotPanel(title, "points", dots, 0)] if dots else []
     rows = [f"{view.called(corpus)}, {network}, {split}" for corpus, network, split in keys]
-    kind = next((kind for kind in KINDS if (judged["kind"] == kind).any()), "")  # the nearest to the paper's, alone
+    # Only the kind that is closest to the paper's corpora.
+    kind = next((kind for kind in KINDS if (judged["kind"] == kind).any()), "")
     judged = judged[judged["kind"] == kind]
     beside = judged[judged["paper_gain"].notna()]
     return _counts(judged) | {
@@ -45,9 +46,9 @@ def verdict(view: GridView) -> Section:
 
 
 def real(view: GridView) -> Section:
-    """What of a grid is recorded speech, and what is there."""
-    pretrained = [one for one in view.grid.settings if one.stage != "emotion"]
-    demo = {one.stage for one in pretrained if any(r.experiment.corpus.name == "demo" for r in one.group.runs)}
+    """Which results are from recorded speech, and how many trainings are finished."""
+    pretrained = [setting for setting in view.grid.settings if setting.stage != "emotion"]
+    demo = {s.stage for s in pretrained if any(run.experiment.corpus.name == "demo" for run in s.group.runs)}
     return {
         "preset": view.folder.requested.get("preset"),
         "seeds": sorted({run.seed for run in view.runs if run.seed is not None}),
@@ -77,7 +78,7 @@ def table1(view: GridView) -> Section:
 
 
 def missing(view: GridView) -> Section:
-    """The trainings that are not finished: how many of each cell, which, and why, where that is known."""
+    """Finished trainings of each cell; those that failed, with their errors, or are not finished."""
     values = sections.missing(view)
     return values and values | view.cell_table(lambda row: f"{row['finished']} of {row['planned']}")
 
@@ -93,7 +94,7 @@ def gains(view: GridView) -> Section:
 
 
 def layers(view: GridView) -> Section:
-    """Figure 2 of the paper, and the same of each corpus."""
+    """Figure 2 of the paper, and accuracy by layer for each corpus."""
     averaged, each = [], []
     for kind, corpora in view.kinds.items():
         own = of_corpora(view.layers, corpora)
@@ -121,11 +122,11 @@ def layers(view: GridView) -> Section:
 
 
 def cells_of_table1(view: GridView) -> Section:
-    """All about every cell of table 1, a table for each corpus."""
+    """Every value of each cell of table 1, one table per corpus."""
     space, tables = "\N{NO-BREAK SPACE}", []
     for corpus, table in view.table1[view.table1["accuracy"].notna()].groupby("corpus", sort=False):
-        known = [table[name].dropna() for name in ("clips", "speakers")]
-        sizes = [span(values) if len(values) else "an unknown number of" for values in known]
+        counts = [table[name].dropna() for name in ("clips", "speakers")]
+        sizes = [span(values) if len(values) else "an unknown number of" for values in counts]
         table = table.assign(
             place=table["network"] + "," + space + table["split"],
             method=table["at"].map(METHODS).str.replace(" ", space),
@@ -136,7 +137,7 @@ def cells_of_table1(view: GridView) -> Section:
 
 
 def costs(view: GridView) -> Section:
-    """What anti-transfer and quaternions cost in time and memory, beside what papers say."""
+    """Cost of anti-transfer and quaternions in time and memory, beside published figures."""
     if view.costs.empty:
         return None
     ratios = paper.ratios(view.costs)
@@ -179,13 +180,13 @@ def limits(view: GridView) -> Section:
         "one": seeds.max() == 1 if len(seeds) else None,
         "few": ", ".join(dict.fromkeys(f"{view.called(row['corpus'])} {row['split']}" for row in records(few))),
         "actor": actor & set(view.kinds.get("paper", ())),
-        "scale": max((run.width for one in view.grid.emotion for run in one.group.runs), default=1.0),
+        "scale": max((run.width for setting in view.grid.emotion for run in setting.group.runs), default=1.0),
         "random": (view.table1["split"] == "random").any(),
     }
 
 
 def _counts(table: pd.DataFrame) -> dict[str, int]:
-    """Cells that have a gain, how many are above and below the baseline, and whose interval excludes 0."""
+    """Numbers of cells: with a gain, above and below the baseline, with an interval, with one that excludes 0."""
     gain, sure = table["gain"].dropna(), table[table["gain_low"].notna()]
     clear = (sure["gain_low"] > 0) | (sure["gain_high"] < 0)
     counts = {"judged": len(gain), "above": (gain > 0).sum(), "below": (gain < 0).sum(), "sure": len(sure)}
@@ -209,14 +210,14 @@ def _cost_rows(view: GridView, ratios: pd.DataFrame) -> list[Row]:
     names = ["device", "network", "kind", "layer"]
     table = view.costs[view.costs["stage"] == "emotion"]
     kinds = {"none": "no AT"} | {at: f"{at.split('_')[0]} AT" for at in METHODS if at != "none"}
-    own, more = (one.assign(kind=one["at"].map(kinds)).groupby(names) for one in (table, ratios))
+    own, more = (part.assign(kind=part["at"].map(kinds)).groupby(names) for part in (table, ratios))
     means = own[["epoch_seconds", "epochs"]].mean()
     means = means.assign(peak_memory=own["peak_memory"].max(), seeds=own["seeds"].sum())
     return records(means.join(more[list(_COSTS)].mean().add_suffix("_ratio")).reset_index())
 
 
 def _lines(table: pd.DataFrame, names: list[str]) -> list[Line]:
-    """A line of accuracies, in percent, for each method and, if it is among ``names``, split."""
+    """Lines of accuracies in percent, one per method and, if ``names`` has it, per split."""
     lines = []
     for key, own in table.groupby(names, sort=False):
         split, at = ("", *map(str, key))[-2:]

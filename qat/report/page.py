@@ -1,4 +1,4 @@
-"""What a page is made of: numbers in words, numbered tables and figures, and the document from its templates."""
+"""Pages: formats of numbers, numbered tables and figures, and the document from its templates."""
 
 from __future__ import annotations
 
@@ -17,31 +17,16 @@ from qat.report.figures import Drawing
 
 
 class Page:
-    """A page whose templates number its tables and figures.
+    """A page with numbered tables and figures.
 
-    Templates call ``figure``, ``table`` and ``folded`` with their caption or content as the block of the call.
+    Templates call ``figure``, ``table`` and ``folded``; the block of the call is the caption or the content.
     """
 
     def __init__(self) -> None:
         self.tables = 0
         self.drawings: dict[str, Drawing] = {}
         self._templates = Environment(loader=PackageLoader("qat.report"), autoescape=True, undefined=StrictUndefined)
-        shown = (
-            at_layer,
-            bar,
-            count,
-            decimal,
-            digits,
-            duration,
-            interval,
-            layer_number,
-            memory,
-            percent,
-            plus_minus,
-            points,
-        )
-        self._formats: dict[str, Callable[..., str]] = {one.__name__: one for one in shown}
-        self._templates.filters |= self._formats
+        self._templates.filters |= _FORMATS
         self._templates.globals |= {"figure": self.figure, "table": self.table, "folded": self.folded}
 
     def render(self, template: str, **values: Any) -> Markup:
@@ -49,7 +34,7 @@ class Page:
         return Markup(self._templates.get_template(f"{template}.html.j2").render(values))
 
     def write(self, out: Path, document: str) -> None:
-        """Write the document, and every figure as SVG and PNG into `folder_beside` it."""
+        """Write the document, and every figure as SVG and PNG to `folder_beside`."""
         for name, drawing in self.drawings.items():
             write_text(folder_beside(out) / f"{name}.svg", drawing.svg)
             with replacing(folder_beside(out) / f"{name}.png") as draft:
@@ -64,8 +49,8 @@ class Page:
         Args:
             drawing: the figure.
             name: name of its files.
-            groups: settings of its panels, of which the first `figures.PANELS` are drawn.
-            caller: gives the caption.
+            groups: settings of its panels; only the first `figures.PANELS` are drawn.
+            caller: function that returns the caption.
         """
         self.drawings[name] = drawing
         number = len(self.drawings)
@@ -86,10 +71,10 @@ class Page:
         """A numbered table without its empty columns.
 
         Args:
-            rows: mappings, or lists of cells.
-            columns: for each title the name of a value, or of a format and of its values; of lists of cells the titles.
-            words: number of columns of text at the left; the others are numbers.
-            caller: gives the caption.
+            rows: rows as mappings or lists of cells.
+            columns: for mappings, by title, the name of a value, or of a format and its values; for lists, the titles.
+            words: number of text columns on the left; the others are numbers.
+            caller: function that returns the caption.
         """
         self.tables += 1
         head, body = list(columns), list(rows)
@@ -100,16 +85,16 @@ class Page:
         return self.render("table", head=head, body=body, words=words, shown=shown, number=self.tables, caption=caption)
 
     def _cell(self, row: Mapping[str, Any], first: str, *names: str) -> str:
-        return self._formats[first](*(row[name] for name in names)) if names else str(row[first])
+        return _FORMATS[first](*(row[name] for name in names)) if names else str(row[first])
 
     def folded(self, title: str, note: str = "", *, caller: Callable[[], str]) -> Markup:
-        """Content behind its title, or the content itself where there is no title."""
+        """Content that unfolds under its title; without a title, the plain content."""
         content = Markup(caller())
         return self.render("folded", title=title, note=note, content=content) if title else content
 
 
 def folder_beside(out: Path) -> Path:
-    """The folder of a page's figures, and of a grid's tables.
+    """The folder of a page's figures and of a grid's tables.
 
     >>> folder_beside(Path("runs/report.html")).as_posix()
     'runs/report-files'
@@ -121,44 +106,48 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
 
 
-def _or_dash(show: Callable[..., str]) -> Callable[..., str]:
-    """The same function, which shows a dash for a missing number."""
+_FORMATS: dict[str, Callable[..., str]] = {}
+
+
+def _format(show: Callable[..., str]) -> Callable[..., str]:
+    """Register a format for templates; a missing number is shown as a dash."""
 
     @wraps(show)
     def shown(value: Any, *rest: Any) -> str:
         return "–" if pd.isna(value) else show(value, *rest)
 
+    _FORMATS[show.__name__] = shown
     return shown
 
 
-@_or_dash
+@_format
 def count(value: float, noun: str = "") -> str:
-    """A number of things, such as ``2 seeds``."""
+    """A number with its noun, such as ``2 seeds``."""
     return f"{value:,.0f} {noun}{'s' if noun and value != 1 else ''}".strip()
 
 
 def span(counts: Iterable[float], noun: str = "") -> str:
-    """The lowest and the highest of several counts."""
+    """The range of several counts, such as ``2 to 3 seeds``."""
     low, high = min(counts := list(counts), default=0), max(counts, default=0)
     return count(high, noun) if low == high else f"{low:,.0f} to {count(high, noun)}"
 
 
-@_or_dash
+@_format
 def layer_number(value: float) -> str:
     return str(int(value)) if value else "–"
 
 
-@_or_dash
+@_format
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-@_or_dash
+@_format
 def decimal(value: float) -> str:
     return f"{value:.3f}"
 
 
-@_or_dash
+@_format
 def digits(value: float) -> str:
     return f"{value:.3g}"
 
@@ -167,23 +156,23 @@ def signed(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
-@_or_dash
+@_format
 def interval(low: float, high: float) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-@_or_dash
+@_format
 def points(value: float, low: float | None = None, high: float | None = None) -> str:
-    """A difference in percentage points, with its interval where there is one."""
+    """A difference in percentage points, with its interval if there is one."""
     return signed(value) + ("" if pd.isna(low) else f" [{signed(low)}, {signed(high)}]")  # type: ignore[arg-type]
 
 
-@_or_dash
+@_format
 def plus_minus(share: float, deviation: float | None) -> str:
     return percent(share) + ("" if pd.isna(deviation) else f" ± {percent(deviation)}")
 
 
-@_or_dash
+@_format
 def at_layer(accuracy: float, layer: float) -> str:
     return percent(accuracy) + ("" if layer_number(layer) == "–" else f" ({layer_number(layer)})")
 
@@ -192,14 +181,14 @@ def times(ratio: float) -> str:
     return f"×{ratio:.3g} ({100 * (ratio - 1):+.1f} %)".replace("-", "−")
 
 
-@_or_dash
+@_format
 def bar(share: float) -> Markup:
     return Markup('<span class="bar" style="width:{:.2f}em"></span>{:.0f} %').format(12 * share, 100 * share)
 
 
-@_or_dash
+@_format
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits.
+    """Seconds in a suitable unit.
 
     >>> duration(7.25), duration(200), duration(7300)
     ('7.2 s', '3 min 20 s', '2 h 01 min')
@@ -210,6 +199,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-@_or_dash
+@_format
 def memory(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qat.files import replacing
+from qat.files import held, lock_of, replacing
 from qat.report import grid_sections, sections
 from qat.report.page import Page
 from qat.report.sections import Section
@@ -15,7 +15,7 @@ from qat.report.view import View, read_view
 SECTIONS: tuple[tuple[str, Callable[[Any], Section] | None, Callable[[Any], Section] | None], ...] = (
     ("In short", sections.verdict, grid_sections.verdict),
     ("What was trained", sections.trained, None),
-    ("What is real, and what is there", None, grid_sections.real),
+    ("What is recorded speech, and what is finished", None, grid_sections.real),
     ("Table 1", None, grid_sections.table1),
     ("Results", sections.results, None),
     ("What is missing", sections.missing, grid_sections.missing),
@@ -30,27 +30,28 @@ SECTIONS: tuple[tuple[str, Callable[[Any], Section] | None, Callable[[Any], Sect
     ("Similarity to the frozen network", sections.similarity, sections.similarity),
     ("Networks trained beforehand", sections.beforehand, sections.beforehand),
     ("Parameters, time and memory", sections.resources, sections.resources),
-    ("Time and memory beside the papers", None, grid_sections.costs),
-    ("What this cannot show", sections.limits, grid_sections.limits),
+    ("Time and memory compared with the papers", None, grid_sections.costs),
+    ("Limits of these results", sections.limits, grid_sections.limits),
     ("Provenance and settings", sections.provenance, sections.provenance),
 )
-"""Heading of each section, its function for runs, and that for a grid; a template has the name of its module and
-function."""
+"""Heading of each section, its function for runs and for a grid; templates are named after module and function."""
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the report of all runs at or below ``folder``, finished or not, with its tables and figures beside it.
 
-    The file needs nothing else: no script, no network, figures inside. The same runs give the same bytes.
+    The page is self-contained: figures are inside, there is no script and no link to the network. The same runs give
+    the same bytes. Another process that writes a report to the same folder is waited for, so that page, tables and
+    figures belong together.
 
     Args:
         folder: folder of a run, a sweep, a study or a grid.
         out: HTML file; default ``report.html`` in ``folder``.
 
     Returns:
-        The HTML file. Beside it stand ``summary.csv`` and ``differences.csv``. Of a grid `folder_beside` has instead
+        The HTML file, with ``summary.csv`` and ``differences.csv`` beside it. For a grid, `folder_beside` has instead
         ``table1.csv``, ``gains.csv``, ``layers.csv``, ``figure2.csv``, ``resources.csv``, ``ratios.csv`` and
-        ``summary.csv``, whose columns `qat.results.paper` explains. It has every figure as SVG and PNG.
+        ``summary.csv``, whose columns `qat.results.paper` explains. That folder also has every figure as SVG and PNG.
 
     Raises:
         ValueError: as `read_view`.
@@ -59,11 +60,11 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def report_and_tables(folder: Path, out: Path | None = None, *, short: bool) -> dict[str, Any]:
-    """Write the report of a folder; returns what a terminal shows of it, and the file, ``report``.
+    """Write the report of a folder; returns what a terminal shows, and the file as ``report``.
 
     Args:
         folder, out: as in `write_report`.
-        short: leave out what a terminal has no room for.
+        short: whether to leave out what does not fit a terminal.
     """
     view = read_view(folder)
     report = _write(view, out)
@@ -79,8 +80,9 @@ def _write(view: View, out: Path | None) -> Path:
             template = f"{section.__module__.rpartition('.')[2]}/{section.__name__}"
             shown.append((heading, page.render(template, view=view, **values)))
     document = page.render("page", title=view.title, sections=shown, label=view.label)
-    for path, table in view.tables(out).items():
-        with replacing(path) as draft:
-            table.to_csv(draft, index=False)
-    page.write(out, document)
+    with held(lock_of(out.with_name("report")), wait=True):  # one for all pages of a folder, whose tables have one name
+        for path, table in view.tables(out).items():
+            with replacing(path) as draft:
+                table.to_csv(draft, index=False)
+        page.write(out, document)
     return out

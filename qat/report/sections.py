@@ -1,6 +1,6 @@
-"""The sections of every report, as functions of its runs; each has a template of its name, which holds the prose.
+"""The sections of every report, as functions of its runs; the template of the same name holds the prose.
 
-A function returns what its template is given, or None where there is nothing to say.
+A function returns the values for its template, or None to omit the section.
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def verdict(view: View) -> Section:
 def trained(view: View) -> Section:
     runs = [run.experiment for group in view.main for run in group.runs]
     experiments = [run for run in runs if isinstance(run, Experiment)]
-    domains, widths = {one.network.domain for one in experiments}, {one.network.width for one in experiments}
+    networks = [run.network for run in experiments]
+    domains, widths = {network.domain for network in networks}, {network.width for network in networks}
     return {
         "seconds": sum(run.result.seconds or 0 for run in view.runs),
         "others": ", ".join(f"{group.name} ({TASKS[group.first.task]})" for group in view.others),
         "first": view.main[0].first if view.main else None,
         "domain": domains.pop() if len(domains) == 1 else "",
         "width": widths.pop() if len(widths) == 1 else 1.0,
-        "leak": next((one.split.leak for one in experiments if one.split.rule == "confounded"), None),
+        "leak": next((run.split.leak for run in experiments if run.split.rule == "confounded"), None),
         "transfers": any(group.first.transfers for group in view.main),
         "random": any(group.first.random_twin for group in view.main),
         "starts": view.results["start"].nunique(),
@@ -80,7 +81,7 @@ def trained(view: View) -> Section:
 
 
 def missing(view: View) -> Section:
-    """The trainings that are not finished, and why, where that is known."""
+    """The trainings that failed, with their errors, or are not finished."""
     failed, unfinished = view.folder.failed, view.folder.unfinished
     return {"failed": failed, "unfinished": unfinished} if failed or unfinished else None
 
@@ -94,7 +95,7 @@ def results(view: View) -> Section:
         base, layer = dict(view.rows[row["baseline"]]), groups[row["name"]].first.layers[-1]
         base["voice_probe"] = groups[row["baseline"]].mean(partial(FinishedRun.probe, name="voice_probe", layer=layer))
         moved = ", ".join(
-            f"{name} {percent(base[column])} → {percent(row[column])} %"
+            f"{name} {percent(base[column])} → {percent(row[column])}\N{NO-BREAK SPACE}%"
             for column, name in (("shortcut_rate", "shortcut"), ("voice_probe", "speaker probe"))
             if "–" not in (percent(base[column]), percent(row[column]))
         )
@@ -103,7 +104,7 @@ def results(view: View) -> Section:
 
 
 def differences(view: View) -> Section:
-    """What anti-transfer changed, over seeds."""
+    """Changes by anti-transfer, over seeds."""
     table = view.paired[view.paired["low"].notna()]
     if table.empty:
         return None
@@ -154,8 +155,8 @@ def speakers(view: View) -> Section:
 
 
 def wrong(view: View) -> Section:
-    """Up to three wrong answers to listen to, the most confident ones of the best setting's first seed."""
-    group = max(view.main, key=lambda one: one.score("accuracy") or 0, default=None)
+    """Up to three wrong answers as audio: the most confident ones of the best setting's first seed."""
+    group = max(view.main, key=lambda setting: setting.score("accuracy") or 0, default=None)
     answers = group.first.answers if group else None
     if group is None or answers is None:
         return None
@@ -196,7 +197,7 @@ def similarity(view: View) -> Section:
 
 
 def beforehand(view: View) -> Section:
-    """Networks that the others build on."""
+    """Networks that other trainings build on."""
     rows = [
         means(group)
         | {"name": group.name, "task": TASKS[group.first.task], "corpus": group.first.experiment.corpus.name}
@@ -246,7 +247,7 @@ def provenance(view: View) -> Section:
 
 
 def _settings(runs: Sequence[FinishedRun]) -> tuple[str, list[tuple[str, str]]]:
-    """The settings that all runs share, and the values of those that differ."""
+    """Settings that all runs share, and the values of the settings that differ."""
     values: dict[str, dict[str, None]] = {}
     for run in runs:
         for key, value in flatten(to_plain(run.experiment)).items():
@@ -261,7 +262,7 @@ def _files(run: FinishedRun) -> str:
 
 
 def _highest(table: pd.DataFrame, column: str) -> Row | None:
-    """The row with the largest value, whatever its sign."""
+    """The row with the largest absolute value."""
     values = table[column].abs().dropna()
     return records(table.loc[[values.idxmax()]])[0] if len(values) else None
 
@@ -274,7 +275,7 @@ def _dot(row: Row, group: Group, y: int, of: Callable[[FinishedRun], float | Non
 
 
 def _breaks(groups: Sequence[Group]) -> list[int]:
-    """Where other initial weights begin."""
+    """Rows at which the initial weights change."""
     return [n for n in range(1, len(groups)) if groups[n].first.start != groups[n - 1].first.start]
 
 
@@ -283,7 +284,7 @@ def _logs(column: str) -> Callable[[Group], bool]:
 
 
 def _speaker_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Head and body: each speaker's accuracy in each setting, seeds pooled, and number of clips, of one seed."""
+    """Head and body: accuracy by speaker and setting, seeds pooled, and number of clips per seed."""
     columns, sizes = {}, {}
     for group in groups:
         answers = [run.answers for run in group.runs if run.answers is not None]
@@ -302,7 +303,7 @@ def _speaker_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]
 
 
 def _sound(run: FinishedRun, row: pd.Series) -> str | None:
-    """The beginning of a clip as a data URI, where the corpus is still there."""
+    """The beginning of a clip as a data URI; None if its file is missing."""
     import soundfile
 
     from qat.data.audio import AudioError, decode

@@ -22,15 +22,15 @@ KINDS = {"paper": "the paper's corpora", "recorded": "other recorded speech", "s
 
 _NAMES = {"iemocap": "IEMOCAP", "ravdess": "RAVDESS", "tess": "TESS"}
 _SHARED: dict[str, Callable[[Experiment], Any]] = {
-    "beta": lambda one: one.anti_transfer.beta,
-    "anti-transfer loss": lambda one: one.anti_transfer.loss,
-    "learning rate": lambda one: one.training.lr,
-    "batch": lambda one: one.training.batch,
-    "epochs at most": lambda one: one.training.epochs,
-    "patience": lambda one: one.training.patience,
-    "width": lambda one: one.network.width,
-    "initialisation": lambda one: one.network.init,
-    "precision": lambda one: one.training.precision,
+    "beta": lambda experiment: experiment.anti_transfer.beta,
+    "anti-transfer loss": lambda experiment: experiment.anti_transfer.loss,
+    "learning rate": lambda experiment: experiment.training.lr,
+    "batch": lambda experiment: experiment.training.batch,
+    "maximum epochs": lambda experiment: experiment.training.epochs,
+    "patience": lambda experiment: experiment.training.patience,
+    "width": lambda experiment: experiment.network.width,
+    "initialisation": lambda experiment: experiment.network.init,
+    "precision": lambda experiment: experiment.training.precision,
 }
 
 
@@ -38,10 +38,10 @@ class Panel(NamedTuple):
     """Settings that one figure compares.
 
     Args:
-        title: title to fold them behind; empty where there is only one panel.
-        about: beginning of a caption: what was judged, and on what.
-        slug: end of a file's name.
-        groups: the settings.
+        title: title of the folded part; empty where there is only one panel.
+        about: beginning of captions: conditions of the measurement.
+        slug: suffix of file names.
+        groups: settings.
     """
 
     title: str
@@ -54,7 +54,7 @@ def read_view(folder: Path) -> View:
     """The view of a folder; a `GridView` if its plan is the paper's grid or a part of it.
 
     Raises:
-        ValueError: as `RunsFolder.read`; or it has a plan of which nothing is finished, and is no grid.
+        ValueError: as `RunsFolder.read`; or nothing of its plan is finished, and the plan is no grid.
     """
     runs = RunsFolder.read(folder)
     if grid := PaperGrid.of(runs):
@@ -70,7 +70,7 @@ class View:
     Attributes:
         folder: the folder.
         runs: its finished runs.
-        main: settings that are judged: emotion networks, or whatever classifiers there are.
+        main: settings that are compared: emotion networks, or all classifiers if there are none.
         others: networks that were trained beforehand.
     """
 
@@ -83,7 +83,7 @@ class View:
         self.main = emotion or [group for group in groups if group.first.task != "rhemo"]
         self.others = [group for group in groups if group not in self.main]
 
-    # Tables, each computed when it is first asked for
+    # Tables, each computed at its first use
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -96,7 +96,7 @@ class View:
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """The rows of the settings that are judged."""
+        """The rows of `main`."""
         return self.table.loc[[group.name for group in self.main]]
 
     @cached_property
@@ -108,7 +108,7 @@ class View:
         return {out.with_name("summary.csv"): self.table, out.with_name("differences.csv"): self.paired}
 
     def terminal(self, short: bool) -> dict[str, Any]:
-        """What a terminal shows; whole, unless ``short``."""
+        """Tables for a terminal; ``short``: as little as a person needs."""
         return {"summary": self.table.reset_index(drop=True)}
 
     # Words
@@ -119,12 +119,12 @@ class View:
 
     @property
     def label(self) -> str:
-        """What must be said above everything else."""
+        """A warning above everything else."""
         return f"Every accuracy below was measured on {self.corpus}, not on human recordings." if self.synthetic else ""
 
     @cached_property
     def synthetic(self) -> bool:
-        """Whether everything was judged on the demo corpus."""
+        """Whether every result is from the demo corpus."""
         runs = [run for group in self.main for run in group.runs] or self.runs
         return {run.experiment.corpus.name for run in runs} == {"demo"}
 
@@ -154,12 +154,12 @@ class View:
 
     @property
     def conditions(self) -> str:
-        """Where accuracy was measured: corpus, speakers, clips and seeds."""
+        """Conditions of the accuracies: corpus, speakers, clips and seeds."""
         clips, speakers = self.results["clips"].max(), self.results["speakers"].max()
         of = f" of {count(clips, 'clip')}" if clips == clips else ""
         by = f" by {count(speakers, 'speaker')}" if speakers == speakers else ""
         unseen = " that the training part does not have" if by and self.unseen else ""
-        return f"{self.mark}: test part{of}{by}{unseen}; {span(self.results['seeds'], 'seed')} a setting."
+        return f"{self.mark}: test part{of}{by}{unseen}; {span(self.results['seeds'], 'seed')} per setting."
 
     def called(self, corpus: str) -> str:
         return _NAMES.get(corpus, corpus)
@@ -173,7 +173,7 @@ class View:
     def charts(
         self, shows: Callable[[Group], object], draw: Callable[[list[Group]], Drawing]
     ) -> list[tuple[Panel, list[Group], Drawing]]:
-        """A figure of each panel, of the settings that it has something to show of."""
+        """A figure of each panel, with the settings for which ``shows`` is true."""
         chosen = ((panel, list(filter(shows, panel.groups))) for panel in self.panels)
         return [(panel, groups, draw(groups)) for panel, groups in chosen if groups]
 
@@ -184,7 +184,7 @@ class View:
 
 
 class GridView(View):
-    """A grid as its sections see it: settings are judged at the layer that table 1 shows.
+    """A grid as its sections see it; of each cell of table 1, the setting with the chosen layer.
 
     Attributes:
         grid: the grid.
@@ -196,7 +196,7 @@ class GridView(View):
     def __init__(self, folder: RunsFolder, grid: PaperGrid) -> None:
         super().__init__(folder)
         self.grid = grid
-        self.others = [one.group for one in grid.settings if one.stage != "emotion" and one.group.runs]
+        self.others = [setting.group for setting in grid.settings if setting.stage != "emotion" and setting.group.runs]
         self.main = [group for panel in self.panels for group in panel.groups]
 
     @cached_property
@@ -226,7 +226,7 @@ class GridView(View):
         return {folder_beside(out) / f"{name}.csv": table for name, table in tables.items()}
 
     def terminal(self, short: bool) -> dict[str, Any]:
-        """Table 1; if ``short``, accuracy in percent and the layer, and finished trainings where there is none."""
+        """Table 1; if ``short``, only accuracy in percent and layer, or the number of finished trainings."""
         synthesised = self.kinds.get("synthesised", [])
         if not short:
             return {"table1": self.table1.astype(object).where(self.table1.notna(), None), "synthesised": synthesised}
@@ -235,14 +235,14 @@ class GridView(View):
             dict(zip(head, (corpus, network.replace("quaternion", "quat"), split, *cells), strict=True))
             for corpus, network, split, *cells in self.by_cell(lambda row: at_layer(row["accuracy"], row["layer"]))
         ]
-        notes = {"synthesised, not to compare with the paper": ", ".join(synthesised)} if synthesised else {}
+        notes = {"synthesised, not comparable with the paper": ", ".join(synthesised)} if synthesised else {}
         return {"table1": table, **notes}
 
     @property
     def label(self) -> str:
         corpora = self.listing(self.kinds.get("synthesised", []))
-        text = "was measured on synthesised speech, not on human recordings: none compares with the paper's"
-        return f"Every accuracy on {corpora} {text}, and none stands beside them." if corpora else ""
+        text = "was measured on synthesised speech, not on human recordings, and cannot be compared with the paper's"
+        return f"Every accuracy on {corpora} {text}." if corpora else ""
 
     def called(self, corpus: str) -> str:
         return f"{super().called(corpus)}{' (synthesised)' if self.grid.kind(corpus) == 'synthesised' else ''}"
@@ -272,17 +272,17 @@ class GridView(View):
 
     @cached_property
     def kinds(self) -> dict[str, list[str]]:
-        """Corpora by what they are, of `KINDS`."""
+        """Corpora by their kind, see `KINDS`."""
         of_kind = {kind: [name for name in self.grid.corpora if self.grid.kind(name) == kind] for kind in KINDS}
         return {kind: corpora for kind, corpora in of_kind.items() if corpora}
 
     @cached_property
     def methods(self) -> dict[str, str]:
-        """The columns of table 1 that are there, with their titles."""
+        """The methods in table 1, with their titles."""
         return {at: title for at, title in METHODS.items() if (self.table1["at"] == at).any()}
 
     def by_cell(self, cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
-        """Rows of table 1: corpus, network, split, and ``cell`` of each method, or how many trainings are finished."""
+        """Rows of table 1: corpus, network, split, and for each method ``cell`` or the number of finished trainings."""
         rows: dict[tuple[str, str, str], dict[str, str]] = {}
         for row in records(self.table1):
             key = (row["corpus"], row["network"], row["split"])
@@ -291,7 +291,7 @@ class GridView(View):
         return [[*key, *(of_method.get(at, "–") for at in self.methods)] for key, of_method in rows.items()]
 
     def cell_table(self, cell: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-        """The same as a table of the page."""
+        """`by_cell` as a table of the page."""
         return {
             "head": ["Corpus", "Network, split", *self.methods.values()],
             "body": [
@@ -301,14 +301,14 @@ class GridView(View):
         }
 
     def conventions(self) -> str:
-        """Which features a layer's number stands for, and what accuracy is where it is not over clips."""
+        """Which features a layer's number stands for, and how accuracy is averaged if not over clips."""
         positions = sorted({run.twin.position for run in self.runs if run.twin})
         what = " or ".join(f"{name} ({POSITIONS[name]})" for name in positions)
         text = f"Layer n is convolution n, with anti_transfer.position {what}. " if positions else ""
         if any(run.experiment.training.accuracy == "batches" for run in self.runs):
             text += (
-                "Accuracies are means over batches (training.accuracy batches), which a last, short batch distorts; "
-                "intervals and gains are over clips."
+                "Accuracies are means over batches (training.accuracy batches), in which a short last batch counts too "
+                "much; intervals and gains are over clips."
             )
         return text.strip()
 
@@ -324,6 +324,6 @@ class GridView(View):
 
 
 def guess(runs: Iterable[FinishedRun]) -> float | None:
-    """Accuracy of guessing, in percent; outputs that stand for no class do not count."""
+    """Accuracy of guessing, in percent; unused outputs do not count."""
     counts = {len(run.true_classes) for run in runs}
     return 100 / counts.pop() if len(counts) == 1 and 0 not in counts else None

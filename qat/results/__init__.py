@@ -1,1 +1,1 @@
-"""Finished runs: read from their folders, grouped, compared."""
+"""Finished runs: reading, grouping, comparison."""

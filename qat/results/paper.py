@@ -1,10 +1,10 @@
-"""A grid of trainings in the paper's tables, beside the figures of the paper itself (WASPAA 2023)."""
+"""The results of a grid in the form of the paper's tables, beside the paper's own (WASPAA 2023)."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from qat.config.preset import METHODS, PAPER_CORPORA, PAPER_SPLITS, VALUES
-from qat.results.runs import FinishedRun, Group, Planned, RunsFolder
+from qat.results.runs import FinishedRun, Group, Planned, PlannedSetting, RunsFolder
 from qat.results.tables import clip_difference, means, over_speakers, typed
 
 CELL = ["corpus", "network", "split"]
-"""What a row of table 1 is, in which methods are compared."""
+"""Attributes of a row of table 1; its columns are methods."""
 
 _LABELS = ("stage", *CELL, "at", "layer")
 _ORDER = VALUES | {"corpus": PAPER_CORPORA}
@@ -34,7 +34,7 @@ STATED_GAINS = {
     "single speaker": 0.0293,
     "single word": 0.0333,
 }
-"""Mean gains by anti-transfer that the paper's text states. For RAVDESS its table 1 gives another."""
+"""Mean gains by anti-transfer as stated in the paper's text. For RAVDESS its table 1 gives a different one."""
 
 STATED_RATIOS = {
     ("quaternion / real", "epoch_seconds"): 1 - 0.805,
@@ -42,26 +42,18 @@ STATED_RATIOS = {
     ("AT / no AT", "epoch_seconds"): 2.8,
     ("AT / no AT", "peak_memory"): 2.0,
 }
-"""What time and memory are multiplied by; the last two are an earlier anti-transfer paper's, memory at most."""
+"""Published ratios of time and memory; the last two are from an earlier anti-transfer paper, memory as a maximum."""
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """One setting of a grid, over its seeds; what a stage does not have is empty, and the layer 0.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Setting(PlannedSetting):
+    """One setting of a grid, over its seeds.
 
     Args:
-        name: name in the plan.
-        planned: number of trainings, one a seed.
-        group: the finished ones.
+        planned: number of trainings, one per seed.
+        group: finished trainings.
     """
 
-    stage: str
-    network: str
-    corpus: str
-    split: str
-    at: str
-    layer: int
-    name: str
     planned: int
     group: Group
 
@@ -76,12 +68,12 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class PaperGrid:
-    """The paper's trainings that a folder has planned, and those that are finished.
+    """The planned and finished trainings of the paper's grid in a folder.
 
     Args:
         settings: settings in the order of the paper's tables.
-        planned: number of trainings; settings that are the same experiment share one.
-        finished: number of these that are finished.
+        planned: number of planned trainings; equal experiments count once.
+        finished: number of finished trainings.
     """
 
     settings: list[Setting]
@@ -90,7 +82,7 @@ class PaperGrid:
 
     @classmethod
     def of(cls, folder: RunsFolder) -> PaperGrid | None:
-        """The grid of a folder, however much of it is finished; None if its plan has other trainings than table 1's."""
+        """The grid of a folder, finished or not; None if its plan has trainings outside the paper's table 1."""
         emotion = [row for row in folder.plan if row.stage == "emotion"]
         cells = (row.corpus and row.network and row.split in PAPER_SPLITS and row.at in METHODS for row in emotion)
         if not emotion or not all(cells):
@@ -102,8 +94,8 @@ class PaperGrid:
             first = rows[0]
             finished = [replace(runs[row.run], name=row.name) for row in rows if row.run in runs]
             group = Group(first.name, sorted(finished, key=lambda run: run.seed or 0))
-            labels = {name: getattr(first, name) for name in _LABELS}
-            settings.append(Setting(**labels, name=first.name, planned=len(rows), group=group))
+            shared = {each.name: getattr(first, each.name) for each in fields(PlannedSetting)}
+            settings.append(Setting(**shared, planned=len(rows), group=group))
         return cls(settings, len({row.run for row in folder.plan}), len(runs))
 
     @property
@@ -112,7 +104,7 @@ class PaperGrid:
 
     @property
     def corpora(self) -> list[str]:
-        """Those of emotion trainings, the paper's first."""
+        """Emotion corpora, the paper's first."""
         return list(dict.fromkeys(setting.corpus for setting in self.emotion))
 
     def runs_on(self, corpus: str) -> list[FinishedRun]:
@@ -120,21 +112,21 @@ class PaperGrid:
         return [run for setting in self.emotion if setting.corpus == corpus for run in setting.group.runs]
 
     def kind(self, corpus: str) -> str:
-        """``synthesised`` (the demo corpus, under whatever name), ``paper`` (one of the paper's) or ``recorded``."""
+        """``synthesised`` (the demo corpus, under any name), ``paper`` (one of the paper's) or ``recorded``."""
         if "demo" in (corpus, *(run.experiment.corpus.name for run in self.runs_on(corpus))):
             return "synthesised"
         return "paper" if corpus in PAPER_CORPORA else "recorded"
 
 
 class Choice(NamedTuple):
-    """A cell of table 1: its baseline or the layer that was chosen, and the one that choosing by test would give."""
+    """A cell of table 1: the setting chosen by validation accuracy, and the one that test accuracy would choose."""
 
     chosen: Setting
     by_test: Setting
 
 
 def published() -> pd.DataFrame:
-    """Table 1 of the paper, one row a cell: ``corpus, network, split, at, layer, accuracy, parameters, gain``.
+    """Table 1 of the paper, one row per cell: ``corpus, network, split, at, layer, accuracy, parameters, gain``.
 
     >>> table = published()
     >>> len(table), float(table["accuracy"].max())
@@ -160,10 +152,10 @@ def published() -> pd.DataFrame:
 
 
 def choices(grid: PaperGrid) -> list[Choice]:
-    """The cells of table 1 that have a finished training, in its order.
+    """The cells of table 1 with a finished training, in the order of the table.
 
-    The layer is the one of the highest accuracy on the validation part at the kept checkpoint, mean over seeds; ties
-    take the shallower.
+    The chosen layer has the highest validation accuracy at the kept checkpoint, mean over seeds; ties take the
+    shallower layer.
     """
     cells = []
     for _, same in groupby(grid.emotion, key=lambda setting: (setting.cell, setting.at)):
@@ -178,19 +170,19 @@ def _highest(settings: Iterable[Setting], part: str) -> Setting | None:
     scores = [(setting, setting.group.score("accuracy", part)) for setting in settings]
     scored = [(setting, score) for setting, score in scores if score is not None]
     most = max((score for _, score in scored), default=0.0)
-    # Of accuracies in float32, equal means over seeds may differ in the eighth digit.
+    # Accuracies are float32, so that equal means over seeds may differ in the eighth digit.
     equal = [setting for setting, score in scored if score > most - 1e-6]
     return min(equal, key=lambda setting: setting.layer, default=None)
 
 
 def summary(grid: PaperGrid) -> pd.DataFrame:
-    """One row a setting: ``stage, corpus, network, split, at, layer, name``, ``planned`` trainings, and its `means`."""
-    settings = ((one.labels | {"name": one.name, "planned": one.planned}, one.group) for one in grid.settings)
-    return _table(labels | means(group) for labels, group in settings)
+    """One row per setting: ``stage, corpus, network, split, at, layer, name``, ``planned`` trainings, and its
+    `means`."""
+    return _table(s.labels | {"name": s.name, "planned": s.planned} | means(s.group) for s in grid.settings)
 
 
 def resources(grid: PaperGrid) -> pd.DataFrame:
-    """Time and memory: one row a setting and device that it was trained on, with its `means` there."""
+    """Time and memory: one row per setting and device, with its `means` there."""
     rows = []
     for setting in grid.settings:
         for device in sorted({run.device for run in setting.group.runs}):
@@ -204,7 +196,7 @@ def _table(rows: Iterable[dict[str, Any]], columns: list[str] | None = None) -> 
 
 
 def layers(grid: PaperGrid) -> pd.DataFrame:
-    """The rows of `summary` for emotion, and which of them are ``chosen`` for table 1, and ``best_by_test``."""
+    """The emotion rows of `summary`, with whether each is ``chosen`` for table 1 and ``best_by_test``."""
     table = summary(grid).query("stage == 'emotion'")
     cells = choices(grid)
     chosen, best = {cell.chosen.name for cell in cells}, {cell.by_test.name for cell in cells}
@@ -221,17 +213,17 @@ _TABLE1 = (
 
 
 def table1(grid: PaperGrid) -> pd.DataFrame:
-    """Table 1 of the paper, ours beside it; one row a cell of the plan, shares in [0, 1].
+    """Our table 1 beside the paper's; one row per cell of the plan, shares in [0, 1].
 
     Returns:
         ``corpus, network, split, at``; ``kind`` (as `PaperGrid.kind`); ``planned`` and ``finished`` trainings of all
-        its layers; ``layer`` (chosen by validation accuracy, 0 without anti-transfer) and ``position`` (which features
-        that is), and of it the columns of `means` and `over_speakers`; ``gain`` over the baseline of the same corpus,
-        network and split, paired over ``gain_seeds`` and clips, with ``gain_low`` and ``gain_high`` over speakers;
-        ``test_layer`` and ``test_accuracy`` (what choosing by test accuracy would have given) and ``optimism`` (by how
-        much that is more); the paper's ``paper_layer``, ``paper_accuracy``, ``paper_gain`` and ``paper_parameters``,
-        and the ``difference`` of the accuracies. The paper's are given for its corpora only, and never where the demo
-        corpus was read.
+        its layers; ``layer`` (chosen by validation accuracy, 0 without anti-transfer) and ``position`` (the features
+        that it stands for), with the columns of `means` and `over_speakers`; ``gain`` over the baseline of the same
+        corpus, network and split, paired over ``gain_seeds`` and clips, with ``gain_low`` and ``gain_high`` over
+        speakers; ``test_layer`` and ``test_accuracy`` (if test accuracy had chosen the layer) and ``optimism`` (how
+        much higher that accuracy is); the paper's ``paper_layer``, ``paper_accuracy``, ``paper_gain`` and
+        ``paper_parameters``, and the ``difference`` of the accuracies. The paper's are given only for its corpora, and
+        never where the demo corpus was read.
     """
     chosen = {(*cell.chosen.cell, cell.chosen.at): cell for cell in choices(grid)}
     theirs = {(*_key(row), row["at"]): row for row in published().to_dict("records")}
@@ -256,7 +248,7 @@ def _ours(choice: Choice, base: Choice | None) -> dict[str, Any]:
     chosen, group = choice.chosen, choice.chosen.group
     at, test = group.first.twin, choice.by_test.group.score("accuracy")
     row = means(group) | over_speakers(group) | {"layer": chosen.layer, "position": at.position if at else None}
-    # Equal but for rounding, the shallower layer may have less.
+    # Among layers that are equal up to rounding, the shallower one may be lower.
     row |= {"test_layer": choice.by_test.layer, "test_accuracy": test, "optimism": max(0.0, test - row["accuracy"])}
     gain = clip_difference(group, base.chosen.group) if chosen.layer and base else None
     if gain is not None:
@@ -266,11 +258,11 @@ def _ours(choice: Choice, base: Choice | None) -> dict[str, Any]:
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean gains over no anti-transfer, over all cells of `table1` that have one.
+    """Mean gains over no anti-transfer, over all cells of `table1` with a gain.
 
     Returns:
-        One row a kind of cell, ``what``: ``cells``, ``gain``; the paper's ``paper_same`` (of the same cells),
-        ``paper_cells``, ``paper_table`` (of all its cells) and ``paper_text`` (as its text states it).
+        One row per kind of cell, ``what``: ``cells``, ``gain``; the paper's ``paper_same`` (over the same cells),
+        ``paper_cells``, ``paper_table`` (over all its cells) and ``paper_text`` (as stated in its text).
     """
     table = table[table["at"] != "none"]
     paper = published() if (table["kind"] == "paper").any() else published()[:0]
@@ -289,7 +281,7 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _kinds(cells: pd.DataFrame, corpora: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """What the paper averages its gains over."""
+    """The sets of cells over which the paper averages gains."""
     at = cells["at"].str
     return {
         "all": cells,
@@ -305,9 +297,9 @@ def _kinds(cells: pd.DataFrame, corpora: Sequence[str]) -> dict[str, pd.DataFram
 def figure2(table: pd.DataFrame) -> pd.DataFrame:
     """Figure 2 of the paper: test accuracy by layer, averaged over corpora.
 
-    A network's averages are over the corpora that have at least one finished training of every split, task and layer
-    which is planned for that network on any corpus, and of the baselines: no average is over other corpora than
-    another.
+    A network's averages are over the corpora with at least one finished training of every split, task and layer that is
+    planned for that network on any corpus, and of every baseline. So all averages of a network are over the same
+    corpora.
 
     Args:
         table: table from `layers`, of corpora that may be averaged.
@@ -333,13 +325,13 @@ def figure2(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Time per epoch and peak memory of pairs of settings that differ in one thing, on one device.
+    """Ratios of time per epoch and peak memory between settings that differ in one attribute, on one device.
 
     Args:
         table: table from `resources`.
 
     Returns:
-        One row a pair: ``what`` (``AT / no AT`` or ``quaternion / real``), ``device``, the first one's ``corpus,
+        One row per pair: ``what`` (``AT / no AT`` or ``quaternion / real``), ``device``, the first one's ``corpus,
         network, split, at, layer``, and the ratios of ``epoch_seconds`` and ``peak_memory``.
     """
     table = table[table["stage"] == "emotion"]

@@ -1,4 +1,4 @@
-"""Linear probes of a trained emotion network for speakers and texts, and how often it takes the shortcut."""
+"""Linear probes of a trained emotion network for speakers and texts, and its shortcut rate."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from qat.config import Experiment, from_plain, to_plain
+from qat.config import to_plain
 from qat.files import write_json
 from qat.models import tap_name
 from qat.results.record import Analysis, Probes, read_analysis
+from qat.results.runs import read_csv
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
 from qat.training.inference import load_classifier
 
 
 def analyse(run: Path) -> Analysis:
-    """Probe a finished run; ``analysis.json`` in its folder keeps the result.
+    """Probe a finished run and keep the result in its ``analysis.json``.
 
     Returns:
         ``voice_probe``: accuracy of a linear classifier of the speaker from the features at the anti-transfer layer,
-        trained on three quarters of the training speakers' texts and tested on the others; ``word_probe``: the same of
-        the text, trained on three quarters of the speakers. Of several layers these are the last one's, and ``layers``
-        has each one's by its number. ``voice_probe_chance`` and ``word_probe_chance``. After a confounded split also
-        ``shortcut_rate``: share of the withheld clips (training speakers in emotions that are not their own) which are
-        answered with the speaker's own emotion.
+        trained on three quarters of the training speakers' texts and tested on the others; ``word_probe``: the same for
+        the text, trained on three quarters of the speakers. With several layers these are of the last layer; ``layers``
+        has both by layer. ``voice_probe_chance`` and ``word_probe_chance``: accuracy of guessing. ``shortcut_rate``,
+        only after a confounded split: share of the withheld clips (training speakers in emotions that are not their
+        own) that are classified as the speaker's own emotion.
     """
     path = run / "analysis.json"
     if path.is_file():
         return read_analysis(path)
     checkpoint = load_checkpoint(run, "classifier")
-    experiment = from_plain(Experiment, checkpoint.record["experiment"])
-    predictions = pd.read_csv(run / "predictions.csv")
+    experiment = checkpoint.experiment
+    predictions = read_csv(run / "predictions.csv", dtype=str, keep_default_na=False)
+    if predictions is None or not {"part", "speaker", "label", "predicted"} <= set(predictions.columns):
+        raise ValueError(f"{run / 'predictions.csv'}: must have the columns part, speaker, label and predicted")
     data = load_data(experiment, trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()
     config = experiment.anti_transfer
@@ -62,7 +65,7 @@ def analyse(run: Path) -> Analysis:
 
 
 def shortcut_rate(predictions: pd.DataFrame) -> float:
-    """Share of ``withheld`` predictions that are the speaker's own emotion, the one it says most in ``train``.
+    """Share of ``withheld`` predictions that are the speaker's own emotion, its most frequent one in ``train``.
 
     Args:
         predictions: a run's ``predictions.csv``: columns ``part``, ``speaker``, ``label``, ``predicted``.
@@ -73,12 +76,12 @@ def shortcut_rate(predictions: pd.DataFrame) -> float:
 
 
 def linear_probe(features: NDArray[np.float32], labels: NDArray[np.object_], held_out: NDArray[np.object_]) -> float:
-    """Accuracy of logistic regression on clips of a kind that it was not fitted on.
+    """Accuracy of logistic regression on clips of held-out groups.
 
     Args:
-        features: `[n, d]`, which are standardised.
-        labels: `[n]`, what is probed for.
-        held_out: `[n]`, a kind of each clip, such as its text; clips of every fourth kind, in sorted order, are tested.
+        features: features `[n, d]`; they are standardised.
+        labels: labels to predict `[n]`.
+        held_out: group of each clip `[n]`, such as its text; every fourth group, in sorted order, is tested.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -88,9 +91,9 @@ def linear_probe(features: NDArray[np.float32], labels: NDArray[np.object_], hel
     scaler = StandardScaler().fit(features[~tested])
     fitted, judged = scaler.transform(features[~tested]), scaler.transform(features[tested])
     probe = LogisticRegression(C=0.1, max_iter=300)
-    with threadpool_limits(1):  # one thread was six times faster than two, with two probes on two cores
+    with threadpool_limits(1):  # two simultaneous probes on two cores were six times faster with one thread each
         if len(fitted) < fitted.shape[1]:
-            # An L2 penalty leaves no weight outside the span of the n clips: n coordinates give the same classifier.
+            # With an L2 penalty the weights lie in the span of the n clips, so n coordinates give the same classifier.
             squares, axes = np.linalg.eigh((fitted @ fitted.T).astype(np.float64))
             spanned = squares > 1e-6 * squares[-1]
             axes = axes[:, spanned] / np.sqrt(squares[spanned])

@@ -14,20 +14,20 @@ from qat.config import AnyExperiment, Experiment, RHEmoExperiment, from_plain, p
 from qat.files import read_json
 
 SCHEMA = 1
-"""Version of the form of ``result.json``; files that name none are of version 1."""
+"""Version of the format of ``result.json``; files without one are of version 1."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of one part of the data at the kept checkpoint; None where the task has none.
+    """Figures of one part of the data at the kept checkpoint; None if the task does not have them.
 
     Args:
-        accuracy: share of samples that are right.
+        accuracy: share of correct samples.
         uar: mean recall over the classes.
         macro_f1: mean F1 over the classes.
-        average_precision: mean over the labels of a task with several answers.
+        average_precision: mean over the labels of a multi-label task.
         reconstruction, constant: RH-Emo's reconstruction loss and that of the best constant.
-        live_channels: embedding channels that vary, of four.
+        live_channels: number of embedding channels that vary, of four.
         samples: number of samples.
         confusion: counts `[K, K]`, rows true, columns predicted.
         losses: mean losses by name, such as ``total`` and ``similarity_13``.
@@ -47,20 +47,22 @@ class Scores:
 
 @dataclass(frozen=True)
 class Result:
-    """What ``result.json`` says about a training.
+    """Content of ``result.json``: settings and results of a training.
 
     Args:
         kind: ``classifier`` or ``rhemo``.
-        name: name that reports use; empty for the folder's.
+        name: name in reports; empty: that of the folder.
         seed: seed of the training.
-        experiment: all its settings.
+        experiment: settings of the training.
         classes: names of the outputs.
         parts: scores of ``train``, ``validation``, ``test`` and, after a confounded split, ``withheld``.
-        epochs: number of epochs. kept_epoch: the one whose weights were kept, from 0.
-        seconds: training time. seconds_per_epoch: mean over the epochs.
-        peak_memory: highest memory in bytes.
+        epochs: number of epochs. kept_epoch: epoch whose weights were kept, from 0.
+        rates: first epoch and value of each ``training.lr``: several where a run was resumed with a lower one, of which
+            ``experiment`` has the last.
+        seconds: training time. seconds_per_epoch: mean over epochs.
+        peak_memory: peak memory in bytes.
         device: name of the device. processes: number of processes.
-        versions: version by program. commit: of this code. command: command line.
+        versions: version by program. commit: commit of this code. command: command line.
         parameters: number of trained parameters.
     """
 
@@ -71,6 +73,7 @@ class Result:
     classes: list[str] = field(default_factory=list)
     parts: dict[str, Scores] = field(default_factory=dict)
     epochs: int | None = None
+    rates: list[list[float]] = field(default_factory=list)
     kept_epoch: int | None = None
     seconds: float | None = None
     seconds_per_epoch: float | None = None
@@ -93,12 +96,12 @@ class Probes:
 
 @dataclass(frozen=True)
 class Analysis(Probes):
-    """What ``analysis.json`` says a network still knows.
+    """Content of ``analysis.json``: information that a network's features still hold.
 
     Args:
         voice_probe, word_probe: probes of the last layer of anti-transfer.
         voice_probe_chance, word_probe_chance: accuracy of guessing.
-        shortcut_rate: share of the withheld clips that are answered with the speaker's own emotion.
+        shortcut_rate: share of the withheld clips that are classified as the speaker's own emotion.
         layers: probes by layer.
     """
 
@@ -112,7 +115,7 @@ def read_result(path: Path) -> Result:
     """The record of a ``result.json``.
 
     Raises:
-        ValueError: it is not readable, of another schema version, or has a value of a wrong type.
+        ValueError: the file is not readable, has another schema version, or a value of a wrong type.
     """
     plain = read_json(path)
     version = plain.pop("schema", SCHEMA)
@@ -129,24 +132,24 @@ def read_result(path: Path) -> Result:
 
 
 def read_analysis(path: Path) -> Analysis:
-    """The record of an ``analysis.json``, empty where there is no such file.
+    """The record of an ``analysis.json``, empty if the file does not exist.
 
     Raises:
-        ValueError: it is not readable, or has a value of a wrong type.
+        ValueError: the file is not readable or has a value of a wrong type.
     """
     with prefix_errors(path):
         return from_plain(Analysis, _own(Analysis, read_json(path))) if path.is_file() else Analysis()
 
 
 def origin() -> dict[str, Any]:
-    """What a ``result.json`` says about its own writing: schema version, commit and command."""
+    """The origin of a ``result.json``: schema version, commit and command."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"schema": SCHEMA, "commit": git_commit(Path(__file__).parents[2]), "command": command}
 
 
 @cache
 def git_commit(root: Path) -> str | None:
-    """The commit that is checked out in a repository, ``-dirty`` with changes; None outside of one."""
+    """The checked-out commit of a repository, with ``-dirty`` if there are changes; None if it is no repository."""
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
@@ -157,14 +160,15 @@ def git_commit(root: Path) -> str | None:
 
 
 def _own(kind: type[Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """What a record has fields for, and is not null."""
-    return {one.name: plain[one.name] for one in fields(kind) if plain.get(one.name) is not None}
+    """The values that a record has fields for, without nulls."""
+    names = [each.name for each in fields(kind)]
+    return {name: plain[name] for name in names if plain.get(name) is not None}
 
 
 def _scores(part: Any) -> Any:
-    """Scores as a run writes them: ``losses`` takes the numbers that have no field of their own."""
+    """Scores from a run's file: numbers without a field of their own go to ``losses``."""
     if not isinstance(part, dict):
         return part
-    names = {one.name for one in fields(Scores)}
+    names = {each.name for each in fields(Scores)}
     losses = {"losses": {name: value for name, value in part.items() if name not in names}}
     return {name: value for name, value in part.items() if name in names} | losses

@@ -1,15 +1,16 @@
-"""Finished runs, read from their folders, and what a folder of runs has planned, failed and not finished."""
+"""Runs read from their folders: the finished ones, and which of a folder's others are planned, failed or unfinished."""
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qat.config import AntiTransferConfig, AnyExperiment, Experiment, identity_settings, to_plain
 from qat.files import read_text, read_yaml
@@ -25,7 +26,7 @@ TASKS = {
     "word": "word",
     "word-presence": "words that occur",
 }
-"""What networks are trained for, in the order of a report."""
+"""Tasks of networks, in the order of a report."""
 
 POSITIONS = {
     "relu": "after ReLU, before pooling",
@@ -33,24 +34,24 @@ POSITIONS = {
     "slice": "input of that convolution",
     "pool5": "last pool, whatever the layer",
 }
-"""Which features a layer stands for, by ``anti_transfer.position``."""
+"""Features that a layer stands for, by ``anti_transfer.position``."""
 
 _FILES = ("result.json", "error.txt", "experiment.yaml")
-"""Files that tell a run's folder from others."""
+"""Files by which a run's folder is recognised."""
 
 _SEED = re.compile(r"(?:^|[-_./])seed[-_=]?(\d+)(?=$|[-_./])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """One finished training; its tables are read when they are asked for.
+    """One finished training; its tables are read at their first use.
 
     Args:
         folder: run folder.
-        name: name of its setting; runs of one name differ by their seed.
+        name: name of its setting; runs of the same name differ in their seed.
         seed: seed of the training.
         result: record of ``result.json``.
-        planned: rows of the campaign's ``plan.csv`` by ``run``, which name the networks that it builds on.
+        planned: rows of the campaign's ``plan.csv`` by ``run``, for the names of networks that it builds on.
     """
 
     folder: Path
@@ -61,18 +62,33 @@ class FinishedRun:
 
     @cached_property
     def analysis(self) -> Analysis:
-        """Record of ``analysis.json``, empty where there is none."""
+        """Record of ``analysis.json``, empty if there is none."""
         return read_analysis(self.folder / "analysis.json")
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
         """``metrics.csv``, one row per epoch."""
-        return _read_csv(self.folder / "metrics.csv")
+        path, epochs = self.folder / "metrics.csv", self.result.epochs
+        table = read_csv(path)
+        if table is not None:
+            for name, column in table.items():
+                if column.dtype.kind not in "biuf":
+                    raise ValueError(f"{path}: column {name!r} must hold numbers")
+            if epochs not in (None, len(table)):
+                raise ValueError(f"{path}: has {len(table)} rows; result.json tells of {epochs} epochs")
+        return table
 
     @cached_property
     def predictions(self) -> pd.DataFrame | None:
         """``predictions.csv`` as text."""
-        return _read_csv(self.folder / "predictions.csv", dtype=str, keep_default_na=False)
+        path, samples = self.folder / "predictions.csv", self.result.parts.get("test", Scores()).samples
+        table = read_csv(path, dtype=str, keep_default_na=False)
+        if table is not None:
+            if "part" not in table:
+                raise ValueError(f"{path}: lacks the column 'part'")
+            if samples not in (None, count := int((table["part"] == "test").sum())):
+                raise ValueError(f"{path}: has {count} rows of the test part; result.json tells of {samples}")
+        return table
 
     @property
     def experiment(self) -> AnyExperiment:
@@ -85,12 +101,12 @@ class FinishedRun:
 
     @property
     def task(self) -> str:
-        """``rhemo``, or what the classifier recognises."""
+        """``rhemo``, or the classifier's task."""
         return self.experiment.task if isinstance(self.experiment, Experiment) else "rhemo"
 
     @property
     def true_classes(self) -> list[str]:
-        """The classes without what `network.outputs` adds to them."""
+        """The classes without the unused outputs that `network.outputs` adds."""
         return [name for name in self.result.classes if not name.startswith("unused-")]
 
     @property
@@ -100,19 +116,19 @@ class FinishedRun:
         return experiment.network.width if isinstance(experiment, Experiment) else experiment.rhemo.width
 
     def score(self, part: str, name: str) -> float | None:
-        """A figure of one part, where it was measured."""
+        """A score of one part; None if it was not measured."""
         value: float | None = getattr(self.result.parts.get(part, Scores()), name)
         return value
 
     @property
     def start(self) -> str:
-        """What the weights were before the first step: ``random``, or the network they come from."""
+        """Initial weights: ``random``, or the name of the network they come from."""
         initial = self.experiment.training.initial
         return "random" if initial is None else self._origin(initial)
 
     @property
     def twin(self) -> AntiTransferConfig | None:
-        """The settings of anti-transfer, if the network is compared with another."""
+        """The settings of anti-transfer; None without a twin."""
         at = self.experiment.anti_transfer if isinstance(self.experiment, Experiment) else None
         return at if at is not None and (at.twin is not None or at.random_twin) else None
 
@@ -122,23 +138,23 @@ class FinishedRun:
 
     @property
     def beta(self) -> str:
-        """The weight of all layers, or that of each."""
+        """The weight of the loss, or the weights of the layers, as text."""
         beta = self.twin.beta if self.twin else 0.0
         return "+".join(f"{value:g}" for value in (beta if isinstance(beta, list) else [beta]))
 
     @property
     def transfers(self) -> bool:
-        """Whether an anti-transfer loss took part; beta 0 only watches the similarity."""
+        """Whether there is an anti-transfer loss; with beta 0 the similarity is only monitored."""
         return self.twin is not None and any(self.twin.betas)
 
     @property
     def layers(self) -> list[int]:
-        """Where the twin is compared."""
+        """Layers at which the network is compared with its twin."""
         return list(self.twin.layers) if self.twin else []
 
     @property
     def anti_transfer(self) -> str:
-        """Layer, its convention, beta, twin and what is compared, or ``none``."""
+        """Description of anti-transfer (layers, position, beta, twin, loss), or ``none``."""
         if self.twin is None:
             return "none"
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {'+'.join(map(str, self.layers))}"
@@ -154,7 +170,7 @@ class FinishedRun:
 
     @property
     def device(self) -> str:
-        """Where it was trained, with the number of processes if there were several."""
+        """Device of the training, with the number of processes if there were several."""
         processes = self.result.processes
         return f"{f'{processes} × ' if processes > 1 else ''}{self.result.device}"
 
@@ -164,8 +180,8 @@ class FinishedRun:
 
     @cached_property
     def answers(self) -> pd.DataFrame | None:
-        """Test answers: ``right`` (0 or 1) and the columns of `predictions` by ``clip``; several cuts of a file are
-        several clips. None for word presence, where a clip has several answers.
+        """Test predictions by ``clip``: ``right`` (0 or 1) and the columns of `predictions`. Each cut of a file is a
+        clip. None for word presence, where a clip has several labels.
         """
         table = self.predictions
         if table is None or self.task == "word-presence":
@@ -190,7 +206,7 @@ class Group:
         return self.runs[0]
 
     def values(self, of: Callable[[FinishedRun], float | None]) -> list[float]:
-        """A figure of every run that has it."""
+        """A value of every run that has it."""
         return [value for value in map(of, self.runs) if value is not None]
 
     def scores(self, name: str, part: str = "test") -> list[float]:
@@ -206,18 +222,28 @@ class Group:
         return self.mean(lambda run: run.score(part, name))
 
 
-class Planned(NamedTuple):
-    """A row of ``plan.csv``; ``run`` is the folder below ``runs``, ``layer`` is 0 where there is none."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedSetting:
+    """Attributes (:data:`qat.config.preset.ATTRIBUTES`) and name of planned trainings that differ only in their seed.
 
-    run: str
+    Attributes that a stage does not have are empty, its layer is 0.
+    """
+
     stage: str
     network: str
     corpus: str
     split: str
     at: str
     layer: int
-    seed: int | None
     name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(PlannedSetting):
+    """A row of ``plan.csv``; ``run`` is the folder below ``runs``."""
+
+    run: str
+    seed: int | None
 
     @property
     def label(self) -> str:
@@ -231,10 +257,10 @@ class RunsFolder:
 
     Args:
         folder: the folder.
-        plan: rows of its ``plan.csv``; none without that file.
+        plan: rows of its ``plan.csv``; empty without that file.
         runs: the finished runs.
         failed: first line of ``error.txt`` by the name of the run.
-        unfinished: names of the runs that are planned or begun, and neither finished nor failed.
+        unfinished: names of planned or started runs that neither finished nor failed.
         request: text of ``campaign.yaml``, the options of the campaign.
     """
 
@@ -249,8 +275,8 @@ class RunsFolder:
     def read(cls, folder: Path) -> RunsFolder:
         """The runs of the folder's ``plan.csv``; without one, every run at or below the folder.
 
-        A run has the name that the plan of its campaign gives it, the one in ``result.json``, or its path below
-        ``folder``; a seed in either of the last two is left out.
+        A run's name is the one in its campaign's plan, else the one in ``result.json``, else its path below ``folder``;
+        the latter two without the seed.
 
         Raises:
             ValueError: there is neither a finished run nor a plan, a file cannot be read, or two runs have the same
@@ -265,11 +291,11 @@ class RunsFolder:
         failed, unfinished = {}, []
         for place in places:
             campaign = place.parents[1] if len(place.parents) > 1 else place
-            if campaign not in plans:  # the first of the rows that share a run names it
+            if campaign not in plans:  # of several rows for one run, the first gives its name
                 plans[campaign] = {row.run: row for row in reversed(read_plan(campaign / "plan.csv"))}
             row = plans[campaign].get(place.name)
             if row and campaign != folder and campaign.is_relative_to(folder):
-                row = row._replace(name=f"{campaign.relative_to(folder).as_posix()}/{row.name}")
+                row = replace(row, name=f"{campaign.relative_to(folder).as_posix()}/{row.name}")
             name = row.label if row else place.relative_to(folder).as_posix()
             if (place / "result.json").is_file():
                 run = _finished_run(place, folder, row, plans[campaign])
@@ -277,7 +303,7 @@ class RunsFolder:
                 if other is not run:
                     raise ValueError(
                         f"{run.folder}: has the name {run.name!r} and the seed {run.seed} of {other.folder}; "
-                        "a report takes each once"
+                        "a report needs different ones"
                     )
             elif (place / "error.txt").is_file():
                 text = (place / "error.txt").read_text(encoding="utf-8", errors="replace")
@@ -298,10 +324,10 @@ class RunsFolder:
 
 
 def read_plan(path: Path) -> list[Planned]:
-    """The rows of a ``plan.csv``; none where there is no such file.
+    """The rows of a ``plan.csv``; empty if the file does not exist.
 
     Raises:
-        ValueError: it cannot be read, lacks a column, has a seed twice, or plans nothing.
+        ValueError: the file cannot be read, lacks a column, has a name and seed twice, or has no rows.
     """
     if not path.is_file():
         return []
@@ -313,9 +339,9 @@ def read_plan(path: Path) -> list[Planned]:
     plan: list[Planned] = []
     runs: dict[str, str] = {}
     for line, row in enumerate(rows, 2):
-        values: dict[str, Any] = {name: row.get(name) for name in Planned._fields}
+        values: dict[str, Any] = {column.name: row.get(column.name) for column in fields(Planned)}
         if missing := [name for name, value in values.items() if value is None]:
-            raise ValueError(f"{path}: lacks the column {missing[0]}; it must have {', '.join(Planned._fields)}")
+            raise ValueError(f"{path}: lacks the column {missing[0]}; it must have {', '.join(values)}")
         for name in ("layer", "seed"):
             try:
                 values[name] = int(float(row[name])) if row[name] else None
@@ -323,14 +349,14 @@ def read_plan(path: Path) -> list[Planned]:
                 raise ValueError(f"{path}: line {line}: {name} {row[name]!r} must be a number or empty") from None
         plan.append(planned := Planned(**values | {"layer": values["layer"] or 0}))
         if runs.setdefault(planned.label, planned.run) != planned.run:
-            raise ValueError(f"{path}: has {planned.name!r} with the seed {planned.seed} twice; it must be there once")
+            raise ValueError(f"{path}: has {planned.name!r} with the seed {planned.seed} twice; it may occur only once")
     if not plan:
         raise ValueError(f"{path}: plans no training; a report needs at least one")
     return plan
 
 
 def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
-    """Runs by name: by task, then those from random weights first, those without anti-transfer first."""
+    """Runs by name, sorted by task; then random initial weights first, no anti-transfer first."""
     by_name: dict[str, list[FinishedRun]] = {}
     for run in runs:
         by_name.setdefault(run.name, []).append(run)
@@ -347,12 +373,12 @@ def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
 
 
 def devices(runs: Iterable[FinishedRun]) -> str:
-    """Every device that one of these runs was trained on."""
+    """Every device that these runs were trained on."""
     return "; ".join(sorted({run.device for run in runs}))
 
 
 def made_with(runs: Sequence[FinishedRun]) -> list[list[str]]:
-    """What these runs were made with: devices, commits, commands, and every version of each program, a row each."""
+    """Rows about the origin of runs: devices, commits, commands, and all versions of each program."""
     values: dict[str, set[str]] = {}
     for run in runs:
         result = run.result
@@ -362,27 +388,35 @@ def made_with(runs: Sequence[FinishedRun]) -> list[list[str]]:
 
 
 def _finished_run(place: Path, folder: Path, row: Planned | None, plan: Mapping[str, Planned]) -> FinishedRun:
-    """The run in ``place``, at or below ``folder``, with its row of the plan, if it is planned."""
+    """The run in ``place``, at or below ``folder``; ``row`` is its row of the plan, if there is one."""
     result = read_result(place / "result.json")
     if row:
         return FinishedRun(place, row.name, result.seed if row.seed is None else row.seed, result, plan)
     path, own = place.relative_to(folder).as_posix(), place.resolve().name
-    # A run that was given no name bears its folder's, which says little where folders of several parents meet.
+    # A run without a name was named after its folder, which is ambiguous among folders of several parents.
     name = result.name if result.name not in ("", own) else path if path != "." else own
     in_path = _SEED.search(path)
     seed = result.seed if result.seed is not None else int(in_path[1]) if in_path else None
     return FinishedRun(place, _without_seed(name), seed, result)
 
 
-def _read_csv(path: Path, **options: Any) -> pd.DataFrame | None:
+def read_csv(path: Path, **options: Any) -> pd.DataFrame | None:
+    """A table of a run; None where there is none.
+
+    Raises:
+        ValueError: it is not readable, or was cut off.
+    """
     import pandas as pd
 
     if not path.is_file():
         return None
     try:
-        return pd.read_csv(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as CSV ({error})") from error
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            raise ValueError("its last line has no end")
+        return pd.read_csv(io.BytesIO(content), **options)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not readable as CSV ({' '.join(str(error).split())})") from error
 
 
 def _without_seed(path: str) -> str:
@@ -394,7 +428,7 @@ def _without_seed(path: str) -> str:
 
 
 def _origin(checkpoint: object) -> str:
-    """The run that wrote a checkpoint, which is named by its folder or its file.
+    """The name of the run that wrote a checkpoint, from the path of its folder or file.
 
     >>> _origin("runs/voices/seed-1/best.safetensors"), _origin("demo/twins/voice")
     ('voices', 'voice')

@@ -1,7 +1,7 @@
-"""How sure a figure is: intervals over speakers, paired differences and the spread over seeds.
+"""Uncertainty of results: intervals over speakers, paired differences, spread over seeds.
 
-Clips of one speaker succeed or fail together, so the speaker is what is drawn at random, never the clip. Where
-trainings are compared, and not trained networks, it is the seed.
+Clips of one speaker tend to be right or wrong together, so speakers are resampled and not clips. Where trainings are
+compared instead of trained networks, the sample is the seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference, its interval where the data allow one, and the number of seeds behind it."""
+    """A mean difference, its interval if the data allow one, and the number of seeds."""
 
     mean: float
     interval: Interval | None
@@ -34,25 +34,25 @@ def cluster_interval(
 ) -> Interval | None:
     r"""Bootstrap interval of a mean over clips whose speakers are a sample.
 
-    Whole clusters are drawn with replacement; each draw gives the mean over its clips. Plain percentiles of so
-    few clusters are too narrow (9 speakers: they cover about 90 % instead of 95 %), so they are taken further
-    out, at
+    Whole clusters are drawn with replacement; each draw gives the mean over its clips. With so few clusters, plain
+    percentiles give too narrow intervals (9 speakers: they cover about 90 % instead of 95 %), so wider ones are
+    taken, at
 
     .. math:: \Phi\left(\pm\sqrt{C/(C-1)}\; t_{C-1,\,(1 + level)/2}\right)
 
     with C clusters: the expanded percentile interval of Hesterberg 2015, "What teachers should know about the
-    bootstrap". With 9 speakers it covers 94 % in simulation, with 4 still only 89 %.
+    bootstrap". In simulation it covers 94 % with 9 speakers, but only 89 % with 4.
 
     Args:
-        values: `[n]`, one per clip, e.g. 1 where the answer was right; several seeds may be concatenated.
-        clusters: `[n]`, the speaker of each clip.
+        values: value of each clip `[n]`, e.g. 1 if the answer was right; several seeds may be concatenated.
+        clusters: speaker of each clip `[n]`.
         level: nominal coverage.
-        draws: bootstrap draws.
-        seed: seed of the draws; the same call gives the same interval.
+        draws: number of bootstrap draws.
+        seed: seed of the draws; equal calls give equal intervals.
 
     Returns:
-        The interval; None with fewer than two clusters, or when all clusters have the same mean: no spread
-        between clusters is visible, and a bootstrap would call that certainty.
+        The interval; None with fewer than two clusters, or if all clusters have the same mean, for which a bootstrap
+        would give an interval of width 0.
 
     Raises:
         ValueError: values and clusters differ in length, or level is outside (0, 1).
@@ -66,7 +66,7 @@ def cluster_interval(
     from scipy.special import ndtr, stdtrit
 
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1")
+        raise ValueError(f"level is {level}; it must be between 0 and 1")
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or len(array) != len(clusters):
         raise ValueError(f"values have shape {array.shape} and there are {len(clusters)} clusters; both must be [n]")
@@ -93,11 +93,11 @@ def paired_difference(
 ) -> Difference:
     """Mean of ``first - second`` over the same clips (and seeds), with its interval over speakers.
 
-    Pairing removes what both have in common: a hard speaker is hard for both.
+    Pairing removes the variation that both share, such as a speaker who is hard for both.
 
     Args:
-        first, second: `[n]`; position by position the same clip and seed.
-        clusters: `[n]`, the speaker of each clip.
+        first, second: values `[n]` of the same clips and seeds in the same order.
+        clusters: speaker of each clip `[n]`.
         level, draws, seed: as in `cluster_interval`.
 
     Raises:
@@ -116,7 +116,8 @@ def paired_difference(
 
 
 class OverSeeds(NamedTuple):
-    """A mean difference of paired trainings, its interval and p-value, and the seeds in which it rose and fell."""
+    """A mean difference of paired trainings, its interval and p-value, and the numbers of seeds with a rise and a
+    fall."""
 
     mean: float
     interval: Interval | None
@@ -128,20 +129,20 @@ class OverSeeds(NamedTuple):
 def over_seeds(first: Sequence[float], second: Sequence[float], *, level: float = 0.95) -> OverSeeds:
     """Mean of ``first - second``, seed by seed, with Student's interval and the p-value of the paired t test.
 
-    It tells what other seeds would give: other initial weights, orders and, where seeds draw them, splits.
+    The population is other seeds: other initial weights, sample orders and, if seeds draw them, splits.
 
     Args:
-        first, second: `[n]`, one figure a seed.
+        first, second: one value per seed `[n]`.
         level: coverage.
 
     Returns:
-        No interval and no p-value from a single seed, or when all differences are the same.
+        The difference; interval and p-value are None for a single seed, or if all differences are equal.
 
     Raises:
         ValueError: the lengths differ, or there are no seeds.
 
-    >>> found = over_seeds([0.5, 0.6, 0.55], [0.4, 0.45, 0.5])
-    >>> [round(value, 3) for value in (found.mean, *found.interval, found.p)], found.rose
+    >>> change = over_seeds([0.5, 0.6, 0.55], [0.4, 0.45, 0.5])
+    >>> [round(value, 3) for value in (change.mean, *change.interval, change.p)], change.rose
     ([0.1, -0.024, 0.224, 0.074], 3)
     """
     from scipy.stats import ttest_1samp
@@ -157,7 +158,7 @@ def over_seeds(first: Sequence[float], second: Sequence[float], *, level: float 
 
 
 def false_discovery(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's adjusted p-values: of the results below 0.05, 5 % are false on average.
+    """Benjamini and Hochberg's adjusted p-values: at most 5 % of the results below 0.05 are false on average.
 
     >>> false_discovery([0.01, 0.04, 0.5])
     [0.03, 0.06, 0.5]
@@ -170,7 +171,7 @@ def false_discovery(p_values: Sequence[float]) -> list[float]:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation over seeds (n - 1 in the denominator); None of fewer than two.
+    """Standard deviation over seeds (n - 1 in the denominator); None for fewer than two.
 
     >>> deviation([0.25, 0.5, 0.75]), deviation([0.5])
     (0.25, None)

@@ -1,4 +1,4 @@
-"""Settings in rows: figures over seeds, with intervals, and what anti-transfer changed."""
+"""Tables with one row per setting: means over seeds, intervals, and differences by anti-transfer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from qat.results.statistics import (
 
 
 def means(group: Group) -> dict[str, Any]:
-    """Means of one setting over its seeds; None where no run has the figure. Shares lie in [0, 1].
+    """Means of one setting over its seeds; None if no run has the value. Shares are in [0, 1].
 
     Returns:
-        ``seeds``; of the test part ``accuracy``, ``accuracy_sd`` (over seeds), ``uar``, ``average_precision``,
-        ``reconstruction`` and ``constant`` (RH-Emo's binary cross-entropy and the best constant's), ``clips``; of other
+        ``seeds``; on the test part ``accuracy``, ``accuracy_sd`` (over seeds), ``uar``, ``average_precision``,
+        ``reconstruction`` and ``constant`` (RH-Emo's binary cross-entropy and the best constant's), ``clips``; on other
         parts ``validation_accuracy``, ``validation_sd``, ``withheld_accuracy``, ``train_clips``; ``shortcut_rate``,
         ``voice_probe``, ``word_probe``; ``parameters``, ``epochs``, ``kept_epoch`` (from 1), ``epoch_seconds``,
-        ``seconds`` (of one run), ``peak_memory`` (bytes, highest) and ``device``.
+        ``seconds`` (of one run), ``peak_memory`` (bytes, maximum) and ``device``.
     """
 
     def result(name: str) -> float | None:
@@ -64,7 +64,7 @@ def means(group: Group) -> dict[str, Any]:
 
 
 def over_speakers(group: Group) -> dict[str, Any]:
-    """``speakers`` of the test part; the ends of the 95 % interval over them, ``accuracy_low`` and ``_high``."""
+    """``speakers``: their number in the test part; ``accuracy_low``, ``accuracy_high``: 95 % interval over them."""
     answers = [run.answers for run in group.runs]
     pooled = None if any(table is None for table in answers) else pd.concat(answers)
     if pooled is None or (pooled["speaker"] == "").any():
@@ -74,18 +74,18 @@ def over_speakers(group: Group) -> dict[str, Any]:
 
 
 def typed(rows: Iterable[dict[str, Any]], words: Iterable[str], columns: list[str] | None = None) -> pd.DataFrame:
-    """A table whose columns are numbers, NaN where a value is None, except those in ``words``."""
+    """A table of floats, NaN for None, except for the columns in ``words``."""
     table = pd.DataFrame(rows, columns=columns)
     return table.astype({column: float for column in table.columns if column not in words})
 
 
 def summary_table(runs: Iterable[FinishedRun]) -> pd.DataFrame:
-    """One row a setting (runs of one name): emotion classifiers first, then what was trained for them.
+    """One row per setting (runs of one name): emotion classifiers first, then the networks that they build on.
 
     Returns:
         ``name``, ``task``, ``start`` (initial weights), ``anti_transfer``; the columns of `means` and `over_speakers`;
-        ``baseline`` (the setting that differs in nothing but having no anti-transfer), ``difference`` from it (same
-        seeds and clips, paired), ``difference_low`` and ``difference_high`` (95 % over speakers).
+        ``baseline`` (the setting that differs only in having no anti-transfer), ``difference`` from it (paired over
+        seeds and clips), ``difference_low`` and ``difference_high`` (95 % interval over speakers).
     """
     groups = group_runs(runs)
     rows = []
@@ -107,20 +107,21 @@ MEASURES = {
     "voice_probe": "speaker probe",
     "word_probe": "word probe",
 }
-"""What `seed_differences` compares, in the order of a report."""
+"""Measures of `seed_differences` with their titles, in the order of a report."""
 
 
 def seed_differences(runs: Iterable[FinishedRun]) -> pd.DataFrame:
-    """What anti-transfer changed, as differences between trainings of the same seed.
+    """Differences by anti-transfer between trainings of the same seed.
 
-    Each setting with anti-transfer is compared with its baseline (which differs in nothing but having none) and, where
-    there is one, with its control (which differs in nothing but a twin that was trained on nothing). Probes of both are
-    those of the setting's last layer.
+    Each setting with anti-transfer is compared with its baseline (which differs only in having none) and, if there is
+    one, with its control (which differs only in its twin, which was trained on nothing). Probes of both are taken at
+    the setting's last layer.
 
     Returns:
-        One row a comparison and measure: ``name``, ``other``, ``against`` (``baseline`` or ``control``), ``measure``
-        (of `MEASURES`), ``seeds``, ``mean``, ``low`` and ``high`` (95 % over seeds), ``rose`` and ``fell`` (seeds),
-        ``p`` (paired t test) and ``q`` (adjusted for all comparisons of this measure and kind, Benjamini-Hochberg).
+        One row per comparison and measure: ``name``, ``other``, ``against`` (``baseline`` or ``control``), ``measure``
+        (of `MEASURES`), ``seeds``, ``mean``, ``low`` and ``high`` (95 % over seeds), ``rose`` and ``fell`` (number of
+        seeds), ``p`` (paired t test) and ``q`` (adjusted for all comparisons of this measure and kind,
+        Benjamini-Hochberg).
     """
     groups = group_runs(runs)
     rows = []
@@ -153,21 +154,21 @@ def _measured(run: FinishedRun, measure: str, layer: int) -> float | None:
 
 
 def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The setting without anti-transfer that agrees in all else on every shared seed; the one with most of them."""
-    same = [one for one in groups if not one.first.transfers and _agree(group, one, "anti_transfer.")]
-    return max(same, key=lambda one: len(_pairs(group, one)), default=None) if group.first.transfers else None
+    """The setting without anti-transfer that otherwise agrees on every shared seed; of several, the one with most."""
+    same = [other for other in groups if not other.first.transfers and _agree(group, other, "anti_transfer.")]
+    return max(same, key=lambda other: len(_pairs(group, other)), default=None) if group.first.transfers else None
 
 
 def _control(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The setting that agrees in all on every shared seed, but for a random twin."""
+    """The setting that agrees on every shared seed except for its random twin."""
     if not group.first.transfers or group.first.random_twin:
         return None
     free = ("anti_transfer.twin", "anti_transfer.random_twin")
-    return next((one for one in groups if one.first.random_twin and _agree(group, one, *free)), None)
+    return next((other for other in groups if other.first.random_twin and _agree(group, other, *free)), None)
 
 
 def _agree(first: Group, second: Group, *free: str) -> bool:
-    """Whether there are seeds that both have, whose settings agree, except those whose names begin with ``free``."""
+    """Whether both share seeds, and agree on each in all settings except those whose names begin with ``free``."""
     pairs = _pairs(first, second)
     return bool(pairs) and all(_settings(a, free) == _settings(b, free) for a, b in pairs)
 
@@ -178,14 +179,14 @@ def _pairs(first: Group, second: Group) -> list[tuple[FinishedRun, FinishedRun]]
 
 
 def _settings(run: FinishedRun, free: tuple[str, ...]) -> dict[str, Any]:
-    """All settings that could change the outcome, but for those whose names begin with one of ``free``."""
+    """All settings that could change the result, except those whose names begin with one of ``free``."""
     free = ("training.deterministic", *free)
     settings = {name: value for name, value in run.settings.items() if not name.startswith(free)}
     return {"kind": run.result.kind} | settings
 
 
 def clip_difference(group: Group, base: Group) -> Difference | None:
-    """Accuracy minus the baseline's on the seeds that both have; an interval if both answered the same clips."""
+    """Accuracy minus the baseline's on shared seeds, with an interval if both have predictions of the same clips."""
     pairs = _pairs(group, base)
     if not pairs:
         return None

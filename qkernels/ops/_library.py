@@ -106,7 +106,7 @@ def or_plain(backend: str) -> Iterator[None]:
         yield
     except KernelUnavailable as error:
         if backend != "auto":
-            raise ValueError(f"backend 'triton' was asked for, but {error}: use 'auto' or 'reference'") from error
+            raise ValueError(f"backend='triton' is set, but {error}: use 'auto' or 'reference'") from error
         if str(error) not in _warned:
             _warned.add(str(error))
             warnings.warn(f"{error}; plain PyTorch computes in its place, more slowly", RuntimeWarning, stacklevel=3)
@@ -130,7 +130,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
-    """The gradient behind a ReLU whose output was `y`; `dy` itself where there was none."""
+    """The gradient before a ReLU with output `y`; `dy` itself if there was no ReLU."""
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels import checks
+from qkernels.losses import told
 from qkernels.ops.gram_cosine.config import gram_form
 from qkernels.ops.hamilton_conv.config import FORMS as KERNEL_FORMS
 from qkernels.ops.hamilton_conv.config import algorithm_of, cpu_form
@@ -31,13 +33,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-    return value
-
-
-_DEFAULT_BACKEND = _one_of("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
+_DEFAULT_BACKEND: str = checks.option("QKERNELS_BACKEND", os.environ.get("QKERNELS_BACKEND", "auto"), BACKENDS)
 
 
 # threading.local, as torch.compile does not trace and guard a ContextVar; without defaults in the class, which code
@@ -84,7 +80,7 @@ def set_backend(backend: str) -> _Restore:
     'reference'
     """
     previous = _settings.backend
-    _settings.backend = _one_of("backend", backend, BACKENDS)
+    _settings.backend = checks.option("backend", backend, BACKENDS)
     return _Restore("backend", previous)
 
 
@@ -108,7 +104,7 @@ def set_form(form: str) -> _Restore:
         ValueError: unknown form.
     """
     previous = _settings.form
-    _settings.form = _one_of("form", form, FORMS)
+    _settings.form = checks.option("form", form, FORMS)
     return _Restore("form", previous)
 
 
@@ -126,14 +122,16 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
     Raises:
         ValueError: unknown operator, or the backend "triton" for something that it cannot compute.
     """
-    _name_of(op)
+    name = _name_of(op)
+    if not args or not isinstance(args[0], Tensor):
+        raise TypeError(f"args must begin with a tensor, as those of {name}; got {told(args)}")
     if _settings.backend == "reference":
         return "reference"
     obstacle = obstacle or _obstacle(*(arg for arg in args if isinstance(arg, Tensor)))
     if _settings.backend == "triton":
         if obstacle:
             raise ValueError(
-                f"backend 'triton' was asked for, but {obstacle}: use the backend 'auto' (the fastest there is) "
+                f"backend='triton' is set, but {obstacle}: use the backend 'auto' (the fastest available) "
                 "or 'reference'"
             )
         return "triton"
@@ -186,10 +184,16 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
     Raises:
         ValueError: unknown operator, or a form that the backend does not have.
     """
-    name = _name_of(op)
+    name, of_features = _name_of(op), ("gram_cosine", "anti_transfer_loss")
+    if not args or not isinstance(args[0], Tensor):
+        raise TypeError(f"args must begin with a tensor, as those of {name}; got {told(args)}")
+    if name in of_features:
+        checks.features(args[0], args[0], "args[0]", "args[0]")
+    else:
+        checks.layers([(name, args[1] if len(args) > 1 else None)])
     if backend_of(name, *args) == "reference":
         return "einsum"
-    if name in ("gram_cosine", "anti_transfer_loss"):
+    if name in of_features:
         samples, channels, *positions = args[0].shape
         return gram_form("channel", samples, channels, math.prod(positions))
     return plan_of(name, args[0], args[1], args[0].dtype)[1].partition("-")[0]
@@ -211,7 +215,7 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
         return backend, _kernels_algorithm(name, form, tuple(weight.shape), dtype, x.device)
     if form == "signed":
         raise ValueError(
-            f"form 'signed' was asked for, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
+            f"form='signed' is set, but it needs a Triton kernel, and {name} is computed by plain PyTorch here "
             f"({_obstacle(x) or 'backend auto on a CPU'}): use 'dense', 'q8' or 'auto'"
         )
     if needs_own_operators():
@@ -240,4 +244,4 @@ def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) ->
 
 
 def _name_of(op: str | Callable[..., Any]) -> str:
-    return _one_of("op", op if isinstance(op, str) else op.__name__, OPERATORS)
+    return str(checks.option("op", getattr(op, "__name__", op), OPERATORS))

@@ -1,4 +1,4 @@
-"""`python -m qkernels.runtime`: the machine as a bug report should describe it; --check: which kernels are right."""
+"""`python -m qkernels.runtime`: a description of the machine for bug reports; --check: which kernels are right."""
 
 import argparse
 import functools
@@ -49,7 +49,7 @@ def driver_version() -> str:
 
 
 def compiler() -> str:
-    """The C compiler, found as Triton finds the one that builds its launchers."""
+    """The C compiler that Triton would use to build its launchers."""
     named = os.environ.get("CC")
     path = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     if path:

@@ -367,7 +367,7 @@ def _dw(layer: Layer, o: Operands, allowed: Callable[..., float]) -> Check:
 
 
 def _features(shape: Sequence[int], precision: str, device: torch.device) -> list[Tensor]:
-    """Features of two networks, behind a ReLU, the second near the first."""
+    """Features of two networks after a ReLU, the second close to the first."""
     a = torch.randn(*shape, device=device).relu()
     b = (a + 0.5 * torch.randn_like(a)).relu()
     return [x.to(PRECISIONS[precision], memory_format=torch.channels_last) for x in (a, b)]

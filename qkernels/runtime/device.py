@@ -19,7 +19,7 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context in which the device of `x` is the current one, on which Triton launches."""
+    """Context in which the device of `x` is the current device, where Triton launches kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

@@ -26,7 +26,7 @@ class Recording:
 
 
 def flat_arguments(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The arguments of a launch by name, with the fields of those that are NamedTuples as arguments."""
+    """The arguments of a launch by name; the fields of a NamedTuple are listed as arguments."""
     for name, value in arguments.items():
         fields = getattr(value, "_fields", None)
         if fields is None:

@@ -15,7 +15,7 @@ LONG_SUM_TOLERANCE = 1e-5
 # max |error| / (RMS + |exact|) in units of the Frobenius figure.
 LARGEST_ERROR = 6
 
-# Errors of the anti-transfer losses and of their gradients. Gram matrices behind a ReLU are alike: a gradient is the
+# Errors of the anti-transfer losses and of their gradients. Gram matrices after a ReLU are alike: a gradient is the
 # difference of two terms up to ten times as large.
 LOSS_TOLERANCES = {"bf16": (1e-5, 2.1e-3), "fp16": (1e-5, 4e-4), "float32": (1e-5, 1e-4)}
 

@@ -129,7 +129,7 @@ def test_other_machines_are_not_compared(field: str, other: str) -> None:
 def test_nothing_in_common_and_a_row_twice() -> None:
     with pytest.raises(ValueError, match="no row is in both"):
         compare(results(row()), results(row(layer="x")))
-    with pytest.raises(ValueError, match="after: two rows of one name: conv, quaternion, conv 2"):
+    with pytest.raises(ValueError, match="after: two rows with the same name: conv, quaternion, conv 2"):
         compare(results(row()), results(row(), row(median_us=5.0)))
 
 
@@ -194,7 +194,7 @@ def test_files_go_first(repository: Any) -> None:
     [
         ("two", "two: name one of two:cpu, two:gpu$"),
         ("one:cpu", "one:cpu: name one of one:gpu$"),
-        ("HEAD", "HEAD: it has no results below bench/results"),
+        ("HEAD", "HEAD: has no results in bench/results"),
         ("nothing", "nothing: neither a folder, nor a results.csv, nor a revision"),
         ("--all", "--all: neither"),
         ("notes", "it lacks the columns"),

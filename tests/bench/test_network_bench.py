@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import network
-from bench.atl import gram_flops
 from bench.case import FORWARD, STEP
 from bench.gradients import relative_error
 from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, STEPS, TRAIN, TWIN
 from qat.config import NetworkConfig
 from qat.models.sizes import layer_sizes
+from qkernels.runtime.flops import gram_flops
 
 CPU = torch.device("cpu")
 SUITES = {"step": STEPS, "inference": INFERENCE, "epoch": EPOCHS}

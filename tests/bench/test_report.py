@@ -196,7 +196,7 @@ def test_a_folder_without_results_is_bad_input(tmp_path: Path, capsys: pytest.Ca
     before = state(tmp_path)
     assert main(["report", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"bench report: {folder}: it has no results.csv")
+    assert line.startswith(f"bench report: {folder}: has no results.csv")
     assert state(tmp_path) == before
 
 

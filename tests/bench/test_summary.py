@@ -83,7 +83,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder of results"):
         summary.load(tmp_path / "nothing")
     for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}: it has no results.csv; [^\n]*$"):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}: has no results.csv; [^\n]*$"):
             summary.load_folder(folder)
     folder = committed(tmp_path, "gpu", measured(row()))
     (folder / "results.csv").write_text("a,b\n1,2\n")

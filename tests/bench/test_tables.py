@@ -273,10 +273,10 @@ def test_trainings_side_by_side() -> None:
     case = "quaternion network, AT at layer 2, 9 samples, batch 20, bf16"
     assert line_of(text, processes="4", mode="processes") == {
         "each trains": case, "mode": "processes", "processes": "4", "threads of each": "1",
-        "samples/s in all": "2504", "trainings an hour": "2.50x", "GPU allocator, each": "3 MB", "no result": "",
+        "samples/s in total": "2504", "trainings per hour": "2.50x", "GPU allocator, each": "3 MB", "no result": "",
     }  # fmt: skip
     failed = line_of(text, mode="MPS")
-    assert (failed["samples/s in all"], failed["trainings an hour"], failed["no result"]) == ("", "", "no MPS: why")
+    assert (failed["samples/s in total"], failed["trainings per hour"], failed["no result"]) == ("", "", "no MPS: why")
     assert re.findall(r"\*\*(.*?)\*\*: commit (\w+)", text) == [
         ("Some GPU", "def5678"), ("Some CPU, 2 threads", "def5678")
     ]  # fmt: skip
@@ -292,9 +292,10 @@ def test_hours_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [shared(1, 1.0), shared(8, 4.0), shared(16, 9.0, precision="float32")]
     text = tables.grid([measured(row(), shared=lines), measured(row(), **CPU)])
     own, cached, research = (list(line.values()) for line in lines_of(text))
-    epoch = f"{(158 + 51 + 98) * 2 * 53:.3g} h"
+    steps = 158 + 135 + 51 + 54 + 98 + 70  # of each corpus in both splits
+    epoch = f"{steps * 53:.3g} h"
     assert own == ["Some GPU", "ours, CUDA graph", epoch, *["not measured"] * 4]
-    both, hundred, beside = (f"{n * (158 + 51 + 98) * 2 * 53:.3g} h" for n in (2, 200, 25))
+    both, hundred, beside = (f"{n * steps * 53:.3g} h" for n in (2, 200, 25))
     assert cached == ["Some GPU", "ours, cached targets, CUDA graph", epoch, epoch, both, hundred, beside]
     assert research == ["Some GPU", "research style, eager", *["not measured"] * 5]
     (of_cached,) = [line for line in lines_of(tables.grid([measured(row())])) if "cached" in line["steps"]]

@@ -217,7 +217,7 @@ def test_an_epoch_costs_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trainings_side_by_side() -> None:
-    name = "trainings an hour, side by side against one after another"
+    name = "trainings per hour, side by side against one after another"
     rows = [shared(1, 1.0), shared(8, 4.1, mode="MPS"), shared(16, 3.9), shared(16, 9.0, precision="float32"),
             shared(4, 9.0, status="failed")]  # fmt: skip
     (target,) = (target for target in targets([], rows) if target.target == name)

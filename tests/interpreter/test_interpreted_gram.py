@@ -9,7 +9,7 @@ from interpreted import assert_accurate
 
 import qkernels
 from qkernels import anti_transfer_loss, anti_transfer_tap, gram_cosine, gram_target
-from qkernels.losses import GramChannel, GramPosition
+from qkernels.losses import CKA, FoldedRowwise, GramBatch, GramChannel, GramPosition
 from qkernels.ops.gram_cosine import config, launch
 from qkernels.ops.gram_cosine.config import Tile
 from qkernels.ops.gram_cosine.op import gram_cosine as operator
@@ -306,8 +306,16 @@ def test_nearly_orthogonal_features() -> None:
 def test_empty_batch() -> None:
     empty = torch.zeros(0, 3, 4, requires_grad=True)
     gram_cosine(empty, empty).sum().backward()
-    assert anti_transfer_loss(empty, empty, reduction="sum") == 0
-    assert anti_transfer_loss(empty, empty).isnan()
+    assert gram_cosine(empty, empty, gram="batch").isnan()
+    for loss in (GramChannel(), GramPosition(centred=True), GramBatch(), CKA(), FoldedRowwise()):
+        total, mean = (anti_transfer_loss(empty, empty, loss=loss, reduction=each) for each in ("sum", "mean"))
+        assert total == 0 if loss.per_sample else total.isnan()
+        assert mean.isnan()
+        same, tapped = anti_transfer_tap(empty, empty.detach(), loss=loss)
+        (same.sum() + mean + total + tapped).backward()
+    target = gram_target(empty)
+    assert anti_transfer_loss(empty, target).isnan()
+    assert anti_transfer_loss(empty, target, reduction="sum") == 0
 
 
 def test_inputs_and_their_neighbours_stay(memory: Any) -> None:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import qkernels
 from qkernels import functional as F
-from qkernels.nn import QuaternionBatchNorm2d, QuaternionConv2d, QuaternionConvTranspose2d, QuaternionLinear
+from qkernels.losses import LOSSES, MseSigmoid
+from qkernels.nn import (
+    AntiTransferLoss,
+    QuaternionBatchNorm2d,
+    QuaternionConv2d,
+    QuaternionConvTranspose2d,
+    QuaternionLinear,
+)
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: QuaternionConv2d(8, 8, 3, padding=1),
@@ -142,3 +155,112 @@ def test_output_padding_below_the_dilation(stride: tuple[int, int], dilation: tu
             with qkernels.set_backend(backend):
                 y = F.hamilton_conv_transpose2d(x, weight, real.bias, stride, 1, padding, 1, dilation)
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("form", ["dense", "q8", "reference"])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(name: str, form: str) -> None:
+    layer, x = LAYERS[name](), torch.empty((0, 8) if name == "linear" else (0, 8, 6, 6), requires_grad=True)
+    before = copy.deepcopy(layer.state_dict())
+    with qkernels.set_form(form) if form != "reference" else qkernels.set_backend("reference"):
+        y = layer(x)
+        y.square().sum().backward()
+    assert y.shape == (0, *layer(torch.zeros(1, *x.shape[1:])).shape[1:])
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(each.grad, torch.zeros_like(each)) for each in layer.parameters())
+    changed = {key for key, value in before.items() if not torch.equal(value, layer.state_dict()[key])}
+    assert changed <= {"running_mean", "running_var", "num_batches_tracked"}  # of the batch that is not empty
+
+
+def test_an_empty_batch_changes_no_running_value() -> None:
+    norm = QuaternionBatchNorm2d(4)
+    norm(torch.randn(2, 4, 3, 3))
+    before = copy.deepcopy(norm.state_dict())
+    norm(torch.randn(0, 4, 3, 3))
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8])
+def test_sizes_may_be_numpys(kind: Callable[[int], int]) -> None:
+    pair = (kind(3), kind(2))
+    convolution = QuaternionConv2d(kind(8), kind(8), pair, kind(2), np.array([1, 0]), kind(1), kind(2))
+    transposed = QuaternionConvTranspose2d(kind(8), kind(8), pair, kind(2), kind(1), kind(1), kind(2))
+    for layer, real in (
+        (convolution, nn.Conv2d(8, 8, (3, 2), 2, (1, 0), groups=2)),
+        (transposed, nn.ConvTranspose2d(8, 8, (3, 2), 2, 1, 1, groups=2)),
+        (QuaternionLinear(kind(8), kind(12)), nn.Linear(8, 12)),
+        (QuaternionBatchNorm2d(kind(8)), nn.BatchNorm2d(8)),
+    ):
+        x = torch.randn((2, 8) if isinstance(real, nn.Linear) else (2, 8, 6, 6))
+        assert layer(x).shape == real(x).shape
+    assert repr(convolution) == repr(QuaternionConv2d(8, 8, (3, 2), 2, (1, 0), groups=2))
+
+
+def test_a_truth_value_is_no_size() -> None:
+    """`bias` one place too early, as a stride, would else be a stride of 1."""
+    for arguments in ((8, 8, True), (8, 8, 3, True), (8, 8, 3, 1, False), (8, 8, 3, 1, 0, 1, True), (True, 8, 3)):
+        with pytest.raises(ValueError, match=r"must be .*; got (True|False)$"):
+            QuaternionConv2d(*arguments)
+
+
+def example(name: str) -> Tensor:
+    return torch.randn(2, 8) if name == "linear" else torch.randn(2, 8, 6, 6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_can_be_saved_copied_and_pickled(name: str, tmp_path: Path) -> None:
+    layer, x = LAYERS[name](), example(name)
+    layer(x).sum().backward()  # a batch norm has running values now
+    expected = layer.eval()(x)
+    torch.save(layer.state_dict(), tmp_path / "state")
+    torch.save(layer, tmp_path / "layer")
+    restored = LAYERS[name]().eval()
+    restored.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    whole = torch.load(tmp_path / "layer", weights_only=False)
+    copies = (restored, whole, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer))
+    for other in copies:
+        assert torch.equal(other(x), expected)
+        assert repr(other) == repr(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    assert not torch.equal(layer(x), expected)
+    assert all(torch.equal(other(x), expected) for other in copies[:-1])  # of which a shallow copy is none
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, MseSigmoid("stochastic_pairwise")], ids=str)
+def test_a_loss_can_be_copied_and_pickled(loss: Any) -> None:
+    generator = torch.Generator().manual_seed(3) if isinstance(loss, MseSigmoid) else None
+    module, maps = AntiTransferLoss(loss, beta=0.5, generator=generator), torch.rand(2, 2, 5, 3)
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for other in copies:
+        if generator is not None:
+            assert other.generator is not generator
+        assert repr(other) == repr(module)
+    values = [each(*maps) for each in (module, *copies)]
+    assert values[0] == values[1] == values[2]
+    assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "batch norm"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_parametrizations_of_the_weight(name: str, backend: str) -> None:
+    """PyTorch's weight norm and spectral norm, whose weight is no parameter but is computed of others."""
+    x = example(name)
+    for parametrization in (weight_norm, spectral_norm):
+        layer = LAYERS[name]()
+        plain = copy.deepcopy(layer)
+        layer = parametrization(layer)
+        with qkernels.set_backend(backend):
+            layer(x).square().sum().backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+        with torch.no_grad():
+            plain.weight.copy_(layer.eval().weight)  # type: ignore[operator]
+            torch.testing.assert_close(layer(x), plain.eval()(x))
+        again = parametrization(LAYERS[name]())
+        again.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(again.eval()(x), layer(x))
+        remove_parametrizations(layer, "weight")
+        torch.testing.assert_close(layer(x), plain(x))
+        layer.reset_parameters()  # type: ignore[operator]
+        assert not torch.equal(layer.weight, plain.weight)

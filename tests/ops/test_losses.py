@@ -276,3 +276,21 @@ def test_only_losses_that_draw_take_a_generator() -> None:
             AntiTransferLoss(loss, generator=generator)
         with pytest.raises(ValueError, match=message):
             anti_transfer_loss(*features((2, 3, 4)), loss=loss, generator=generator)
+
+
+@every_loss
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_has_no_mean(loss: Loss, backend: str) -> None:
+    """As PyTorch's losses: `mse_loss` and `cross_entropy` of no samples are NaN, sums 0, gradients empty."""
+    a, b = features((0, 3, 4), torch.float32, requires_grad=True, loss=loss)
+    with qkernels.set_backend(backend):
+        for function in (anti_transfer_loss, lambda *maps, **options: anti_transfer_tap(*maps, **options)[1]):
+            mean, total = (function(a, b, loss=loss, reduction=each) for each in ("mean", "sum"))
+            assert mean.isnan()
+            assert total.dtype == mean.dtype == torch.float32
+            assert total == 0 if loss.per_sample else total.isnan()
+            assert mean.shape == total.shape == ()
+            assert [x.shape for x in torch.autograd.grad(mean + total, (a, b))] == [a.shape, b.shape]
+        if loss.per_sample:
+            each = anti_transfer_loss(a, b, loss=loss, reduction="none")
+            assert (each.shape, each.dtype) == ((0,), torch.float32)

@@ -63,9 +63,7 @@ def refused(op: Callable[..., Any], args: Any, reason: str) -> None:
     """An explicit request names what is in its way, whether something is computed or only asked."""
     with qkernels.set_backend("triton"):
         for call in (op, functools.partial(qkernels.backend_of, op), functools.partial(qkernels.form_of, op)):
-            with pytest.raises(
-                ValueError, match=f"backend 'triton' was asked for, but .*{reason}.*use the backend 'auto'"
-            ):
+            with pytest.raises(ValueError, match=f"backend='triton' is set, but .*{reason}.*use the backend 'auto'"):
                 call(*args)
 
 
@@ -116,7 +114,7 @@ def test_forced_forms(op: Callable[..., Any], args: Any, backend: str, form: str
 @all_products
 def test_signed_needs_a_kernel(op: Callable[..., Any], args: Any) -> None:
     with qkernels.set_form("signed"):
-        with pytest.raises(ValueError, match=f"form 'signed' was asked for, but.* a Triton kernel.*{op.__name__}"):
+        with pytest.raises(ValueError, match=f"form='signed' is set, but.* a Triton kernel.*{op.__name__}"):
             op(*args)
         with qkernels.set_backend("reference"):
             op(*args)
@@ -193,9 +191,9 @@ def test_backward_follows_its_forward() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: qkernels.set_backend("cuda"), "backend must be one of auto, reference, triton; got 'cuda'"),
-        (lambda: qkernels.set_form("q4"), "form must be one of auto, dense, signed, q8; got 'q4'"),
-        (lambda: qkernels.backend_of("conv"), "op must be one of hamilton_conv2d, .*; got 'conv'"),
+        (lambda: qkernels.set_backend("cuda"), "backend must be one of 'auto', 'reference', 'triton'; got 'cuda'"),
+        (lambda: qkernels.set_form("q4"), "form must be one of 'auto', 'dense', 'signed', 'q8'; got 'q4'"),
+        (lambda: qkernels.backend_of("conv"), "op must be one of 'hamilton_conv2d', .*; got 'conv'"),
         (lambda: qkernels.form_of(torch.add, *CONV), "op must be one of .*; got 'add'"),
     ],
 )
@@ -209,7 +207,7 @@ def test_environment_variable() -> None:
     code = "import torch, qkernels; print(qkernels.backend_of('gram_cosine', torch.ones(1, 1), torch.ones(1, 1)))"
     assert run(code, QKERNELS_BACKEND="reference").stdout.strip() == "reference"
     error = run(code, QKERNELS_BACKEND="fast").stderr
-    assert "QKERNELS_BACKEND must be one of auto, reference, triton; got 'fast'" in error
+    assert "QKERNELS_BACKEND must be one of 'auto', 'reference', 'triton'; got 'fast'" in error
 
 
 def test_import_is_light() -> None:

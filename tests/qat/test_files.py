@@ -14,7 +14,20 @@ import filelock
 import pytest
 
 import qat
-from qat.files import LARGEST, Busy, held, holder, make_once, read_json, read_yaml, write_json
+from qat.files import (
+    LARGEST,
+    LOCK,
+    Busy,
+    held,
+    holder,
+    lock_of,
+    make_once,
+    read_json,
+    read_yaml,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 def hold(lock: Path) -> subprocess.Popen[str]:
@@ -100,6 +113,110 @@ def test_holders_that_left_no_note(tmp_path: Path) -> None:
     refused = pytest.raises(Busy, match="has not said which")
     with filelock.FileLock(tmp_path / ".lock"), refused, held(tmp_path / ".lock"):
         pass
+
+
+def drafts(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(".part"))
+
+
+def left(folder: Path, *names: str) -> None:
+    """Drafts of writers that were killed, one of them with our number, as in a container where most are 1."""
+    for name in names:
+        for writer in (f"{os.getpid()}-0a1b2c3d", "4194304-ffffffff", "7"):
+            (folder / f".{name}.{writer}.part").write_text("half")
+
+
+def test_who_holds_the_lock_removes_what_killed_writers_of_the_same_file_left(tmp_path: Path) -> None:
+    left(tmp_path, "a", "a.1", "b.a")
+    others = [name for name in drafts(tmp_path) if not name.startswith((".a.7", f".a.{os.getpid()}", ".a.41"))]
+    write_text(tmp_path / "a", "unlocked: whether they live could not be told")
+    with held(tmp_path / "other" / LOCK):
+        write_text(tmp_path / "a", "another folder's lock")
+    assert len(drafts(tmp_path)) == 9
+    with held(tmp_path / LOCK):
+        write_text(tmp_path / "a", "whole")
+        assert drafts(tmp_path) == others
+        write_text(tmp_path / "below/b", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_folder_that_is_made_once_replaces_the_drafts_of_killed_writers(tmp_path: Path) -> None:
+    for name in ("store", "store.2"):
+        (tmp_path / f".{name}.9.part").mkdir()
+        (tmp_path / f".{name}.9.part/half").write_text("")
+    left(tmp_path, "store")
+    make_once(tmp_path / "store", lambda folder: (folder / "whole").write_text(""))
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["whole"]
+    assert drafts(tmp_path) == [".store.2.9.part"]
+
+
+def test_writers_of_one_file_at_once_have_drafts_of_their_own(tmp_path: Path) -> None:
+    """Also two of one process, or of two containers, in which both are process 1."""
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"
+    assert drafts(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(number: int, tmp_path: Path) -> None:
+    """As Python's own errors of writing name no file."""
+
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=rf"\[Errno {number}\] .*: '{tmp_path}/store'$"):
+        make_once(tmp_path / "store", fill)
+    write_text(tmp_path / "a", "before")
+    with pytest.raises(OSError, match=rf"\[Errno {number}\] .*: '{tmp_path}/a'$"), replacing(tmp_path / "a") as draft:
+        fill(draft.parent)
+    assert (tmp_path / "a").read_text() == "before"
+    assert drafts(tmp_path) == []
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_said_to_lack_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.open", Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))))
+    for wait in (True, False):
+        with pytest.raises(OSError, match="Read-only file system"), held(tmp_path / LOCK, wait=wait):
+            pass
+
+
+def test_whoever_needs_what_is_being_made_waits_and_takes_it(tmp_path: Path) -> None:
+    """Processes that begin at the same time."""
+    code = f"""
+import pathlib, sys, time
+from qat.files import make_once
+print("ready", flush=True)
+sys.stdin.readline()
+
+def make(folder):
+    (folder / "by").write_text(sys.argv[1])
+    time.sleep(0.3)
+    print("made", flush=True)
+
+make_once(pathlib.Path({str(tmp_path / "made")!r}), make)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1])}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(n)], text=True, env=environment, **pipes) for n in range(3)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    maker = int((tmp_path / "made/by").read_text())
+    assert [out for out, _ in told] == ["made\n" if n == maker else "" for n in range(3)]
+    waiting = f"{lock_of(tmp_path / 'made')}: waiting for "
+    assert all(n == maker or err.startswith(waiting) for n, (_, err) in enumerate(told))
 
 
 def test_json_is_always_json(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qat.data.manifest import Manifest
-from qat.files import new_folder
+from qat.files import make_once
 
 
 def fetch(
@@ -25,7 +25,8 @@ def fetch(
     """Download packages with apt-get, unpack them into a folder and read the corpus in it.
 
     Args:
-        folder: new folder, or one that already holds the corpus, which is then only read.
+        folder: new folder, or one that already holds the corpus, which is then only read. Another process that fetches
+            it meanwhile is waited for.
         packages: names of the packages.
         read: reader of the corpus.
         from_dir: folder with `NAME_*.deb`, instead of downloading them.
@@ -39,25 +40,28 @@ def fetch(
             something else.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        return read(folder)
-    if shutil.which("dpkg-deb") is None:
-        raise ValueError(f"dpkg-deb is needed to unpack {', '.join(packages)} and is not on this machine")
-    console = Console(stderr=True, quiet=not progress)
-    with new_folder(folder) as draft, tempfile.TemporaryDirectory() as scratch:
-        if from_dir is None:
-            with console.status(f"Downloading {', '.join(packages)}"):
-                _download(packages, Path(scratch))
-        for package in packages:
-            with console.status(f"Unpacking {package}"):
-                _run("dpkg-deb", "-x", _find(package, from_dir or Path(scratch)), draft)
+
+    def unpack(draft: Path) -> None:
+        if shutil.which("dpkg-deb") is None:
+            raise ValueError(f"dpkg-deb is needed to unpack {', '.join(packages)} and is not on this machine")
+        console = Console(stderr=True, quiet=not progress)
+        with tempfile.TemporaryDirectory() as scratch:
+            if from_dir is None:
+                with console.status(f"Downloading {', '.join(packages)}"):
+                    _download(packages, Path(scratch))
+            for package in packages:
+                with console.status(f"Unpacking {package}"):
+                    _run("dpkg-deb", "-x", _find(package, from_dir or Path(scratch)), draft)
         _drop_all_but_files(draft)
         read(draft)
+
+    make_once(folder, unpack, lambda folder: folder.is_dir() and any(folder.iterdir()))
     return read(folder)
 
 
 def _drop_all_but_files(folder: Path) -> None:
-    """Leave folders, plain files without setuid and setgid bits, and links among them: no devices, pipes or sockets."""
+    """Keep only folders, plain files without setuid and setgid bits, and links among them; no devices, pipes,
+    sockets."""
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
         inside = stat.S_ISLNK(mode) and path.resolve().is_relative_to(folder.resolve())

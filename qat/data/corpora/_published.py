@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 AUDIO = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4"})
-"""Endings of recordings, in lower case."""
+"""File name extensions of recordings, in lower case."""
 
 Row = dict[str, Any]
 Counts = Mapping[str, Mapping[str, int]]
-"""Number of files of each value of each column."""
+"""Number of files by column and value."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def survey(
 
     Args:
         folder: folder of the corpus.
-        parse: function of a file: its name in the corpus and its row without `path`; or the reason why it is none.
+        parse: function of a file: its name in the corpus and its row without `path`, or the reason why it is not in the
+            corpus.
         published: counts of the complete corpus.
         names: function of the rows: names of all files of the complete corpus, if they are known.
         endings: endings of the files to compare.

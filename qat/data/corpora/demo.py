@@ -26,7 +26,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from qat.data.manifest import Manifest, read_manifest, write_manifest
-from qat.files import new_folder, read_json, write_text
+from qat.files import make_once, read_json, write_text
 from qat.processes import bar, process_map
 
 VOICES: Mapping[str, Sequence[str]] = {
@@ -62,7 +62,7 @@ SENTENCES = (
     "The engine is behind the station.",
     "They walk along the river bank.",
 )
-"""Without emotional content, about 1.5 s each."""
+"""Sentences without emotional content, about 1.5 s each."""
 
 # fmt: off
 WORDS = (
@@ -71,11 +71,11 @@ WORDS = (
     "horse", "water", "train", "kitchen", "market", "butter", "pencil", "engine",
 )
 # fmt: on
-"""Spoken singly by the training voices; all occur in the sentences."""
+"""Single words that the training voices speak; all occur in the sentences."""
 
 JITTER = 0.12
-"""Standard deviation of each setting, relative: a linear model told the jittered settings gets 0.99 on unseen voices,
-on mean log spectra 0.54: learnable, and not trivial."""
+"""Relative standard deviation of each setting. A linear model gets 0.99 on unseen voices from the jittered settings and
+0.54 from mean log spectra: learnable but not trivial."""
 
 _LIMITS = ((80, 450), (0, 200), (0, 99), (0, 99))
 _PEAK = 0.9
@@ -105,7 +105,7 @@ def make(
     """Synthesise the demo corpus: all sentences by all voices and all words by the training voices, in each emotion.
 
     The same arguments give the same bytes, for any number of workers. A folder that already holds the corpus is only
-    read; an interrupted run leaves nothing behind.
+    read; an interrupted run leaves nothing behind. Another process that makes it meanwhile is waited for.
 
     Args:
         folder: new folder for the corpus.
@@ -128,18 +128,19 @@ def make(
     folder = Path(folder)
     rows, utterances = _plan(voices, sentences, words, seed)
     recipe = hashlib.sha256(json.dumps([astuple(utterance) for utterance in utterances]).encode()).hexdigest()
-    done = folder / _DONE
-    if done.is_file() and read_json(done, "recipe")["recipe"] == recipe:
-        return read(folder)
-    library, data = _espeak()
-    variants = {file.name for file in (data / "voices" / "!v").iterdir()}
-    for voice in [voice for part in voices.values() for voice in part]:
-        if voice not in variants:
-            raise ValueError(f"voices: eSpeak NG has no variant {voice!r}; it has {', '.join(sorted(variants))}")
-    with new_folder(folder) as draft:
+
+    def is_made(folder: Path) -> bool:
+        return (folder / _DONE).is_file() and read_json(folder / _DONE, "recipe")["recipe"] == recipe
+
+    def speak(draft: Path) -> None:
+        library, data = _espeak()
+        variants = {file.name for file in (data / "voices" / "!v").iterdir()}
+        for voice in [voice for part in voices.values() for voice in part]:
+            if voice not in variants:
+                raise ValueError(f"voices: eSpeak NG has no variant {voice!r}; it has {', '.join(sorted(variants))}")
         for parent in {(draft / utterance.path).parent for utterance in utterances}:
             parent.mkdir(parents=True)
-        # At least one process: eSpeak's state must never be shared with whoever calls this.
+        # At least one process: eSpeak's state must never be shared with the caller.
         with process_map(workers or None, _initialise, library, data) as run, bar(progress) as progress_bar:
             task = progress_bar.add_task("Synthesise speech", total=len(utterances))
             groups = [utterances[start : start + len(EMOTIONS)] for start in range(0, len(utterances), len(EMOTIONS))]
@@ -155,6 +156,8 @@ def make(
             "manifest.csv has one row per clip.\n",
         )
         write_text(draft / _DONE, json.dumps({"recipe": recipe}) + "\n")
+
+    make_once(folder, speak, is_made)
     return read(folder)
 
 
@@ -198,8 +201,8 @@ def _settings(voice: str, text: str, emotion: str, seed: int) -> tuple[int, ...]
 
 # Below: eSpeak NG through ctypes. Its state leaks from one utterance to the next, so the library is initialised once
 # per process, and a fork of that process speaks one text of one voice in all emotions: always in the same order after
-# the same start, hence the same bytes whatever else is spoken before, after or beside it. A fork for each utterance
-# takes half as long again.
+# the same start, so the bytes do not depend on what else is spoken. A fork for each utterance would take 1.5 times as
+# long.
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 _SYNCHRONOUS = 2

@@ -55,6 +55,6 @@ def _parse(file: Path) -> tuple[str, _published.Row] | str:
 
 
 def _names(rows: list[_published.Row]) -> Iterator[str]:
-    """Every sentence that is there, by every speaker with every emotion."""
+    """Names of all combinations of the present sentences with every speaker and emotion."""
     for sentence in sorted({row["text"] for row in rows}):
         yield from (f"{emotion}-{speaker}-{sentence}" for emotion in EMOTIONS for speaker in PUBLISHED["speaker"])

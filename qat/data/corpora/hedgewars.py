@@ -1,8 +1,8 @@
 """Phrases by the voice packs of the game Hedgewars (Debian package hedgewars-data, sounds GFDL-1.3).
 
 839 clips, 15 minutes, 15 voices in several languages. Emotion is known only through the phrase, so it is confounded
-with the words: a hard little test of what anti-transfer is for, on which a linear model gets 0.36 on unseen voices
-(0.29 by always answering the most frequent emotion).
+with the words, which makes a hard test for anti-transfer: a linear model gets 0.36 on unseen voices (0.29 by always
+answering the most frequent emotion).
 """
 
 from __future__ import annotations

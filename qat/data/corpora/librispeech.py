@@ -62,7 +62,7 @@ def survey(
             Lists take precedence. Reading 34,000 TextGrids takes a minute or two, each time.
         words: size of the vocabulary: the list `1000-mostfreq` beside the lists if there is one, else the most
             frequent words of the training part.
-        limit: largest number of words of each part; they are drawn at random, with a fixed seed.
+        limit: maximum number of words in each part; they are drawn at random with a fixed seed.
         subsets: subsets to read.
 
     Returns:
@@ -176,7 +176,7 @@ def _read_grid(file: Path) -> Iterator[Word]:
 
 
 def _at_most(limit: int, rows: list[_published.Row]) -> Iterator[_published.Row]:
-    """The rows of each part, but of no more than `limit` rows in it, drawn at random."""
+    """The rows of each part, of which at most `limit` are drawn at random."""
     for part in _PARTS.values():
         of_part = [row for row in rows if row["part"] == part]
         if len(of_part) > limit:

@@ -49,6 +49,6 @@ def _parse(file: Path) -> tuple[str, _published.Row] | str:
 
 
 def _names(rows: list[_published.Row]) -> Iterator[str]:
-    """Every word that is there, by both actresses with every emotion."""
+    """Names of all combinations of the present words with both actresses and every emotion."""
     for word in sorted({row["text"] for row in rows}):
         yield from (f"{speaker}_{word}_{emotion}" for speaker in PUBLISHED["speaker"] for emotion in EMOTIONS)

@@ -143,6 +143,8 @@ def gram_cosine_da(
 
     Its two terms nearly cancel, so they are summed before any rounding.
     """
+    if a.numel() == 0:
+        return torch.empty_like(a)
     if backend != "torch":
         from qkernels.ops.gram_cosine import launch
 

@@ -46,7 +46,7 @@ class Meta:
         ADJOINT: whether this is the adjoint.
         MAYBE_EMPTY: whether a phase may have no position.
         HAS_BIAS, RELU, POOL, WRITE_MAP: epilogue of a convolution; for a weight gradient, whether there is a bias.
-        DROPOUT: whether elements behind the ReLU are zeroed at random, and the others scaled.
+        DROPOUT: whether elements after the ReLU are zeroed at random, and the others scaled.
         MASKED: whether the result, a gradient, goes through the mask of a ReLU's output.
         SCALED: whether the result is multiplied by a number.
     """

@@ -24,7 +24,7 @@ from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_conv.reference import conv_output_size
 
-FUSED = "the Triton kernels have no second derivative behind a fused ReLU or pool"
+FUSED = "the Triton kernels have no second derivative after a fused ReLU or pool"
 Ints = Sequence[int]
 Gradient = Tensor | None
 

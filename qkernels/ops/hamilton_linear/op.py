@@ -40,7 +40,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def hamilton_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, x_is_relu: bool, mask_gradient: bool, form: str
 ) -> Tensor:
-    """y = weight (x) x + bias, behind a ReLU if `relu`; x `[M, 4 K]`."""
+    """y = weight (x) x + bias, followed by a ReLU if `relu`; x `[M, 4 K]`."""
     y = forms.forward(x, weight, bias, form)
     return y.relu_() if relu else y
 

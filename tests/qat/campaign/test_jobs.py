@@ -39,7 +39,7 @@ def test_a_wrong_layout_is_told(make: Callable[[], object], message: str) -> Non
 def test_auto_is_slurm_where_there_is_an_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not Layout().is_slurm
-    with pytest.raises(ValueError, match="cluster: 'slurm' must have the command sbatch"):
+    with pytest.raises(ValueError, match="cluster: 'slurm' needs the command sbatch"):
         Layout(cluster="slurm")
     (tmp_path / "sbatch").write_text("")
     (tmp_path / "sbatch").chmod(0o755)
@@ -66,7 +66,7 @@ def test_jobs_of_a_cluster_inherit_nothing_of_the_job_that_submits_them(
         ("SLURM_CONF", "/etc/my.conf"),
     ):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="cluster: 'slurm' takes no such jobs"):
+    with pytest.raises(ValueError, match="cluster: 'slurm' rejects the jobs"):
         train(campaign_of(tmp_path / "runs", {"one": Experiment()})[0], Layout(cluster="slurm"))
     seen = (tmp_path / "seen").read_text()
     assert "SLURM_CONF=/etc/my.conf\n" in seen
@@ -274,7 +274,7 @@ def test_what_ends_a_run_ends_no_other(experiment: Experiment, tmp_path: Path, m
     [logs] = (tmp_path / ".jobs").iterdir()
     assert list(logs.glob("*.err"))
     assert [(one.status, one.error) for one in (stopped, untried)] == [
-        ("stopped", f"the jobs ended before it; the logs in {logs} may tell why")
+        ("stopped", f"the jobs ended before it did; the logs in {logs} may tell why")
     ] * 2
     assert (waiting.status, waiting.error) == ("waiting", f"builds on {killed.path}, which is not finished")
     wait_for(lambda: not is_locked(runs["stopped"]), 20)

@@ -22,7 +22,7 @@ from qat.config import (
     TrainingConfig,
     to_plain,
 )
-from qat.files import read_json, write_json, write_text
+from qat.files import Busy, held, lock_of, read_json, write_json, write_text
 
 LOCAL = Layout(cluster="local")
 PlanIn = Callable[[Path], tuple[Campaign, dict[str, Path]]]
@@ -109,9 +109,9 @@ def test_a_corpus_below_the_campaigns_folder_moves_with_it(tmp_path: Path) -> No
 def test_a_folder_of_an_earlier_layout_is_refused(tmp_path: Path, name: str) -> None:
     write_text(tmp_path / name, "{}")
     plan = Campaign(tmp_path)
-    with pytest.raises(ValueError, match=f"holds {name} of another layout than plan.csv and runs/ADDRESS"):
+    with pytest.raises(ValueError, match=f"has {name}, of an older layout than plan.csv and runs/ADDRESS"):
         plan.finished()
-    with pytest.raises(ValueError, match="another layout"):
+    with pytest.raises(ValueError, match="an older layout"):
         train(plan, LOCAL)
 
 
@@ -207,3 +207,17 @@ def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{run.name}: holds a run with task 'word', and this one has 'emotion'"):
         plan.finished()
     assert read_json(run / "result.json")["experiment"]["task"] == "word"
+
+
+def test_the_files_of_a_plan_are_of_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two at the same time: each file is written under the one lock."""
+    written = []
+
+    def write(path: Path, text: str) -> None:
+        with pytest.raises(Busy), held(lock_of(tmp_path / "plan.csv")):
+            pass
+        written.append(path.name)
+
+    monkeypatch.setattr(plan_module, "write_text", write)
+    Campaign(tmp_path).write({"design": "grid"})
+    assert written == ["plan.csv", "campaign.yaml"]

@@ -206,7 +206,7 @@ def test_what_the_cluster_refuses_is_told_in_one_line(
     inside: None, experiment: Experiment, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     layout = Layout(cluster="slurm", slurm=SlurmConfig(partition="nowhere", gpus=0))
-    with pytest.raises(ValueError, match=r"^cluster: 'slurm' takes no such jobs .*invalid partition[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^cluster: 'slurm' rejects the jobs .*invalid partition[^\n]*$"):
         train(two(experiment, tmp_path, 1)[0], layout)
     assert not (tmp_path / "runs").exists()
     assert capfd.readouterr().err == ""

@@ -99,7 +99,7 @@ def test_names_are_short_and_unique_but_for_the_seed(tmp_path: Path, vary: str, 
         ("bases: {task: emotion}", "unknown setting bases; Sweep has base, vary"),
         ("base: {training: {sed: 1}}", "base: training.sed: unknown setting; TrainingConfig has lr, "),
         ("base: {training: {lr: wide}}", "base: training.lr: 'wide' must be a number"),
-        ("base: {training: 3}", "base: training: 3 must be of one setting; this is a group of them"),
+        ("base: {training: 3}", "base: training: 3 must be of one setting; this is a group of settings"),
         ("base: {training: {lr: null}}", "base: training.lr: null must be a number"),
         ("base: {training: {lr: -1}}", "base: training.lr: -1.0 must be above 0"),
         ("vary: {training.seed: 1}", "vary.training.seed: 1 must be a list"),
@@ -108,7 +108,7 @@ def test_names_are_short_and_unique_but_for_the_seed(tmp_path: Path, vary: str, 
         ("vary: {training.lr: [0.1, 1e-1]}", "must be a list of one or more values, each once"),
         ("vary: {training.sed: [1]}", "vary: training.sed: unknown setting; TrainingConfig has lr, "),
         ("vary: {1: [2]}", "vary: 1 must be text"),
-        ("vary: {training: [{seed: 1}]}", "training: {'seed': 1} must be of one setting; this is a group of them"),
+        ("vary: {training: [{seed: 1}]}", "training: {'seed': 1} must be of one setting; this is a group of settings"),
         ("vary: {training.seed: [1, two]}", "vary: training.seed: 'two' must be a whole number"),
         ("vary: {task: [emotion, sing]}", "vary: task: 'sing' must be one of emotion, speaker, word, word-presence"),
         ("vary: {training.lr: [1, null]}", "vary: training.lr: null must be a number"),
@@ -146,7 +146,7 @@ def test_a_dry_run_names_what_would_be_trained(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_varies_must_change_what_is_learnt(tmp_path: Path) -> None:
     plan = write(tmp_path, "vary: {training.capture: [true, false]}")
-    message = r"plan.yaml: capture-false: is the same training as capture-true; what varies must change what is learnt$"
+    message = r"plan.yaml: capture-false: is the same training as capture-true; varied settings must change"
     with pytest.raises(ValueError, match=message):
         plan_sweep(tmp_path / "out", plan)
 
@@ -161,7 +161,7 @@ def test_runs_of_an_earlier_layout_are_refused(tmp_path: Path) -> None:
     plan, old = write(tmp_path, "base: {}"), tmp_path / "out/layers-2/seed1/result.json"
     old.parent.mkdir(parents=True)
     old.write_text("{}")
-    message = r"out: holds layers-2/seed1/result.json of another layout than plan.csv and runs/ADDRESS; choose another"
+    message = r"out: has layers-2/seed1/result.json, of an older layout than plan.csv and runs/ADDRESS; choose another"
     with pytest.raises(ValueError, match=message):
         plan_sweep(tmp_path / "out", plan).finished()
 
@@ -276,6 +276,6 @@ def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment: Experim
             driver.kill()
         assert driver.stderr is not None
         told = driver.stderr.read()
-    assert told.endswith("qat sweep: interrupted; what is finished is kept, and the same command goes on\n")
+    assert told.endswith("qat sweep: interrupted; finished work is kept, and the same command continues\n")
     assert "Traceback" not in told
     assert not (run / "error.txt").exists()

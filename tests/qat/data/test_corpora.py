@@ -182,7 +182,7 @@ def test_failed_fetches_leave_nothing(package: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(_debian.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="dpkg-deb is needed to unpack gcin-voice"):
         gcin.fetch(target, from_dir=package, progress=False)
-    assert not [*(tmp_path / "corpora").iterdir()]
+    assert not [path for path in (tmp_path / "corpora").iterdir() if not path.match(".*.lock*")]
 
 
 def test_labels_are_stripped_and_near_equal_ones_remarked(tmp_path: Path) -> None:

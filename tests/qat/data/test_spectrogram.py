@@ -113,12 +113,15 @@ def test_a_clip_shorter_than_a_window_is_refused(config: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hop": 0}, "hop=0 must be positive"),
-        ({"hop": 512}, "hop=512 must not be above the window of 256 samples"),
-        ({"frame_seconds": 6.0}, "gives 751 frames; the networks take at most 512"),
-        ({"frame_seconds": 0.01}, "frame_seconds=0.01 must hold at least one window"),
-        ({"cut": "words"}, "cut='words' must be one of audio, reference, word"),
-        ({"time_order": "up"}, "time_order='up' must be one of natural, reversed"),
+        ({"hop": 0}, "features.hop: 0 must be above 0"),
+        ({"hop": 512}, "features.hop: 512 must be at most the window of 256 samples"),
+        (
+            {"frame_seconds": 6.0},
+            "features.frame_seconds: 6.0 must be so short .* at most 512 frames; with .* it has 751",
+        ),
+        ({"frame_seconds": 0.01}, "features.frame_seconds: 0.01 must be at least one window of 256 samples"),
+        ({"cut": "words"}, "features.cut: 'words' must be one of audio, reference, word"),
+        ({"time_order": "up"}, "features.time_order: 'up' must be one of natural, reversed"),
     ],
 )
 def test_bad_settings_are_named(change: Any, message: str) -> None:

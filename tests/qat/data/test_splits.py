@@ -414,6 +414,6 @@ def test_other_splits_leave_out_files_whose_bytes_are_in_a_part_before(caplog: p
     table.loc[[copy, original, within], "checksum"] = "same"
     split = divide(table, config)
     assert split == plain | {"test": plain["test"][1:]}
-    assert "1 files left out of the test part, which are in a part before it too" in caplog.text
+    assert "1 files left out of the test part, which are also in an earlier part" in caplog.text
     assert str(table.loc[copy, "path"]) in caplog.text
     assert divide(table.assign(part="train"), SplitConfig("part-train-only"))["test"] == list(table.index)

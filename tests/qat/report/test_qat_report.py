@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +19,7 @@ import pandas as pd
 import pytest
 
 from qat.config import AntiTransferConfig, CorpusConfig, to_plain
+from qat.files import held, lock_of
 from qat.report import figures
 from qat.report.report import write_report
 from qat.results.record import Result
@@ -258,6 +261,23 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path, rng: np.random.Genera
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_another_report_of_the_folder_is_waited_for(
+    tmp_path: Path, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = Corpus(rng).answers("test", 0.5)
+    plain = to_plain(experiment(AntiTransferConfig(SPEAKER, [13])))
+    result = {"seed": 1, "experiment": plain, "classes": EMOTIONS, "parts": {"test": judged(answers)}}
+    write_run(tmp_path / "run", result, rng, answers)
+    with ThreadPoolExecutor(1) as pool:
+        with held(lock_of(tmp_path / "report")):
+            report = pool.submit(write_report, tmp_path, tmp_path / "page.html")
+            while "waiting for process" not in caplog.text:
+                assert not report.done()
+                time.sleep(0.01)
+            assert not list(tmp_path.glob("*.csv"))
+        assert report.result().is_file()
+
+
 def test_names_are_escaped(tmp_path: Path, rng: np.random.Generator) -> None:
     evil = "<script>alert('x')</script> & $\\frac$"
     answers = Corpus(rng).answers("test", 0.5)
@@ -446,12 +466,12 @@ def test_the_page_begins_with_a_verdict_and_one_chart(demo: Demo) -> None:
         *(f"{100 * most[c]:+.1f}" for c in ("difference", "difference_low", "difference_high"))
     )
     start = page.text.partition("What was trained")[0]
-    assert f"in {len(clear)} of 3 settings" in start or (not len(clear) and "No evidence" in start)
+    assert f"In {len(clear)} of 3 settings" in start or (not len(clear) and "No evidence" in start)
     assert most["name"] in start
     assert shown.replace("-", "−") in start
     text = out.read_text(encoding="utf-8")
     assert text.index("<svg") < text.index("<nav>") < text.index("<h2>")
-    assert "Anti-transfer is to raise both accuracies" in start
+    assert "Anti-transfer should raise both accuracies" in start
 
 
 def test_every_test_speaker_has_a_row(demo: Demo) -> None:
@@ -495,7 +515,7 @@ def test_wrong_answers_can_be_heard_where_the_corpus_is(tmp_path: Path, rng: np.
     assert len(sounds) == 3
     audio, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].partition("base64,")[2])))
     assert (len(audio), rate) == (64_000, 16000)
-    assert "angry , heard as sad with probability 40.0 %" in page.text  # the most confident errors
+    assert "angry , classified as sad with probability 40.0 %" in page.text  # the most confident errors
     shutil.rmtree(tmp_path / "corpus")
     assert "audio" not in {tag for tag, _ in page_of(tmp_path / "run").seen}
 

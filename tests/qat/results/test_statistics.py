@@ -100,7 +100,7 @@ def test_deviation_over_seeds(rng: np.random.Generator) -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="there are 2 clusters"):
         cluster_interval([1, 0, 1], ["a", "b"])
-    with pytest.raises(ValueError, match="level is 95; it must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="level is 95; it must be between 0 and 1"):
         cluster_interval([1, 0], ["a", "b"], level=95)
     with pytest.raises(ValueError, match="the same clips in both"):
         paired_difference([1, 0], [1], ["a", "b"])
