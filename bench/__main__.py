@@ -25,6 +25,7 @@ from bench.results import Fresh, Row, Shared, git_commit, provenance, read, writ
 from bench.suites import SUITES, chosen
 from bench.targets import targets
 from bench.timing import GpuClock, clock_of
+from qat.memory import keep_freed_memory
 from qat.files import Busy, held, lock_of
 
 Command = Callable[[argparse.Namespace], int]
@@ -49,6 +50,7 @@ def command(text: str, *arguments: Argument) -> Callable[[Command], Command]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit code."""
     options = parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         with terminating(), _only_writer(options):
             return COMMANDS[options.command][0](options)

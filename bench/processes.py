@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qat.memory import keep_freed_memory
 from qat.processes import end_with
 
 ROOT = Path(__file__).parents[1]
@@ -111,4 +112,5 @@ class Worker(NamedTuple):
 def _lead_group(parent: int, function: Callable[..., None], *arguments: Any) -> None:
     os.setsid()
     end_with(parent)
+    keep_freed_memory()
     function(*arguments)

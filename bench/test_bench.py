@@ -10,6 +10,7 @@ import torch
 
 from bench.case import Case, Provider
 from bench.suites import HEADLINE
+from qat.memory import keep_freed_memory
 from qkernels.runtime.precision import switched
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     [pytest.param(case, provider, id=f"{case}, {provider.name}") for case, provider in HEADLINE[DEVICE.type]],
 )
 def test_headline(case: Case, provider: Provider, benchmark: Any) -> None:
+    keep_freed_memory()
     with switched(case.precision):
         operands = case.operands(DEVICE)
         run = provider.build(case, operands)

@@ -20,6 +20,7 @@ from qat.commands import campaign, corpus, inspection, train
 from qat.commands.output import show
 from qat.commands.parser import Action, Commands, Parser
 from qat.files import problems_in_a_line
+from qat.memory import keep_freed_memory
 from qat.processes import GROUP_SIGNALS
 
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # characters that a terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     logging.basicConfig(format="qat: %(message)s", level=logging.WARNING)
     parser, actions = build_parser()
     options = parser.parse_args(arguments)

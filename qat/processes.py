@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from qat.memory import keep_freed_memory
+
 Map = Callable[..., Iterator[Any]]
 
 GROUP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -75,6 +77,7 @@ def _start(parent: int, initializer: Callable[..., object], *arguments: Any) -> 
     for number in GROUP_SIGNALS:  # the caller ends the pool
         signal.signal(number, signal.SIG_IGN)
     end_with(parent)
+    keep_freed_memory()
     initializer(*arguments)
 
 

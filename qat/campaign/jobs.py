@@ -35,6 +35,7 @@ from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
 from qat.files import LOCK, Busy, held, holder, read_json, write_text
+from qat.memory import keep_freed_memory
 from qat.processes import GROUP_SIGNALS, bar
 from qat.training.checkpoint import check_run
 
@@ -431,6 +432,7 @@ def _train(run: _Run, one_thread: bool) -> None:
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory()
     if one_thread:
         torch.set_num_threads(1)
     with suppress(Busy), held(run.lock):

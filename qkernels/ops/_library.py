@@ -69,7 +69,9 @@ def define(
         _LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
         operator = getattr(torch.ops.qkernels, name).default
-        register_fake(operator, lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))), lib=_LIBRARY)
+        register_fake(
+            operator, lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))), lib=_LIBRARY
+        )
         register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
         _bodies[operator] = function
         return operator
