@@ -25,8 +25,8 @@ from bench.results import Fresh, Row, Shared, git_commit, provenance, read, writ
 from bench.suites import SUITES, chosen
 from bench.targets import targets
 from bench.timing import GpuClock, clock_of
-from qat.memory import keep_freed_memory
 from qat.files import Busy, held, lock_of
+from qat.memory import keep_freed_memory
 
 Command = Callable[[argparse.Namespace], int]
 Argument = tuple[str, dict[str, Any]]

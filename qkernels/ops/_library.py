@@ -16,7 +16,6 @@ from torch.library import infer_schema, register_autograd, register_fake
 from qkernels.ops._launch import KernelUnavailable
 from qkernels.runtime.precision import autocast_dtype
 
-
 _LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
 
 
