@@ -165,4 +165,5 @@ def _square(matrix: Tensor) -> Tensor:
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     """<x, y> of each item, without the products in memory."""
-    return torch.linalg.vecdot(x.flatten(1), y.flatten(1))
+    inner: Tensor = torch.linalg.vecdot(x.flatten(1), y.flatten(1))
+    return inner
