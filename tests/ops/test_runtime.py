@@ -63,9 +63,7 @@ def refused(op: Callable[..., Any], args: Any, reason: str) -> None:
     """An explicit request names what is in its way, whether something is computed or only asked."""
     with qkernels.set_backend("triton"):
         for call in (op, functools.partial(qkernels.backend_of, op), functools.partial(qkernels.form_of, op)):
-            with pytest.raises(
-                ValueError, match=f"backend='triton' is set, but .*{reason}.*use the backend 'auto'"
-            ):
+            with pytest.raises(ValueError, match=f"backend='triton' is set, but .*{reason}.*use the backend 'auto'"):
                 call(*args)
 
 
