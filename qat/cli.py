@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
 import qat
+from qat import torchrun
 from qat.commands import campaign, corpus, inspection, train
 from qat.commands.output import show
 from qat.commands.parser import Action, Commands, Parser
+from qat.files import problems_in_a_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     while "subcommand" in leaf:
         name, leaf = f"{name} {leaf.subcommand}", leaf[leaf.subcommand]
     try:
+        leads = torchrun.leads()
         with _termination_as_interruption():
             options = parser.instantiate(options)
             for word in name.split():
@@ -49,9 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "the same command with --resume" if "resume" in leaf else "the same command"
         return _fail(name, f"interrupted; finished work is kept, and {again} continues", 130)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if leads:
         show(result, options.json)
-    return 1 if isinstance(result, dict) and result.get("problems") else 0
+    problems = result.get("problems") if isinstance(result, dict) else None
+    if problems and leads:
+        _fail(name, problems_in_a_line(problems), 1)
+    return 1 if problems else 0
 
 
 def build_parser() -> tuple[Parser, dict[str, Action]]:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -246,6 +246,20 @@ def make_once(target: Path, make: Callable[[Path], None]) -> None:
         if not target.exists():
             with new_folder(target) as draft:
                 make(draft)
+
+
+def problems_in_a_line(problems: Sequence[Mapping[str, Any]]) -> str:
+    """The first of several problems, with its file, and their number.
+
+    Args:
+        problems: ``problem``, and ``path`` where it is a file's.
+
+    >>> problems_in_a_line([{"path": "a.wav", "problem": "is silent"}, {"path": "b.wav", "problem": "is not there"}])
+    'a.wav: is silent (2 problems)'
+    """
+    path, problem = problems[0].get("path", ""), problems[0]["problem"]
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return f"{'' if path in problem else f'{path}: '}{problem} ({count})"
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from qat.commands.parser import Commands
 from qat.config import CorpusConfig, Experiment, SpectrogramConfig
+from qat.files import problems_in_a_line
 
 
 def add_corpus(commands: Commands) -> None:
@@ -31,6 +32,11 @@ def add_corpus(commands: Commands) -> None:
     check.add_argument("dir", type=Path | None, nargs="?", default=None, help=folder)
     check.add_argument("--folder", type=Path | None, default=None, help="the same as DIR")
     check.add_argument("--options", type=dict[str, Any], default={}, help="options of the reader, e.g. '{words: 500}'")
+    add_strict(check)
+
+
+def add_strict(parser: ArgumentParser) -> None:
+    parser.add_argument("--strict", action="store_true", help="a file that cannot be used is an error")
 
 
 def _add_name_and_folder(parser: ArgumentParser) -> None:
@@ -81,7 +87,9 @@ def run_check(options: Namespace) -> Any:
     if folder is None or (options.dir and options.folder):
         raise ValueError(f"name the folder of {options.name} once: `qat corpus check {options.name} DIR`")
     checked = corpora.check(options.name, folder, **options.options)
-    tables = {name: getattr(checked, name).to_dict("records") for name in ("problems", "remarks")}
+    tables: dict[str, Any] = {name: getattr(checked, name).to_dict("records") for name in ("problems", "remarks")}
+    if options.strict and tables["problems"]:
+        raise ValueError(problems_in_a_line(tables["problems"]))
     return _counts(checked.manifest) | {"unusable": len(checked.problems)} | tables
 
 
@@ -104,15 +112,13 @@ def add_prepare(commands: Commands) -> None:
     parser.add_class_arguments(CorpusConfig, "corpus")
     parser.add_class_arguments(SpectrogramConfig, "features")
     parser.add_argument("--cache", type=Path, default=Experiment().cache, help="folder of prepared spectrograms")
-    parser.add_argument("--strict", action="store_true", help="a file that cannot be used is an error")
+    add_strict(parser)
 
 
 def run_prepare(options: Namespace) -> Any:
     from qat.data.store import prepare
-    from qat.training.data import read_corpus
+    from qat.training.data import problems_of, read_corpus
 
     store = prepare(read_corpus(options.corpus), options.features, options.cache)
-    problems = store.skipped.rename(columns={"reason": "problem"}).to_dict("records")
-    if problems and options.strict:
-        raise ValueError(f"{problems[0]['problem']} ({len(problems)} files cannot be used)")
+    problems = problems_of(store, options.strict)
     return {"store": store.folder, "cuts": len(store), "skipped": len(problems), "problems": problems}

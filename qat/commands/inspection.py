@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from qat.commands.corpus import add_strict
 from qat.commands.parser import Commands
 from qat.config import CorpusConfig
 
@@ -31,12 +32,13 @@ def add_predict(commands: Commands) -> None:
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
     parser.add_argument("files", type=Path, nargs="+", help="wav, flac, mp3, ogg or opus")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1...")
+    add_strict(parser)
 
 
 def run_predict(options: Namespace) -> Any:
     from qat.training.inference import predict
 
-    predictions, problems = predict(options.run, options.files, device=options.device)
+    predictions, problems = predict(options.run, options.files, device=options.device, strict=options.strict)
     return {"predictions": predictions.to_dict("records"), "problems": problems.to_dict("records")}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from qat.commands.corpus import add_strict
 from qat.commands.parser import Commands, Parser, instance
 from qat.config import CorpusConfig, Experiment, RHEmoExperiment, flatten, to_plain
 from qat.config.preset import NAMES, SPLITS, Plain, kind_of, read_overrides, settings_of
@@ -75,7 +76,7 @@ def run_pretrain_rhemo(options: Namespace) -> Any:
     from qat.training.rhemo import pretrain_rhemo
 
     experiment = instance(RHEmoExperiment, options)
-    return pretrain_rhemo(experiment, options.out, resume=options.resume, profile=options.profile)
+    return pretrain_rhemo(experiment, options.out, **_course(options))
 
 
 def add_train(commands: Commands) -> None:
@@ -87,7 +88,11 @@ def run_train(options: Namespace) -> Any:
     from qat.training.classifier import train_classifier
 
     experiment = instance(Experiment, options)
-    return train_classifier(experiment, options.out, resume=options.resume, profile=options.profile)
+    return train_classifier(experiment, options.out, **_course(options))
+
+
+def _course(options: Namespace) -> dict[str, Any]:
+    return {name: options[name] for name in ("resume", "profile", "strict")}
 
 
 def _training_parser(stage: str, text: str) -> TrainingParser:
@@ -102,7 +107,9 @@ def _training_parser(stage: str, text: str) -> TrainingParser:
         help=f"{names} or a file of overrides; all other settings win over it",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same settings")
+    help_ = "continue an interrupted run of the same settings, or with a lower --training.lr"
+    parser.add_argument("--resume", action="store_true", help=help_)
     parser.add_argument("--profile", action="store_true", help="profile some steps: profile.txt and Chrome traces")
+    add_strict(parser)
     parser.add_class_arguments(kind_of(stage))
     return parser

@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from qat.config import Experiment, from_plain, to_plain
+from qat.config import to_plain
 from qat.files import write_json
 from qat.models import tap_name
 from qat.results.record import Analysis, Probes, read_analysis
+from qat.results.runs import read_csv
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
 from qat.training.inference import load_classifier
@@ -33,8 +34,10 @@ def analyse(run: Path) -> Analysis:
     if path.is_file():
         return read_analysis(path)
     checkpoint = load_checkpoint(run, "classifier")
-    experiment = from_plain(Experiment, checkpoint.record["experiment"])
-    predictions = pd.read_csv(run / "predictions.csv")
+    experiment = checkpoint.experiment
+    predictions = read_csv(run / "predictions.csv", dtype=str, keep_default_na=False)
+    if predictions is None or not {"part", "speaker", "label", "predicted"} <= set(predictions.columns):
+        raise ValueError(f"{run / 'predictions.csv'}: must have the columns part, speaker, label and predicted")
     data = load_data(experiment, trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()
     config = experiment.anti_transfer

@@ -57,6 +57,8 @@ class Result:
         classes: names of the outputs.
         parts: scores of ``train``, ``validation``, ``test`` and, after a confounded split, ``withheld``.
         epochs: number of epochs. kept_epoch: epoch whose weights were kept, from 0.
+        rates: first epoch and value of each ``training.lr``: several where a run was resumed with a lower one, of which
+            ``experiment`` has the last.
         seconds: training time. seconds_per_epoch: mean over epochs.
         peak_memory: peak memory in bytes.
         device: name of the device. processes: number of processes.
@@ -71,6 +73,7 @@ class Result:
     classes: list[str] = field(default_factory=list)
     parts: dict[str, Scores] = field(default_factory=dict)
     epochs: int | None = None
+    rates: list[list[float]] = field(default_factory=list)
     kept_epoch: int | None = None
     seconds: float | None = None
     seconds_per_epoch: float | None = None

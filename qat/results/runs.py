@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -67,12 +68,27 @@ class FinishedRun:
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
         """``metrics.csv``, one row per epoch."""
-        return _read_csv(self.folder / "metrics.csv")
+        path, epochs = self.folder / "metrics.csv", self.result.epochs
+        table = read_csv(path)
+        if table is not None:
+            for name, column in table.items():
+                if column.dtype.kind not in "biuf":
+                    raise ValueError(f"{path}: column {name!r} must hold numbers")
+            if epochs not in (None, len(table)):
+                raise ValueError(f"{path}: has {len(table)} rows; result.json tells of {epochs} epochs")
+        return table
 
     @cached_property
     def predictions(self) -> pd.DataFrame | None:
         """``predictions.csv`` as text."""
-        return _read_csv(self.folder / "predictions.csv", dtype=str, keep_default_na=False)
+        path, samples = self.folder / "predictions.csv", self.result.parts.get("test", Scores()).samples
+        table = read_csv(path, dtype=str, keep_default_na=False)
+        if table is not None:
+            if "part" not in table:
+                raise ValueError(f"{path}: lacks the column 'part'")
+            if samples not in (None, count := int((table["part"] == "test").sum())):
+                raise ValueError(f"{path}: has {count} rows of the test part; result.json tells of {samples}")
+        return table
 
     @property
     def experiment(self) -> AnyExperiment:
@@ -384,15 +400,23 @@ def _finished_run(place: Path, folder: Path, row: Planned | None, plan: Mapping[
     return FinishedRun(place, _without_seed(name), seed, result)
 
 
-def _read_csv(path: Path, **options: Any) -> pd.DataFrame | None:
+def read_csv(path: Path, **options: Any) -> pd.DataFrame | None:
+    """A table of a run; None where there is none.
+
+    Raises:
+        ValueError: it is not readable, or was cut off.
+    """
     import pandas as pd
 
     if not path.is_file():
         return None
     try:
-        return pd.read_csv(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as CSV ({error})") from error
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            raise ValueError("its last line has no end")
+        return pd.read_csv(io.BytesIO(content), **options)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not readable as CSV ({' '.join(str(error).split())})") from error
 
 
 def _without_seed(path: str) -> str:

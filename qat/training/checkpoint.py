@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.config import AnyExperiment, Experiment, difference, from_plain, identity_settings, to_plain
+from qat.config import (
+    AnyExperiment,
+    Experiment,
+    difference,
+    from_plain,
+    identity_settings,
+    prefix_errors,
+    to_plain,
+    typed_setting,
+)
 from qat.data.spectrogram import Normalisation
 from qat.files import read_json, read_yaml, replacing
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Types of the entries of a checkpoint's record, of whatever kind."""
+
+    experiment: dict[str, Any]
+    normalisation: dict[str, Any]
+    classes: list[str]
+    files: dict[str, list[str]]
+    epoch: int
+    of: dict[str, Any]
+    history: list[dict[str, float]]
+    rates: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +60,31 @@ class Checkpoint:
     @property
     def experiment(self) -> Experiment:
         """Settings of the classifier's training."""
-        return from_plain(Experiment, self.record["experiment"])
+        with prefix_errors(self.path):
+            return from_plain(Experiment, self.value("experiment"))
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classifier's outputs."""
+        classes: list[str] = self.value("classes")
+        return classes
 
     @property
     def normalisation(self) -> Normalisation:
         """Normalisation of the inputs, fitted on the training part."""
-        return Normalisation(**self.record["normalisation"])
+        with prefix_errors(self.path):
+            return from_plain(Normalisation, self.value("normalisation"))
+
+    def value(self, name: str) -> Any:
+        """An entry of the record.
+
+        Raises:
+            ValueError: it is missing, or of a wrong type.
+        """
+        if name not in self.record:
+            raise ValueError(f"{self.path}: its record lacks {name!r}")
+        with prefix_errors(self.path, "record"):
+            return typed_setting(_Record, name, self.record[name])
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Tensors whose names begin with ``prefix`` and a dot, by the rest of their names; all of them for ``""``."""
@@ -51,7 +95,8 @@ class Checkpoint:
         """Load the part ``prefix`` into ``module``.
 
         Raises:
-            ValueError: the checkpoint is of another network, as names or shapes differ; nothing is loaded then.
+            ValueError: the checkpoint is of another network, as names, types or shapes differ, or its weights are not
+                finite; nothing is loaded then.
         """
         own = module.state_dict()
         # Batch norms of version 0.1 did not count batches.
@@ -67,33 +112,48 @@ class Checkpoint:
                     f"{self.path}: checkpoint of another network: {name} is {tuple(tensor.shape)}, "
                     f"this network's is {tuple(own[name].shape)}"
                 )
+            if tensor.is_floating_point() != own[name].is_floating_point():
+                raise ValueError(f"{self.path}: {name} is {tensor.dtype}, this network's is {own[name].dtype}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{self.path}: {name} is not finite; the training that wrote it had failed")
         module.load_state_dict(tensors)
 
 
-def check_run(folder: Path, experiment: AnyExperiment) -> None:
+def check_run(folder: Path, experiment: AnyExperiment, *, resume: bool = False) -> None:
     """Refuse a folder that holds a run, finished or interrupted, of other settings.
+
+    Args:
+        folder: run folder.
+        experiment: settings of the training that is wanted.
+        resume: an interrupted run is to be resumed, which may be with a lower ``training.lr``.
 
     Raises:
         ValueError: names the first setting that differs, of those that a run is identified by, and both values.
     """
-    if (folder / "result.json").is_file():
-        theirs = read_json(folder / "result.json", "experiment")["experiment"]
-    elif (folder / "last.safetensors").is_file() and (folder / "experiment.yaml").is_file():
-        theirs = read_yaml(folder / "experiment.yaml")
-    else:
+    finished = (folder / "result.json").is_file()
+    if not finished and not ((folder / "last.safetensors").is_file() and (folder / "experiment.yaml").is_file()):
         return
-    if changed := difference(identity_settings(theirs), identity_settings(to_plain(experiment))):
+    file = folder / ("result.json" if finished else "experiment.yaml")
+    plain = read_json(file, "experiment")["experiment"] if finished else read_yaml(file)
+    with prefix_errors(file):
+        theirs, ours = identity_settings(plain), identity_settings(to_plain(experiment))
+    if resume and not finished and ours["training.lr"] < theirs["training.lr"]:
+        theirs["training.lr"] = ours["training.lr"]
+    if changed := difference(theirs, ours):
         raise ValueError(f"{folder}: holds a run with {changed}; choose another folder, or delete this one")
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write tensors and record to ``path`` atomically; an interrupted write leaves the older file in place."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """Write tensors, record and their checksum to ``path`` atomically; an interrupted write leaves the older file."""
+    layout = torch.contiguous_format
+    plain = {name: tensor.detach().to("cpu", copy=True, memory_format=layout) for name, tensor in tensors.items()}
+    text = json.dumps(record)
+    metadata = {"record": text, "sha256": _checksum(plain, text)}
     with replacing(path) as draft:
         draft.touch()  # with the umask's mode; safetensors alone would make it unreadable for others
         mode = draft.stat().st_mode
         try:
-            save_file(plain, draft, metadata={"record": json.dumps(record)})
+            save_file(plain, draft, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error}); what was there before is unchanged") from None
         draft.chmod(mode)
@@ -107,22 +167,36 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
         kind: required kind: ``classifier``, ``rhemo`` or ``training`` (a state to resume from).
 
     Raises:
-        ValueError: no such file, not a checkpoint of this program, or of another kind.
+        ValueError: no such file, not a checkpoint of this program, damaged (by its checksum; those of version 0.1
+            have none), or of another kind.
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            metadata = file.metadata() or {}
+            text = metadata.get("record", "{}")
+            record = json.loads(text)
             if not isinstance(record, dict):
                 raise ValueError(f"its record is no object but {type(record).__name__}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+            if metadata.get("sha256", "") not in ("", _checksum(tensors, text)):
+                raise ValueError("its checksum is wrong, it was damaged after it was written")
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
     if record.get("kind") != kind:
         raise ValueError(f"{path}: a checkpoint of kind {record.get('kind')!r}, but {kind!r} is needed")
     return Checkpoint(path, tensors, record)
+
+
+def _checksum(tensors: Mapping[str, Tensor], record: str) -> str:
+    """SHA-256 over the record, and over names, types, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(record.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -138,7 +212,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     """Restore the state that :func:`optimizer_tensors` gave.
 
     Raises:
-        ValueError: it is of other parameters; Adam's kernel would read and write beyond them.
+        ValueError: it is of other parameters, beyond which Adam's kernel would read and write; it lacks a part, or is
+            not finite.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -152,10 +227,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
                 f"state of the optimiser: {name} must be floating-point of shape {tuple(shape)}; "
                 f"it is {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
+        # The square of a gradient may overflow: its parameter stands still then.
+        if not ((tensor >= 0) if field.endswith("_sq") else tensor.isfinite()).all():
+            raise ValueError(f"state of the optimiser: {name} is not finite")
         state.setdefault(int(number), {})[field] = tensor
     fields = {field for of_one in state.values() for field in of_one}
-    for place, of_one in state.items():
-        if missing := fields - of_one.keys():
+    for place in range(len(parameters) if state else 0):
+        if missing := fields - state.get(place, {}).keys():
             raise ValueError(f"state of the optimiser: {place}.{min(missing)} is missing")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, own in optimizer.state.items():

@@ -32,6 +32,7 @@ def train_classifier(
     quiet: bool = False,
     name: str | None = None,
     profile: bool = False,
+    strict: bool = False,
 ) -> Metrics:
     """Train, evaluate and record one classifier.
 
@@ -45,9 +46,11 @@ def train_classifier(
         name: name of the run in reports; runs that differ only in their seed share it. The folder's name by default.
         profile: profile some steps: ``trace*.json`` and ``profile.txt`` in the folder, see
             :class:`qat.training.profile.Profile`.
+        strict: a file of the corpus that cannot be used is an error; otherwise it is left out.
 
     Returns:
-        The content of ``result.json``: metrics of every part, epochs, times, memory, versions.
+        The content of ``result.json``: metrics of every part, epochs, times, memory, versions; ``problems`` are the
+        files that were left out.
 
     Raises:
         ValueError: the settings, the corpus, a checkpoint or the folder do not fit.
@@ -57,7 +60,7 @@ def train_classifier(
             return finished
         device, training = run.device, experiment.training
         pretrained = Pretrained.load(experiment)
-        data = load_data(experiment, quiet=quiet)
+        data = load_data(experiment, quiet=quiet, strict=strict)
         classes, targets = class_targets(data.index, data.parts, experiment.task)
         classes = _output_names(classes, experiment)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from qat.data.manifest import Manifest
 from qat.data.rows import Rows
 from qat.data.spectrogram import Normalisation, place_words, to_input, word_offsets
 from qat.data.store import SpectrogramStore, prepare
+from qat.files import problems_in_a_line
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint
 from qat.training.examples import Examples
@@ -126,13 +127,28 @@ def normalisation_kind(experiment: AnyExperiment) -> str:
     return experiment.normalisation
 
 
-def load_data(experiment: AnyExperiment, *, trained: Checkpoint | None = None, quiet: bool = False) -> Data:
+def problems_of(store: SpectrogramStore, strict: bool = False) -> list[dict[str, str]]:
+    """Files that a store leaves out: ``path`` and ``problem`` of each.
+
+    Raises:
+        ValueError: there are some, and it is ``strict``.
+    """
+    problems: Any = store.skipped.rename(columns={"reason": "problem"}).to_dict("records")
+    if problems and strict:
+        raise ValueError(problems_in_a_line(problems))
+    return list(problems)
+
+
+def load_data(
+    experiment: AnyExperiment, *, trained: Checkpoint | None = None, quiet: bool = False, strict: bool = False
+) -> Data:
     """Read, prepare and split an experiment's corpus. Rank 0 prepares, then the others read.
 
     Args:
         experiment: settings.
         trained: checkpoint whose parts and normalisation are used instead of new ones.
         quiet: no progress bar.
+        strict: a file that cannot be used is an error.
 
     Raises:
         ValueError: an error in the corpus, the files or the split; or the corpus lacks files of ``trained``.
@@ -140,6 +156,7 @@ def load_data(experiment: AnyExperiment, *, trained: Checkpoint | None = None, q
     manifest = recordings(experiment)
     with distributed.leader_first():
         store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
+    problems_of(store, strict)
     if trained is None:
         parts = divide(store.index, experiment.split, manifest.name)
         kind = normalisation_kind(experiment)
@@ -186,8 +203,11 @@ def divide(index: pd.DataFrame, config: SplitConfig, corpus: str = "") -> splits
 
 def _recorded_parts(index: pd.DataFrame, trained: Checkpoint) -> splits.Split:
     rows = index.groupby("path").indices
+    recorded: dict[str, list[str]] = trained.value("files")
+    if missing := [name for name in splits.PARTS if not recorded.get(name)]:
+        raise ValueError(f"{trained.path}: its record has no files of the {missing[0]} part")
     parts = {}
-    for name, files in trained.record["files"].items():
+    for name, files in recorded.items():
         if absent := [file for file in files if file not in rows]:
             raise ValueError(
                 f"{trained.path}: the corpus has changed since: {len(absent)} files of the {name} part are not usable "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from qat import torchrun
 
 T = TypeVar("T")
 
@@ -43,10 +44,10 @@ def process_group(device: str) -> Iterator[torch.device]:
         device: ``auto``, or a name that ``torch.device`` takes. Under torchrun ``cuda`` is the local rank's device.
 
     Raises:
-        ValueError: the device is unknown or absent.
+        ValueError: the device is unknown or absent, or the environment is not torchrun's.
     """
     own_device = device_of(device)
-    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    joins = torchrun.place() is not None and not dist.is_initialized()
     if joins:
         dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     try:
@@ -72,7 +73,7 @@ def device_of(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ValueError(f"device: {name!r} asked for, but PyTorch sees no CUDA device")
         if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", (torchrun.place() or torchrun.Place()).local_rank)
         torch.cuda.set_device(device)
     return device
 

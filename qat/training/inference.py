@@ -25,7 +25,7 @@ from qat.training.steps import Steps, precision
 
 def load_classifier(checkpoint: Checkpoint) -> SpeechClassifier:
     """The trained classifier of a checkpoint, encoder included."""
-    classifier = SpeechClassifier(checkpoint.experiment.network, len(checkpoint.record["classes"]))
+    classifier = SpeechClassifier(checkpoint.experiment.network, len(checkpoint.classes))
     checkpoint.load_into(classifier)
     return classifier
 
@@ -54,7 +54,7 @@ def evaluate_run(
             store = prepare(manifest, experiment.features, experiment.cache, progress=not quiet)
             spectrograms = Spectrograms.of(store, checkpoint.normalisation, experiment)
             data = Data(store.index, {"all": list(range(len(store)))}, spectrograms)
-        classes, targets = class_targets(data.index, data.parts, experiment.task, checkpoint.record["classes"])
+        classes, targets = class_targets(data.index, data.parts, experiment.task, checkpoint.classes)
         objective = ClassificationObjective(
             placed(load_classifier(checkpoint), where), None, embedded=False, multi_label=experiment.multi_label
         )
@@ -67,20 +67,26 @@ def evaluate_run(
         }
 
 
-def predict(run: Path, files: list[Path], *, device: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame]:
+def predict(
+    run: Path, files: list[Path], *, device: str = "cpu", strict: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Classify audio files with a trained classifier.
 
     Args:
         run: run folder or checkpoint.
         files: audio files; the probabilities of a file are means over its cuts.
         device: device to compute on.
+        strict: the first file that cannot be used is an error.
 
     Returns:
         One row per file: ``path``, ``predicted``, then the probability of every class; and one row per file that is
         missing, unreadable, silent or shorter than one window: ``path`` and ``problem``.
+
+    Raises:
+        ValueError: the checkpoint cannot be used; with ``strict``, a file.
     """
     checkpoint = load_checkpoint(run, "classifier")
-    experiment, classes = checkpoint.experiment, checkpoint.record["classes"]
+    experiment, classes = checkpoint.experiment, checkpoint.classes
     where = distributed.device_of(device)
     classifier = load_classifier(checkpoint).eval().to(where)
     rows, problems = [], []
@@ -89,6 +95,8 @@ def predict(run: Path, files: list[Path], *, device: str = "cpu") -> tuple[pd.Da
             try:
                 audio = load_audio(path, experiment.features.sample_rate)
             except AudioError as error:
+                if strict:
+                    raise ValueError(str(error)) from None
                 problems.append({"path": str(path), "problem": str(error)})
                 continue
             cuts = checkpoint.normalisation(cut(audio, experiment.features))

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qat.config import TrainingConfig, identity_settings
-from qat.files import write_text
+from qat.config import TrainingConfig, difference, flatten, identity_settings, prefix_errors
+from qat.files import write_json, write_text
 from qat.processes import bar
 from qat.training import distributed
-from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from qat.training.checkpoint import Checkpoint, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from qat.training.examples import batches
 from qat.training.metrics import MetricsOf
+from qat.training.nonfinite import first_finding
 from qat.training.steps import Steps
 from qat.training.stopping import best_epoch, should_stop
 
 History = list[dict[str, float]]
+
+Rates = list[tuple[int, float]]
+"""The first epoch of each ``training.lr`` that a run was trained with, and that rate."""
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -36,11 +45,12 @@ def fit(
     folder: Path,
     record: dict[str, Any],
     metrics_of: MetricsOf,
+    paths: Sequence[str],
     *,
     resume: bool = False,
     title: str = "train",
     quiet: bool = False,
-) -> History:
+) -> tuple[History, Rates]:
     """Minimise the objective until early stopping; write the best and the last state to disk.
 
     Every epoch visits the training part once, in an order that follows from ``(seed, epoch)``. The total validation
@@ -53,59 +63,68 @@ def fit(
         model: module in the objective whose state is saved.
         train: numbers of the training samples `[n]`.
         validation: numbers of the validation samples `[n]`.
-        folder: run folder; gets ``model.safetensors``, ``last.safetensors``, ``metrics.csv`` and TensorBoard events.
-        record: record of the checkpoints; must hold ``kind`` and ``experiment``.
+        folder: run folder; gets ``experiment.yaml``, ``split.json``, ``model.safetensors``, ``last.safetensors``,
+            ``metrics.csv`` and TensorBoard events.
+        record: record of the checkpoints; must hold ``kind``, ``experiment`` and ``files``.
         metrics_of: metrics of the validation part; its numbers are logged as ``validation_*``.
-        resume: continue from ``last.safetensors`` if it exists; the result equals an uninterrupted run.
+        paths: file of every sample, for messages.
+        resume: continue from ``last.safetensors`` if it exists; the result equals an uninterrupted run. With a lower
+            ``training.lr`` it is that of the epochs to come.
         title: label of the progress bar.
         quiet: no progress bar.
 
     Returns:
-        One row per epoch, as in ``metrics.csv``.
+        One row per epoch, as in ``metrics.csv``, and the learning rates.
 
     Raises:
-        FloatingPointError: the training or validation loss is not finite; the state of the epoch before is kept.
-        ValueError: ``last.safetensors`` belongs to another run.
+        FloatingPointError: the training or validation loss is not finite; names the step, the layer and the files, and
+            the state of the epoch before is kept.
+        ValueError: ``last.safetensors`` or ``model.safetensors`` is broken, or belongs to another run.
     """
-    config, optimizer = steps.config, steps.optimizer
-    assert optimizer is not None
-    history: History = []
-    if resume and (folder / "last.safetensors").is_file():
-        last = load_checkpoint(folder / "last.safetensors", "training")
-        if _without_execution(last.record["of"]) != _without_execution(record):
-            raise ValueError(f"{last.path}: state of another experiment; resume with the same settings or start anew")
-        last.load_into(model, "state")
-        load_optimizer(optimizer, last.part("optimizer"))
-        history = last.record["history"]
-    schedule = _PlateauSchedule(optimizer, config)
-    for loss in _losses(history):
-        schedule.step(loss)
+    config = steps.config
+    course = _Course(steps, model, folder, record, resume)
+    history = course.history
     leads = distributed.rank() == 0
     columns = TimeElapsedColumn(), TextColumn("{task.fields[note]}")
     shown = leads and not quiet
-    with _Checkpoints(folder, steps, model, record, history, leads) as checkpoints, bar(shown, *columns) as progress:
+    if leads:  # also of a resumed run: its rate, its device may be others now
+        write_json(folder / "split.json", record["files"])
+        write_text(folder / "experiment.yaml", yaml.safe_dump(record["experiment"], sort_keys=False))
+    with _Checkpoints(course, leads) as checkpoints, bar(shown, *columns) as progress:
         task = progress.add_task(title, total=config.epochs, completed=len(history), note="")
         while not _finished(history, config):
             epoch = len(history)
-            row: dict[str, float] = {"epoch": epoch}
-            started = time.perf_counter()
-            row |= {f"train_{k}": v for k, v in train_epoch(steps, train, epoch).items()}
-            row["seconds"] = time.perf_counter() - started
-            parts, outputs, targets = evaluate(steps, validation)
-            metrics = parts | metrics_of(outputs, targets)
-            row |= {f"validation_{k}": v for k, v in metrics.items() if isinstance(v, float)}
-            if not math.isfinite(row["validation_total"]):  # the state before this epoch is the last that is kept
-                raise FloatingPointError(
-                    f"validation loss is {row['validation_total']} after epoch {epoch}; "
-                    f"a lower training.lr than {config.lr:g} may help"
-                )
+            try:
+                row = _epoch(steps, train, validation, epoch, metrics_of)
+            except FloatingPointError as error:
+                log.warning("%s; the steps since the last state are computed again, to find where it comes from", error)
+                raise FloatingPointError(f"{error}{course.diagnosis(train, validation, paths, checkpoints)}") from None
             history.append(row)
-            schedule.step(row["validation_total"])
+            course.rate.step(row["validation_total"])
             checkpoints.update(ended=_finished(history, config))
+            course.initial = None  # there is a file now
             distributed.barrier()
             note = f"loss {row['train_total']:.4f} validation {row['validation_total']:.4f}"
             progress.update(task, advance=1, note=note)
-    return history
+    return history, course.rates
+
+
+def _epoch(steps: Steps, train: Tensor, validation: Tensor, epoch: int, metrics_of: MetricsOf) -> dict[str, float]:
+    """Train one epoch and validate; returns its row of ``metrics.csv``.
+
+    Raises:
+        FloatingPointError: the training or validation loss is not finite.
+    """
+    row: dict[str, float] = {"epoch": epoch}
+    started = time.perf_counter()
+    row |= {f"train_{k}": v for k, v in train_epoch(steps, train, epoch).items()}
+    row["seconds"] = time.perf_counter() - started
+    parts, outputs, targets = evaluate(steps, validation)
+    metrics = parts | metrics_of(outputs, targets)
+    row |= {f"validation_{k}": v for k, v in metrics.items() if isinstance(v, float)}
+    if not math.isfinite(row["validation_total"]):
+        raise FloatingPointError(f"validation loss is {row['validation_total']} after epoch {epoch}")
+    return row
 
 
 def train_epoch(steps: Steps, train: Tensor, epoch: int) -> dict[str, float]:
@@ -133,9 +152,7 @@ def train_epoch(steps: Steps, train: Tensor, epoch: int) -> dict[str, float]:
             steps.train(batch)
         means = _means(steps.sums(), len(train))
     if not math.isfinite(means["total"]):
-        raise FloatingPointError(
-            f"training loss is {means['total']} in epoch {epoch}; a lower training.lr than {config.lr:g} may help"
-        )
+        raise FloatingPointError(f"training loss is {means['total']} in epoch {epoch}")
     return means
 
 
@@ -168,27 +185,168 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _without_execution(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without settings that do not change the result, such as the device."""
-    return record | {"experiment": identity_settings(record["experiment"])}
-
-
 def _losses(history: History) -> list[float]:
     return [row["validation_total"] for row in history]
 
 
-class _PlateauSchedule:
-    """Lowers the learning rate when the validation loss stagnates; its state follows from the losses alone."""
+class _Rate:
+    """The learning rate, which falls when the validation loss stagnates; it follows from rates and losses alone.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
-        self._schedule = None
+    Args:
+        optimizer: optimiser.
+        config: optimisation settings.
+        rates: ``training.lr`` from each epoch on.
+        losses: validation losses of the epochs so far.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, config: TrainingConfig, rates: Rates, losses: Sequence[float]
+    ) -> None:
+        self._optimizer, self._schedule, from_epoch = optimizer, None, dict(rates)
         if config.lr_factor < 1:
             patience = config.lr_patience - 1  # PyTorch lowers it one epoch after its patience
             self._schedule = ReduceLROnPlateau(optimizer, "min", config.lr_factor, patience, threshold=0, eps=0)
+        for epoch, loss in enumerate([*losses, None]):
+            if epoch in from_epoch:
+                self._set(from_epoch[epoch])
+            if loss is not None:
+                self.step(loss)
 
     def step(self, loss: float) -> None:
         if self._schedule is not None:
             self._schedule.step(loss)
+
+    @property
+    def value(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def _set(self, value: float) -> None:
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # where a captured step reads it
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+
+class _Course:
+    """How far a training has come; it can go back to the last state that was written, or to its beginning.
+
+    Args:
+        steps: steps of the objective.
+        model: module whose state is saved.
+        folder: run folder.
+        record: record of the checkpoints.
+        resume: begin with ``last.safetensors`` if it exists.
+    """
+
+    def __init__(self, steps: Steps, model: nn.Module, folder: Path, record: dict[str, Any], resume: bool) -> None:
+        assert steps.optimizer is not None
+        self.steps, self.model, self.folder, self.record, self.optimizer = steps, model, folder, record, steps.optimizer
+        self.last = folder / "last.safetensors"
+        self.history: History = []
+        self.rates: Rates = [(0, steps.config.lr)]
+        self.rate = _Rate(self.optimizer, steps.config, self.rates, [])
+        self.initial: dict[str, Tensor] | None = None
+        if resume and self.last.is_file():
+            self.return_to_last()
+        else:  # what a first epoch that fails goes back to
+            self.initial = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+    def return_to_last(self) -> None:
+        """Go back to ``last.safetensors``.
+
+        Raises:
+            ValueError: it is broken, or belongs to another run; or ``model.safetensors`` does not belong to it.
+        """
+        last, config = load_checkpoint(self.last, "training"), self.steps.config
+        own, former = self.record, last.value("of")
+        if former | {"experiment": None} != own | {"experiment": None}:
+            raise ValueError(f"{last.path}: state of another experiment; resume with the same settings or start anew")
+        with prefix_errors(last.path):
+            theirs, ours = (identity_settings(record.get("experiment", {})) for record in (former, own))
+        if changed := difference(theirs | {"training.lr": config.lr}, ours):
+            raise ValueError(f"{last.path}: state of another experiment: {changed}; resume with the same settings")
+        history, rates = _recorded_history(last), _recorded_rates(last)
+        self._check_kept(history, lower=config.lr < rates[-1][1])
+        last.load_into(self.model, "state")
+        with prefix_errors(last.path):
+            load_optimizer(self.optimizer, last.part("optimizer"))
+        self.rate = _Rate(self.optimizer, config, rates, _losses(history))
+        if config.lr != rates[-1][1]:
+            if not config.lr < self.rate.value:
+                raise ValueError(
+                    f"training.lr: {config.lr:g} must be {rates[-1][1]:g}, with which {last.path} was trained, "
+                    f"or below {self.rate.value:g}, to which it has come"
+                )
+            rates.append((len(history), config.lr))
+            self.rate = _Rate(self.optimizer, config, rates, _losses(history))
+        self.history[:], self.rates = history, rates
+
+    def _check_kept(self, history: History, lower: bool) -> None:
+        """Check that ``model.safetensors`` is what belongs to the last state, or is one that was written just after."""
+        kept, config = load_checkpoint(self.folder / "model.safetensors", self.record["kind"]), self.steps.config
+        epoch, ended = kept.value("epoch"), len(history) - 1
+        if epoch > ended and lower:  # the process was killed between the two, and the epochs until then will be others
+            raise ValueError(
+                f"{kept.path}: of epoch {epoch}, and last.safetensors of {ended}; resume with the former training.lr"
+            )
+        if epoch <= ended and epoch != (ended if config.keep == "last" else best_epoch(_losses(history))):
+            raise ValueError(f"{kept.path}: of epoch {epoch}, which last.safetensors beside it does not belong to")
+
+    def diagnosis(self, train: Tensor, validation: Tensor, paths: Sequence[str], checkpoints: _Checkpoints) -> str:
+        """Where the epoch after the present history stops being finite, and what to do; ends the training.
+
+        The steps since the last state are computed again, which also gives the state before that epoch: it is written.
+        """
+        done, steps = self.history.copy(), self.steps
+        steps.graphs = None  # they write to the optimiser's present state, which is replaced
+        if self.initial is None:
+            self.return_to_last()
+        else:
+            self.model.load_state_dict(self.initial)
+            self.optimizer.state.clear()
+        if len(self.history) < len(done):
+            for row in done[len(self.history) :]:
+                train_epoch(steps, train, len(self.history))
+                self.history.append(row)
+                self.rate.step(row["validation_total"])
+            checkpoints.update(ended=True)
+            distributed.barrier()
+        epoch = len(done)
+        finding = first_finding(steps, paths, lambda: train_epoch(steps, train, epoch))
+        count, of = -(-len(train) // steps.config.batch), "step"
+        if finding is None:
+            finding = first_finding(steps, paths, lambda: evaluate(steps, validation))
+            count, of = -(-len(validation) // (steps.config.batch * distributed.world_size())), "validation batch"
+        if finding is None:
+            return "; computed again it was finite; --resume may help, or training.deterministic"
+        help_ = f"a lower training.lr than {self.rate.value:g} may help, with --resume"
+        if finding.place == 0:
+            help_ = "leave the file out, or repair it"
+        return f": in {of} {finding.step} of {count}, {finding.text}; {help_}"
+
+
+def _recorded_history(last: Checkpoint) -> History:
+    """The rows of a state's epochs.
+
+    Raises:
+        ValueError: there is none, or it is of another form.
+    """
+    rows: History = [row | {"epoch": epoch} for epoch, row in enumerate(last.value("history"))]
+    needed = {"epoch", "seconds", "train_total", "validation_total"}
+    if not rows or rows != last.record["history"] or not all(row.keys() >= needed for row in rows):
+        raise ValueError(f"{last.path}: record: history must have a row of {', '.join(sorted(needed))} for each epoch")
+    return rows
+
+
+def _recorded_rates(last: Checkpoint) -> Rates:
+    """The learning rates that a state was trained with; earlier versions had one only, that of the settings."""
+    if "rates" not in last.record:
+        return [(0, float(flatten(last.value("of")["experiment"])["training.lr"]))]
+    rates: list[list[float]] = last.value("rates")
+    if not rates or any(len(pair) != 2 for pair in rates) or rates[0][0] != 0:
+        raise ValueError(f"{last.path}: record: rates must have an epoch and a learning rate each, from epoch 0 on")
+    return [(int(epoch), rate) for epoch, rate in rates]
 
 
 def _finished(history: History, config: TrainingConfig) -> bool:
@@ -221,14 +379,13 @@ class _Checkpoints:
     when the training ends by an error.
     """
 
-    def __init__(
-        self, folder: Path, steps: Steps, model: nn.Module, record: dict[str, Any], history: History, leads: bool
-    ) -> None:
-        self.folder, self.steps, self.model, self.record = folder, steps, model, record
-        self.history, self.leads = history, leads
+    def __init__(self, course: _Course, leads: bool) -> None:
+        self.course, self.leads = course, leads
+        self.folder, self.steps, self.model, self.record = course.folder, course.steps, course.model, course.record
+        self.history = course.history
         self._best: tuple[int, dict[str, Tensor]] | None = None
         self._written = -math.inf
-        self._logged = len(history)
+        self._logged = len(self.history)
 
     def __enter__(self) -> _Checkpoints:
         if self.leads:
@@ -259,12 +416,12 @@ class _Checkpoints:
         if due:
             if self._best is not None:
                 best, tensors = self._best
-                save_checkpoint(self.folder / "model.safetensors", tensors, self.record | {"epoch": best})
+                record = self.record | {"epoch": best, "rates": self.course.rates}
+                save_checkpoint(self.folder / "model.safetensors", tensors, record)
                 self._best = None
-            assert self.steps.optimizer is not None
             tensors = {f"state.{k}": v for k, v in self.model.state_dict().items()}
-            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.steps.optimizer).items()}
-            record = {"kind": "training", "of": self.record, "history": self.history}
+            tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.course.optimizer).items()}
+            record = {"kind": "training", "of": self.record, "history": self.history, "rates": self.course.rates}
             save_checkpoint(self.folder / "last.safetensors", tensors, record)
             self._write_rows()
             self._written = time.monotonic()

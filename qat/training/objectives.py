@@ -86,7 +86,10 @@ class RHEmoObjective(nn.Module):
 
     def __init__(self, model: RHEmo, config: RHEmoConfig, annotated: Collection[str] = TERMS) -> None:
         super().__init__()
-        self.model, self.config, self.annotated = model, config, annotated
+        self.model, self.config = model, config
+        self.annotated = annotated if config.beta > 0 else ()
+        for name, head in model.heads.items():  # the optimiser knows those only that have gradients
+            head.requires_grad_(name in self.annotated)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Losses:
         embedding, reconstruction = self.model(inputs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qat.anti_transfer import AntiTransfer
-from qat.config import AnyExperiment, Experiment, to_plain
+from qat.config import AnyExperiment, Experiment, SpectrogramConfig, from_plain, prefix_errors, to_plain
 from qat.models import VGG16, RHEmoEncoder, SpeechClassifier
 from qat.training import distributed
 from qat.training.checkpoint import Checkpoint, load_checkpoint
@@ -65,7 +65,7 @@ class Pretrained:
             self.rhemo.load_into(classifier.encoder, "encoder")
         if self.initial is not None:
             source = self._vgg(self.initial)
-            if self.initial.record["classes"] != classes or self.experiment.training.initial_head == "new":
+            if self.initial.classes != classes or self.experiment.training.initial_head == "new":
                 source.classifier[-1] = classifier.net.classifier[-1]
             classifier.net.load_state_dict(source.state_dict())
             # If both trainings train the encoder, it starts from that of the initial weights, too.
@@ -82,7 +82,7 @@ class Pretrained:
         return None if self.twin is None else AntiTransfer(config, self._vgg(self.twin))
 
     def _vgg(self, checkpoint: Checkpoint) -> VGG16:
-        net = VGG16(self.experiment.network, len(checkpoint.record["classes"]))
+        net = VGG16(self.experiment.network, len(checkpoint.classes))
         checkpoint.load_into(net, "net")
         return net
 
@@ -115,8 +115,9 @@ def check_inputs(experiment: AnyExperiment, checkpoint: Checkpoint, setting: str
         ValueError: it was trained on other inputs.
     """
     own = to_plain(experiment.features) | {"normalisation": normalisation_kind(experiment)}
-    record = checkpoint.record
-    other = record["experiment"]["features"] | {"normalisation": record["normalisation"]["kind"]}
+    with prefix_errors(checkpoint.path):
+        features = from_plain(SpectrogramConfig, checkpoint.value("experiment").get("features"))
+    other = to_plain(features) | {"normalisation": checkpoint.normalisation.kind}
     for field, value in own.items():
         if field != "cut" and value != other[field]:
             raise ValueError(

@@ -29,6 +29,7 @@ def pretrain_rhemo(
     quiet: bool = False,
     name: str | None = None,
     profile: bool = False,
+    strict: bool = False,
 ) -> Metrics:
     """Train one stage of RH-Emo; stage 2 starts from stage 1, which ``training.initial`` names.
 
@@ -48,7 +49,7 @@ def pretrain_rhemo(
             initial = load_checkpoint(training.initial, "rhemo")
             check_inputs(experiment, initial, "training.initial")
             initial.load_into(model)
-        data = load_data(experiment, quiet=quiet)
+        data = load_data(experiment, quiet=quiet, strict=strict)
         targets = rhemo_targets(data.index)
         annotated = [
             term for term, missing in zip(TERMS, targets[data.used].isnan().all(0), strict=True) if not missing

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 import qat
+from qat import torchrun
 from qat.config import AnyExperiment, to_plain
-from qat.files import LOCK, Busy, held, read_json, write_json, write_text
-from qat.results.record import origin
+from qat.files import LOCK, Busy, held, read_json
+from qat.results.record import origin, read_result
 from qat.training import distributed
 from qat.training.checkpoint import check_run, load_checkpoint
-from qat.training.data import Data
+from qat.training.data import Data, problems_of
 from qat.training.examples import Examples
 from qat.training.loop import evaluate, fit, peak_memory
 from qat.training.metrics import Metrics, MetricsOf
@@ -78,7 +78,7 @@ class TrainingRun:
         parts = {part: torch.tensor(numbers) for part, numbers in data.parts.items()}
         profiled = self.profile and distributed.rank() == 0
         with Profile(steps, self.folder) if profiled else contextlib.nullcontext():
-            history = fit(
+            history, rates = fit(
                 steps,
                 model,
                 parts["train"],
@@ -86,6 +86,7 @@ class TrainingRun:
                 self.folder,
                 record,
                 metrics_of,
+                data.index["path"].tolist(),
                 resume=self.resume,
                 title=self.name,
                 quiet=self.quiet,
@@ -105,9 +106,11 @@ class TrainingRun:
             "seed": training.seed,
             "experiment": record["experiment"],
             "classes": record.get("classes", []),
+            "problems": problems_of(data.spectrograms.store),
             "parts": metrics,
             "epochs": len(history),
-            "kept_epoch": checkpoint.record["epoch"],
+            "rates": rates,
+            "kept_epoch": checkpoint.value("epoch"),
             "seconds": seconds,
             "seconds_per_epoch": seconds / len(history),
             "peak_memory": peak_memory(self.device),
@@ -118,13 +121,9 @@ class TrainingRun:
         return result, outputs
 
     def _record(self, data: Data, about: dict[str, Any]) -> dict[str, Any]:
-        """The record of the run's checkpoints; settings and parts are also written to files of their own."""
+        """The record of the run's checkpoints."""
         files = {part: data.index["path"].iloc[numbers].unique().tolist() for part, numbers in data.parts.items()}
         settings = to_plain(self.experiment)
-        # A resumed run has written these, and `fit` has not yet checked that its recordings are the same.
-        if distributed.rank() == 0 and not (self.folder / "last.safetensors").is_file():
-            write_json(self.folder / "split.json", files)
-            write_text(self.folder / "experiment.yaml", yaml.safe_dump(settings, sort_keys=False))
         normalisation = to_plain(data.spectrograms.normalisation)
         return about | {"experiment": settings, "normalisation": normalisation, "files": files}
 
@@ -140,12 +139,13 @@ def open_run(
             ``resume`` is not set.
     """
     with _only_writer(folder):
-        check_run(folder, experiment)
+        check_run(folder, experiment, resume=resume)
         finished = folder / "result.json"
         result = None
         if finished.is_file():
             if not resume:
                 raise ValueError(f"{folder}: holds a finished run; choose another folder, or delete this one")
+            read_result(finished)  # which checks it
             result = read_json(finished)
         elif (folder / "last.safetensors").is_file() and not resume:
             raise ValueError(
@@ -161,7 +161,7 @@ def open_run(
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which a campaign's jobs hold too; of several processes under torchrun the first does."""
-    if int(os.environ.get("RANK", 0)):
+    if not torchrun.leads():
         yield
         return
     new = not folder.exists()

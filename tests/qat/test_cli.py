@@ -18,6 +18,7 @@ from qat.commands.parser import instance
 from qat.config import Experiment, RHEmoExperiment
 from qat.data.manifest import Manifest
 from qat.training.checkpoint import load_checkpoint
+from qat.training.distributed import process_group
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -234,6 +235,68 @@ def test_corpus_check_tells_what_cannot_be_used(
     assert json.loads(out)["unusable"] == 2
     assert ["cannot be decoded" in p["problem"] for p in json.loads(out)["problems"]] == [True, False]
     assert "fewer than one window" in json.loads(out)["problems"][1]["problem"]
+
+
+def test_files_that_cannot_be_used_are_left_out_or_with_strict_an_error(
+    corpus: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 and a line on stderr tell that a training had to leave files out."""
+    for path in corpus.table["path"]:
+        (tmp_path / path).write_bytes((corpus.root / path).read_bytes())
+    corpus.table.drop(columns=["checksum", "duration"]).to_csv(tmp_path / "some.csv", index=False)
+    bad = corpus.table["path"][1]
+    (tmp_path / bad).write_text("no audio")
+    options = ["--corpus.name", "csv", "--corpus.folder", tmp_path / "some.csv", "--cache", tmp_path / "cache"]
+    training = [*options, "--network.domain", "real", "--network.width", "0.01", "--training.epochs", "1"]
+    check = ["corpus", "check", "csv", tmp_path / "some.csv"]
+    run_folder = tmp_path / "run"
+    for words in (
+        ["train", "--out", run_folder, *training],
+        ["pretrain", "rhemo", "--out", run_folder, *options, "--rhemo.width", "0.01", "--training.epochs", "1"],
+        ["prepare", *options],
+        check,
+    ):
+        code, out, err = run(capsys, *words, "--strict")
+        assert (code, out, run_folder.exists()) == (2, "", False), words
+        assert err.splitlines()[-1].endswith("(1 problem)")
+        assert bad in err.splitlines()[-1]
+    for words in (["train", "--out", run_folder, *training], ["prepare", *options], check):
+        code, out, err = run(capsys, *words, "--json")
+        assert (code, [problem["path"] for problem in json.loads(out)["problems"]]) == (1, [bad]), words
+        assert bad in err.splitlines()[-1]
+    assert len(json.loads((run_folder / "split.json").read_text())["train"]) == 24
+    good = tmp_path / corpus.table["path"][0]
+    code, out, _ = run(capsys, "predict", run_folder, tmp_path / bad, good, "--json")
+    assert (code, [row["path"] for row in json.loads(out)["predictions"]]) == (1, [str(good)])
+    code, out, err = run(capsys, "predict", run_folder, tmp_path / bad, good, "--strict")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert bad in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            "RANK=1 and WORLD_SIZE=2 are set, as by torchrun, but MASTER_ADDR, MASTER_PORT are not; unset them, "
+            "or start with torchrun",
+        ),
+        ({"RANK": "0"}, "RANK=0 is set, as by torchrun, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "but RANK is not"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "a rank is from 0"),
+    ],
+)
+def test_what_torchrun_sets_is_there_as_a_whole_or_not_at_all(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = run(capsys, "train", "--out", "/nowhere/run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    with pytest.raises(ValueError, match=message.split(";")[0]), process_group("cpu"):
+        pass
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

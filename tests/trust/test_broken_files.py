@@ -119,12 +119,13 @@ def of_presets(folder: Path, rng: np.random.Generator) -> list[Reading]:
 
 
 def of_campaign(folder: Path, rng: np.random.Generator) -> list[Reading]:
+    columns = [column.name for column in fields(Planned)]
     with (folder / "plan.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Planned._fields)
+        writer.writerow(columns)
         for seed in ("1", "2"):
             values = {"name": "at-2", "seed": seed, "layer": "2", "run": f"run-{seed}"}
-            writer.writerow([values.get(name, "") for name in Planned._fields])
+            writer.writerow([values.get(name, "") for name in columns])
     (folder / "campaign.yaml").write_text(CAMPAIGN)
     return [Reading(folder / name, lambda: RunsFolder.read(folder).requested) for name in ("plan.csv", "campaign.yaml")]
 

@@ -1,11 +1,14 @@
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qat.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
@@ -118,6 +121,69 @@ def test_a_state_that_lacks_a_part_is_refused() -> None:
     del tensors["1.exp_avg_sq"]
     with pytest.raises(ValueError, match=r"1\.exp_avg_sq is missing"):
         load_optimizer(optimizer, tensors)
+
+
+def test_a_state_that_lacks_a_parameter_is_refused() -> None:
+    """Adam would begin with it anew, in silence; a state of none of them is that of a training that has not begun."""
+    parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    optimizer = torch.optim.Adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer)
+    for number in range(3):
+        some = {name: value for name, value in tensors.items() if not name.startswith(f"{number}.")}
+        with pytest.raises(ValueError, match=rf"state of the optimiser: {number}\.exp_avg is missing"):
+            load_optimizer(optimizer, some)
+    load_optimizer(optimizer, {})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("field", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_is_not_finite_is_refused(field: str, value: float, rng: np.random.Generator) -> None:
+    """But the square of a large gradient is infinite without harm."""
+    optimizer, tensors = adam_state(100)
+    tensors[f"0.{field}"].view(-1)[rng.integers(tensors[f"0.{field}"].numel())] = value
+    if (field, value) == ("exp_avg_sq", torch.inf):
+        load_optimizer(optimizer, tensors)
+        return
+    with pytest.raises(ValueError, match=rf"state of the optimiser: 0\.{field} is not finite"):
+        load_optimizer(optimizer, tensors)
+
+
+def test_weights_that_are_not_finite_or_of_another_type_are_refused(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 2)
+    for bad, message in (
+        (torch.tensor([1.0, torch.nan]), r"m\.safetensors: bias is not finite"),
+        (torch.tensor([1, 2]), r"m\.safetensors: bias is torch\.int64, this network's is torch\.float32"),
+    ):
+        save_checkpoint(tmp_path / "m.safetensors", {"weight": net.weight, "bias": bad}, {"kind": "rhemo"})
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "m.safetensors", "rhemo").load_into(net)
+
+
+def test_one_bit_of_a_weight_or_of_the_record_is_noticed(tmp_path: Path, rng: np.random.Generator) -> None:
+    file = tmp_path / "m.safetensors"
+    tensors = {"a": torch.rand(40), "b": torch.rand(3, 4).to(torch.bfloat16), "c": torch.tensor(7), "d": torch.ones(0)}
+    record = {"kind": "rhemo", "normalisation": {"maximum": 0.4321}}
+    save_checkpoint(file, tensors, record)
+    whole = file.read_bytes()
+    weights = len(whole) - sum(tensor.nbytes for tensor in tensors.values())
+    places = [*rng.integers(weights, len(whole), 8), whole.index(b"4321") + 2]
+    for place in places:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"m\.safetensors: not a readable safetensors file: its checksum is wrong"):
+            load_checkpoint(file, "rhemo")
+    file.write_bytes(whole)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    for changed in ({"e": torch.ones(1)}, {"a": tensors["a"].view(4, 10)}, {"c": torch.tensor(7, dtype=torch.int32)}):
+        save_file(tensors | changed, file, metadata=metadata)
+        with pytest.raises(ValueError, match="its checksum is wrong"):
+            load_checkpoint(file, "rhemo")
+    save_file(tensors, file, metadata={"record": json.dumps(record)})  # as versions without checksums wrote it
+    loaded = load_checkpoint(file, "rhemo").tensors
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
 def test_a_full_disk_is_one_error_with_the_file(tmp_path: Path) -> None:

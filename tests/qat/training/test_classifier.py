@@ -98,13 +98,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert not (tmp_path / "broken/result.json").exists()
     with pytest.raises(ValueError, match="holds an interrupted run"):
         train_classifier(experiment, tmp_path / "broken", quiet=True)
-    with pytest.raises(ValueError, match=r"holds a run with training\.lr 0\.001, and this one has 0\.0001"):
-        train_classifier(trained(experiment, lr=1e-4), tmp_path / "broken", resume=True, quiet=True)
+    with pytest.raises(ValueError, match=r"holds a run with training\.lr 0\.001, and this one has 0\.01"):
+        train_classifier(trained(experiment, lr=1e-2), tmp_path / "broken", resume=True, quiet=True)
     settings = (tmp_path / "broken/experiment.yaml").read_text()
     assert yaml.safe_load(settings) == to_plain(experiment)
     (tmp_path / "broken/experiment.yaml").unlink()
     with pytest.raises(ValueError, match=r"last\.safetensors: state of another experiment"):
-        train_classifier(trained(experiment, lr=1e-4), tmp_path / "broken", resume=True, quiet=True)
+        train_classifier(trained(experiment, seed=7), tmp_path / "broken", resume=True, quiet=True)
     (tmp_path / "broken/experiment.yaml").write_text(settings)
     train_classifier(experiment, tmp_path / "broken", resume=True, quiet=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
