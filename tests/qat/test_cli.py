@@ -157,7 +157,7 @@ def test_interruption_is_told_and_has_its_own_exit_code(
     monkeypatch.setattr(*action, interrupted)
     code, _, err = run(capsys, *words)
     assert code == 130
-    assert "goes on" in err
+    assert "continues" in err
     assert ("--resume" in err) == resumes
 
 
