@@ -7,9 +7,11 @@ which one line on stderr names; 130 interrupted, by Ctrl-C, SIGTERM or SIGHUP.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,14 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     name, leaf = options.subcommand, options[options.subcommand]
     while "subcommand" in leaf:
         name, leaf = f"{name} {leaf.subcommand}", leaf[leaf.subcommand]
+    again = "the same command with --resume" if "resume" in leaf else "the same command"
     try:
         with _termination_as_interruption():
             options = parser.instantiate(options)
             for word in name.split():
                 options = options[word]
             result = actions[name](options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return _fail(name, error, 2)
+    except OSError as error:
+        return _fail(name, f"{error}{_advice(error, again)}", 2)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -48,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(name, error, 1)
     except KeyboardInterrupt:
-        again = "the same command with --resume" if "resume" in leaf else "the same command"
         return _fail(name, f"interrupted; what is finished is kept, and {again} goes on", 130)
     if int(os.environ.get("RANK", 0)) == 0:
         show(result, options.json)
@@ -95,6 +99,19 @@ def _termination_as_interruption() -> Iterator[None]:
     finally:
         for number in heard:
             signal.signal(number, former[number])
+
+
+def _advice(error: OSError, again: str) -> str:
+    """What to do about an error of the system; `again` is what goes on afterwards."""
+    written = re.search(r"\(os error (\d+)\)", str(error))  # by a library in Rust
+    number = int(written[1]) if written else error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"; make room there, then {again} goes on"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "; change its permissions, or name another folder"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "; allow more open files, such as `ulimit -n 1024`"
+    return ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
