@@ -78,6 +78,8 @@ def test_an_answer_that_is_no_class_is_wrong() -> None:
 def test_unweighted_accuracy_is_over_the_classes_that_occur() -> None:
     logits = torch.eye(3)[[0, 0, 1]]
     assert classification_metrics(logits, torch.tensor([0, 0, 0]), list("abc"))["uar"] == pytest.approx(2 / 3)
+    logits = torch.eye(3)[[0, 0, 1, 1]]  # of the second class one sample alone, which is answered right
+    assert classification_metrics(logits, torch.tensor([0, 0, 0, 1]), list("abc"))["uar"] == pytest.approx(5 / 6)
 
 
 def test_presence_metrics_agree_with_scikit_learn() -> None:
