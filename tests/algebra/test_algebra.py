@@ -103,10 +103,13 @@ def test_expanded_weight_multiplies_and_contracts(groups: int) -> None:
     assert torch.equal(plain, real)
     assert torch.equal(algebra.expand_weight(w[..., None], groups), real[..., None])
     assert torch.equal(algebra.real_weight(w[..., None], groups), real[..., None])
-    w.requires_grad_()
+    half = random(*real.shape, dtype=torch.float32).to(torch.bfloat16)  # summed in float32, and rounded once
+    assert torch.equal(algebra.contract_weight(half, groups), algebra.contract_weight(half.double(), groups).bfloat16())
+    assert algebra.contract_weight(half.to("meta"), groups).device.type == "meta"
     if groups == 1:
         assert torch.equal(algebra.expand_weight(w), real)
         assert torch.equal(algebra.real_weight(w), real)
         assert torch.equal(algebra.contract_weight(gradient), algebra.contract_weight(gradient, groups))
+    w.requires_grad_()
     (by_autograd,) = torch.autograd.grad(algebra.real_weight(w, groups), w, gradient)
     torch.testing.assert_close(by_autograd, algebra.contract_weight(gradient, groups))
