@@ -7,8 +7,10 @@ machine, with one line on stderr; 130: interrupted, by Ctrl-C, SIGTERM or SIGHUP
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
+import re
 import signal
 import sys
 import threading
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, leaf = options.subcommand, options[options.subcommand]
     while "subcommand" in leaf:
         name, leaf = f"{name} {leaf.subcommand}", leaf[leaf.subcommand]
+    again = "the same command with --resume" if "resume" in leaf else "the same command"
     try:
         leads = torchrun.leads()
         with _termination_as_interruption():
@@ -43,8 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
             for word in name.split():
                 options = options[word]
             result = actions[name](options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return _fail(name, error, 2)
+    except OSError as error:
+        return _fail(name, f"{error}{_advice(error, again)}", 2)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -52,7 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(name, error, 1)
     except KeyboardInterrupt:
-        again = "the same command with --resume" if "resume" in leaf else "the same command"
         return _fail(name, f"interrupted; finished work is kept, and {again} continues", 130)
     if leads:
         show(result, options.json)
@@ -102,6 +106,19 @@ def _termination_as_interruption() -> Iterator[None]:
     finally:
         for number in heard:
             signal.signal(number, former[number])
+
+
+def _advice(error: OSError, again: str) -> str:
+    """What to do about an error of the system; `again` is the command that continues."""
+    written = re.search(r"\(os error (\d+)\)", str(error))  # as libraries in Rust write it
+    number = int(written[1]) if written else error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"; make room there, then {again} continues"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "; change its permissions, or name another folder"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "; allow more open files, such as `ulimit -n 1024`"
+    return ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

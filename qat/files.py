@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
     _remove_drafts(path)
     draft = _draft(path)
     try:
-        with _naming(path):
+        with naming(path):
             yield draft
             with draft.open("rb") as written:
                 os.fsync(written.fileno())  # else a crash of the machine may leave the new name with an empty file
@@ -81,7 +81,7 @@ def _remove_drafts(path: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Errors of the system that name no file, such as that of a full disk, name ``path``."""
     try:
         yield
@@ -282,7 +282,7 @@ def make_once(target: Path, make: Callable[[Path], None], is_made: Callable[[Pat
         draft = _draft(target)
         draft.mkdir()
         try:
-            with _naming(target):
+            with naming(target):
                 make(draft)
                 try:
                     draft.rename(target)

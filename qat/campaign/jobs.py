@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import traceback
@@ -34,7 +35,7 @@ import torch
 from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import AnyExperiment, RHEmoExperiment
-from qat.files import LOCK, Busy, held, holder, read_json, write_text
+from qat.files import LOCK, Busy, held, holder, naming, read_json, write_text
 from qat.memory import keep_freed_memory
 from qat.processes import GROUP_SIGNALS, bar
 from qat.training.checkpoint import check_run
@@ -52,6 +53,9 @@ _ASK_SLURM = 30.0
 _LAST_BREATH = 1.0
 """Seconds from the death of a training's process until it counts as failed. A job that is being killed itself dies
 sooner, so that its trainings do not count as failed."""
+
+_LONGEST_FOLDER = 70
+"""Bytes of a temporary folder's name in which a socket may lie: with its own name it has at most 107."""
 
 _REQUEUES = 10
 """Maximum number of times that a job is requeued after reaching its time limit."""
@@ -252,7 +256,7 @@ class _Driver:
         self.last_query = time.monotonic()
         # Jobs on this machine end with this process, not by Ctrl-C. The output of sbatch is hidden: an error repeats
         # it. If this process is a Slurm job itself, its variables must not set memory or cores of the new jobs.
-        with _blocked(), redirect_stderr(io.StringIO()), clean_env():
+        with _blocked(), redirect_stderr(io.StringIO()), clean_env(), naming(self.logs):
             os.environ.update(settings)
             jobs = self.executor.submit_array([self.slots[n] for n in chosen])
         for n, job in zip(chosen, jobs, strict=True):
@@ -383,6 +387,8 @@ class _Job:
     def __call__(self) -> None:
         if self.gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
+        if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOLDER:
+            tempfile.tempdir = "/tmp"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         resource_tracker.ensure_running()  # first, since starting it unblocks SIGTERM for processes started afterwards

@@ -32,7 +32,7 @@ def add_demo(commands: Commands) -> None:
 def add_study(commands: Commands) -> None:
     text = (
         "Does anti-transfer help, where and why: many settings and seeds on a small corpus, in hours on two cores. The "
-        "same command goes on where it was stopped."
+        "same command continues where it stopped."
     )
     _add_study(commands, "study", text)
 
@@ -86,7 +86,7 @@ def add_sweep(commands: Commands) -> None:
     )
     parser = commands.add("sweep", run_sweep, text)
     parser.add_argument("plan", type=Path, help="YAML file of settings and of what varies")
-    parser.add_argument("--out", type=Path, required=True, help="folder for all runs; the same again goes on with them")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all runs; run again to continue them")
     _add_engine_arguments(parser)
 
 
@@ -104,7 +104,7 @@ def add_grid(commands: Commands) -> None:
         "trained again."
     )
     parser = commands.add("grid", run_grid, text)
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; the same again goes on with it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything; run again to continue")
     parser.add_argument("--preset", type=str, default="paper", help=PRESETS)
     parser.add_class_arguments(Selection)
     _add_settings_arguments(parser, "corpora/NAME")

@@ -43,7 +43,7 @@ def _rows(name: str, value: Any) -> list[dict[str, Any]]:
     if name == "parts":
         names = dict.fromkeys(n for metrics in value.values() for n in metrics if n != "confusion")
         return [{"": n} | {part: metrics.get(n) for part, metrics in value.items()} for n in names]
-    if name in ("problems", "remarks"):
+    if name in ("problems", "remarks") and all("path" in row for row in value):
         return grouped(value)
     if name == "summary":
         value = value[list(SUMMARY)].dropna(subset="accuracy").dropna(axis=1, how="all")

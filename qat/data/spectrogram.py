@@ -115,7 +115,11 @@ class Normalisation:
 
     @classmethod
     def fit(
-        cls, kind: Literal["max", "standard", "log"], magnitudes: NDArray[np.float32], rows: Sequence[int]
+        cls,
+        kind: Literal["max", "standard", "log"],
+        magnitudes: NDArray[np.float32],
+        rows: Sequence[int],
+        paths: Sequence[str] | None = None,
     ) -> "Normalisation":
         """The normalisation with the statistics of some rows.
 
@@ -123,9 +127,10 @@ class Normalisation:
             kind: "max", "standard" or "log".
             magnitudes: spectrograms `[n, frames, bins]`, possibly memory-mapped.
             rows: numbers of the training rows.
+            paths: file of every spectrogram, for the error.
 
         Raises:
-            ValueError: no rows, or constant data.
+            ValueError: no rows, constant data, or a spectrogram that is not finite.
         """
         if not len(rows):
             raise ValueError("rows is empty: normalisation needs at least one training spectrogram")
@@ -133,6 +138,11 @@ class Normalisation:
         order = np.sort(np.asarray(rows))
         for block in np.array_split(order, -(-len(order) // 64)):
             values = np.asarray(magnitudes[block])
+            if not (finite := np.isfinite(values).all((1, 2))).all():
+                bad = int(block[~finite][0])
+                raise ValueError(
+                    f"the spectrogram of {paths[bad] if paths is not None else f'row {bad}'} is not finite"
+                )
             maximum = max(maximum, float(values.max()))
             total += float(values.sum(dtype=np.float64))
             squares += float(np.square(values, dtype=np.float64).sum())

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qat.config import AnyExperiment, CorpusConfig, Experiment, SplitConfig
+from qat.config import AnyExperiment, CorpusConfig, Experiment, SplitConfig, prefix_errors
 from qat.data import corpora, splits
 from qat.data.manifest import Manifest
 from qat.data.rows import Rows
@@ -160,7 +160,9 @@ def load_data(
     if trained is None:
         parts = divide(store.index, experiment.split, manifest.name)
         kind = normalisation_kind(experiment)
-        fitted = Normalisation.fit(kind, store.magnitudes, parts["train"])  # type: ignore[arg-type]
+        with prefix_errors(store.folder):
+            paths = store.index["path"].tolist()
+            fitted = Normalisation.fit(kind, store.magnitudes, parts["train"], paths)  # type: ignore[arg-type]
     else:
         parts = _recorded_parts(store.index, trained)
         fitted = trained.normalisation

@@ -30,6 +30,8 @@ def test_structure_tensor_is_the_hamilton_product() -> None:
     w, x = random(4), random(4)
     y = torch.einsum("abc,b,c->a", algebra.structure_tensor(), w, x)
     torch.testing.assert_close(y, product(w, x))
+    assert algebra.structure_tensor(torch.float16, "meta").device.type == "meta"
+    assert algebra.structure_tensor(torch.float16).dtype == torch.float16
 
 
 def test_product_is_associative_and_multiplies_norms() -> None:
@@ -45,6 +47,7 @@ def test_product_is_associative_and_multiplies_norms() -> None:
 def test_eight_products_are_the_structure_tensor() -> None:
     a, b, c = algebra.eight_products()
     assert torch.equal(torch.einsum("am,mb,mc->abc", c, a, b), algebra.structure_tensor())
+    assert a.dtype == b.dtype == c.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -96,3 +99,17 @@ def test_expanded_weight_multiplies_and_contracts(groups: int) -> None:
     torch.testing.assert_close(y, expected.reshape(groups, -1))
     gradient = random(*real.shape)
     torch.testing.assert_close((real * gradient).sum(), (w * algebra.contract_weight(gradient, groups)).sum())
+    plain = algebra.real_weight(w, groups)
+    assert torch.equal(plain, real)
+    assert torch.equal(algebra.expand_weight(w[..., None], groups), real[..., None])
+    assert torch.equal(algebra.real_weight(w[..., None], groups), real[..., None])
+    half = random(*real.shape, dtype=torch.float32).to(torch.bfloat16)  # summed in float32, and rounded once
+    assert torch.equal(algebra.contract_weight(half, groups), algebra.contract_weight(half.double(), groups).bfloat16())
+    assert algebra.contract_weight(half.to("meta"), groups).device.type == "meta"
+    if groups == 1:
+        assert torch.equal(algebra.expand_weight(w), real)
+        assert torch.equal(algebra.real_weight(w), real)
+        assert torch.equal(algebra.contract_weight(gradient), algebra.contract_weight(gradient, groups))
+    w.requires_grad_()
+    (by_autograd,) = torch.autograd.grad(algebra.real_weight(w, groups), w, gradient)
+    torch.testing.assert_close(by_autograd, algebra.contract_weight(gradient, groups))

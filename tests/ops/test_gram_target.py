@@ -412,3 +412,17 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
         net(x, frozen, loss).backward()
         for gradient, parameter in zip(actual, net.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_samples_of_a_target_are_selected_in_one_graph() -> None:
+    torch._dynamo.reset()
+    trained, target = torch.rand(3, 4, 8), gram_target(torch.rand(5, 4, 8))
+    index = torch.tensor([4, 0, 4])
+    compiled = torch.compile(lambda x, i: anti_transfer_loss(x, target.of(i)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(trained, index), anti_transfer_loss(trained, target.of(index)))
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0, 5]), torch.tensor([-1]), torch.tensor([2**40])], ids=str)
+def test_samples_that_a_target_does_not_have_are_refused(index: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"index must hold numbers of the 5 samples, from 0; got \["):
+        gram_target(torch.rand(5, 4, 8)).of(index)

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import signal
@@ -157,7 +158,7 @@ def test_interruption_is_told_and_has_its_own_exit_code(
     monkeypatch.setattr(*action, interrupted)
     code, _, err = run(capsys, *words)
     assert code == 130
-    assert "goes on" in err
+    assert "continues" in err
     assert ("--resume" in err) == resumes
 
 
@@ -176,6 +177,31 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr(train, "run_train", Mock(side_effect=error))
     code, _, err = run(capsys, "train", "--out", "x")
     assert (code, err) == (2, f"qat train: not enough memory for these settings ({error})\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a"),
+            "; make room there, then the same command with --resume",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), "; make room there, then the same command with --resume"),
+        (OSError("a: cannot be written (I/O error: No space left on device (os error 28))"), "; make room there, then"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "; change its permissions, or name another folder"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "; allow more open files, such as `ulimit -n 1024`"),
+        (ChildProcessError("a worker process died"), "died"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_that_says_what_to_do(
+    error: OSError, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run_train", Mock(side_effect=error))
+    code, _, err = run(capsys, "train", "--out", "x")
+    assert code == 2
+    assert err.startswith(f"qat train: {error}")
+    assert advice in err
+    assert err.count("\n") == 1
 
 
 def test_other_errors_of_the_program_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,11 @@ def test_many_problems_leave_the_terminal_readable(capsys: pytest.CaptureFixture
     assert len(capsys.readouterr().out.splitlines()) < 12
 
 
+def test_problems_of_trainings_are_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"problems": [{"training": "base, seed 1", "run": "runs/ab", "problem": "busy"}]}, False)
+    assert "base, seed 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["song [take 1].wav", "[bold]{x}[/].wav", "old[/x] :smile:.wav", "línea \u4e2d.wav"])
 def test_the_users_text_is_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Square brackets are markup in rich, colons emoji, braces fields in str.format."""

@@ -24,7 +24,8 @@ _IMPORTED = ["qat.training.classifier", "qat.training.rhemo", "qat.report.report
 _IMPORTED += ["torch.utils.tensorboard", "submitit", "joblib.externals.loky", __name__]
 """What takes seconds to import, and is imported once for all processes."""
 
-_TIMES = ("seconds", "seconds_per_epoch", "peak_memory")
+_OF_ONE_RUN = ("seconds", "seconds_per_epoch", "peak_memory", "command")
+"""Of `result.json`: times, memory, and the command, which in a campaign names a job's log."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _main(words: tuple[str, ...], log: Path, limits: dict[int, int]) -> None:
     os.dup2(number, 1)
     os.dup2(number, 2)
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes that it starts
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing too much is an error
     for name, value in limits.items():
         resource.setrlimit(name, (value, resource.getrlimit(name)[1]))
     sys.exit(cli.main(list(words)))
@@ -120,7 +122,7 @@ def _content(path: Path) -> bytes:
     """The bytes of a file, without the times in it."""
     if path.name == "result.json":
         result = json.loads(path.read_text())
-        return json.dumps({key: value for key, value in result.items() if key not in _TIMES}).encode()
+        return json.dumps({key: value for key, value in result.items() if key not in _OF_ONE_RUN}).encode()
     if path.name == "metrics.csv":
         with path.open() as file:
             return repr([{**row, "seconds": ""} for row in csv.DictReader(file)]).encode()

@@ -164,6 +164,11 @@ def test_kinds_of_normalisation(rng: np.random.Generator) -> None:
 def test_normalisation_refuses_what_has_no_scale(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="rows is empty"):
         Normalisation.fit("max", spectrograms(rng, 1), [])
+    broken = spectrograms(rng, 70)
+    broken[66, 3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"the spectrogram of 66\.wav is not finite"):
+        Normalisation.fit("max", broken, range(70), [f"{n}.wav" for n in range(70)])
+    Normalisation.fit("max", broken, range(66))
     with pytest.raises(ValueError, match="training data is constant"):
         Normalisation.fit("max", np.zeros((2, 501, 129), np.float32), [0, 1])
     with pytest.raises(ValueError, match="kind='minmax' must be one of"):

@@ -10,6 +10,7 @@ from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, SpeechClassifier, tap_name
 from qat.models.vgg import POOL_AFTER
 from qat.training.objectives import RHEmoObjective
+from qkernels.functional import PackedWeight
 
 TABLE = {  # method, table 1.3 and item 9.24
     ("quaternion", False): {4: 9_998_020, 5: 10_002_117, 7: 10_010_311, 8: 10_014_408, 1000: 14_078_632},
@@ -141,7 +142,7 @@ class Packs:
         net._layers = replace(net._layers, packed=self.packed, run=self.run, run_hidden=self.run_hidden)
 
     def packed(self, modules: Any, maps: Any, x: torch.Tensor) -> Any:
-        self.made.append([object() for _ in modules])
+        self.made.append([PackedWeight(object(), object(), "") for _ in modules])
         return self.made[-1]
 
     def run(

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, recall_score
 
-from qat.training.metrics import classification_metrics, presence_metrics
+from qat.training.metrics import classification_metrics, metrics_for, presence_metrics, probabilities
 from qat.training.stopping import best_epoch, should_stop
 
 
@@ -77,6 +78,8 @@ def test_an_answer_that_is_no_class_is_wrong() -> None:
 def test_unweighted_accuracy_is_over_the_classes_that_occur() -> None:
     logits = torch.eye(3)[[0, 0, 1]]
     assert classification_metrics(logits, torch.tensor([0, 0, 0]), list("abc"))["uar"] == pytest.approx(2 / 3)
+    logits = torch.eye(3)[[0, 0, 1, 1]]  # of the second class one sample alone, which is answered right
+    assert classification_metrics(logits, torch.tensor([0, 0, 0, 1]), list("abc"))["uar"] == pytest.approx(5 / 6)
 
 
 def test_presence_metrics_agree_with_scikit_learn() -> None:
@@ -90,6 +93,30 @@ def test_presence_metrics_agree_with_scikit_learn() -> None:
         average_precision_score(truth, logits, average="macro"), rel=1e-4
     )
     assert metrics["macro_f1"] == pytest.approx(f1_score(truth, logits > 0, average="macro"), rel=1e-4)
+    assert metrics["samples"] == 50
+
+
+@pytest.mark.parametrize("accuracy", ["samples", "batches"])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_an_experiments_metrics_are_those_of_its_task(multi_label: bool, accuracy: str) -> None:
+    experiment: Any = SimpleNamespace(multi_label=multi_label, training=SimpleNamespace(batch=4, accuracy=accuracy))
+    logits, classes, batch = torch.randn(9, 3), list("abc"), 4 if accuracy == "batches" else None
+    if multi_label:
+        targets = (torch.randn(9, 3) > 0).float()
+        targets[0], targets[1] = 1, 0
+        expected, shares = presence_metrics(logits, targets, classes, batch), torch.sigmoid(logits)
+    else:
+        targets = torch.randint(3, (9,))
+        expected, shares = classification_metrics(logits, targets, classes, batch), torch.softmax(logits, 1)
+    assert metrics_for(experiment, classes)(logits, targets) == expected
+    assert torch.equal(probabilities(logits, experiment), shares)
+
+
+def test_a_logit_of_zero_is_a_no() -> None:
+    """At probability 0.5, of which torchmetrics says no too."""
+    metrics = presence_metrics(torch.zeros(2, 2), torch.tensor([[0, 1], [1, 0]]), list("ab"))
+    assert metrics["accuracy"] == 0.5
+    assert presence_metrics(torch.zeros(2, 2), torch.zeros(2, 2), list("ab"))["accuracy"] == 1
 
 
 def test_labels_that_do_not_occur_have_no_precision(recwarn: pytest.WarningsRecorder) -> None:
