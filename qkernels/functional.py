@@ -13,7 +13,7 @@ from torch import Tensor
 from qkernels import checks, runtime
 from qkernels.checks import Pair
 from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
-from qkernels.ops._library import compute_dtype, plain
+from qkernels.ops._library import compute_dtype, direct, eager, plain
 from qkernels.ops.aggregation import similarity
 from qkernels.ops.folded_rowwise import op as folded_op
 from qkernels.ops.folded_rowwise import reference as folded_reference
@@ -159,7 +159,9 @@ def hamilton_conv2d(
         y = y.relu() if relu else y
     else:
         layer = (window, relu, 0.0, x_is_relu, mask_gradient or bool(pool), x.dtype)
-        y = _own(conv_op.hamilton_conv2d, algorithm)(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
+        y = _own(conv_op.hamilton_conv2d, algorithm, x, weight, bias)(
+            x, weight, bias, tiles, tickets, None, *layer, *computed_by
+        )
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
@@ -223,7 +225,7 @@ def hamilton_conv_transpose2d(
         )
     window = (*stride, *padding, *dilation, groups)
     tiles, tickets = _packed(None, x, weight, backend, algorithm)
-    return _own(conv_op.hamilton_conv2d_dx, algorithm)(
+    return _own(conv_op.hamilton_conv2d_dx, algorithm, x, weight, bias)(
         x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, algorithm
     )
 
@@ -302,7 +304,7 @@ def hamilton_linear(
             y = y.relu() if relu else y
         else:
             mask_gradient = mask_gradient or dropout > 0
-            y = _own(linear_op.hamilton_linear, algorithm)(
+            y = _own(linear_op.hamilton_linear, algorithm, x, weight, bias)(
                 rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm
             )
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
@@ -665,9 +667,11 @@ def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
         return function(a.to(dtype), b.to(dtype), *args)
 
 
-def _own(operator: Any, algorithm: str) -> Any:
-    """A layer's operator, or what it consists of for the algorithm "real", which is planned where that is needed."""
-    return plain(operator) if algorithm == "real" else operator
+def _own(operator: Any, algorithm: str, *operands: Tensor | None) -> Any:
+    """A layer's operator as its operands need it: for the algorithm "real", what it consists of."""
+    if algorithm == "real":
+        return plain(operator)
+    return direct(operator) if eager(*operands) else operator
 
 
 def _operands_of_layer(

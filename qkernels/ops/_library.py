@@ -73,12 +73,43 @@ def define(
         )
         register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
         _bodies[operator] = function
+        _direct[operator] = type(
+            name,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(lambda ctx, *args: _computed(ctx, forward, setup_context, args)),
+                "backward": staticmethod(gradients),
+            },
+        )
         return operator
 
     return decorate
 
 
 _bodies: dict[Any, Callable[..., Any]] = {}
+_direct: dict[Any, Any] = {}
+
+
+def _computed(ctx: Any, forward: Callable[..., Any], save: Callable[..., None], args: tuple[Any, ...]) -> Any:
+    results = forward(*args)
+    save(ctx, args, results)
+    return results
+
+
+def direct(operator: Any) -> Callable[..., Any]:
+    """An operator without PyTorch's dispatcher, which takes as long as a small layer: for tensors that are `eager`."""
+    function: Callable[..., Any] = _direct[operator].apply
+    return function
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd needs to see an operator of these: they are on the CPU, and nobody traces them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return False
+    return all(x is None or (type(x) in _PLAIN and x.is_cpu) for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain(operator: Any) -> Callable[..., Any]:

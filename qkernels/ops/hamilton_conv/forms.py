@@ -6,6 +6,7 @@ Of "real" there are only a layer's own two, of operators that can be differentia
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ from qkernels.ops.hamilton_conv.reference import transposed_output_size
 Ints = Sequence[int]
 
 
+def layout_of(x: Tensor, groups: int, form: str) -> torch.memory_format:
+    """The memory format of a product's map: x's own, unless its channels are sorted first."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if nhwc and groups == 1 and form != "q8" else torch.contiguous_format
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: str) -> Tensor:
     """y = weight (x) x + bias."""
     stride, padding, dilation, groups = _geometry(window)
@@ -26,7 +33,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: 
         real = (algebra.expand_weight if form == "dense" else algebra.real_weight)(weight, groups)
         real_bias = None if bias is None else _group_first(bias[None], groups)[0]
         y = F.conv2d(_group_first(x, groups), real, real_bias, stride, padding, dilation, groups)
-        return _component_first(y, groups)
+        return _component_first(y, groups).contiguous(memory_format=layout_of(x, groups, form))
     products = algebra.weight_products(weight).flatten(0, 1)
     inputs = _products(algebra.input_products, x)
     z = F.conv2d(inputs, products, None, stride, padding, dilation, 8 * groups)
@@ -41,7 +48,7 @@ def data_gradient(dy: Tensor, weight: Tensor, size: Ints, window: Ints, form: st
     if form == "dense":
         real, shape = algebra.expand_weight(weight, groups), (batch, channels, *size)
         dx = conv2d_input(shape, real, _group_first(dy, groups), stride, padding, dilation, groups)
-        return _component_first(dx, groups)
+        return _component_first(dx, groups).contiguous(memory_format=layout_of(dy, groups, form))
     if form == "real":
         real = algebra.real_weight(weight, groups)
         natural = transposed_output_size(dy.shape[2:], weight.shape[3:], stride, padding, dilation, (0, 0))
@@ -65,6 +72,69 @@ def weight_gradient(dy: Tensor, x: Tensor, kernel_size: Ints, window: Ints, form
     inputs, outputs = _products(algebra.input_products, x), _products(algebra.output_products, dy)
     z = conv2d_weight(inputs, (8 * p, q, *kernel_size), outputs, stride, padding, dilation, 8 * groups)
     return algebra.weight_from_products(z.unflatten(0, (8, -1))).to(x.dtype)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    size: Ints,
+    kernel_size: Ints,
+    window: Ints,
+    wanted: Sequence[bool],
+    form: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dw and db, as far as they are wanted: of the gradient by y, and the operands that these need."""
+    need_x, need_weight, need_bias = wanted
+    if not (need_x or need_weight):
+        return None, None, dy.sum((0, 2, 3)) if need_bias else None
+    p, batch, groups = dy.shape[1] // 4, dy.shape[0], window[6]
+    q = weight.shape[2] if weight is not None else x.shape[1] // (4 * groups)  # type: ignore[union-attr]
+    if form == "dense":
+        outputs, inputs, real = _group_first(dy, groups), None if x is None else _group_first(x, groups), None
+        if need_x:
+            assert weight is not None
+            real = algebra.expand_weight(weight, groups)
+        dx, dreal, db = _convolution_backward(
+            outputs, inputs, real, (batch, 4 * q * groups, *size), (4 * p, 4 * q, *kernel_size), window, groups, wanted
+        )
+        dx = _component_first(dx, groups) if need_x else None
+        dw = algebra.contract_weight(dreal, groups) if need_weight else None
+        return dx, dw, _component_first(db[None], groups)[0] if need_bias else None
+    outputs, inputs, products = _products(algebra.output_products, dy), None, None
+    if need_weight:
+        assert x is not None
+        inputs = _products(algebra.input_products, x)
+    if need_x:
+        assert weight is not None
+        products = algebra.weight_products(weight).flatten(0, 1)
+    shapes = (batch, 8 * q * groups, *size), (8 * p, q, *kernel_size)
+    zx, zw, _ = _convolution_backward(
+        outputs, inputs, products, *shapes, window, 8 * groups, (need_x, need_weight, False)
+    )
+    dx = algebra.input_from_products(zx.unflatten(1, (8, -1))).flatten(1, 2).to(dy.dtype) if need_x else None
+    dw = algebra.weight_from_products(zw.unflatten(0, (8, -1))).to(dy.dtype) if need_weight else None
+    return dx, dw, dy.sum((0, 2, 3)) if need_bias else None
+
+
+def _convolution_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    x_shape: Ints,
+    weight_shape: Ints,
+    window: Ints,
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Any, Any, Any]:
+    """A real convolution's gradients by x, weight and bias in one call; an operand that they do not need may lack."""
+    x = dy.new_empty(1).expand(x_shape) if x is None else x
+    weight = dy.new_empty(1).expand(weight_shape) if weight is None else weight
+    stride, padding, dilation, _ = _geometry(window)
+    bias_shape = [dy.shape[1]]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        dy, x, weight, bias_shape, stride, padding, dilation, False, [0, 0], groups, wanted
+    )
 
 
 def max_pool(y: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
@@ -123,10 +193,14 @@ def _products(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _group_first(x: Tensor, groups: int) -> Tensor:
     """Channels (component, group, channel) to the (group, component, channel) of a real grouped convolution."""
+    if groups == 1:
+        return x
     parts: Tensor = x.unflatten(1, (4, groups, -1))
     return parts.transpose(1, 2).flatten(1, 3).contiguous()
 
 
 def _component_first(x: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return x
     parts: Tensor = x.unflatten(1, (groups, 4, -1))
     return parts.transpose(1, 2).flatten(1, 3).contiguous()

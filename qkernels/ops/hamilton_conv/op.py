@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import define, first_order_only, or_plain, refuse_second_derivative, relu_mask
+from qkernels.ops._library import define, eager, first_order_only, or_plain, refuse_second_derivative, relu_mask
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_conv.reference import conv_output_size
@@ -29,8 +29,14 @@ Ints = Sequence[int]
 Gradient = Tensor | None
 
 
-def _empty_map(like: Tensor, channels: int, size: Ints, backend: str, dtype: torch.dtype) -> Tensor:
-    layout = torch.contiguous_format if backend == "torch" else torch.channels_last
+def _empty_product(like: Tensor, channels: int, size: Ints, inputs: Any) -> Tensor:
+    plain = forms.layout_of(like, inputs.window[6], _plain_form(inputs.algorithm))
+    return _empty_map(like, channels, size, inputs.dtype, plain if inputs.backend == "torch" else torch.channels_last)
+
+
+def _empty_map(
+    like: Tensor, channels: int, size: Ints, dtype: torch.dtype, layout: torch.memory_format = torch.channels_last
+) -> Tensor:
     return torch.empty((like.shape[0], channels, *size), dtype=dtype, device=like.device, memory_format=layout)
 
 
@@ -129,10 +135,20 @@ def _layer_gradients(ctx: Any, saved: Sequence[Any], dy: Tensor, scale: float) -
     return dx, dw, db.to(ctx.bias_type) if need_bias else None
 
 
+def _joint_gradients(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Gradient, ...]:
+    """The same in plain PyTorch, where nobody will differentiate it: dy is read once, and so brought into the layout
+    that the library computes in.
+    """
+    x, weight, *_ = saved
+    wanted, form = ctx.needs_input_grad[:3], _plain_form(ctx.inputs.algorithm)
+    dx, dw, db = forms.gradients(dy, x, weight, ctx.size, ctx.kernel_size, ctx.inputs.window, wanted, form)
+    return relu_mask(dx, x) if ctx.inputs.x_is_relu and dx is not None else dx, dw, db
+
+
 def _conv_fake(inputs: Any) -> Tensor:
     x, weight = inputs.x, inputs.weight
     size = _output_size(x, weight, inputs.window)
-    return _empty_map(x, 4 * weight.shape[1], size, inputs.backend, inputs.dtype)
+    return _empty_product(x, 4 * weight.shape[1], size, inputs)
 
 
 def _conv_save(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -144,6 +160,8 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
     scale, backend = 1 / (1 - ctx.inputs.dropout), ctx.inputs.backend
     if backend == "torch":
         dy = relu_mask(dy, y)
+        if scale == 1 and not torch.is_grad_enabled() and eager(dy, *saved):
+            return _joint_gradients(ctx, saved, dy)
     elif y is not None:
         dy, scale = hamilton_conv2d_dy(dy, y, None, None, dy.shape[2:], scale, ctx.x_type, backend), 1.0
     else:  # once for both gradients
@@ -185,8 +203,8 @@ def hamilton_conv2d(
 def _pool_fake(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, channels, size = inputs.x, 4 * inputs.weight.shape[1], _output_size(inputs.x, inputs.weight, inputs.window)
     half = [length // 2 for length in size]
-    y = _empty_map(x, channels, size, "triton", x.dtype) if inputs.return_map else x.new_empty(0)
-    return _empty_map(x, channels, half, "triton", x.dtype), _empty_map(x, channels, half, "triton", torch.uint8), y
+    y = _empty_map(x, channels, size, x.dtype) if inputs.return_map else x.new_empty(0)
+    return _empty_map(x, channels, half, x.dtype), _empty_map(x, channels, half, torch.uint8), y
 
 
 def _pool_save(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -236,7 +254,7 @@ def hamilton_conv2d_pool(
 
 def _dy_fake(inputs: Any) -> Tensor:
     like = inputs.dpooled if inputs.dy is None else inputs.dy
-    return _empty_map(like, like.shape[1], inputs.size, "triton", inputs.dtype)
+    return _empty_map(like, like.shape[1], inputs.size, inputs.dtype)
 
 
 @define("hamilton_conv2d_dy", _dy_fake, **first_order_only(FUSED))
@@ -262,7 +280,7 @@ def hamilton_conv2d_dy(
 
 def _dx_fake(inputs: Any) -> Tensor:
     channels = 4 * inputs.weight.shape[2] * inputs.window[6]
-    return _empty_map(inputs.dy, channels, inputs.size, inputs.backend, inputs.dtype)
+    return _empty_product(inputs.dy, channels, inputs.size, inputs)
 
 
 def _dx_save(ctx: Any, inputs: Any, output: Tensor) -> None:
