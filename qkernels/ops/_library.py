@@ -48,8 +48,7 @@ def define(
             # The dispatcher leaves autocast on inside an operator: aten calls made here would be cast again.
             first = args[0] if isinstance(args[0], (list, tuple)) else args
             device = next(arg.device.type for arg in first if isinstance(arg, Tensor))
-            off = torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
-            with off:
+            with _without_autocast(device):
                 results = function(*args)
             return _owned(results) if isinstance(results, Tensor) else tuple(map(_owned, results))
 
@@ -63,6 +62,18 @@ def define(
             by_name = dict(zip(differentiable, backward(ctx, *incoming), strict=True))
             return tuple(by_name.get(key) for key in names)
 
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                results = forward(*args)
+                setup_context(ctx, args, results)
+                return results
+
+            @staticmethod
+            def backward(ctx: Any, *incoming: Any) -> Any:
+                with _without_autocast("cpu"):
+                    return gradients(ctx, *incoming)
+
         # Not by `torch.library.custom_op`, whose first call imports torch._dynamo (160 MB, a second), and each call of
         # which compares all results with all arguments for memory in common.
         _LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
@@ -73,14 +84,7 @@ def define(
         )
         register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
         _bodies[operator] = function
-        _direct[operator] = type(
-            name,
-            (torch.autograd.Function,),
-            {
-                "forward": staticmethod(lambda ctx, *args: _computed(ctx, forward, setup_context, args)),
-                "backward": staticmethod(gradients),
-            },
-        )
+        _direct[operator] = Direct
         return operator
 
     return decorate
@@ -90,10 +94,8 @@ _bodies: dict[Any, Callable[..., Any]] = {}
 _direct: dict[Any, Any] = {}
 
 
-def _computed(ctx: Any, forward: Callable[..., Any], save: Callable[..., None], args: tuple[Any, ...]) -> Any:
-    results = forward(*args)
-    save(ctx, args, results)
-    return results
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
 
 
 def direct(operator: Any) -> Callable[..., Any]:

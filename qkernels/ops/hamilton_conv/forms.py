@@ -33,7 +33,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: 
         real = (algebra.expand_weight if form == "dense" else algebra.real_weight)(weight, groups)
         real_bias = None if bias is None else _group_first(bias[None], groups)[0]
         y = F.conv2d(_group_first(x, groups), real, real_bias, stride, padding, dilation, groups)
-        return _component_first(y, groups).contiguous(memory_format=layout_of(x, groups, form))
+        y = _component_first(y, groups)
+        return y.contiguous(memory_format=layout_of(x, groups, form)) if form == "dense" else y
     products = algebra.weight_products(weight).flatten(0, 1)
     inputs = _products(algebra.input_products, x)
     z = F.conv2d(inputs, products, None, stride, padding, dilation, 8 * groups)
