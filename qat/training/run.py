@@ -77,7 +77,10 @@ class TrainingRun:
         steps = Steps(objective, examples, training, self.device, training=True)
         parts = {part: torch.tensor(numbers) for part, numbers in data.parts.items()}
         profiled = self.profile and distributed.rank() == 0
-        with Profile(steps, self.folder) if profiled else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.callback(steps.end)
+            if profiled:
+                stack.enter_context(Profile(steps, self.folder))
             history, rates = fit(
                 steps,
                 model,
