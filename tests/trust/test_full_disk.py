@@ -20,7 +20,10 @@ MANY = {"train": 4, "pretrain": 2, "prepare": 2, "report": 2}
 
 @pytest.mark.parametrize(
     ("name", "times"),
-    [*FEW.items(), *(pytest.param(*item, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for item in MANY.items())],
+    [
+        *FEW.items(),
+        *(pytest.param(*item, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for item in MANY.items()),
+    ],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     name: str, times: int, corpus: Manifest, cache: Path, rhemo: Path, tmp_path: Path, rng: np.random.Generator
