@@ -36,11 +36,13 @@ class Command:
         words: command line.
         folder: folder of all that it writes.
         limits: for instance the size of files, by `resource`'s numbers.
+        number: of several at the same time, which.
     """
 
     words: tuple[str, ...]
     folder: Path
     limits: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    number: int = 0
 
     def start(self) -> Any:
         """Begin it, in a process whose output is `Command.told`."""
@@ -62,11 +64,15 @@ class Command:
 
     @property
     def _log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.with_name(f"{self.folder.name}-{self.number}.log")
+
+    def clear(self) -> None:
+        """Remove what it has written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def killed_after(self, seconds: float) -> str:
         """Begin it anew, kill it after so long, wait until nothing of it lives; what it was about, "" if done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.clear()
         process = self.start()
         process.join(seconds)
         if process.exitcode is not None:
