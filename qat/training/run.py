@@ -174,7 +174,8 @@ def _only_writer(folder: Path) -> Iterator[None]:
     except Busy as error:
         raise ValueError(f"{folder}: {error} writes there; choose another folder, or wait") from None
     finally:
-        if new and all(file.name.startswith(LOCK) for file in folder.iterdir()):  # nothing was trained
+        # Where nothing was trained, nothing is left.
+        if new and folder.is_dir() and all(file.name.startswith(LOCK) for file in folder.iterdir()):
             shutil.rmtree(folder)
 
 
