@@ -7,12 +7,12 @@ load the cached kernels.
 
 import importlib
 import multiprocessing
-import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from joblib import cpu_count
 
 from qkernels.runtime.recording import Launch
 
@@ -62,7 +62,7 @@ def compile_all(launches: Iterable[Launch], seconds: float | None = None) -> tup
     specs = sorted({spec_of(launch) for launch in launches}, key=lambda spec: -len(str(spec.arguments)))
     if not specs:
         return 0, []
-    workers = min(len(specs), os.cpu_count() or 1)
+    workers = min(len(specs), cpu_count())
     # Spawned, since CUDA does not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:

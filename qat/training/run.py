@@ -77,7 +77,10 @@ class TrainingRun:
         steps = Steps(objective, examples, training, self.device, training=True)
         parts = {part: torch.tensor(numbers) for part, numbers in data.parts.items()}
         profiled = self.profile and distributed.rank() == 0
-        with Profile(steps, self.folder) if profiled else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.callback(steps.end)
+            if profiled:
+                stack.enter_context(Profile(steps, self.folder))
             history, rates = fit(
                 steps,
                 model,
@@ -171,7 +174,8 @@ def _only_writer(folder: Path) -> Iterator[None]:
     except Busy as error:
         raise ValueError(f"{folder}: {error} writes there; choose another folder, or wait") from None
     finally:
-        if new and all(file.name.startswith(LOCK) for file in folder.iterdir()):  # nothing was trained
+        # Where nothing was trained, nothing is left.
+        if new and folder.is_dir() and all(file.name.startswith(LOCK) for file in folder.iterdir()):
             shutil.rmtree(folder)
 
 

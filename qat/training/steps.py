@@ -131,6 +131,14 @@ class Steps:
         # The next replay of a graph overwrites its results.
         return (outputs.clone(), targets.clone()) if self.graphs else (outputs, targets)
 
+    def end(self) -> None:
+        """End the training: from now on the steps evaluate only.
+
+        DistributedDataParallel would keep the group of processes beyond its end where an error's traceback keeps this
+        object. Python then frees the group with its lock held, which the group's own thread may wait for: a deadlock.
+        """
+        self._wrapped = self.objective
+
     def sums(self) -> dict[str, float]:
         """Sums of ``total`` and of each part over this process's samples of this pass."""
         return dict(zip(self._names, [] if self._sums is None else self._sums.tolist(), strict=True))

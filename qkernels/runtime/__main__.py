@@ -78,7 +78,7 @@ def python_headers() -> str:
 def triton_cache() -> str:
     """The folder of Triton's compiled kernels."""
     named = os.environ.get("TRITON_CACHE_DIR")
-    home = os.environ.get("TRITON_HOME") or Path.home()
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # as Triton, also where nobody has a home
     folder = Path(named) if named else Path(home, ".triton", "cache")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     remedy = "name another folder in TRITON_CACHE_DIR"

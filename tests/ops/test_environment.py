@@ -6,6 +6,7 @@ import sysconfig
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,6 +46,15 @@ def test_named_compiler(bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert environment.compiler().startswith(f"missing: CC={tmp_path / 'mine'} is not there")
     mine = executable(tmp_path / "mine")
     assert environment.compiler() == f"ok, {mine}"
+
+
+def test_nobody_has_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is a mere number."""
+    for name in ("HOME", "TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("getpwuid(): uid not found")))
+    monkeypatch.chdir(tmp_path)
+    assert "triton" in environment.triton_cache()
 
 
 def test_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

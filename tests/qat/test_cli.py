@@ -204,6 +204,15 @@ def test_what_the_system_refuses_is_one_line_that_says_what_to_do(
     assert err.count("\n") == 1
 
 
+def test_a_run_folder_that_cannot_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_only = OSError(errno.EROFS, "Read-only file system", str(tmp_path / "run"))
+    monkeypatch.setattr("qat.training.run.held", Mock(side_effect=read_only))
+    code, _, err = run(capsys, "train", "--out", tmp_path / "run")
+    assert (code, err) == (2, f"qat train: {read_only}; change its permissions, or name another folder\n")
+
+
 def test_other_errors_of_the_program_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "run_train", Mock(side_effect=RuntimeError("a shape")))
     with pytest.raises(RuntimeError, match="a shape"):

@@ -1,6 +1,7 @@
 """Commands of `qat` as processes that may be killed, miniature ones, and what they leave, apart from times."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -11,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _OF_ONE_RUN = ("seconds", "seconds_per_epoch", "peak_memory", "command")
 """Of `result.json`: times, memory, and the command, which in a campaign names a job's log."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Command:
     """A command line of `qat`.
 
@@ -36,11 +36,13 @@ class Command:
         words: command line.
         folder: folder of all that it writes.
         limits: for instance the size of files, by `resource`'s numbers.
+        number: of several at the same time, which.
     """
 
     words: tuple[str, ...]
     folder: Path
-    limits: Mapping[int, int] = field(default_factory=dict)
+    limits: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    number: int = 0
 
     def start(self) -> Any:
         """Begin it, in a process whose output is `Command.told`."""
@@ -62,11 +64,15 @@ class Command:
 
     @property
     def _log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.with_name(f"{self.folder.name}-{self.number}.log")
+
+    def clear(self) -> None:
+        """Remove what it has written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def killed_after(self, seconds: float) -> str:
         """Begin it anew, kill it after so long, wait until nothing of it lives; what it was about, "" if done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.clear()
         process = self.start()
         process.join(seconds)
         if process.exitcode is not None:
@@ -183,6 +189,7 @@ def grid(top: Path, small: Path) -> Command:
 
 def timed(command: Command) -> float:
     """Run it undisturbed, where nothing is; the seconds that it takes."""
+    dataclasses.replace(command, words=("--version",)).run()  # by now, what all of them import is imported
     started = time.monotonic()
     assert command.run() == 0, command.told()
     return time.monotonic() - started

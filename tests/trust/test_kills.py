@@ -13,7 +13,7 @@ from qat.data.manifest import Manifest
 from tests.trust.commands import Command, commands, grid, sweep, timed
 
 FEW = {"train": 2, "pretrain": 1, "prepare": 1, "report": 1}
-MANY = {"train": 34, "pretrain": 16, "prepare": 16, "report": 14, "sweep": 10, "grid": 10}
+MANY = {"sweep": 10, "grid": 10, "train": 30, "pretrain": 20, "prepare": 10, "report": 20}
 
 
 @pytest.fixture
@@ -29,7 +29,10 @@ def command(request: pytest.FixtureRequest, corpus: Manifest, cache: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("command", "kills"),
-    [*FEW.items(), *(pytest.param(*item, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for item in MANY.items())],
+    [
+        *FEW.items(),
+        *(pytest.param(*item, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for item in MANY.items()),
+    ],
     indirect=["command"],
 )
 def test_the_same_command_goes_on_to_the_same_bytes(command: Command, kills: int, rng: np.random.Generator) -> None:

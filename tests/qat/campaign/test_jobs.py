@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_every_job_on_this_machine_sees_one_gpu_of_those_that_are_visible(
     for job in slots:
         replace(job, runs=[])()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == job.gpu
+
+
+@pytest.mark.parametrize(("folder", "taken"), [("/" + 69 * "a", "/" + 69 * "a"), ("/" + 70 * "a", "/tmp")])
+def test_sockets_lie_where_their_names_fit(folder: str, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes 107 bytes, and temporary folders of clusters have long names."""
+    monkeypatch.setattr("tempfile.tempdir", folder)
+    jobs._Job([], 1, False, None, None)()
+    assert tempfile.tempdir == taken
 
 
 @pytest.mark.parametrize(
