@@ -44,7 +44,7 @@ class AntiTransfer(nn.Module):
         self.weights = [config.loss.weight(beta) for beta in config.betas]
         self.config, self.loss = config, config.loss
         self.twin: VGG16 | None = twin.requires_grad_(False).eval()
-        self._packed: dict[str, bool | None] = {}
+        self._triangles: dict[str, bool | None] = {}
 
     def train(self, mode: bool = True) -> AntiTransfer:
         super().train(mode)
@@ -75,7 +75,9 @@ class AntiTransfer(nn.Module):
         for numbers in samples.split(batch):
             targets = {tap: self._target(features) for tap, features in self._features(inputs(numbers)).items()}
             if not tables:
-                self._packed = {tap: t.packed if isinstance(t, GramTarget) else None for tap, t in targets.items()}
+                self._triangles = {
+                    tap: t.triangles if isinstance(t, GramTarget) else None for tap, t in targets.items()
+                }
                 size = count * sum(_values(target)[:1].nbytes for target in targets.values())
                 home = torch.device("cpu") if size > self.config.cache_mib * 2**20 else None
                 for tap, target in targets.items():
@@ -128,10 +130,10 @@ class AntiTransfer(nn.Module):
         return gram_target(features, loss=self.loss) if self.loss.per_sample else features
 
     def _recalled(self, tap: str, remembered: Mapping[str, Tensor]) -> Frozen:
-        values, packed = remembered[f"{tap}_values"], self._packed[tap]
-        if packed is None:
+        values, triangles = remembered[f"{tap}_values"], self._triangles[tap]
+        if triangles is None:
             return values
-        return GramTarget(values, remembered[f"{tap}_stats"], packed, self.loss)
+        return GramTarget(values, remembered[f"{tap}_stats"], triangles, self.loss)
 
     def _tap(self, frozen: Frozen, weight: float) -> Tap:
         def tap(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -247,7 +247,7 @@ def parts(prefix: str, target: GramTarget) -> None:
     values, stats = target.values, target.stats
     tensor(f"{prefix}values", values)
     tensor(f"{prefix}stats", stats)
-    flag(f"{prefix}packed", target.packed)
+    flag(f"{prefix}triangles", target.triangles)
     if values.dim() < 2:
         raise ValueError(f"{prefix}values must have dimensions [B, ...]; got shape {tuple(values.shape)}")
     if stats.shape != (2, values.shape[0]):
@@ -264,7 +264,7 @@ def target(trained: Tensor, frozen: GramTarget, name: str, loss: Loss) -> None:
     if frozen.loss != loss:
         raise ValueError(f"frozen must be features or a target of {loss!r}; got one of {frozen.loss!r}")
     expected = trained.shape
-    if frozen.packed:
+    if frozen.triangles:
         rows = trained.shape[1] if frozen.loss.name == "gram-channel" else trained.shape[2:].numel()
         expected = torch.Size((trained.shape[0], rows * (rows + 1) // 2))
     if frozen.values.shape != expected:

@@ -369,13 +369,13 @@ class GramTarget(NamedTuple):
         values: the features `[B, C, *spatial]`; or, if these are smaller, the upper triangles of their Gram matrices,
             row by row, `[B, rows (rows + 1) / 2]`, each multiplied by the square of its scale.
         stats: `[2, B]`, the squared norm of the scaled Gram matrix, and the scale, a power of two.
-        packed: whether `values` are Gram matrices.
+        triangles: whether `values` are the upper triangles of Gram matrices.
         loss: the loss that the target is for.
     """
 
     values: Tensor
     stats: Tensor
-    packed: bool
+    triangles: bool
     loss: Loss
 
     def of(self, index: Tensor) -> GramTarget:
@@ -393,8 +393,9 @@ def gram_target(frozen: Tensor, *, loss: Loss | str = "gram-channel") -> GramTar
         loss: "gram-channel" or "gram-position", or a value of these; the others mix the samples of a batch.
 
     Returns:
-        The detached features or their packed Gram matrices (float32, summed in float64), whichever are smaller, with
-        their statistics. The loss equals that of the features, bit for bit or, with packed matrices, within 1e-6.
+        The detached features, or the upper triangles of their Gram matrices (float32, summed in float64) if these are
+        smaller; with their statistics. The loss equals that of the features: bit for bit, or with triangles within
+        1e-6.
 
     Raises:
         ValueError: features or a loss that do not fit.
@@ -408,10 +409,10 @@ def gram_target(frozen: Tensor, *, loss: Loss | str = "gram-channel") -> GramTar
     if loss.gram is None or not loss.per_sample:
         raise ValueError(f"loss must be 'gram-channel' or 'gram-position' for a target; got {loss.name!r}")
     gram, centred = loss.gram
-    pack = _packs(frozen, gram)
+    triangles = _triangles_are_smaller(frozen, gram)
     with torch.no_grad():
-        values, stats = gram_op.target(frozen.detach(), gram, centred, pack, _fast_backend(frozen, frozen))
-    return GramTarget(values, stats, pack, loss)
+        values, stats = gram_op.target(frozen.detach(), gram, centred, triangles, _fast_backend(frozen, frozen))
+    return GramTarget(values, stats, triangles, loss)
 
 
 def gram_cosine(a: Tensor, b: Tensor, *, gram: str = "channel", centred: bool = False) -> Tensor:
@@ -636,7 +637,7 @@ def _operands(
     """Arguments of the operator `gram_cosine`."""
     options, backend = (gram, centred, beta, mean), _fast_backend(a, b)
     if isinstance(b, GramTarget):
-        return a, b.values, b.stats, b.packed, *options, False, backend
+        return a, b.values, b.stats, b.triangles, *options, False, backend
     return a, b, None, False, *options, torch.is_grad_enabled() and b.requires_grad, backend
 
 
@@ -652,8 +653,8 @@ def _fast_backend(a: Tensor, b: Tensor | GramTarget) -> str:
     return "torch" if backend == "reference" else runtime.operator_backend(backend)
 
 
-def _packs(features: Tensor, gram: str) -> bool:
-    """Whether packed Gram matrices in float32 take less memory than the features."""
+def _triangles_are_smaller(features: Tensor, gram: str) -> bool:
+    """Whether triangles of Gram matrices in float32 take less memory than the features."""
     channels, positions = features.shape[1], features.shape[2:].numel()
     rows = channels if gram == "channel" else positions
     size = 8 if features.dtype == torch.float64 else 4

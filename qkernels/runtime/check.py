@@ -138,9 +138,9 @@ DIRECTIONS = {
     "linear": ("forward", "dx", "dw"),
 }
 FEW_CHANNELS = ("first", "decoder")  # form q8 has no tiles for them
-# Samples, channels, spatial sizes; "packed" compares with a `gram_target`.
-FEATURES = {"stored": (3, 100, 14, 9), "packed": (3, 64, 14, 9), "direct": (2, 160, 14, 12), "dual": (3, 160, 6, 5)}
-TINY_FEATURES = {"stored": (2, 18, 5, 4), "packed": (2, 9, 5, 3), "direct": (1, 130, 12, 11), "dual": (2, 35, 3, 5)}
+# Samples, channels, spatial sizes; "triangles" compares with a `gram_target`.
+FEATURES = {"stored": (3, 100, 14, 9), "triangles": (3, 64, 14, 9), "direct": (2, 160, 14, 12), "dual": (3, 160, 6, 5)}
+TINY_FEATURES = {"stored": (2, 18, 5, 4), "triangles": (2, 9, 5, 3), "direct": (1, 130, 12, 11), "dual": (2, 35, 3, 5)}
 FOLDED_FEATURES, TINY_FOLDED_FEATURES = (2, 140, 8, 7), (2, 20, 3, 4)
 
 
@@ -160,7 +160,7 @@ def checks(tiny: bool) -> dict[str, Callable[[torch.device], Check]]:
             shown = f"linear {direction} {products}" if layer.is_linear else f"conv {direction}, {name}, {products}"
             by_name[shown] = functools.partial(_layer, layer, direction, products)
     losses = [
-        (f"gram {{}}, {mode}", functools.partial(_gram, shape, mode == "packed"))
+        (f"gram {{}}, {mode}", functools.partial(_gram, shape, mode == "triangles"))
         for mode, shape in (TINY_FEATURES if tiny else FEATURES).items()
     ]
     losses.append(("folded-rowwise {}", functools.partial(_folded, TINY_FOLDED_FEATURES if tiny else FOLDED_FEATURES)))
@@ -379,12 +379,12 @@ def _loss_allowed(precision: str) -> dict[str, float]:
     return {"loss": value, "da": SLACK * gradient * truncation}
 
 
-def _gram(shape: Sequence[int], packed: bool, backward: bool, precision: str, device: torch.device) -> Check:
+def _gram(shape: Sequence[int], triangles: bool, backward: bool, precision: str, device: torch.device) -> Check:
     """Cosines and loss; or the gradient by the features, added to an incoming one."""
     a, b = _features(shape, precision, device)
     dloss = torch.tensor(DLOSS, device=device)
-    frozen, frozen_stats = gram_op.target(b, "channel", False, True, "torch") if packed else (b, None)
-    options = (packed, "channel", False)
+    frozen, frozen_stats = gram_op.target(b, "channel", False, True, "torch") if triangles else (b, None)
+    options = (triangles, "channel", False)
 
     def differentiated() -> tuple[Tensor, Tensor, Tensor]:
         exact_a = a.double().requires_grad_()

@@ -59,11 +59,11 @@ def _pooled(x: Shape, weight: Shape, window: Shape) -> int:
     return _hamilton((x[0], 4 * weight[1], *size), weight)
 
 
-def _gram(a: Shape, packed: bool, gram: str, which: int) -> int:
-    """Of all items; beside packed Gram matrices only those of `a` are computed."""
+def _gram(a: Shape, triangles: bool, gram: str, which: int) -> int:
+    """Of all items; beside triangles of Gram matrices only those of `a` are computed."""
     items, rows, columns = sizes(gram, a[0], a[1], math.prod(a[2:]))
     own = rows * (rows + 1) * columns, 2 * rows**2 * columns
-    return items * (own if packed else gram_flops(rows, columns))[which]
+    return items * (own if triangles else gram_flops(rows, columns))[which]
 
 
 def _folded(features: Shape, which: int) -> int:
@@ -79,7 +79,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "hamilton_linear": lambda x, weight, *_, out_shape: _hamilton(out_shape, weight),
     "hamilton_linear_dx": lambda dy, weight, *_, out_shape: _hamilton(dy, weight),
     "hamilton_linear_dw": lambda dy, *_, out_shape: _hamilton(dy, out_shape[0]),
-    "gram_cosine": lambda a, b, stats, packed, gram, *_, out_shape: _gram(a, packed, gram, 0),
+    "gram_cosine": lambda a, b, stats, triangles, gram, *_, out_shape: _gram(a, triangles, gram, 0),
     "gram_cosine_da": lambda *args, out_shape: _gram(args[4], args[10], args[11], 1),
     "folded_rowwise": lambda trained, *_, out_shape: _folded(trained, 0),
     "folded_rowwise_da": lambda dloss, a, *_, out_shape: _folded(a, 1),

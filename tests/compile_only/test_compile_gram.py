@@ -38,11 +38,12 @@ def cases() -> Any:
         variants = [(False, False)]
         variants += [(True, False)] + ([(False, True)] if mode != "dual" else [])
         now = next(turn)
-        for size, (index, layout), (centred, packed) in itertools.product(sizes, enumerate(LAYOUTS), variants):
-            quick = size == sizes[now % len(sizes)] and index == now % 2 and not centred and not packed
-            label = f"sm_{arch}-{mode}-{size}-{str(dtype)[6:]}-{layout}" + centred * "-centred" + packed * "-packed"
+        for size, (index, layout), (centred, triangles) in itertools.product(sizes, enumerate(LAYOUTS), variants):
+            quick = size == sizes[now % len(sizes)] and index == now % 2 and not centred and not triangles
+            kind = centred * "-centred" + triangles * "-triangles"
+            label = f"sm_{arch}-{mode}-{size}-{str(dtype)[6:]}-{layout}{kind}"
             marks = () if quick else pytest.mark.slow
-            yield pytest.param(arch, mode, size, dtype, layout, centred, packed, id=label, marks=marks)
+            yield pytest.param(arch, mode, size, dtype, layout, centred, triangles, id=label, marks=marks)
 
 
 class Work(TorchDispatchMode):
@@ -60,26 +61,26 @@ class Work(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def recorded(arch: Any, shape: Any, dtype: Any, layout: Any, centred: Any, packed: Any, work: Any = None) -> Any:
+def recorded(arch: Any, shape: Any, dtype: Any, layout: Any, centred: Any, triangles: Any, work: Any = None) -> Any:
     def empty() -> Any:
         return torch.empty(20, *shape, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
 
     a, b, incoming, known = empty(), empty(), empty(), None
-    if packed:
+    if triangles:
         b = torch.empty(20, shape[0] * (shape[0] + 1) // 2, device="meta")
         known = torch.empty(2, 20, device="meta")
-    how = (packed, "channel", centred, 0.5, True)
+    how = (triangles, "channel", centred, 0.5, True)
     with record(arch) as recording, work or contextlib.nullcontext():
         cosine, loss, *rest = launch.forward(a, b, known, *how, False)
         launch.gradient(None, loss, incoming, cosine, a, b, *rest, 0, *how)
     return recording.launches
 
 
-@pytest.mark.parametrize(("arch", "mode", "size", "dtype", "layout", "centred", "packed"), [*cases()])
+@pytest.mark.parametrize(("arch", "mode", "size", "dtype", "layout", "centred", "triangles"), [*cases()])
 def test_kernels(
-    arch: Any, mode: Any, size: Any, dtype: Any, layout: Any, centred: Any, packed: Any, tmp_path: Path
+    arch: Any, mode: Any, size: Any, dtype: Any, layout: Any, centred: Any, triangles: Any, tmp_path: Path
 ) -> None:
-    launches = recorded(arch, SHAPES[mode][size], dtype, layout, centred, packed)
+    launches = recorded(arch, SHAPES[mode][size], dtype, layout, centred, triangles)
     assert mode == launches[-1].arguments["META"].MODE
     problems = {
         entry.kernel.__name__: found
@@ -101,11 +102,11 @@ def test_every_tile_is_among_the_cases() -> None:
             assert {tile[:4] for tile in tiles} == {tile for *key, tile in taken if key == [arch, mode, dtype]}
 
 
-@pytest.mark.parametrize(("mode", "packed"), [*itertools.product(SHAPES, (False, True))])
-def test_a_tap_is_three_launches_and_nothing_else(mode: Any, packed: Any) -> None:
-    """Two forward and one backward; what is packed is never dual."""
+@pytest.mark.parametrize(("mode", "triangles"), [*itertools.product(SHAPES, (False, True))])
+def test_a_tap_is_three_launches_and_nothing_else(mode: Any, triangles: Any) -> None:
+    """Two forward and one backward; what is triangles is never dual."""
     for shape in SHAPES[mode].values():
         work = Work()
-        launches = recorded(90, shape, torch.bfloat16, "NHWC", False, packed, work)
+        launches = recorded(90, shape, torch.bfloat16, "NHWC", False, triangles, work)
         assert len(launches) == 3
         assert work.operators == []

@@ -53,10 +53,10 @@ def blocks_of_16(monkeypatch: pytest.MonkeyPatch) -> Any:
     config.plan.cache_clear()
 
 
-# Shape, size of the features, whether the second operand is packed, and the kernel that the forward lacks.
+# Shape, size of the features, whether the second operand is triangles, and the kernel that the forward lacks.
 GRAM = {
     "stored": ((2, 18, 5, 7), 1.0, False, "_gram_finish_kernel"),
-    "stored, packed": ((2, 18, 5, 7), 1e-8, True, "_gram_kernel"),
+    "stored, triangles": ((2, 18, 5, 7), 1e-8, True, "_gram_kernel"),
     "stored, one block": ((2, 9, 5, 4), 1e-8, False, "_gram_kernel"),
     "direct": ((1, 130, 12, 11), 1.0, False, "_gram_cosine_kernel"),
     "dual": ((2, 35, 3, 5), 1e-8, False, "_gram_squares_kernel"),
@@ -64,21 +64,21 @@ GRAM = {
 
 
 @pytest.mark.parametrize("missing", ["forward", "backward"])
-@pytest.mark.parametrize(("shape", "scale", "packed", "forward"), GRAM.values(), ids=GRAM)
+@pytest.mark.parametrize(("shape", "scale", "triangles", "forward"), GRAM.values(), ids=GRAM)
 def test_gram_cosine(
-    shape: tuple[int, ...], scale: Any, packed: Any, forward: Any, missing: str, fail: Any, blocks_of_16: Any
+    shape: tuple[int, ...], scale: Any, triangles: Any, forward: Any, missing: str, fail: Any, blocks_of_16: Any
 ) -> None:
     fail(gram_kernels, forward if missing == "forward" else "_gram_backward_kernel")
     a, b = (scale * (torch.rand(shape) + 0.1) for _ in range(2))
-    a, b = a.requires_grad_(), b.requires_grad_(not packed)
+    a, b = a.requires_grad_(), b.requires_grad_(not triangles)
     with qkernels.set_backend("reference"):
         a64, b64 = (x.detach().double().requires_grad_() for x in (a, b))
         cosine = gram_cosine(a64, b64)
         exact = torch.autograd.grad((cosine.square() + cosine).sum(), (a64, b64))
-    values, known = target(b.detach(), "channel", False, packed, "torch") if packed else (b, None)
-    actual, loss, *_ = gram_operator(a, values, known, packed, "channel", False, 1.0, False, not packed, "auto")
+    values, known = target(b.detach(), "channel", False, triangles, "torch") if triangles else (b, None)
+    actual, loss, *_ = gram_operator(a, values, known, triangles, "channel", False, 1.0, False, not triangles, "auto")
     torch.testing.assert_close(actual.double(), cosine, rtol=2e-6, atol=0)
-    gradients = torch.autograd.grad(loss + actual.sum(), (a,) if packed else (a, b))
+    gradients = torch.autograd.grad(loss + actual.sum(), (a,) if triangles else (a, b))
     for gradient, truth in zip(gradients, exact, strict=False):
         assert_accurate(gradient, truth, 1e-5)
     assert len(_launch._failed) == len(_library._warned) == 1

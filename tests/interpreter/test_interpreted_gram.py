@@ -204,7 +204,7 @@ def check_target(a: torch.Tensor, b: torch.Tensor, gram: str = "channel", centre
     target = gram_target(b, loss=GramChannel(centred) if gram == "channel" else GramPosition(centred))
     losses = [anti_transfer_loss(a, frozen, loss=target.loss, beta=0.5) for frozen in (b, target)]
     gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
-    if target.packed:
+    if target.triangles:
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
         assert_accurate(gradients[1], gradients[0].double(), TOLERANCE[a.dtype])
     else:
@@ -212,9 +212,9 @@ def check_target(a: torch.Tensor, b: torch.Tensor, gram: str = "channel", centre
         assert torch.equal(*gradients)
 
 
-def test_targets_are_packed_and_not() -> None:
+def test_targets_are_triangles_or_features() -> None:
     shapes = [*SHAPES.values()]
-    assert [gram_target(torch.rand(shape)).packed for shape in shapes] == [True, True, True, False, True]
+    assert [gram_target(torch.rand(shape)).triangles for shape in shapes] == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize(("shape", "size"), [*quick(QUICK, [1e-30, 1e30, 1e-10, 1e10])])

@@ -31,7 +31,7 @@ SOME = (
     "conv dx, deep, tf32",
     "conv dw, odd, float32 q8",
     "linear forward fp16",
-    "gram forward, packed, float32",
+    "gram forward, triangles, float32",
     "gram backward, stored, bf16",
     "folded-rowwise backward, fp16",
 )
@@ -236,7 +236,7 @@ def test_what_a_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.send("linear dx fp16")
         assert ours.recv() == ("right", True)
         monkeypatch.setattr(check, "_is_sound", lambda device: False)
-        ours.send("gram forward, packed, fp16")
+        ours.send("gram forward, triangles, fp16")
         assert ours.recv() == ("right", False)
     finally:
         ours.close()

@@ -180,8 +180,8 @@ def setting(setter: Callable[[Any], Any]) -> Callable[..., str]:
     return call
 
 
-def loss_of_target(values: Any, stats: Any, packed: Any, loss: Any, trained: Any, index: Any) -> Tensor:
-    return F.anti_transfer_loss(trained, F.GramTarget(values, stats, packed, loss).of(index), loss=loss)
+def loss_of_target(values: Any, stats: Any, triangles: Any, loss: Any, trained: Any, index: Any) -> Tensor:
+    return F.anti_transfer_loss(trained, F.GramTarget(values, stats, triangles, loss).of(index), loss=loss)
 
 
 TARGET = {name: st.just(value) for name, value in F.gram_target(maps(2, 3, 8))._asdict().items()}

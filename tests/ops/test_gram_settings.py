@@ -20,8 +20,8 @@ ARCHS = tuple(config.BACKWARD)
 def test_modes() -> None:
     assert [mode_of(*sizes) for sizes in QUATERNION] == ["stored", "stored", "direct", "dual", "dual"]
     assert [mode_of(*sizes) for sizes in REAL] == ["stored", "stored", "direct", "direct", "dual"]
-    assert [mode_of(512, 300, packed) for packed in (False, True)] == ["dual", "direct"]
-    assert mode_of(16, 8, packed=True) == "stored"
+    assert [mode_of(512, 300, triangles) for triangles in (False, True)] == ["dual", "direct"]
+    assert mode_of(16, 8, triangles=True) == "stored"
 
 
 @pytest.mark.parametrize(("shapes", "limit"), [(QUATERNION, 3e6), (REAL, 11e6)], ids=["quaternion", "real"])
@@ -49,8 +49,10 @@ def test_memory_beside_features_at_batch_20(shapes: Any, limit: float, half: Any
     st.sampled_from(ARCHS),
     st.booleans(),
 )
-def test_no_program_is_without_a_step(items: Any, rows: Any, columns: Any, half: Any, arch: int, packed: Any) -> None:
-    option = plan(items, rows, columns, half, arch, 132, packed)
+def test_no_program_is_without_a_step(
+    items: Any, rows: Any, columns: Any, half: Any, arch: int, triangles: Any
+) -> None:
+    option = plan(items, rows, columns, half, arch, 132, triangles)
     m, k = (columns, rows) if option.mode == "dual" else (rows, columns)
     assert option.block == option.forward.m
     assert 1 <= option.splits <= -(-k // option.forward.k)

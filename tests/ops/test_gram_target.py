@@ -33,7 +33,7 @@ def relative(actual: Any, exact: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("shape", "loss", "dtype", "packed"),
+    ("shape", "loss", "dtype", "triangles"),
     [
         ((2, 7, 4), GramChannel(), torch.float32, False),  # 28 numbers against 28: as much
         ((2, 7, 5), GramChannel(), torch.float32, True),
@@ -47,14 +47,14 @@ def relative(actual: Any, exact: Any) -> Any:
     ],
 )
 def test_a_target_is_what_takes_less_memory(
-    shape: tuple[int, ...], loss: Loss, dtype: torch.dtype, packed: bool
+    shape: tuple[int, ...], loss: Loss, dtype: torch.dtype, triangles: bool
 ) -> None:
     frozen = features(shape, dtype, requires_grad=True)[0]
     target = gram_target(frozen, loss=loss)
-    assert (target.packed, target.loss) == (packed, loss)
+    assert (target.triangles, target.loss) == (triangles, loss)
     assert target.stats.shape == (2, 2)
     assert not target.values.requires_grad
-    if packed:
+    if triangles:
         rows = shape[1] if loss == GramChannel() else frozen[0, 0].numel()
         assert target.values.shape == (2, rows * (rows + 1) // 2)
         assert target.values.dtype == torch.promote_types(dtype, torch.float32)
@@ -65,7 +65,7 @@ def test_a_target_is_what_takes_less_memory(
 
 
 @every_loss_with_target
-def test_packed_values_are_scaled_gram_matrices(loss: Loss) -> None:
+def test_triangles_are_of_scaled_gram_matrices(loss: Loss) -> None:
     for size in (1e-10, 1, 1e10):
         of_channels = loss.name == "gram-channel"
         frozen = features((19, 4, 20) if of_channels else (19, 20, 4))[0] * size
@@ -95,7 +95,7 @@ def test_loss_and_gradient_of_a_target_are_those_of_its_features(loss: Loss, dty
                 value = anti_transfer_loss(trained, target, loss=loss, beta=1.3)
                 actual = torch.autograd.grad(value, trained)[0]
             assert (value.dtype, actual.dtype) == (expected.dtype, dtype)
-            if not target.packed:
+            if not target.triangles:
                 assert torch.equal(value, expected)
                 assert torch.equal(actual, gradient)
                 continue
@@ -107,13 +107,13 @@ def test_loss_and_gradient_of_a_target_are_those_of_its_features(loss: Loss, dty
 @every_loss_with_target
 def test_targets_of_some_samples(loss: Loss) -> None:
     for shape in SHAPES:
-        trained, frozen = features((19, *shape[1:]))  # more than are packed at a time
+        trained, frozen = features((19, *shape[1:]))  # more than are summed at a time
         target, index = gram_target(frozen, loss=loss), torch.tensor([18, 3, 3, 0])
         some = target.of(index)
         assert isinstance(some, GramTarget)
         assert torch.equal(some.values, target.values[index])
         assert torch.equal(some.stats, target.stats[:, index])
-        assert (some.packed, some.loss) == (target.packed, loss)
+        assert (some.triangles, some.loss) == (target.triangles, loss)
         values = [anti_transfer_loss(trained[index], t, loss=loss, reduction="none") for t in (frozen[index], some)]
         torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=1e-7)
         assert values[0].unique().numel() == 3
@@ -156,7 +156,7 @@ def test_dead_and_broken_targets(loss: Loss) -> None:
 
 def test_types_of_features_and_target_may_differ() -> None:
     trained, frozen = features((3, 4, 20), torch.float64)
-    for shape in (slice(None), slice(0, 2)):  # packed, and not
+    for shape in (slice(None), slice(0, 2)):  # triangles, and features
         a, b = trained[..., shape].contiguous().requires_grad_(), frozen[..., shape].float()
         loss = anti_transfer_loss(a, gram_target(b))
         assert loss.dtype == torch.float64
@@ -176,7 +176,7 @@ def test_target_of_an_empty_batch() -> None:
 
 
 F = torch.rand(3, 4, 20)
-PACKED, KEPT = gram_target(F), gram_target(F[..., :2])
+TRIANGLES, KEPT = gram_target(F), gram_target(F[..., :2])
 
 
 @pytest.mark.parametrize(
@@ -184,18 +184,18 @@ PACKED, KEPT = gram_target(F), gram_target(F[..., :2])
     [
         (
             F,
-            PACKED,
+            TRIANGLES,
             {"loss": GramPosition()},
             r"frozen must be features or a target of GramPosition\(.*\); got one of GramChannel\(centred=False\)",
         ),
-        (F, PACKED, {"loss": GramChannel(centred=True)}, r"a target of GramChannel\(centred=True\); got one of"),
-        (F, PACKED, {"loss": CKA()}, r"a target of CKA\(\); got one of"),
-        (F, PACKED, {"loss": FoldedRowwise()}, "a target of FoldedRowwise"),
-        (F[:2], PACKED, {}, r"frozen.values must have shape \(2, 10\) for .* of shape \(2, 4, 20\); got \(3, 10\)"),
-        (F[:, :3], PACKED, {}, r"frozen.values must have shape \(3, 6\)"),
+        (F, TRIANGLES, {"loss": GramChannel(centred=True)}, r"a target of GramChannel\(centred=True\); got one of"),
+        (F, TRIANGLES, {"loss": CKA()}, r"a target of CKA\(\); got one of"),
+        (F, TRIANGLES, {"loss": FoldedRowwise()}, "a target of FoldedRowwise"),
+        (F[:2], TRIANGLES, {}, r"frozen.values must have shape \(2, 10\) for .* of shape \(2, 4, 20\); got \(3, 10\)"),
+        (F[:, :3], TRIANGLES, {}, r"frozen.values must have shape \(3, 6\)"),
         (F, KEPT, {}, r"frozen.values must have shape \(3, 4, 20\)"),
-        (F.to("meta"), PACKED, {}, "frozen must be on the device of .*; got cpu and meta"),
-        (F.long(), PACKED, {}, "must be of a floating-point type"),
+        (F.to("meta"), TRIANGLES, {}, "frozen must be on the device of .*; got cpu and meta"),
+        (F.long(), TRIANGLES, {}, "must be of a floating-point type"),
     ],
 )
 def test_bad_targets(trained: torch.Tensor, frozen: torch.Tensor, options: Any, message: str) -> None:
@@ -224,7 +224,7 @@ def test_opcheck_with_a_target(dtype: torch.dtype, loss: Loss) -> None:
     for shape in (SHAPES[0], SHAPES[2]):
         trained, frozen = features(shape, dtype, requires_grad=True)
         target = gram_target(frozen.float(), loss=loss)
-        operands = (trained, target.values, target.stats, target.packed, *loss.gram, 0.5, True, False, "torch")
+        operands = (trained, target.values, target.stats, target.triangles, *loss.gram, 0.5, True, False, "torch")
         torch.library.opcheck(torch.ops.qkernels.gram_cosine, operands)
 
 
@@ -330,12 +330,12 @@ def test_tap_under_autocast(kind: str) -> None:
         assert value.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["features", "packed", "kept"])
+@pytest.mark.parametrize("kind", ["features", "triangles", "kept"])
 def test_tap_compiles_to_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     trained, frozen = features((2, 5, 7, 9) if kind != "kept" else (2, 130, 7, 9), requires_grad=True)
     frozen = frozen.detach() if kind == "features" else gram_target(frozen)
-    assert kind == "features" or frozen.packed == (kind == "packed")
+    assert kind == "features" or frozen.triangles == (kind == "triangles")
 
     def step(x: torch.Tensor, frozen: torch.Tensor) -> Any:
         same, loss = anti_transfer_tap(x.relu(), frozen, beta=0.5)

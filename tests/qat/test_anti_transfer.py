@@ -205,7 +205,7 @@ WIDE = replace(TINY, width=0.0625)  # 32 channels of 16 positions at layer 13: G
 
 
 @pytest.mark.parametrize(
-    ("settings", "packed"),
+    ("settings", "triangles"),
     [
         ({"layers": [2, 9], "beta": [1.0, 0.5]}, True),
         ({"layers": [2], "loss": GramChannel(centred=True)}, True),
@@ -217,7 +217,7 @@ WIDE = replace(TINY, width=0.0625)  # 32 channels of 16 positions at layer 13: G
         ({"layers": [7], "loss": MseSigmoid("max")}, None),
     ],
 )
-def test_what_is_remembered_is_what_the_twin_gives(settings: Any, packed: bool | None) -> None:
+def test_what_is_remembered_is_what_the_twin_gives(settings: Any, triangles: bool | None) -> None:
     """Features to the bit; Gram matrices, summed in another order, to 1e-6."""
     torch.manual_seed(5)
     net, twin, data = VGG16(WIDE, 4), VGG16(WIDE, 7), torch.rand(9, 4, 64, 64)
@@ -233,16 +233,16 @@ def test_what_is_remembered_is_what_the_twin_gives(settings: Any, packed: bool |
     assert known.twin is None
     assert all(table.resident for table in tables.values())
     named = [
-        f"{tap}_{part}" for part in (("values",) if packed is None else ("values", "stats")) for tap in known.layers
+        f"{tap}_{part}" for part in (("values",) if triangles is None else ("values", "stats")) for tap in known.layers
     ]
     assert tables.keys() == set(named)
     values = [table.pick(numbers[:1]) for name, table in tables.items() if name.endswith("values")]
-    assert [value.dim() == 2 for value in values] == [bool(packed)] * len(values)
+    assert [value.dim() == 2 for value in values] == [bool(triangles)] * len(values)
     for samples in (torch.tensor([11, 0, 3, 8]), torch.tensor([7, 10]), torch.tensor([8, 3, 4, 0])):
         remembered = {name: table.fetch(samples) for name, table in tables.items()}
         loss, gradient = step(known, net, inputs(samples), remembered)
         expected, expected_gradient = step(running, net, inputs(samples))
-        if packed:
+        if triangles:
             torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
             torch.testing.assert_close(
                 gradient, expected_gradient, rtol=1e-4, atol=1e-5 * expected_gradient.abs().max()

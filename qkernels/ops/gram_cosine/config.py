@@ -180,20 +180,20 @@ def sizes(gram: str, samples: int, channels: int, positions: int) -> tuple[int, 
     return (samples, channels, positions) if gram == "channel" else (samples, positions, channels)
 
 
-def mode_of(rows: int, columns: int, packed: bool = False) -> str:
+def mode_of(rows: int, columns: int, triangles: bool = False) -> str:
     """The mode of the kernels, see kernels.py.
 
     >>> mode_of(64, 4096), mode_of(256, 256), mode_of(512, 64)
     ('stored', 'direct', 'dual')
     """
-    if not is_direct(rows, columns) and not packed:
+    if not is_direct(rows, columns) and not triangles:
         return "dual"
     return "stored" if rows <= STORED_ROWS else "direct"
 
 
-def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool, arch: int) -> tuple[int, ...]:
+def workspace_size(rows: int, columns: int, items: int, triangles: bool, both: bool, arch: int) -> tuple[int, ...]:
     """Shape of the blocks of symmetric matrices that the forward stores for the derivative, if the mode stores any."""
-    if mode_of(rows, columns, packed) != "stored":
+    if mode_of(rows, columns, triangles) != "stored":
         return (0,)
     block = block_of(rows, arch)
     return (1 + both, items, pairs_of(rows, block), block, block)
@@ -212,20 +212,20 @@ def pairs_of(rows: int, block: int) -> int:
 
 @functools.cache
 def plan(
-    items: int, rows: int, columns: int, half: bool, arch: int, multiprocessors: int, packed: bool = False
+    items: int, rows: int, columns: int, half: bool, arch: int, multiprocessors: int, triangles: bool = False
 ) -> Plan:
     """Launch settings for `items` matrices F, in a half type or in float32.
 
     >>> plan(20, 64, 4096, True, 90, 132).splits
     3
     """
-    mode = mode_of(rows, columns, packed)
+    mode = mode_of(rows, columns, triangles)
     m, k = (columns, rows) if mode == "dual" else (rows, columns)
     block = block_of(m, arch)
     forward, backward = _forward_tile(block, half, arch), _backward_tile(padded(m), mode, half, arch)
     splits = 1
     if mode == "stored":
-        programs = items * (1 if packed else 2) * pairs_of(m, block)
+        programs = items * (1 if triangles else 2) * pairs_of(m, block)
         size = programs * block * block * 4  # bytes of the parts of a split
         least, most = PARTS_BYTES
         room = min(max(items * rows * columns * (2 if half else 4) // 8, least), most) // size

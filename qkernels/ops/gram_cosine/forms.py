@@ -19,46 +19,53 @@ LEAST, MOST = 2.0**-60, 2.0**100
 """Bounds of |G|^2 within which features need no scale: with 2^30 of them, the largest is between 2^-45 and 2^25."""
 
 
-def workspace_size(rows: int, columns: int, items: int, packed: bool, both: bool) -> tuple[int, ...]:
+def workspace_size(rows: int, columns: int, items: int, triangles: bool, both: bool) -> tuple[int, ...]:
     """Shape of the workspace: a matrix for each gradient, and M in front of them between columns."""
-    if packed or is_direct(rows, columns):
+    if triangles or is_direct(rows, columns):
         return 1 + both, items, rows, rows
     return 2 + both, items, columns, columns
 
 
 def forward(
-    a: Tensor, b: Tensor, b_stats: Tensor | None, packed: bool, gram: str, centred: bool, dtype: torch.dtype, both: bool
+    a: Tensor,
+    b: Tensor,
+    b_stats: Tensor | None,
+    triangles: bool,
+    gram: str,
+    centred: bool,
+    dtype: torch.dtype,
+    both: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosines `[items]`, statistics `[2, items]` of both operands, and the workspace; arguments as of the operator."""
     b_stats = None if b_stats is None else b_stats.to(dtype)
-    direct = packed or is_direct(*matrices(a, gram).shape[1:])
+    direct = triangles or is_direct(*matrices(a, gram).shape[1:])
     # Scaling passes over the features. On the CPU, where the host can look at values, it is left out if it can be.
-    if a.device.type == "cpu" and (b_stats is None or packed or bool((b_stats[1] == 1).all())):
+    if a.device.type == "cpu" and (b_stats is None or triangles or bool((b_stats[1] == 1).all())):
         fa = matrices(a, gram).to(dtype)
-        fb = b.to(dtype) if packed else matrices(b, gram).to(dtype)
+        fb = b.to(dtype) if triangles else matrices(b, gram).to(dtype)
         if centred:
-            fa, fb = _centred(fa), fb if packed else _centred(fb)
-        squares, grams = _products(fa, fb, b_stats, packed, direct, both)
+            fa, fb = _centred(fa), fb if triangles else _centred(fb)
+        squares, grams = _products(fa, fb, b_stats, triangles, direct, both)
         if all(bool(((square > LEAST) & (square < MOST)).all()) for square in squares[1:]):
             one = torch.ones_like(squares[1])
             return _finished(*squares, grams, one, one if b_stats is None else b_stats[1], direct, both)
     fa, scale_a = scaled(a, gram, centred, dtype)
-    if packed:
+    if triangles:
         assert b_stats is not None
         fb, scale_b = b.to(dtype), b_stats[1]
     else:
         fb, scale_b = scaled(b, gram, centred, dtype, None if b_stats is None else b_stats[1])
-    squares, grams = _products(fa, fb, b_stats, packed, direct, both)
+    squares, grams = _products(fa, fb, b_stats, triangles, direct, both)
     return _finished(*squares, grams, scale_a, scale_b, direct, both)
 
 
 def _products(
-    fa: Tensor, fb: Tensor, b_stats: Tensor | None, packed: bool, direct: bool, both: bool
+    fa: Tensor, fb: Tensor, b_stats: Tensor | None, triangles: bool, direct: bool, both: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
     """(<G_a, G_b>, |G_a|^2, |G_b|^2); and G_b, G_a, or F_b^T F_a, F_a^T F_a and, where it is needed, F_b^T F_b."""
     if direct:
         gram_a = fa @ fa.mT
-        gram_b = unpacked(fb, fa.shape[1]) if packed else fb @ fb.mT
+        gram_b = from_triangles(fb, fa.shape[1]) if triangles else fb @ fb.mT
         bb = _square(gram_b) if b_stats is None else b_stats[0]
         return (_inner(gram_a, gram_b), _square(gram_a), bb), [gram_b, gram_a]
     grams = [fb.mT @ fa, fa.mT @ fa]
@@ -102,7 +109,7 @@ def gradient(
     scale_b: Tensor,
     workspace: Tensor,
     which: int,
-    packed: bool,
+    triangles: bool,
     gram: str,
     centred: bool,
 ) -> Tensor:
@@ -114,7 +121,7 @@ def gradient(
     factor = (2 * factor * scale_a).view(-1, 1, 1)
     df = None if incoming is None else matrices(incoming, gram).to(factor.dtype)
     by_rows = fa.stride(2) == 1
-    if packed or is_direct(*fa.shape[1:]):
+    if triangles or is_direct(*fa.shape[1:]):
         df = _product(df, workspace[which] * factor, fa, by_rows)
     else:
         fb = scaled(b, gram, centred, factor.dtype, scale_b)[0]
@@ -147,12 +154,12 @@ def scaled(
     return (_centred(f) if centred else f), scale
 
 
-def unpacked(packed: Tensor, rows: int) -> Tensor:
+def from_triangles(triangles: Tensor, rows: int) -> Tensor:
     """Symmetric matrices `[items, rows, rows]` of their upper triangles, row by row."""
-    i, j = torch.triu_indices(rows, rows, device=packed.device).unbind()
-    place = torch.empty(rows, rows, dtype=torch.long, device=packed.device)
-    place[i, j] = place[j, i] = torch.arange(len(i), device=packed.device)
-    return packed.index_select(1, place.flatten()).view(-1, rows, rows)
+    i, j = torch.triu_indices(rows, rows, device=triangles.device).unbind()
+    place = torch.empty(rows, rows, dtype=torch.long, device=triangles.device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=triangles.device)
+    return triangles.index_select(1, place.flatten()).view(-1, rows, rows)
 
 
 def _centred(f: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Meta:
 
     Attributes:
         MODE: "stored", "direct" or "dual" (config.py).
-        PACKED: b holds packed Gram matrices.
+        TRIANGLES: b holds triangles of Gram matrices.
         CENTRED: the means over the columns of F are subtracted.
         CHECKED: products may leave the range of float32, unlike those of float16.
         EXACT: the derivative's products read float32, or else sums of two values of the features' type.
@@ -92,7 +92,7 @@ class Meta:
     """
 
     MODE: str
-    PACKED: bool
+    TRIANGLES: bool
     CENTRED: bool
     CHECKED: bool
     EXACT: bool
@@ -253,7 +253,7 @@ def _product(x, p, y, q, steps, axes, SAME: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def _triangle_tile(ptr, p, q, M, BLOCK_M: tl.constexpr):
-    """Block (p, q) of a packed symmetric matrix: row by row, from the diagonal on."""
+    """Block (p, q) of the upper triangle of a symmetric matrix: row by row, from the diagonal on."""
     r, c = p * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], q * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     low, high = tl.minimum(r, c), tl.maximum(r, c)
     return tl.load(ptr + low * M - low * (low + 1) // 2 + high, mask=high < M, other=0.0)
@@ -328,7 +328,7 @@ def _scaled_block(parts, pair, common, scale, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["items", "splits"])
 def _gram_finish_kernel(
-    gram_ptr, exponent_ptr, packed_ptr, b_stats_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, difference_ptr,
+    gram_ptr, exponent_ptr, triangles_ptr, b_stats_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, difference_ptr,
     ticket_ptr, items, M, weight, splits, pairs,
     BOTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -347,11 +347,11 @@ def _gram_finish_kernel(
     b = Parts(gram_ptr + first * size, exponent_ptr + first, splits)
     common_a, scale_a = _normaliser(a, pairs, BLOCKS, BLOCK_M)
     bb = 0.0
-    if packed_ptr is None:
+    if triangles_ptr is None:
         common_b, scale_b = _normaliser(b, pairs, BLOCKS, BLOCK_M)
         power_b = _power_of_two(scale_b)
     else:
-        packed_ptr += item * (M * (M + 1) // 2)
+        triangles_ptr += item * (M * (M + 1) // 2)
         bb += tl.load(b_stats_ptr + item)
         power_b = tl.load(b_stats_ptr + items + item)
     n, aa = 0.0, 0.0
@@ -359,11 +359,11 @@ def _gram_finish_kernel(
         p, q = _pair(pair)
         count = tl.where(p == q, 1.0, 2.0)
         ga = _scaled_block(a, pair, common_a, scale_a, BLOCK_M)
-        if packed_ptr is None:
+        if triangles_ptr is None:
             gb = _scaled_block(b, pair, common_b, scale_b, BLOCK_M)
             bb += count * _sum(gb * gb)
         else:
-            gb = _triangle_tile(packed_ptr, p, q, M, BLOCK_M)
+            gb = _triangle_tile(triangles_ptr, p, q, M, BLOCK_M)
         n += count * _sum(ga * gb)
         aa += count * _sum(ga * ga)
     norm = tl.sqrt(aa) * tl.sqrt(bb)
@@ -390,10 +390,10 @@ def _gram_finish_kernel(
     for pair in range(pairs):
         p, q = _pair(pair)
         ga = _scaled_block(a, pair, common_a, scale_a, BLOCK_M)
-        if packed_ptr is None:
+        if triangles_ptr is None:
             gb = _scaled_block(b, pair, common_b, scale_b, BLOCK_M)
         else:
-            gb = _triangle_tile(packed_ptr, p, q, M, BLOCK_M)
+            gb = _triangle_tile(triangles_ptr, p, q, M, BLOCK_M)
         tl.store(difference_ptr + pair * size, cross * gb - own_a * ga)
         if BOTH:
             tl.store(difference_ptr + (items * pairs + pair) * size, cross * ga - own_b * gb)
@@ -464,7 +464,7 @@ def _gram_squares_kernel(a, b, axes, partial_ptr, pairs, META: tl.constexpr):
         weight = tl.where(p == q, 1.0, 2.0)
         p_rows, q_rows = p * BLOCK_M + lanes, q * BLOCK_M + lanes
         ga, a_exponent = _normalised_product(a, p_rows, a, q_rows, steps, axes, META.ONE_BLOCK, META)
-        if META.PACKED:
+        if META.TRIANGLES:
             gb, b_exponent = _normalised(_triangle_tile(b.ptr, p, q, axes.M, BLOCK_M))
         else:
             gb, b_exponent = _normalised_product(b, p_rows, b, q_rows, steps, axes, META.ONE_BLOCK, META)
@@ -512,7 +512,7 @@ def _scale_of(exponent):
 @triton.jit(do_not_specialize=["items", "programs"])
 def _gram_cosine_kernel(
     partial_ptr, b_stats_ptr, cosine_ptr, loss_ptr, stats_a_ptr, stats_b_ptr, items, programs, products, pairs, weight,
-    PACKED: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+    TRIANGLES: tl.constexpr, DUAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """cosine, statistics and weight * sum of squared cosines, from the parts of all items, by a single program.
 
@@ -536,8 +536,8 @@ def _gram_cosine_kernel(
         else:
             bb = tl.load(b_stats_ptr + i, mask=i_ok, other=0.0)
             power_b = tl.load(b_stats_ptr + items + i, mask=i_ok, other=1.0)
-            # Packed matrices are scaled already.
-            scale_b = 0.0 if PACKED else _exponent(power_b)
+            # Triangles are of scaled matrices.
+            scale_b = 0.0 if TRIANGLES else _exponent(power_b)
         n = _times_power_of_two(n, tl.maximum(n_exponent + 2 * (scale_a + scale_b), -252.0))
         norm = tl.sqrt(aa) * tl.sqrt(bb)
         cosine = n / tl.where(norm == 0, 1.0, norm)
@@ -590,7 +590,7 @@ def _terms(a, b, m, n, scalars, axes, META: tl.constexpr):
         d *= scalars.aa
         return d, d
     elif META.MODE == "direct":
-        if META.PACKED:
+        if META.TRIANGLES:
             low, high = tl.minimum(m[:, None], n[None, :]), tl.maximum(m[:, None], n[None, :])
             acc = tl.load(b.ptr + low * axes.M - low * (low + 1) // 2 + high, mask=high < axes.M, other=0.0)
         else:

@@ -22,7 +22,7 @@ def forward(
     a: Tensor,
     b: Tensor,
     b_stats: Tensor | None,
-    packed: bool,
+    triangles: bool,
     gram: str,
     centred: bool,
     beta: float,
@@ -30,32 +30,32 @@ def forward(
     both: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `op.gram_cosine`."""
-    a, b = _same_type(a, b, packed)
+    a, b = _same_type(a, b, triangles)
     items, rows, columns = _sizes(a, gram)
-    size = config.workspace_size(rows, columns, items, packed, both, arch_of(a))
+    size = config.workspace_size(rows, columns, items, triangles, both, arch_of(a))
     shapes: tuple[tuple[int, ...], ...] = ((items,), (), (2, items), (2, items), size)
     cosine, loss, stats_a, stats_b, workspace = [_launch.float32(a, *shape) for shape in shapes]
     if items == 0:
         loss.fill_(torch.nan if mean else 0.0)
         return cosine, loss, stats_a, stats_b, workspace
-    plan = _plan(a, gram, packed, centred)
-    matrices, axes = _view([a] if packed else [a, b], gram, packed)
+    plan = _plan(a, gram, triangles, centred)
+    matrices, axes = _view([a] if triangles else [a, b], gram, triangles)
     if centred:
         matrices = [_centred(x, gram) for x in matrices]
     tile, pairs = plan.forward, config.pairs_of(axes.M, plan.block)
-    meta = _meta(plan, axes, a, packed, centred, plan.block, tile.k, ONE_BLOCK=pairs == 1)
+    meta = _meta(plan, axes, a, triangles, centred, plan.block, tile.k, ONE_BLOCK=pairs == 1)
     operands: dict[str, Any] = {"a": matrices[0], "b": matrices[-1], "axes": axes, "pairs": pairs, "META": meta}
     results: dict[str, Any] = {"cosine_ptr": cosine, "loss_ptr": loss, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b}
     results |= {"items": items, "weight": beta / items if mean else beta, "pairs": pairs}
-    results |= {"b_stats_ptr": b_stats if packed or plan.mode == "dual" else None}
+    results |= {"b_stats_ptr": b_stats if triangles or plan.mode == "dual" else None}
     settings = (tile.warps, tile.stages, REGISTERS if centred else 0)
     with device_of(a):
         if plan.mode == "stored":
-            results |= {"packed_ptr": b if packed else None, "difference_ptr": workspace, "BOTH": both}
-            _stored(plan, operands, results, 1 if packed else 2, settings)
+            results |= {"triangles_ptr": b if triangles else None, "difference_ptr": workspace, "BOTH": both}
+            _stored(plan, operands, results, 1 if triangles else 2, settings)
         else:
-            operands["b"] = _items(b) if packed else operands["b"]
-            _squared(plan, operands, results, packed, settings)
+            operands["b"] = _items(b) if triangles else operands["b"]
+            _squared(plan, operands, results, triangles, settings)
     return cosine, loss, stats_a, stats_b, workspace
 
 
@@ -78,7 +78,7 @@ def _stored(
 
 
 def _squared(
-    plan: Plan, operands: dict[str, Any], results: dict[str, Any], packed: bool, settings: tuple[int, int, int]
+    plan: Plan, operands: dict[str, Any], results: dict[str, Any], triangles: bool, settings: tuple[int, int, int]
 ) -> None:
     """Sums of squares of each program's products, then the cosines: two launches."""
     items, pairs, dual = results["items"], results["pairs"], plan.mode == "dual"
@@ -89,7 +89,13 @@ def _squared(
     partial = _launch.float32(results["cosine_ptr"], items, programs, 6)
     operands["partial_ptr"] = partial
     _launch.run(kernels._gram_squares_kernel, (items, programs), operands, *settings)
-    results |= {"partial_ptr": partial, "programs": programs, "products": products, "PACKED": packed, "DUAL": dual}
+    results |= {
+        "partial_ptr": partial,
+        "programs": programs,
+        "products": products,
+        "TRIANGLES": triangles,
+        "DUAL": dual,
+    }
     results |= {"BLOCK_I": 16, "BLOCK_P": 64}
     _launch.run(kernels._gram_cosine_kernel, (1,), results, registers=REGISTERS)
 
@@ -105,7 +111,7 @@ def gradient(
     stats_b: Tensor,
     workspace: Tensor,
     which: int,
-    packed: bool,
+    triangles: bool,
     gram: str,
     centred: bool,
     beta: float,
@@ -116,14 +122,14 @@ def gradient(
     if da.numel() == 0:
         return da
     items, *_ = _sizes(a, gram)
-    like, b = _same_type(a, b, packed)
-    plan, registers = _plan(like, gram, packed, centred), REGISTERS if centred else 0
+    like, b = _same_type(a, b, triangles)
+    plan, registers = _plan(like, gram, triangles, centred), REGISTERS if centred else 0
     centred = centred and plan.mode != "stored"  # whose D needs no means
-    operands = [like, *([] if packed else [b]), *([] if incoming is None else [incoming]), da]
-    matrices, axes = _view(operands, gram, packed)
+    operands = [like, *([] if triangles else [b]), *([] if incoming is None else [incoming]), da]
+    matrices, axes = _view(operands, gram, triangles)
     if centred:
-        matrices[: 1 if packed else 2] = [_centred(x, gram) for x in matrices[: 1 if packed else 2]]
-    other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if packed else matrices[1]
+        matrices[: 1 if triangles else 2] = [_centred(x, gram) for x in matrices[: 1 if triangles else 2]]
+    other = _items(workspace[which]) if plan.mode == "stored" else _items(b) if triangles else matrices[1]
     tile, out = plan.backward, matrices[-1]
     blocks = {"BLOCK": plan.block, "WHOLE": tile.n >= axes.M, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     blocks |= {"EVEN_N": axes.M % tile.n == 0, "EVEN_C": axes.K % tile.c == 0}
@@ -132,7 +138,7 @@ def gradient(
     arguments |= {"cosine_ptr": cosine, "stats_a_ptr": stats_a, "stats_b_ptr": stats_b, "dloss_ptr": dloss}
     arguments |= {"dcosine_ptr": None if dcosine is None else dcosine.contiguous()}
     arguments |= {"weight": beta / items if mean else beta}
-    arguments |= {"META": _meta(plan, axes, like, packed, centred, tile.m, tile.k, **blocks)}
+    arguments |= {"META": _meta(plan, axes, like, triangles, centred, tile.m, tile.k, **blocks)}
     grid = (items, -(-axes.M // tile.m), plan.column_splits)
     with device_of(a):
         _launch.run(kernels._gram_backward_kernel, grid, arguments, tile.warps, tile.stages, registers)
@@ -140,11 +146,11 @@ def gradient(
 
 
 def _meta(
-    plan: Plan, axes: Axes, like: Tensor, packed: bool, centred: bool, block_m: int, block_k: int, **more: Any
+    plan: Plan, axes: Axes, like: Tensor, triangles: bool, centred: bool, block_m: int, block_k: int, **more: Any
 ) -> Meta:
     return Meta(
         MODE=plan.mode,
-        PACKED=packed,
+        TRIANGLES=triangles,
         CENTRED=centred,
         CHECKED=like.dtype != torch.float16,
         EXACT=like.dtype == torch.float32 or (centred and plan.mode == "dual"),
@@ -164,13 +170,13 @@ def _sizes(a: Tensor, gram: str) -> tuple[int, int, int]:
     return config.sizes(gram, a.shape[0], a.shape[1], a.shape[2:].numel())
 
 
-def _plan(a: Tensor, gram: str, packed: bool, centred: bool) -> Plan:
+def _plan(a: Tensor, gram: str, triangles: bool, centred: bool) -> Plan:
     half = a.element_size() == 2 and not centred
-    return config.plan(*_sizes(a, gram), half, arch_of(a), multiprocessors_of(a), packed)
+    return config.plan(*_sizes(a, gram), half, arch_of(a), multiprocessors_of(a), triangles)
 
 
-def _same_type(a: Tensor, b: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
-    if packed:
+def _same_type(a: Tensor, b: Tensor, triangles: bool) -> tuple[Tensor, Tensor]:
+    if triangles:
         return a, b.contiguous()
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
@@ -188,10 +194,10 @@ def _items(x: Tensor) -> Matrix:
     return Matrix(x, x, x.shape[1:].numel(), 0, 0, 0, 0)
 
 
-def _view(tensors: list[Tensor], gram: str, packed: bool) -> tuple[list[Matrix], Axes]:
+def _view(tensors: list[Tensor], gram: str, triangles: bool) -> tuple[list[Matrix], Axes]:
     """Tensors of one shape as matrices [m, k]; all are copied if one has more than two strides along an axis."""
     _, rows, columns = _sizes(tensors[0], gram)
-    dual = config.mode_of(rows, columns, packed) == "dual"
+    dual = config.mode_of(rows, columns, triangles) == "dual"
     # Maps in NHWC are one dense row of features if positions come first, those in NCHW if channels do.
     orders = (False, True) if gram == "batch" else (False,)
     axes = min((_axes(tensors, gram, dual, order) for order in orders), key=_levels)

@@ -9,8 +9,8 @@ Each item of a and of b is scaled by a power of two that brings its products nea
 float32 at features of 1e-10 and 1e10. Centred, F is F less its columns' means; as every G then has rows that sum to 0,
 the derivative above is the one by the features too.
 
-The second operand may be a target of an earlier call: `b` its features or packed Gram matrices, `b_stats` their
-statistics.
+The second operand may be a target of an earlier call: `b` its features, or the triangles of its Gram matrices,
+`b_stats` their statistics.
 """
 
 from typing import Any
@@ -31,9 +31,9 @@ def _cosine_fake(inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, dtype = inputs.a, compute_dtype(inputs.a, inputs.b)
     items, rows, columns = sizes(inputs.gram, a.shape[0], a.shape[1], a.shape[2:].numel())
     if inputs.backend == "torch":
-        workspace = forms.workspace_size(rows, columns, items, inputs.packed, inputs.both)
+        workspace = forms.workspace_size(rows, columns, items, inputs.triangles, inputs.both)
     else:
-        workspace = workspace_size(rows, columns, items, inputs.packed, inputs.both, arch_of(a))
+        workspace = workspace_size(rows, columns, items, inputs.triangles, inputs.both, arch_of(a))
     cosine, loss, stats_a, stats_b, empty = (
         a.new_empty(shape, dtype=dtype) for shape in ((items,), (), (2, items), (2, items), workspace)
     )
@@ -77,7 +77,7 @@ def gram_cosine(
     a: Tensor,
     b: Tensor,
     b_stats: Tensor | None,
-    packed: bool,
+    triangles: bool,
     gram: str,
     centred: bool,
     beta: float,
@@ -89,8 +89,8 @@ def gram_cosine(
 
     Args:
         a: `[B, C, *spatial]`.
-        b: the same, or `packed`: the upper triangles of scaled Gram matrices, `[items, rows (rows + 1) / 2]`.
-        b_stats: statistics of `b` from an earlier call, or None; packed matrices need them.
+        b: the same; or, with `triangles`, the upper triangles of scaled Gram matrices, `[items, rows (rows + 1) / 2]`.
+        b_stats: statistics of `b` from an earlier call, or None; triangles need them.
         gram, centred: as in `reference.gram_cosine`.
         beta: weight of the loss.
         mean: the loss is the mean over the items, or else the sum.
@@ -105,13 +105,15 @@ def gram_cosine(
         from qkernels.ops.gram_cosine import launch
 
         with or_plain(backend):
-            return launch.forward(a, b, b_stats, packed, gram, centred, beta, mean, both)
-    cosine, stats_a, stats_b, workspace = forms.forward(a, b, b_stats, packed, gram, centred, compute_dtype(a, b), both)
+            return launch.forward(a, b, b_stats, triangles, gram, centred, beta, mean, both)
+    cosine, stats_a, stats_b, workspace = forms.forward(
+        a, b, b_stats, triangles, gram, centred, compute_dtype(a, b), both
+    )
     squares = cosine.square()
     loss = beta * (squares.mean() if mean else squares.sum())
     if backend != "torch":  # what the derivative's kernel reads, if it can be built
         rows, columns = matrices(a, gram).shape[1:]
-        stored = mode_of(rows, columns, packed) == "stored"
+        stored = mode_of(rows, columns, triangles) == "stored"
         workspace = _blocks(workspace, block_of(rows, arch_of(a))) if stored else workspace.new_empty(0)
     return cosine, loss, stats_a, stats_b, workspace
 
@@ -132,7 +134,7 @@ def gram_cosine_da(
     stats_b: Tensor,
     workspace: Tensor,
     which: int,
-    packed: bool,
+    triangles: bool,
     gram: str,
     centred: bool,
     beta: float,
@@ -148,25 +150,25 @@ def gram_cosine_da(
     if backend != "torch":
         from qkernels.ops.gram_cosine import launch
 
-        options = (which, packed, gram, centred, beta, mean)
+        options = (which, triangles, gram, centred, beta, mean)
         with or_plain(backend):
             return launch.gradient(dcosine, dloss, incoming, cosine, a, b, stats_a, stats_b, workspace, *options)
     factor = torch.zeros_like(cosine) if dcosine is None else dcosine
     if dloss is not None:
         factor = factor + 2 * (beta / len(cosine) if mean else beta) * dloss * cosine
     if backend != "torch":  # the forward's workspace is for the kernel
-        *_, workspace = forms.forward(a, b, stats_b, packed, gram, centred, cosine.dtype, False)
+        *_, workspace = forms.forward(a, b, stats_b, triangles, gram, centred, cosine.dtype, False)
         which = 0
-    return forms.gradient(factor, incoming, a, b, stats_a[1], stats_b[1], workspace, which, packed, gram, centred)
+    return forms.gradient(factor, incoming, a, b, stats_a[1], stats_b[1], workspace, which, triangles, gram, centred)
 
 
-def target(features: Tensor, gram: str, centred: bool, pack: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """The operands `b` and `b_stats` for these features, which stay as they are or become packed Gram matrices.
+def target(features: Tensor, gram: str, centred: bool, triangles: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The operands `b` and `b_stats` for these features, which stay as they are, or become `triangles`.
 
-    Packed, the Gram matrices are summed in float64, in parts of the batch.
+    Triangles are summed in float64, in parts of the batch.
     """
     dtype = compute_dtype(features)
-    if not pack:
+    if not triangles:
         return features, gram_cosine(features, features, None, False, gram, centred, 1.0, True, False, backend)[2]
     rows = matrices(features, gram).shape[1]
     i, j = torch.triu_indices(rows, rows, device=features.device).unbind()
