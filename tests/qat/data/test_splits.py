@@ -86,7 +86,7 @@ def test_an_empty_cell_is_found(empty: str | None) -> None:
         splits.column(table, "speaker")
     with pytest.raises(ValueError, match=f"^{message}$"):
         splits.column(table.drop(columns="path"), "speaker")
-    with pytest.raises(ValueError, match="^column 'session' is missing; there are 'path', 'speaker'$"):
+    with pytest.raises(ValueError, match=r"^column 'session' is missing; there are 'path', 'speaker'$"):
         splits.column(table, "session")
 
 
