@@ -66,6 +66,9 @@ def assert_no_leak(table: pd.DataFrame, split: splits.Split, column: str) -> Non
         (25, (18, 5, 2)),  # 17.5 goes to the even 18
         (15, (10, 3, 2)),  # 10.5 goes to the even 10
         (45, (32, 9, 4)),  # 31.5, although 0.7 * 45 is below it in floating point
+        (10, (7, 2, 1)),
+        (8, (5, 2, 1)),  # 6, 2 and no test item: the second rule, of which 1.6 goes up
+        (6, (4, 1, 1)),
         (5, (3, 1, 1)),  # the rule would leave no test item
         (4, (2, 1, 1)),
         (3, (1, 1, 1)),
@@ -73,6 +76,18 @@ def assert_no_leak(table: pd.DataFrame, split: splits.Split, column: str) -> Non
 )
 def test_counts(items: int, expected: tuple[int, int, int]) -> None:
     assert splits.counts(items) == expected
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_cell_is_found(empty: str | None) -> None:
+    table = pd.DataFrame({"path": ["a.wav", "b.wav", "c.wav"], "speaker": ["x", empty, empty]})
+    message = "column 'speaker' is empty in 2 of 3 rows"
+    with pytest.raises(ValueError, match=f"^{message}, the first being b.wav$"):
+        splits.column(table, "speaker")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        splits.column(table.drop(columns="path"), "speaker")
+    with pytest.raises(ValueError, match=r"^column 'session' is missing; there are 'path', 'speaker'$"):
+        splits.column(table, "session")
 
 
 @given(st.integers(3, 10000))
