@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +25,7 @@ from qat.models import SpeechClassifier
 from qat.models.vgg import INPUT, VGG16
 from qat.training.examples import Batch
 from qat.training.steps import WARM, Steps
+from qkernels.ops._library import implementation
 from qkernels.runtime.recording import Launch, Recording, record
 
 PARTS = ("gather", "twin", "forward", "loss", "backward", "optimiser", "sums")
@@ -137,7 +137,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "qkernels":
             with self:
-                result = OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
+                result = implementation(func)(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         self._ours()

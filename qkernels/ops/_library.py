@@ -83,7 +83,7 @@ def define(
             operator, lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))), lib=_LIBRARY
         )
         register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
-        _bodies[operator] = function
+        _bodies[operator], _implementations[operator] = function, forward
         _direct[operator] = Direct
         return operator
 
@@ -91,11 +91,17 @@ def define(
 
 
 _bodies: dict[Any, Callable[..., Any]] = {}
+_implementations: dict[Any, Callable[..., Any]] = {}
 _direct: dict[Any, Any] = {}
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
+
+
+def implementation(operator: Any) -> Callable[..., Any]:
+    """What the dispatcher calls for an operator, below autograd."""
+    return _implementations[operator]
 
 
 def direct(operator: Any) -> Callable[..., Any]:

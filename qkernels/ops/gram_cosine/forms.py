@@ -147,9 +147,8 @@ def scaled(
 ) -> tuple[Tensor, Tensor]:
     """The matrices F `[items, rows, columns]`, and the power of two that scales each."""
     f = matrices(features, gram).to(dtype)
-    if scale is None:
-        scale = power_of_two(f)
-    if f.device.type != "cpu" or not bool((scale == 1).all()):
+    known, scale = scale is not None, power_of_two(f) if scale is None else scale
+    if not (known and f.device.type == "cpu" and bool((scale == 1).all())):
         f = f * scale.view(-1, 1, 1)
     return (_centred(f) if centred else f), scale
 
