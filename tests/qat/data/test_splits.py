@@ -207,6 +207,16 @@ def test_confounded_makes_the_voice_predict_the_emotion(rng: np.random.Generator
     assert len(split["validation"]) == 1 * 64
 
 
+def test_the_least_leak_is_one_file_of_each_other_label() -> None:
+    """The share of 10 sentences rounds to 0."""
+    table = grid()
+    train = table.loc[splits.confounded(table, 1, PARTS, leak=0.01)["train"]]
+    kept = train.groupby(["speaker", "emotion"])["path"].nunique()
+    assert len(kept) == 4 * len(EMOTIONS)
+    assert sorted(set(kept)) == [1, 10]
+    assert (kept == 10).sum() == 4
+
+
 def test_leak_of_nothing_and_of_everything() -> None:
     table = grid()
     own = splits.own_labels(table, 1, PARTS)
