@@ -24,6 +24,8 @@ _IMPORTED = ["qat.training.classifier", "qat.training.rhemo", "qat.report.report
 _IMPORTED += ["torch.utils.tensorboard", "submitit", "joblib.externals.loky", __name__]
 """What takes seconds to import, and is imported once for all processes."""
 
+NOTHING = "before any file"
+
 _OF_ONE_RUN = ("seconds", "seconds_per_epoch", "peak_memory", "command")
 """Of `result.json`: times, memory, and the command, which in a campaign names a job's log."""
 
@@ -88,11 +90,11 @@ class Command:
 
     def state(self) -> str:
         """The file that is being written, else the last that was."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and ".lock" not in path.name]
+        files = [path for path in self.folder.rglob("*") if ".lock" not in path.name and path.is_file()]
         if half := [path for path in files if any(part.endswith(".part") for part in path.parts)]:
             return f"in {max(half, key=_written).name.strip('.').partition('.part')[0].rpartition('.')[0] or 'a draft'}"
         done = [path for path in files if not {".jobs", "tensorboard"} & set(path.parts)]
-        return f"after {max(done, key=_written).name}" if done else "before any file"
+        return f"after {max(done, key=_written).name}" if done else NOTHING
 
     def left(self) -> dict[str, str]:
         """Digests of all that it has left, without times, by path."""
@@ -121,7 +123,7 @@ def _main(words: tuple[str, ...], log: Path, limits: dict[int, int]) -> None:
 
 
 def _written(path: Path) -> float:
-    return path.stat().st_mtime
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _content(path: Path) -> bytes:
@@ -187,9 +189,14 @@ def grid(top: Path, small: Path) -> Command:
     return Command(("grid", *words, "--out", str(top / "grid/out"), "--cluster", "local"), top / "grid")
 
 
-def timed(command: Command) -> float:
-    """Run it undisturbed, where nothing is; the seconds that it takes."""
+def timed(command: Command) -> tuple[float, float]:
+    """Run it undisturbed, where nothing is; the seconds until it writes, and until it ends."""
     dataclasses.replace(command, words=("--version",)).run()  # by now, what all of them import is imported
     started = time.monotonic()
-    assert command.run() == 0, command.told()
-    return time.monotonic() - started
+    process = command.start()
+    while command.state() == NOTHING and process.exitcode is None:
+        process.join(0.05)
+    first = time.monotonic() - started
+    process.join()
+    assert process.exitcode == 0, command.told()
+    return first, time.monotonic() - started
