@@ -38,7 +38,8 @@ def running(
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     text: dict[str, Any] = {"text": True, "errors": "replace"}
     environment |= {"PYTHONPATH": path}
-    process = subprocess.Popen([*WITH_CALLER, *command], env=environment, start_new_session=True, **text, **options)
+    guard = WITH_CALLER if shutil.which(command[0]) else []  # a program that is not there is reported by its own name
+    process = subprocess.Popen([*guard, *command], env=environment, start_new_session=True, **text, **options)
     try:
         yield process
     finally:
