@@ -381,7 +381,7 @@ def test_who_does_not_start_costs_half_of_the_time(monkeypatch: pytest.MonkeyPat
 
     class Started:
         def __init__(self, target: Any, args: Any, daemon: Any) -> None:
-            self.pipe, self.name = args[1], len(started)
+            self.pipe, self.name = args[2], len(started)
             started.append(self)
 
         def start(self) -> None:
@@ -408,7 +408,7 @@ def test_on_a_gpu_the_promised_figure_is_judged_beside_those_of_the_run(
     lines = [shared(1, 1.0), shared(8, 4.5, mode=MPS)]
     monkeypatch.setattr(sharing, "measured", lambda *of: iter([lines[:1], lines]))
     assert cli.main(["share", "--out", str(tmp_path)]) == 0
-    assert sorted(os.listdir(tmp_path)) == ["sharing.csv"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["sharing.csv"]
     write(tmp_path / "results.csv", [row()], {**GPU_NAMED, "commit": "of the run"})
     assert cli.main(["share", "--out", str(tmp_path)]) == 0
     with (tmp_path / "targets.csv").open() as file:
