@@ -156,8 +156,8 @@ def gram_cosine_da(
     factor = torch.zeros_like(cosine) if dcosine is None else dcosine
     if dloss is not None:
         factor = factor + 2 * (beta / len(cosine) if mean else beta) * dloss * cosine
-    if backend != "torch":  # the forward's workspace is for the kernel
-        *_, workspace = forms.forward(a, b, stats_b, triangles, gram, centred, cosine.dtype, False)
+    if backend != "torch":  # the forward's workspace is for the kernel, and of features that the kernel has scaled
+        _, stats_a, stats_b, workspace = forms.forward(a, b, stats_b, triangles, gram, centred, cosine.dtype, False)
         which = 0
     return forms.gradient(factor, incoming, a, b, stats_a[1], stats_b[1], workspace, which, triangles, gram, centred)
 
