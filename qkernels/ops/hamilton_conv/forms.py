@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from qkernels import algebra
 from qkernels.ops._library import relu_mask
@@ -45,34 +44,22 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: 
 def data_gradient(dy: Tensor, weight: Tensor, size: Ints, window: Ints, form: str) -> Tensor:
     """dx, the gradient of <dy, weight (x) x>: a transposed convolution of dy onto maps of `size`."""
     stride, padding, dilation, groups = _geometry(window)
-    batch, channels = dy.shape[0], 4 * weight.shape[2] * groups
-    if form == "dense":
-        real, shape = algebra.expand_weight(weight, groups), (batch, channels, *size)
-        dx = conv2d_input(shape, real, _group_first(dy, groups), stride, padding, dilation, groups)
-        return _component_first(dx, groups).contiguous(memory_format=layout_of(dy, groups, form))
     if form == "real":
         real = algebra.real_weight(weight, groups)
         natural = transposed_output_size(dy.shape[2:], weight.shape[3:], stride, padding, dilation, (0, 0))
         extra = [there - own for there, own in zip(size, natural, strict=True)]
         dx = F.conv_transpose2d(_group_first(dy, groups), real, None, stride, padding, extra, groups, dilation)
         return _component_first(dx, groups)
-    products, shape = algebra.weight_products(weight).flatten(0, 1), (batch, 2 * channels, *size)
-    outputs = _products(algebra.output_products, dy)
-    z = conv2d_input(shape, products, outputs, stride, padding, dilation, 8 * groups)
-    return algebra.input_from_products(z.unflatten(1, (8, -1))).flatten(1, 2).to(dy.dtype)
+    by_x, _, _ = gradients(dy, None, weight, size, weight.shape[3:], window, (True, False, False), form)
+    assert by_x is not None
+    return by_x.contiguous(memory_format=layout_of(dy, groups, form))
 
 
 def weight_gradient(dy: Tensor, x: Tensor, kernel_size: Ints, window: Ints, form: str) -> Tensor:
     """dw, the gradient of <dy, weight (x) x>."""
-    stride, padding, dilation, groups = _geometry(window)
-    p, q = dy.shape[1] // 4, x.shape[1] // (4 * groups)
-    if form == "dense":
-        inputs, outputs, shape = _group_first(x, groups), _group_first(dy, groups), (4 * p, 4 * q, *kernel_size)
-        real = conv2d_weight(inputs, shape, outputs, stride, padding, dilation, groups)
-        return algebra.contract_weight(real, groups)
-    inputs, outputs = _products(algebra.input_products, x), _products(algebra.output_products, dy)
-    z = conv2d_weight(inputs, (8 * p, q, *kernel_size), outputs, stride, padding, dilation, 8 * groups)
-    return algebra.weight_from_products(z.unflatten(0, (8, -1))).to(x.dtype)
+    _, dw, _ = gradients(dy, x, None, x.shape[2:], kernel_size, window, (False, True, False), form)
+    assert dw is not None
+    return dw
 
 
 def gradients(
