@@ -38,25 +38,26 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosines `[items]`, statistics `[2, items]` of both operands, and the workspace; arguments as of the operator."""
     b_stats = None if b_stats is None else b_stats.to(dtype)
-    direct = triangles or is_direct(*matrices(a, gram).shape[1:])
-    # Scaling passes over the features. On the CPU, where the host can look at values, it is left out if it can be.
-    if a.device.type == "cpu" and (b_stats is None or triangles or bool((b_stats[1] == 1).all())):
-        fa = matrices(a, gram).to(dtype)
-        fb = b.to(dtype) if triangles else matrices(b, gram).to(dtype)
-        if centred:
-            fa, fb = _centred(fa), fb if triangles else _centred(fb)
+    known_b = None if b_stats is None else b_stats[1]
+
+    def computed(scale_a: Tensor | None, scale_b: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        fa, scale_a = scaled(a, gram, centred, dtype, scale_a)
+        if triangles:
+            assert scale_b is not None
+            fb = b.to(dtype)
+        else:
+            fb, scale_b = scaled(b, gram, centred, dtype, scale_b)
+        direct = triangles or is_direct(*fa.shape[1:])
         squares, grams = _products(fa, fb, b_stats, triangles, direct, both)
-        if all(bool(((square > LEAST) & (square < MOST)).all()) for square in squares[1:]):
-            one = torch.ones_like(squares[1])
-            return _finished(*squares, grams, one, one if b_stats is None else b_stats[1], direct, both)
-    fa, scale_a = scaled(a, gram, centred, dtype)
-    if triangles:
-        assert b_stats is not None
-        fb, scale_b = b.to(dtype), b_stats[1]
-    else:
-        fb, scale_b = scaled(b, gram, centred, dtype, None if b_stats is None else b_stats[1])
-    squares, grams = _products(fa, fb, b_stats, triangles, direct, both)
-    return _finished(*squares, grams, scale_a, scale_b, direct, both)
+        return _finished(*squares, grams, scale_a, scale_b, direct, both)
+
+    # Scaling passes over the features. On the CPU, where the host can look at values, it is left out if it can be.
+    if a.device.type == "cpu" and (known_b is None or triangles or bool((known_b == 1).all())):
+        one = a.new_ones(matrices(a, gram).shape[0], dtype=dtype)
+        results = computed(one, one if known_b is None else known_b)
+        if all(bool(((stats[0] > LEAST) & (stats[0] < MOST)).all()) for stats in results[1:3]):
+            return results
+    return computed(None, known_b)
 
 
 def _products(
@@ -147,9 +148,9 @@ def scaled(
 ) -> tuple[Tensor, Tensor]:
     """The matrices F `[items, rows, columns]`, and the power of two that scales each."""
     f = matrices(features, gram).to(dtype)
-    known, scale = scale is not None, power_of_two(f) if scale is None else scale
-    if not (known and f.device.type == "cpu" and bool((scale == 1).all())):
-        f = f * scale.view(-1, 1, 1)
+    unchanged = scale is not None and f.device.type == "cpu" and bool((scale == 1).all())
+    scale = power_of_two(f) if scale is None else scale
+    f = f if unchanged else f * scale.view(-1, 1, 1)
     return (_centred(f) if centred else f), scale
 
 
