@@ -37,7 +37,7 @@ SHAPES = {
 
 
 class Features(NamedTuple):
-    """Features `[B, C, H, W]` of the trained and of the frozen network, after a ReLU, NHWC."""
+    """Features `[B, C, H, W]` of the trained and of the frozen network, after a ReLU."""
 
     trained: Tensor
     frozen: Tensor
@@ -80,10 +80,15 @@ class LossCase(Case):
         return 2 if 4 * self.elements * self.dtype.itemsize <= ROTATED_BYTES else 1
 
     def operands(self, device: torch.device) -> Features:
-        """Frozen features close to the trained ones, for which the terms of the gradient nearly cancel."""
+        """Frozen features close to the trained ones, for which the terms of the gradient nearly cancel.
+
+        NHWC, on a CPU from layer 5 on NCHW: as the quaternion network has them.
+        """
+        last = device.type == "cuda" or self.channels < 256
+        layout = torch.channels_last if last else torch.contiguous_format
         a = torch.randn(self.batch, self.channels, *self.size, device=device).relu()
         b = (a + 0.5 * torch.randn_like(a)).relu()
-        return Features(*(x.to(self.dtype).contiguous(memory_format=torch.channels_last) for x in (a, b)))
+        return Features(*(x.to(self.dtype).contiguous(memory_format=layout) for x in (a, b)))
 
     def check(self, provider: Provider, operands: Features, results: Results) -> tuple[float, float]:
         """Relative errors of loss and gradient against float64."""
@@ -103,13 +108,17 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def _provider(
-    name: str, function: Callable[[LossCase, Tensor], Loss], fits: Callable[[LossCase], bool] = lambda case: True
+    name: str,
+    function: Callable[[LossCase, Tensor], Loss],
+    fits: Callable[[LossCase], bool] = lambda case: True,
+    layout: torch.memory_format = torch.preserve_format,
 ) -> Provider:
     """A provider from ``function(case, frozen)``, which returns the loss as a function of the trained features."""
 
     def build(case: LossCase, operands: Features) -> Run:
         unit = torch.ones((), device=operands.trained.device)
-        return differentiated(function(case, operands.frozen), (operands.trained,), unit, case.work)
+        trained, frozen = (x.clone(memory_format=layout) for x in operands)
+        return differentiated(function(case, frozen), (trained,), unit, case.work)
 
     return Provider(name, build, fits)
 
@@ -144,6 +153,10 @@ PROVIDERS = [
     _provider("ours", _ours),
     _provider("ours, cached target", _cached, lambda case: case.variant in ("paper", "position")),
     _provider("materialised", _materialised),
+    *(
+        _provider(f"materialised, {name}", _materialised, lambda case: case.suite == "cpu", layout)
+        for name, layout in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last))
+    ),
     _provider("materialised, float32", _materialised_wide, lambda case: case.precision != "float32"),
 ]
 

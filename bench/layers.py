@@ -23,6 +23,7 @@ import qkernels
 from bench.case import BACKWARD, FORWARD, MODES, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
 from bench.gradients import differentiated, reference_run, relative_error
 from qkernels import algebra
+from qkernels.ops.hamilton_conv.config import cpu_form
 from qkernels.runtime.tolerances import tolerance
 
 PRODUCT, DX, DW = BARE = ("product", "dx", "dw")  # without bias and ReLU
@@ -125,13 +126,17 @@ class LayerCase(Case):
         return 2 if 2 * sum(map(math.prod, self.shapes)) * self.dtype.itemsize <= ROTATED_BYTES else 1
 
     def operands(self, device: torch.device) -> Operands[Tensor]:
-        """Operands in the memory format of our layers, channels last on a GPU; baselines convert them."""
+        """Operands in the memory format of our layers: channels last on a GPU, and on a CPU for the form "dense".
+
+        Baselines convert them before they are timed.
+        """
         generator = torch.Generator(device)
         generator.manual_seed(int(torch.randint(2**62, ())))
         drawn = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
         scale = (self.channels_in * math.prod(self._window)) ** -0.5
         x, weight, bias, dy, real = (tensor.to(self.dtype) for tensor in drawn)
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        last = device.type == "cuda" or (self.quaternion and not self.linear and self._form_on_a_cpu == "dense")
+        layout = torch.channels_last if last else torch.contiguous_format
         return Operands(*(_as(tensor, layout) for tensor in (x, scale * weight, bias, dy, scale * real)))
 
     def check(self, provider: Provider, operands: Operands[Tensor], results: Results) -> tuple[float, float]:
@@ -147,6 +152,10 @@ class LayerCase(Case):
     def tiny(self) -> "LayerCase":
         channels_in = 64 if self.quaternion else 1  # enough for every form
         return replace(self, batch=2, channels_in=channels_in, channels_out=12, size=(4, 3), precision="float32")
+
+    @property
+    def _form_on_a_cpu(self) -> str:
+        return cpu_form(self.channels_out // 4, self.channels_in // 4, self.kernel**2, math.prod(self.size))
 
     @property
     def _window(self) -> tuple[int, ...]:
@@ -396,6 +405,8 @@ def _form_cases() -> Iterator[LayerCase]:
         yield layer_case(layer, "quaternion", 20, "float32", STEP, **more)
 
 
+# Layers so small that the time is that of the calls.
+CALLS = [Layer("small conv", 8, 8, 3, 4), Layer("small linear", 8, 8, 0, 1)]
 CONVS, LINEARS = LAYERS[:9], LAYERS[9:11]
 _MORE: dict[str, Any] = {"variant": COMPILED, "rank": 3, "modes": ("graph",)}
 _compiled = (layer_case(layer, "quaternion", 20, "bf16", STEP, **_MORE) for layer in CONVS)

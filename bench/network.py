@@ -9,7 +9,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -359,8 +359,13 @@ def _inference(case: NetworkCase, net: nn.Module, function: Callable[[], Tensor]
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    """On CUDA, x in NHWC; `contiguous` would not give its strides to maps of one channel."""
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x) if x.is_cuda else x
+    """x in NHWC; `contiguous` would not give its strides to maps of one channel."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def _ours_layout(x: Tensor) -> Tensor:
+    """On a GPU, x in NHWC."""
+    return _nhwc(x) if x.is_cuda else x
 
 
 def training(
@@ -391,10 +396,10 @@ def _training_of(case: NetworkCase, operands: Operands) -> tuple[ClassificationO
 def _ours(case: NetworkCase, operands: Operands) -> Run:
     """What `qat train` computes."""
     if case.work == LOGITS:
-        net, x = operands.own_classifier().net, _nhwc(operands.x)
+        net, x = operands.own_classifier().net, _ours_layout(operands.x)
         return _inference(case, net, lambda: net(x)[0])
     if case.work == TWIN:
-        twin, name, x = operands.own_twin(), tap_name(case.at, "relu"), _nhwc(operands.x)
+        twin, name, x = operands.own_twin(), tap_name(case.at, "relu"), _ours_layout(operands.x)
         return _inference(case, twin, lambda: twin.features_at(x, [name])[name])
     objective, examples, config = _training_of(case, operands)
     numbers = {"numbers": torch.arange(case.batch, device=operands.device)}
@@ -406,9 +411,10 @@ def _ours(case: NetworkCase, operands: Operands) -> Run:
     return lambda: (steps.train(batch), *_gradients(net))
 
 
-def _plain_run(case: NetworkCase, operands: Operands, careful: bool) -> Run:
+def _plain_run(case: NetworkCase, operands: Operands, careful: bool, nhwc: bool = False) -> Run:
     """`plain` and `plain_loss` in the style of the research code, with the paper's loss; or careful and compiled."""
-    x, targets = _nhwc(operands.x) if careful else operands.x, operands.targets
+    nhwc = nhwc or (careful and operands.x.is_cuda)
+    x, targets = _nhwc(operands.x) if nhwc else operands.x, operands.targets
     compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False) if careful else lambda function: function
     twin = operands.own_twin().requires_grad_(not careful) if case.at else None
     if case.work == TWIN:
@@ -438,18 +444,43 @@ def _our_epoch(case: NetworkCase, operands: Operands) -> Run:
     return run
 
 
-def _research_epoch(case: NetworkCase, operands: Operands) -> Run:
+def _folded_run(case: NetworkCase, operands: Operands, nhwc: bool) -> Run:
+    """A real network with the weights expanded once, in PyTorch's own functions."""
+    net, x = operands.own_classifier().net, _nhwc(operands.x) if nhwc else operands.x
+    *hidden, head = [layer for layer in net.classifier if hasattr(layer, "weight")]
+
+    def folded(layers: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+        return [(concatenated(layer.weight.detach()), layer.bias) for layer in layers]
+
+    convs, linears = folded(net.convs), folded(hidden)
+
+    def logits() -> Tensor:
+        y = x
+        for n, (weight, bias) in enumerate(convs, 1):
+            y = F.conv2d(y, weight, bias, padding=1).relu_()
+            y = F.max_pool2d(y, 2) if n in POOL_AFTER else y
+        y = y.flatten(1)
+        for weight, bias in linears:
+            y = F.linear(y, weight, bias).relu_()
+        return F.linear(y, head.weight, head.bias)  # type: ignore[arg-type]
+
+    return _inference(case, net, logits)
+
+
+def _research_epoch(case: NetworkCase, operands: Operands, nhwc: bool = False) -> Run:
     """PyTorch's loader and the research code's step, which reads the value of the loss each time."""
     device, net = operands.device, operands.own_classifier().net.train()
     twin = operands.own_twin() if case.at else None
     adam = torch.optim.Adam(net.parameters(), LEARNING_RATE)
     loader = DataLoader(TensorDataset(operands.x, operands.targets), case.batch, shuffle=True)
+    layout = torch.channels_last if nhwc else torch.preserve_format
 
     def run() -> Results:
         total = 0.0
         for x, targets in loader:
             adam.zero_grad()
-            loss = plain_loss(net, twin, x.to(device), targets.to(device), case.at, careful=False)
+            x = x.to(device, memory_format=layout)
+            loss = plain_loss(net, twin, x, targets.to(device), case.at, careful=False)
             loss.backward()
             adam.step()
             total += len(x) * loss.item()
@@ -495,13 +526,31 @@ def _epoch_cases() -> Iterator[NetworkCase]:
         yield network_case("epoch", network, layer, precision, EPOCH, rank=rank, **more)
 
 
+def _on_cpu(case: NetworkCase) -> bool:
+    """Whether baselines also run in NHWC, which on a CPU is faster for some networks."""
+    return case.suite == "cpu" and case.variant != CACHED
+
+
+def _folds(case: NetworkCase) -> bool:
+    return case.suite == "cpu" and case.network == "quaternion" and case.work == LOGITS
+
+
+_research, _IN_NHWC = functools.partial(_plain_run, careful=False), "research style, NHWC"
 _PROVIDERS = (
     Provider("ours", _ours),
-    Provider("research style", functools.partial(_plain_run, careful=False), lambda case: case.variant != CACHED),
+    Provider("research style", _research, lambda case: case.variant != CACHED),
+    Provider(_IN_NHWC, functools.partial(_research, nhwc=True), _on_cpu),
     Provider(
         "torch.compile", functools.partial(_plain_run, careful=True), lambda case: case.variant == COMPILED, smoke=False
     ),
+    Provider("folded, NCHW", functools.partial(_folded_run, nhwc=False), _folds),
+    Provider("folded, NHWC", functools.partial(_folded_run, nhwc=True), _folds),
 )
 STEPS = Suite.of(_step_cases(), *_PROVIDERS)
 INFERENCE = Suite.of(_inference_cases(), *_PROVIDERS)
-EPOCHS = Suite.of(_epoch_cases(), Provider("ours", _our_epoch), Provider("research style", _research_epoch))
+EPOCHS = Suite.of(
+    _epoch_cases(),
+    Provider("ours", _our_epoch),
+    Provider("research style", _research_epoch),
+    Provider(_IN_NHWC, functools.partial(_research_epoch, nhwc=True), _on_cpu),
+)

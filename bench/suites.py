@@ -8,7 +8,7 @@ import torch
 
 from bench.atl import ATL
 from bench.case import STEP, Case, Provider, Suite
-from bench.layers import COMPILED, CONV, FORMS, LAYERS, LINEAR, layer_case
+from bench.layers import CALLS, COMPILED, CONV, FORMS, LAYERS, LINEAR, layer_case
 from bench.network import CACHED, EPOCHS, INFERENCE, NETWORKS, NO_AT, STEPS, TRAIN
 
 AT = "AT at layer 2"
@@ -19,21 +19,27 @@ def _on_cpu(case: Any, **changes: Any) -> Any:
 
 
 def _cpu() -> list[Suite]:
-    """Suites for a CPU that take some minutes; whole networks at full width with batches of 4."""
+    """Suites for a CPU that take some minutes; whole networks at full width mostly with batches of 4."""
+    small: dict[str, Any] = {"width": 1 / 8, "samples": 200, "variant": "width 1/8, 200 clips"}
+    narrow: dict[str, Any] = {"width": 1 / 8, "variant": "width 1/8"}
     layers = [_on_cpu(layer_case(layer, "quaternion", 20, "float32", STEP)) for layer in LAYERS[:11]]
+    calls = [_on_cpu(layer_case(layer, "quaternion", 1, "float32", STEP)) for layer in CALLS]
     paper = ATL.where(network="quaternion", variant="paper", batch=20, precision="bf16", work=STEP)
     losses = [_on_cpu(case) for case in paper]
     plain = [(NO_AT, ""), (AT, "")]
-    more = [("AT at layer 7", ""), ("AT at layer 13", ""), (AT, CACHED), ("AT at layer 13", CACHED), (AT, COMPILED)]
+    more = [("AT at layer 7", ""), ("AT at layer 13", ""), (AT, CACHED), ("AT at layer 13", CACHED)]
     steps = [
         _on_cpu(STEPS.where(network=network, layer=layer, variant=variant, work=TRAIN)[0], batch=4)
         for network in NETWORKS
         for layer, variant in (plain + more if network == "quaternion" else plain)
     ]
-    inference = [_on_cpu(INFERENCE.where(network=network, batch=1)[0]) for network in NETWORKS]
-    small: dict[str, Any] = {"width": 1 / 8, "samples": 200, "variant": "width 1/8, 200 clips"}
+    compiled = [STEPS.where(network="quaternion", layer=layer, variant=COMPILED, work=TRAIN)[0] for layer, _ in plain]
+    steps += [_on_cpu(case, batch=20) for case in compiled]
+    logits = [INFERENCE.where(network=network, batch=1)[0] for network in NETWORKS]
+    quaternion = [INFERENCE.where(network="quaternion", batch=batch)[0] for batch in (1, 20)]
+    inference = [*map(_on_cpu, logits + quaternion[1:]), *(_on_cpu(case, **narrow) for case in quaternion)]
     epochs = [_on_cpu(EPOCHS.where(network="quaternion", layer=layer)[0], **small) for layer, _ in plain]
-    parts = ((layers, CONV), (losses, ATL), (steps, STEPS), (inference, INFERENCE), (epochs, EPOCHS))
+    parts = ((layers + calls, CONV), (losses, ATL), (steps, STEPS), (inference, INFERENCE), (epochs, EPOCHS))
     return [Suite(cases, suite.providers) for cases, suite in parts]
 
 

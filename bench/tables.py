@@ -32,7 +32,8 @@ def paper(folders: Sequence[Folder]) -> str:
     against_real, against_none = [], []
     for folder in folders or [UNMEASURED]:
         by_precision: dict[str, list[Row]] = {}
-        for _, rows in combinations(_whole_steps(folder), CONDITION):
+        groups = [rows for _, rows in combinations(_whole_steps(folder), CONDITION)]
+        for rows in sorted(groups, key=lambda rows: not {row.network for row in rows} >= {*PAPER_NETWORKS}):
             by_precision.setdefault(rows[0].precision, rows)
         for rows in list(by_precision.values())[:CONDITIONS] or [[]]:
             where = joined(folder.device, *(conditions(row, *CONDITION) for row in rows[:1]))

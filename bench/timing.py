@@ -1,12 +1,14 @@
 """Time, memory and energy of runs, and the rates of the device.
 
-Runs take turns, so that drift affects all alike. On a GPU, mode "graph" times a captured CUDA graph between two events
+Runs take turns, in another order each round, so that drift affects all alike, and so does what the run before left in
+the caches. On a GPU, mode "graph" times a captured CUDA graph between two events
 after a flush of the L2 cache; "eager" is the wall clock of 10 calls in a row, dominated by the host, without a flush. A
 CPU has only "eager", with single calls. Several runs of one provider, each with its own operands, alternate.
 """
 
 import functools
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +47,7 @@ class Clock:
 
     def time(self, runs: Runs, mode: str, energy: bool = False) -> dict[str, Timing]:
         """Times of the runs by name, which take turns; a name whose capture fails is left out."""
-        times = _interleaved(EAGER_ROUNDS, runs, lambda _, turn: self._eager(turn, 1))
+        times = _interleaved(ROUNDS, runs, lambda _, turn: self._eager(turn, 1))
         return {name: Timing(samples) for name, samples in times.items()}
 
     def memory(self) -> int:
@@ -222,13 +224,13 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def _interleaved(rounds: int, runs: Runs, sample: Callable[[str, Turn], float]) -> dict[str, list[float]]:
-    """Samples by name, which take turns; fewer rounds if all of them would take over `SECONDS`."""
+    """Samples by name, which take turns in random order; fewer rounds if all of them would take over `SECONDS`."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     turns = {name: itertools.cycle(several) for name, several in runs.items()}
     start = time.perf_counter()
     for number in range(rounds):
         if number >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
             break
-        for name, turn in turns.items():
-            samples[name].append(sample(name, turn))
+        for name in random.Random(number).sample([*turns], len(turns)):
+            samples[name].append(sample(name, turns[name]))
     return samples

@@ -39,7 +39,7 @@ OUTPUT_ORDER = (0, 1, 2, 3)
 # The scales that A gives to its Hadamard and to its plain products.
 WEIGHT_SCALES = (0.25, -2.0)
 
-FEW = 4 * 1024 * 9
+FEW = 2**17
 """Largest number of values of a weight that one product expands: with as few, calls take longer than values."""
 
 
@@ -89,8 +89,10 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """
     _, p, q, *kernel = weight.shape
     if weight.numel() <= FEW and weight.device.type == "cpu":
-        real = (_expansion(weight.dtype) @ weight.reshape(4, -1)).view(4, 4, groups, p // groups, -1)
-        return real.permute(2, 0, 3, 1, 4).reshape(4 * p, 4 * q, *kernel)
+        blocks = torch.mm(_expansion(weight.dtype), weight.reshape(4, -1))
+        if groups == 1:
+            return blocks.view(4, 4, p, -1).transpose(1, 2).reshape(4 * p, 4 * q, *kernel)
+        return blocks.view(4, 4, groups, p // groups, -1).permute(2, 0, 3, 1, 4).reshape(4 * p, 4 * q, *kernel)
     parts = weight.view(4, groups, p // groups, q, *kernel)
     real = weight.new_empty(groups, 4, p // groups, 4, q, *kernel)
     signed = {1: parts, -1: -parts}
@@ -125,8 +127,12 @@ def contract_weight(real: Tensor, groups: int = 1) -> Tensor:
     """
     rows, columns, *kernel = real.shape
     if real.numel() <= 4 * FEW and real.device.type == "cpu" and real.dtype == _wide_dtype(real):
-        parts = real.reshape(groups, 4, rows // (4 * groups), 4, -1).permute(1, 3, 0, 2, 4).reshape(16, -1)
-        return (_expansion(real.dtype).mT @ parts).view(4, rows // 4, columns // 4, *kernel)
+        if groups == 1:
+            blocks = real.reshape(4, rows // 4, 4, -1).transpose(1, 2)
+        else:
+            blocks = real.reshape(groups, 4, rows // (4 * groups), 4, -1).permute(1, 3, 0, 2, 4)
+        products = torch.mm(_expansion(real.dtype).t(), blocks.reshape(16, -1))
+        return products.view(4, rows // 4, columns // 4, *kernel)
     blocks = real.view(groups, 4, rows // (4 * groups), 4, columns // 4, *kernel)
     shape = (4, groups, rows // (4 * groups), columns // 4, *kernel)
     weight = torch.zeros(shape, dtype=_wide_dtype(real), device=real.device)
@@ -134,6 +140,13 @@ def contract_weight(real: Tensor, groups: int = 1) -> Tensor:
         for c in range(4):
             weight[a ^ c].add_(blocks[:, a, :, c], alpha=SIGNS[a][c])
     return weight.view(4, rows // 4, columns // 4, *kernel).to(real.dtype)
+
+
+def product_weight(weight: Tensor, form: str, groups: int = 1) -> Tensor:
+    """The weight of a form's real products: "dense" and "real" have one, "q8" the eight of `weight_products`."""
+    if form == "q8":
+        return weight_products(weight)
+    return (expand_weight if form == "dense" else real_weight)(weight, groups)
 
 
 def weight_products(weight: Tensor) -> Tensor:

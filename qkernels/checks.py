@@ -77,6 +77,8 @@ def count(name: str, value: Any) -> int:
 
 def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
     """A pair, or one number for both axes, as a pair."""
+    if type(value) is int and least <= value < LIMIT:  # almost always: small layers notice the time of a check
+        return value, value
     if type(value) is not tuple:
         value = _plain(value)
     numbers = tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else (value, value)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qkernels import checks, runtime
+from qkernels.algebra import FEW, product_weight
 from qkernels.checks import Pair
 from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
 from qkernels.ops._library import compute_dtype, direct, eager, plain
@@ -23,7 +24,7 @@ from qkernels.ops.gram_cosine import reference as gram_reference
 from qkernels.ops.gram_cosine.config import GRAMS
 from qkernels.ops.hamilton_conv import op as conv_op
 from qkernels.ops.hamilton_conv import reference as conv_reference
-from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
+from qkernels.ops.hamilton_conv.config import MOST_TICKETS, PLAIN_FORMS, packed_size
 from qkernels.ops.hamilton_linear import op as linear_op
 from qkernels.ops.hamilton_linear import reference as linear_reference
 from qkernels.runtime.flops import register_formulas
@@ -105,7 +106,7 @@ def hamilton_conv2d(
         x_is_relu: x is the output of a ReLU, whose mask [x > 0] the gradient by x goes through as it is written.
         mask_gradient: False leaves the mask of this call's ReLU out of its backward. Every layer that reads y must then
             set `x_is_relu`, or gradients are wrong. In a chain of layers each mask is thus applied once, at no cost.
-        packed: result of `pack_weights` for this weight, used on the Triton backend.
+        packed: result of `pack_weights` for this weight.
 
     Returns:
         `[B, 4 P, Ho, Wo]`, or the pooled `[B, 4 P, Ho // 2, Wo // 2]`; with `return_map` both, (map, pooled). On the
@@ -116,9 +117,10 @@ def hamilton_conv2d(
 
     Notes:
         Casts under autocast as `torch.nn.functional.conv2d` does, except weight and bias on the Triton backend, whose
-        gradients have their own type. Saves for the backward x, weight, and the output if its ReLU's mask is needed;
-        with a pool on the Triton backend one byte per output instead of the map, and the packed weight. Differentiable
-        to any order; on the Triton backend only once behind a ReLU or pool and with `x_is_relu`.
+        gradients have their own type. Saves for the backward x, weight (on a CPU also the real weight that a small one
+        is expanded to), and the output if its ReLU's mask is needed; with a pool on the Triton backend one byte per
+        output instead of the map, and the packed weight. Differentiable to any order; on the Triton backend only once
+        behind a ReLU or pool and with `x_is_relu`.
 
         The Triton backend sums in float32 and gives the same bits in every run. It rounds float32 operands to tf32 only
         if PyTorch's switch for convolutions allows that (`torch.backends.cudnn.allow_tf32`, on by default).
@@ -145,23 +147,22 @@ def hamilton_conv2d(
         raise ValueError("return_map=True needs pool=2: without a pool the map is the result itself")
     size = conv_reference.conv_output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
     checks.output_size([length // (pool or 1) for length in size], x)
-    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv2d", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv2d", x, weight, bias, packed)
     relu, window = activation == "relu", (*stride, *padding, *dilation, groups)
-    tiles, tickets = _packed(packed, x, weight, backend, algorithm)
     computed_by = (runtime.operator_backend(backend), algorithm)
     if pool and backend == "triton":
+        arrays = _packed(packed, x, weight, algorithm)
         options = (window, relu, return_map, x_is_relu)
-        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, tiles, tickets, *options, *computed_by)
+        pooled, _, y = conv_op.hamilton_conv2d_pool(x, weight, bias, *arrays, *options, *computed_by)
         return (y, pooled) if return_map else pooled
     if backend == "reference":
         x = x.relu() if x_is_relu else x  # changes no value, and masks the gradient
         y = conv_reference.hamilton_conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y.relu() if relu else y
     else:
+        operator, tiles, tickets = _own(conv_op.hamilton_conv2d, packed, x, weight, bias, backend, algorithm, groups)
         layer = (window, relu, 0.0, x_is_relu, mask_gradient or bool(pool), x.dtype)
-        y = _own(conv_op.hamilton_conv2d, algorithm, x, weight, bias)(
-            x, weight, bias, tiles, tickets, None, *layer, *computed_by
-        )
+        y = operator(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
     if not pool:
         return y
     pooled = torch.nn.functional.max_pool2d(y, pool)
@@ -218,16 +219,15 @@ def hamilton_conv_transpose2d(
     (rows, top), (columns, left) = (divmod(extra, s) for extra, s in zip(output_padding, stride, strict=True))
     if rows or columns:  # the adjoint of a convolution has no whole strides of output_padding: rows of zeros give them
         x, output_padding = torch.nn.functional.pad(x, (0, columns, 0, rows)), (top, left)
-    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_conv_transpose2d", x, weight, bias, None)
     if backend == "reference":
         return conv_reference.hamilton_conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation
         )
     window = (*stride, *padding, *dilation, groups)
-    tiles, tickets = _packed(None, x, weight, backend, algorithm)
-    return _own(conv_op.hamilton_conv2d_dx, algorithm, x, weight, bias)(
-        x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, backend, algorithm
-    )
+    operator, tiles, tickets = _own(conv_op.hamilton_conv2d_dx, None, x, weight, bias, backend, algorithm, groups)
+    computed_by = (runtime.operator_backend(backend), algorithm)
+    return operator(x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, *computed_by)
 
 
 def hamilton_linear(
@@ -283,18 +283,18 @@ def hamilton_linear(
         checks.floating("dtype", dtype)
     if flatten:  # on the Triton backend this is a convolution whose kernel is as large as the map
         weight = weight.unflatten(2, (-1, *x.shape[2:]))
-    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_linear", x, weight, bias)
+    x, weight, bias, backend, algorithm = _operands_of_layer("hamilton_linear", x, weight, bias, packed)
     relu, dtype = activation == "relu", dtype or x.dtype
     if backend == "triton":
         if not flatten:  # a convolution of maps of one pixel
             x, weight = x.reshape(math.prod(leading), features, 1, 1), weight[..., None, None]
-        tiles, tickets = _packed(packed, x, weight, backend, algorithm)
+        arrays = _packed(packed, x, weight, algorithm)
         # A fused dropout and the ReLU have a common mask: both zero elements of y.
         fused = dropout if relu and dropout < 1 else 0.0
         seed = torch.randint(2**62, (1,), device=x.device) if fused else None
         layer = (UNIT, relu, fused, x_is_relu, mask_gradient or fused != dropout, dtype)
         computed_by = (runtime.operator_backend(backend), algorithm)
-        y = conv_op.hamilton_conv2d(x, weight, bias, tiles, tickets, seed, *layer, *computed_by)
+        y = conv_op.hamilton_conv2d(x, weight, bias, *arrays, seed, *layer, *computed_by)
         dropout = 0.0 if fused else dropout
     else:
         rows = x.reshape(math.prod(leading), features)
@@ -303,21 +303,20 @@ def hamilton_linear(
             y = linear_reference.hamilton_linear(rows.relu() if x_is_relu else rows, weight, bias)
             y = y.relu() if relu else y
         else:
-            mask_gradient = mask_gradient or dropout > 0
-            y = _own(linear_op.hamilton_linear, algorithm, x, weight, bias)(
-                rows, weight, bias, relu, x_is_relu, mask_gradient, algorithm
-            )
+            operator, tiles, _ = _own(linear_op.hamilton_linear, packed, x, weight, bias, backend, algorithm)
+            y = operator(rows, weight, bias, tiles, relu, x_is_relu, mask_gradient or dropout > 0, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return torch.ops.aten._unsafe_view(y.to(dtype), (*leading, 4 * weight.shape[1]))  # no view, as of linear maps
 
 
 class PackedWeight(NamedTuple):
-    """A weight as the Triton kernels read it, for maps of one type: a result of `pack_weights`.
+    """A weight as the products of a layer read it, for maps of one type: a result of `pack_weights`.
 
     Attributes:
-        tiles: `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type.
-        tickets: counters of the layer's kernels, zero before and after each launch.
-        algorithm: form and precision of the products that read the tiles.
+        tiles: on the Triton backend `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type; in plain
+            PyTorch the real weight of the form "dense", `[4 P, 4 Q, ...]`, or the weights of "q8", `[8, P, Q, ...]`.
+        tickets: on the Triton backend counters of the layer's kernels, zero before and after each launch.
+        algorithm: form of the products that read the tiles, on the Triton backend with their precision.
     """
 
     tiles: Tensor
@@ -325,8 +324,10 @@ class PackedWeight(NamedTuple):
     algorithm: str
 
 
-def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[PackedWeight | None]:
-    """Weights of several layers as the Triton kernels read them, packed in one launch.
+def pack_weights(
+    weights: Sequence[tuple[str, Tensor]], x: Tensor, sizes: Sequence[Pair] | None = None
+) -> list[PackedWeight | None]:
+    """Weights of several layers as their products read them, on the Triton backend packed in one launch.
 
     A layer that gets no packed weight packs its own. A packed weight is valid as long as the weight does not change.
 
@@ -334,9 +335,12 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
         weights: for each layer the name of the public function that computes it, and its weight, `[4, P, Q, kh, kw]` or
             `[4, N, K]`; for a linear map with `flatten`, `[4, N, Q, H, W]`.
         x: the first layer's input; the inputs of the others have the same type and device.
+        sizes: height and width of each layer's input, by default those of x; plain PyTorch takes the form that is
+            fastest for them, with a packed weight that of the weight.
 
     Returns:
-        The packed weights; None for a layer that the Triton backend does not compute.
+        The packed weights; None for a layer of another backend than Triton, except on a CPU where no gradient of the
+        weight is wanted, in eager code.
 
     Raises:
         ValueError: as for the layers.
@@ -346,18 +350,32 @@ def pack_weights(weights: Sequence[tuple[str, Tensor]], x: Tensor) -> list[Packe
     checks.tensor("x", x)
     checks.layers(weights)
     dtype = _cast_dtype(x)
-    plans = [runtime.plan_of(name, x, weight, dtype) for name, weight in weights]
+    maps = [None] * len(weights) if sizes is None else sizes
+    plans = [runtime.plan_of(name, x, weight, dtype, size) for (name, weight), size in zip(weights, maps, strict=True)]
+    packed = [
+        _plain_packed(name, x, w, dtype, algorithm) for (name, w), (_, algorithm) in zip(weights, plans, strict=True)
+    ]
     on_triton = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
-    packed: list[PackedWeight | None] = [None] * len(weights)
     if on_triton:
         algorithms = [plans[i][1] for i in on_triton]
-        plain = [weights[i][1].detach() for i in on_triton]
-        tiles, tickets = conv_op.hamilton_pack(plain, " ".join(algorithms), dtype, runtime.operator_backend("triton"))
-        parts = tiles.split([packed_size(w.numel(), a) for w, a in zip(plain, algorithms, strict=True)])
+        detached = [weights[i][1].detach() for i in on_triton]
+        operator_backend = runtime.operator_backend("triton")
+        tiles, tickets = conv_op.hamilton_pack(detached, " ".join(algorithms), dtype, operator_backend)
+        parts = tiles.split([packed_size(w.numel(), a) for w, a in zip(detached, algorithms, strict=True)])
         counters = tickets.split(MOST_TICKETS)
-        for i, *weight in zip(on_triton, parts, counters, algorithms, strict=True):
-            packed[i] = PackedWeight(*weight)
+        for i, *parts_of_weight in zip(on_triton, parts, counters, algorithms, strict=True):
+            packed[i] = PackedWeight(*parts_of_weight)
     return packed
+
+
+def _plain_packed(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, algorithm: str) -> PackedWeight | None:
+    """A weight packed for plain PyTorch, where that is worth it: see `pack_weights`."""
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    if algorithm not in PLAIN_FORMS or wanted or not eager(x, weight):
+        return None
+    weight = weight.detach().to(dtype)
+    tiles = product_weight(weight.flatten(2) if name == "hamilton_linear" else weight, algorithm)
+    return PackedWeight(tiles, tiles.new_empty(0, dtype=torch.int32), algorithm)
 
 
 class GramTarget(NamedTuple):
@@ -668,25 +686,54 @@ def _in_float32(function: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
         return function(a.to(dtype), b.to(dtype), *args)
 
 
-def _own(operator: Any, algorithm: str, *operands: Tensor | None) -> Any:
-    """A layer's operator as its operands need it: for the algorithm "real", what it consists of."""
+def _own(
+    operator: Any,
+    packed: PackedWeight | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str,
+    algorithm: str,
+    groups: int = 1,
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """A layer's operator as its operands need it, and the tiles and tickets for it.
+
+    For the algorithm "real" that is what the operator consists of; for eager plain PyTorch, it without dispatcher.
+    """
+    if backend == "triton":
+        return operator, *_packed(packed, x, weight, algorithm)
     if algorithm == "real":
-        return plain(operator)
-    return direct(operator) if eager(*operands) else operator
+        return plain(operator), None, None
+    if not eager(x, weight, bias):
+        return operator, None, None
+    tiles = None
+    if packed is not None and (groups == 1 or algorithm == "q8"):
+        tiles, _ = _packed(packed, x, weight, algorithm)
+    elif algorithm == "dense" and weight.numel() <= FEW:  # once for both directions: the call takes longer than values
+        tiles = product_weight(weight.detach(), algorithm, groups)
+    return direct(operator), tiles, None
 
 
 def _operands_of_layer(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None
 ) -> tuple[Tensor, Tensor, Tensor | None, str, str]:
     """The operands as a layer reads them, its backend, and the algorithm of its products.
 
     Casts as autocast does for PyTorch's own convolutions; then all operands must have one type and device. The Triton
     kernels read parameters in their own type: for them only x is cast, to channels-last in the same pass.
     """
-    dtype, autocast = _cast_dtype(x), autocast_dtype(x.device.type) is not None
+    autocast = autocast_dtype(x.device.type)
+    dtype = _cast_dtype(x) if autocast else x.dtype
     backend, algorithm = runtime.plan_of(name, x, weight, dtype)
-    maps = backend == "triton" and weight.dim() == 5  # rows of features may have any number of dimensions
-    x = x.to(dtype, memory_format=torch.channels_last if maps else torch.preserve_format)
+    if backend == "torch" and packed is not None and packed.algorithm in PLAIN_FORMS and algorithm in PLAIN_FORMS:
+        algorithm = packed.algorithm
+    layout = torch.preserve_format
+    if weight.dim() == 5 and backend == "triton":  # rows of features may have any number of dimensions
+        layout = torch.channels_last
+    elif weight.dim() == 5 and algorithm == "q8":  # once for both directions
+        layout = torch.contiguous_format
+    if layout is not torch.preserve_format or dtype is not x.dtype:
+        x = x.to(dtype, memory_format=layout)
     if autocast and backend != "triton":
         weight, bias = weight.to(_cast_dtype(weight)), None if bias is None else bias.to(_cast_dtype(bias))
     checks.floating("x", x.dtype)
@@ -698,18 +745,15 @@ def _operands_of_layer(
     return x, weight, bias, backend, algorithm
 
 
-def _packed(
-    packed: PackedWeight | None, x: Tensor, weight: Tensor, backend: str, algorithm: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Tiles and tickets for a layer; None on other backends than Triton."""
-    if backend != "triton":
-        return None, None
+def _packed(packed: PackedWeight | None, x: Tensor, weight: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+    """Tiles and tickets for a layer."""
     if packed is None:
-        return conv_op.hamilton_pack([weight.detach()], algorithm, x.dtype, runtime.operator_backend(backend))
-    if (
-        packed.algorithm != algorithm
-        or packed.tiles.dtype != x.dtype
-        or packed.tiles.numel() != packed_size(weight.numel(), algorithm)
+        backend = runtime.operator_backend("triton")
+        tiles, tickets = conv_op.hamilton_pack([weight.detach()], algorithm, x.dtype, backend)
+        return tiles, tickets
+    dtype = compute_dtype(x) if algorithm == "q8" else x.dtype
+    if (packed.algorithm, packed.tiles.dtype) != (algorithm, dtype) or packed.tiles.numel() != packed_size(
+        weight.numel(), algorithm
     ):
         raise ValueError(
             f"packed must be of this weight, for {x.dtype} and {algorithm!r}; got {packed.tiles.numel()} elements for "

@@ -24,7 +24,7 @@ class Link(NamedTuple):
     Args:
         x_is_relu: apply the mask of the ReLU before this layer to the gradient of its input.
         mask_gradient: apply the mask of this layer's own ReLU; False leaves it to the next layer.
-        packed: weight in the layout of the GPU kernels.
+        packed: weight as the layer's products read it.
     """
 
     x_is_relu: bool = False
@@ -49,8 +49,8 @@ class Layers:
             can fuse it, else ``None``; y is then ``None`` unless ``return_map`` is set.
         run_hidden: ``(module, x, dropout, link, dtype) -> y``: hidden layer with ReLU and dropout, on features `[B, K]`
             or flattened maps `[B, C, H, W]`; ``dtype`` is the type of y, by default that of the computation.
-        packed: ``(modules, maps, x) -> weights``: weights of convolutions and hidden layers in the kernels' layout; the
-            first hidden layer reads maps of size ``maps``.
+        packed: ``(modules, maps, x) -> weights``: weights of convolutions and hidden layers as the products read them;
+            ``maps`` are the sizes of the modules' inputs.
     """
 
     conv: Callable[[int, int], nn.Module]
@@ -93,8 +93,12 @@ def _quaternion(init: str) -> Layers:
         link: Link = UNLINKED,
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
+        if (real := _real_weight(link, x)) is not None:
+            y = F.conv2d(x, real, module.bias, padding=1)
+            y = y.relu_() if activation else y
+            return (y if return_map or not pool else None), (F.max_pool2d(y, 2) if pool else None)
         arguments = (x, module.weight, module.bias, 1, 1)
-        options: dict[str, Any] = {"activation": activation, **link._asdict()}
+        options: dict[str, Any] = dict(zip(Link._fields, link, strict=True), activation=activation)
         if pool and return_map:
             return hamilton_conv2d(*arguments, pool=2, return_map=True, **options)
         y = hamilton_conv2d(*arguments, pool=2 if pool else None, **options)
@@ -107,21 +111,30 @@ def _quaternion(init: str) -> Layers:
         module: nn.Module, x: Tensor, dropout: float, link: Link, dtype: torch.dtype | None = None
     ) -> Tensor:
         assert isinstance(module, QuaternionLinear)
+        if (real := _real_weight(link, x)) is not None and not dropout:
+            return F.linear(x.flatten(1), real, module.bias).relu_().to(dtype or x.dtype)
         options: dict[str, Any] = {"dropout": dropout, "flatten": x.dim() == 4, "dtype": dtype, **link._asdict()}
         return hamilton_linear(x, module.weight, module.bias, activation=module.activation, **options)
 
-    def packed(modules: Sequence[nn.Module], maps: tuple[int, int], x: Tensor) -> list[PackedWeight | None]:
+    def packed(modules: Sequence[nn.Module], maps: Sequence[tuple[int, int]], x: Tensor) -> list[PackedWeight | None]:
         weights = []
-        for module in modules:
+        for module, size in zip(modules, maps, strict=True):
             if isinstance(module, QuaternionLinear):
-                weights.append(("hamilton_linear", module.weight.unflatten(2, (-1, *maps))))
-                maps = (1, 1)
+                weights.append(("hamilton_linear", module.weight.unflatten(2, (-1, *size))))
             else:
                 assert isinstance(module, QuaternionConv2d)
                 weights.append(("hamilton_conv2d", module.weight))
-        return pack_weights(weights, x)
+        return pack_weights(weights, x, maps)
 
     return Layers(conv, hidden, nn.Linear, run, run_hidden, packed)
+
+
+def _real_weight(link: Link, x: Tensor) -> Tensor | None:
+    """The real weight of a layer that has one, on a CPU where nobody wants gradients: there it is PyTorch's own layer,
+    and what `qkernels` checks and does for gradients would take longer than a narrow layer."""
+    if link.packed is None or link.packed.algorithm != "dense" or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    return link.packed.tiles
 
 
 def _real(init: str) -> Layers:
@@ -155,7 +168,7 @@ def _real(init: str) -> Layers:
         y = F.relu(module(x.flatten(1)))
         return (F.dropout(y, dropout) if dropout else y).to(dtype or y.dtype)
 
-    def packed(modules: Sequence[nn.Module], maps: tuple[int, int], x: Tensor) -> list[PackedWeight | None]:
+    def packed(modules: Sequence[nn.Module], maps: Sequence[tuple[int, int]], x: Tensor) -> list[PackedWeight | None]:
         return [None] * len(modules)
 
     return Layers(conv, hidden, linear, run, run_hidden, packed)

@@ -76,9 +76,9 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         channels, height, width = INPUT[config.domain]
-        # Packed weights of a frozen network by the versions of its weights. The weights are stored with them, so that
-        # their ids stay unique. Entries are never removed: a CUDA graph may read them.
-        self._frozen: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
+        # Packed weights by settings and by the versions of the weights, which are stored with them, so that their ids
+        # stay unique. On a GPU entries are never removed: a CUDA graph may read them.
+        self._kept: dict[Any, tuple[list[Tensor], list[PackedWeight | None]]] = {}
         self.convs = nn.ModuleList()
         for out_channels in (scaled(c, config.width) for c in CHANNELS):
             self.convs.append(layers.conv(channels, out_channels))
@@ -120,19 +120,34 @@ class VGG16(nn.Module):
         return self._features(x, taps, self._packed(x, depth), last_pool)[1]
 
     def _packed(self, x: Tensor, convs: int, hidden: bool = False) -> list[PackedWeight | None]:
-        """Weights of the first ``convs`` convolutions, and of the hidden layers, in the layout of the kernels.
+        """Weights of the first ``convs`` convolutions, and of the hidden layers, as the products read them.
 
-        They are packed in one launch; those of a frozen network only once.
+        On a GPU they are packed in one launch; those of a frozen network only once, on a CPU also those of any network
+        that computes without gradients, until a weight changes.
         """
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
-        weights = [module.weight for module in modules]
-        if not modules or any(weight.requires_grad for weight in weights):
-            return self._layers.packed(modules, self._last_map, x)
-        settings = (x.dtype, autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
+        weights, on_cpu = [module.weight for module in modules], x.device.type == "cpu"
+        changing = any(weight.requires_grad for weight in weights)
+        if on_cpu and (torch.compiler.is_compiling() or (changing and torch.is_grad_enabled())):
+            return [None] * len(modules)
+        if changing and not on_cpu:
+            return self._layers.packed(modules, self._maps(x, convs, hidden), x)
+        settings = (x.dtype, x.shape[2:], autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
         version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
-        if version not in self._frozen:
-            self._frozen[version] = weights, self._layers.packed(modules, self._last_map, x)
-        return self._frozen[version][1]
+        if version not in self._kept:
+            packed = self._layers.packed(modules, self._maps(x, convs, hidden), x)
+            if on_cpu:
+                self._kept.clear()
+            if not any(packed):
+                return packed
+            self._kept[version] = weights, packed
+        return self._kept[version][1]
+
+    def _maps(self, x: Tensor, convs: int, hidden: bool) -> list[tuple[int, int]]:
+        """Height and width of the inputs of the first ``convs`` convolutions, and of the hidden layers."""
+        halvings = (sum(n <= before for n in POOL_AFTER) for before in range(convs))
+        maps = [(x.shape[2] >> k, x.shape[3] >> k) for k in halvings]
+        return [*maps, self._last_map, (1, 1)] if hidden else maps
 
     def _features(
         self, x: Tensor, taps: Mapping[str, Tap], packed: Sequence[PackedWeight | None], last_pool: bool = True
@@ -153,6 +168,8 @@ class VGG16(nn.Module):
             return features
 
         x, x_is_relu = tap("input", x), False
+        if x.device.type == "cpu":  # NHWC, in which a CPU's convolutions of few channels are faster, and pools too
+            x = x.contiguous(memory_format=torch.channels_last)
         for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
             conv_name, relu_name = f"conv{n}", f"relu{n}"
             pool = n in POOL_AFTER and (last_pool or n < len(packed))

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,10 @@ def define(
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        names = [*inspect.signature(function).parameters]
+        parameters = inspect.signature(function).parameters
+        names = [*parameters]
+        constants = [name for name, parameter in parameters.items() if "Tensor" not in str(parameter.annotation)]
+        operands = [names.index(name) for name in differentiable]
 
         @functools.wraps(function)
         def forward(*args: Any) -> Any:
@@ -54,13 +57,14 @@ def define(
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             by_name = dict(zip(names, inputs, strict=True))
-            plain = {key: value for key, value in by_name.items() if not isinstance(value, Tensor)}
-            ctx.inputs = SimpleNamespace(**plain)
+            ctx.inputs = SimpleNamespace(**{name: by_name[name] for name in constants})
             save(ctx, SimpleNamespace(**by_name), output)
 
         def gradients(ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
-            by_name = dict(zip(differentiable, backward(ctx, *incoming), strict=True))
-            return tuple(by_name.get(key) for key in names)
+            results: list[Tensor | None] = [None] * len(names)
+            for place, gradient in zip(operands, backward(ctx, *incoming), strict=True):
+                results[place] = gradient
+            return tuple(results)
 
         class Direct(torch.autograd.Function):
             @staticmethod
@@ -74,6 +78,11 @@ def define(
                 with _without_autocast("cpu"):
                     return gradients(ctx, *incoming)
 
+        def direct(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(args[n] is not None and args[n].requires_grad for n in operands):
+                return Direct.apply(*args)  # type: ignore[no-untyped-call]
+            return forward(*args)
+
         # Not by `torch.library.custom_op`, whose first call imports torch._dynamo (160 MB, a second), and each call of
         # which compares all results with all arguments for memory in common.
         _LIBRARY.define(name + infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
@@ -83,31 +92,38 @@ def define(
             operator, lambda *args: fake(SimpleNamespace(**dict(zip(names, args, strict=True)))), lib=_LIBRARY
         )
         register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
-        _bodies[operator], _implementations[operator] = function, forward
-        _direct[operator] = Direct
+        _functions[operator] = _Functions(function, forward, direct)
         return operator
 
     return decorate
 
 
-_bodies: dict[Any, Callable[..., Any]] = {}
-_implementations: dict[Any, Callable[..., Any]] = {}
-_direct: dict[Any, Any] = {}
+class _Functions(NamedTuple):
+    """What computes an operator: its body, what the dispatcher calls below autograd, and both without dispatcher."""
+
+    body: Callable[..., Any]
+    implementation: Callable[..., Any]
+    direct: Callable[..., Any]
+
+
+_functions: dict[Any, _Functions] = {}
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_dtype(device) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def implementation(operator: Any) -> Callable[..., Any]:
     """What the dispatcher calls for an operator, below autograd."""
-    return _implementations[operator]
+    return _functions[operator].implementation
 
 
 def direct(operator: Any) -> Callable[..., Any]:
     """An operator without PyTorch's dispatcher, which takes as long as a small layer: for tensors that are `eager`."""
-    function: Callable[..., Any] = _direct[operator].apply
-    return function
+    return _functions[operator].direct
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -122,7 +138,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def plain(operator: Any) -> Callable[..., Any]:
     """The body of an operator, which on the backend "torch" consists of PyTorch's own operators."""
-    return _bodies[operator]
+    return _functions[operator].body
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -172,6 +188,11 @@ def power_of_two(x: Tensor) -> Tensor:
 def relu_mask(dy: Tensor, y: Tensor | None) -> Tensor:
     """The gradient before a ReLU with output `y`; `dy` itself if there was no ReLU."""
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+
+
+def relu_mask_(dy: Tensor, y: Tensor | None) -> Tensor:
+    """The same in the memory of `dy`, which nobody else reads."""
+    return dy if y is None else torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
 
 
 def first_order_only(reason: str) -> dict[str, Any]:

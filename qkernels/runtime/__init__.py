@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -199,11 +199,14 @@ def form_of(op: str | Callable[..., Any], *args: Any) -> str:
     return plan_of(name, args[0], args[1], args[0].dtype)[1].partition("-")[0]
 
 
-def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[str, str]:
+def plan_of(
+    name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, size: Sequence[int] | None = None
+) -> tuple[str, str]:
     """The backend of a Hamilton product and its algorithm: the form, on the Triton backend with the precision.
 
-    x will be cast to `dtype`. PyTorch's TF32 switches are read here, so that a backward multiplies as its forward;
-    `torch.compile` reads them when it compiles the function.
+    x will be cast to `dtype`; `size` are height and width of the input, if x is another layer's. PyTorch's TF32
+    switches are read here, so that a backward multiplies as its forward; `torch.compile` reads them when it compiles
+    the function.
 
     Raises:
         ValueError: as for `backend_of` and `form_of`.
@@ -220,7 +223,7 @@ def plan_of(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[s
         )
     if needs_own_operators():
         return backend, "real"
-    return backend, _automatic_form(name, x, weight, dtype) if form == "auto" else form
+    return backend, _automatic_form(name, x, weight, dtype, size) if form == "auto" else form
 
 
 def _kernels_algorithm(name: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -232,7 +235,7 @@ def _kernels_algorithm(name: str, form: str, shape: tuple[int, ...], dtype: torc
 _kernels_algorithm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see arch_of_device
 
 
-def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
+def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, size: Sequence[int] | None) -> str:
     # q8 would have to widen half types; on a GPU its eight small products only cost launches.
     if x.device.type != "cpu" or dtype in (torch.float16, torch.bfloat16):
         return "dense"
@@ -240,7 +243,7 @@ def _automatic_form(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype) ->
     if name == "hamilton_linear":
         return cpu_form(p, math.prod(columns))
     q, *kernel = columns
-    return cpu_form(p, q, math.prod(kernel), math.prod(x.shape[2:]))
+    return cpu_form(p, q, math.prod(kernel), math.prod(size or x.shape[2:]))
 
 
 def _name_of(op: str | Callable[..., Any]) -> str:

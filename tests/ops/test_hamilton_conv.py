@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
-from qkernels import hamilton_conv2d, hamilton_conv_transpose2d
+from qkernels import algebra, hamilton_conv2d, hamilton_conv_transpose2d
 from qkernels.ops.hamilton_conv import config
 from qkernels.ops.hamilton_conv.config import cpu_form
 
@@ -262,7 +262,13 @@ def test_saves_only_what_the_backward_needs() -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         hamilton_conv2d(x.requires_grad_(), weight, bias, padding=1)
-    assert [t.data_ptr() for t in saved] == [weight.data_ptr()]
+        hamilton_conv2d(x.detach(), weight.requires_grad_(), bias, padding=1)
+    assert [t.data_ptr() for t in saved if t.dim() == 5] == [weight.data_ptr()]
+    real, given = (
+        t for t in saved if t.dim() == 4
+    )  # for the one backward a real weight, as it is small; x for the other
+    assert torch.equal(real, algebra.expand_weight(weight))
+    assert given.data_ptr() == x.data_ptr()
 
 
 @all_forms

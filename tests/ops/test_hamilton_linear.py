@@ -143,8 +143,8 @@ def test_opcheck(form: str) -> None:
     dy = torch.randn(3, 12, requires_grad=True)
     ops = torch.ops.qkernels
     for masks in itertools.product([False, True], repeat=2):
-        torch.library.opcheck(ops.hamilton_linear, (x, weight, bias, True, *masks, form))
-    torch.library.opcheck(ops.hamilton_linear, (x, weight.detach(), None, False, False, True, form))
+        torch.library.opcheck(ops.hamilton_linear, (x, weight, bias, None, True, *masks, form))
+    torch.library.opcheck(ops.hamilton_linear, (x, weight.detach(), None, None, False, False, True, form))
     torch.library.opcheck(ops.hamilton_linear_dx, (dy, weight, form))
     for with_bias in (False, True):
         torch.library.opcheck(ops.hamilton_linear_dw, (dy, x, with_bias, form))

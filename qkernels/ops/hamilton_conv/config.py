@@ -15,6 +15,7 @@ from qkernels.ops._arch import tuned_arch
 # "dense": one real product with the expanded weight, in plain PyTorch. "signed": the 16 products of the definition as
 # one, from signed tiles, in the Triton kernels. "q8": the 8 products of the fast algorithm, in both.
 FORMS = ("dense", "signed", "q8")
+PLAIN_FORMS = ("dense", "q8")
 PRODUCTS = {"signed": 16, "q8": 8}
 
 
@@ -85,8 +86,8 @@ def algorithm_of(form: str, p: int, q: int, positions: int, precision: str, arch
 
 
 def packed_size(elements: int, algorithm: str) -> int:
-    """Number of elements of a packed weight: eight tiles for four components, for tf32 sixteen, see kernels.py."""
-    return elements * (4 if algorithm.endswith("-tf32") else 2)
+    """Number of elements of a packed weight: eight tiles for four components; sixteen for tf32 and as a real weight."""
+    return elements * (4 if algorithm == "dense" or algorithm.endswith("-tf32") else 2)
 
 
 @dataclass(frozen=True)

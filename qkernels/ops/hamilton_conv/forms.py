@@ -25,18 +25,19 @@ def layout_of(x: Tensor, groups: int, form: str) -> torch.memory_format:
     return torch.channels_last if nhwc and groups == 1 and form != "q8" else torch.contiguous_format
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: str) -> Tensor:
-    """y = weight (x) x + bias."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, form: str, product_weight: Tensor | None = None
+) -> Tensor:
+    """y = weight (x) x + bias; `product_weight` is `algebra.product_weight` of the weight, if it is there already."""
     stride, padding, dilation, groups = _geometry(window)
+    real = algebra.product_weight(weight, form, groups) if product_weight is None else product_weight
     if form in ("dense", "real"):
-        real = (algebra.expand_weight if form == "dense" else algebra.real_weight)(weight, groups)
         real_bias = None if bias is None else _group_first(bias[None], groups)[0]
         y = F.conv2d(_group_first(x, groups), real, real_bias, stride, padding, dilation, groups)
         y = _component_first(y, groups)
         return y.contiguous(memory_format=layout_of(x, groups, form)) if form == "dense" else y
-    products = algebra.weight_products(weight).flatten(0, 1)
     inputs = _products(algebra.input_products, x)
-    z = F.conv2d(inputs, products, None, stride, padding, dilation, 8 * groups)
+    z = F.conv2d(inputs, real.flatten(0, 1), None, stride, padding, dilation, 8 * groups)
     y = algebra.output_from_products(z.unflatten(1, (8, -1))).flatten(1, 2)
     return (y if bias is None else y.add_(bias.view(-1, 1, 1))).to(x.dtype)
 
@@ -71,31 +72,34 @@ def gradients(
     window: Ints,
     wanted: Sequence[bool],
     form: str,
+    product_weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dw and db, as far as they are wanted: of the gradient by y, and the operands that these need."""
+    """dx, dw and db, as far as they are wanted: of the gradient by y, and the operands that these need.
+
+    `product_weight` is `algebra.product_weight` of the weight, if it is there already.
+    """
     need_x, need_weight, need_bias = wanted
     if not (need_x or need_weight):
         return None, None, dy.sum((0, 2, 3)) if need_bias else None
     p, batch, groups = dy.shape[1] // 4, dy.shape[0], window[6]
     q = weight.shape[2] if weight is not None else x.shape[1] // (4 * groups)  # type: ignore[union-attr]
+    real = product_weight
+    if need_x and real is None:
+        assert weight is not None
+        real = algebra.product_weight(weight, form, groups)
     if form == "dense":
-        outputs, inputs, real = _group_first(dy, groups), None if x is None else _group_first(x, groups), None
-        if need_x:
-            assert weight is not None
-            real = algebra.expand_weight(weight, groups)
+        outputs, inputs = _group_first(dy, groups), None if x is None else _group_first(x, groups)
         dx, dreal, db = _convolution_backward(
             outputs, inputs, real, (batch, 4 * q * groups, *size), (4 * p, 4 * q, *kernel_size), window, groups, wanted
         )
         dx = _component_first(dx, groups) if need_x else None
         dw = algebra.contract_weight(dreal, groups) if need_weight else None
         return dx, dw, _component_first(db[None], groups)[0] if need_bias else None
-    outputs, inputs, products = _products(algebra.output_products, dy), None, None
+    outputs, inputs = _products(algebra.output_products, dy), None
     if need_weight:
         assert x is not None
         inputs = _products(algebra.input_products, x)
-    if need_x:
-        assert weight is not None
-        products = algebra.weight_products(weight).flatten(0, 1)
+    products = None if real is None else real.flatten(0, 1)
     shapes = (batch, 8 * q * groups, *size), (8 * p, q, *kernel_size)
     zx, zw, _ = _convolution_backward(
         outputs, inputs, products, *shapes, window, 8 * groups, (need_x, need_weight, False)
@@ -120,7 +124,7 @@ def _convolution_backward(
     weight = dy.new_empty(1).expand(weight_shape) if weight is None else weight
     stride, padding, dilation, _ = _geometry(window)
     bias_shape = [dy.shape[1]]
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution_backward.default(  # type: ignore[no-any-return]
         dy, x, weight, bias_shape, stride, padding, dilation, False, [0, 0], groups, wanted
     )
 

@@ -10,7 +10,7 @@ output, and the gradient by x goes through its mask; the layer before may then l
 `backend` is "torch" (forms.py), "triton" (launch.py), or "auto": launch.py, and forms.py if Triton cannot build a
 kernel. `algorithm` is the form of the product, on the Triton backend with its precision, such as "signed-half"
 (`config.algorithm_of`). `window` is (stride, padding, dilation) of both axes and the groups. `tiles` and `tickets` are
-those of `hamilton_pack`; without them a launch packs its own.
+those of `hamilton_pack`; without them a launch packs its own. On "torch" `tiles` are `algebra.product_weight`'s.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.ops._library import define, eager, first_order_only, or_plain, refuse_second_derivative, relu_mask
+from qkernels.ops._library import (
+    define,
+    eager,
+    first_order_only,
+    or_plain,
+    refuse_second_derivative,
+    relu_mask,
+    relu_mask_,
+)
 from qkernels.ops.hamilton_conv import forms
 from qkernels.ops.hamilton_conv.config import MOST_TICKETS, packed_size
 from qkernels.ops.hamilton_conv.reference import conv_output_size
@@ -95,11 +103,18 @@ def _as_kernels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Ints, relu: bool, dropout: float, algorithm: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Ints,
+    relu: bool,
+    dropout: float,
+    algorithm: str,
+    product_weight: Tensor | None = None,
 ) -> Tensor:
     """A layer in plain PyTorch, whose parameters may be of another type than x."""
     bias = None if bias is None else bias.to(x.dtype)
-    y = forms.forward(x, weight.to(x.dtype), bias, window, _plain_form(algorithm))
+    y = forms.forward(x, weight.to(x.dtype), bias, window, _plain_form(algorithm), product_weight)
     y = y.relu_() if relu else y
     return torch.nn.functional.dropout(y, dropout) if dropout else y
 
@@ -109,7 +124,7 @@ def _save_layer(ctx: Any, inputs: Any, *others: Tensor | None) -> None:
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     need_x, need_weight, *_ = ctx.needs_input_grad
     saved_x = x if need_weight or (need_x and inputs.x_is_relu) else None
-    ctx.save_for_backward(saved_x, weight if need_x else None, inputs.tiles, inputs.tickets, *others)
+    ctx.save_for_backward(saved_x, *((weight, inputs.tiles) if need_x else (None, None)), inputs.tickets, *others)
     ctx.size, ctx.x_type = x.shape[2:], x.dtype
     ctx.kernel_size, ctx.weight_type = weight.shape[3:], weight.dtype
     ctx.bias_type = None if bias is None else bias.dtype
@@ -139,10 +154,10 @@ def _joint_gradients(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Gradie
     """The same in plain PyTorch, where nobody will differentiate it: dy is read once, and so brought into the layout
     that the library computes in.
     """
-    x, weight, *_ = saved
-    wanted, form = ctx.needs_input_grad[:3], _plain_form(ctx.inputs.algorithm)
-    dx, dw, db = forms.gradients(dy, x, weight, ctx.size, ctx.kernel_size, ctx.inputs.window, wanted, form)
-    return relu_mask(dx, x) if ctx.inputs.x_is_relu and dx is not None else dx, dw, db
+    x, weight, tiles, *_ = saved
+    sizes, wanted = (ctx.size, ctx.kernel_size), ctx.needs_input_grad[:3]
+    dx, dw, db = forms.gradients(dy, x, weight, *sizes, ctx.inputs.window, wanted, ctx.inputs.algorithm, tiles)
+    return relu_mask_(dx, x) if ctx.inputs.x_is_relu and dx is not None else dx, dw, db
 
 
 def _conv_fake(inputs: Any) -> Tensor:
@@ -191,7 +206,7 @@ def hamilton_conv2d(
     On the Triton backend weight and bias may be float32 beside half types; a dropout needs a ReLU and a `seed`.
     """
     if backend == "torch":
-        return _forward(x, weight, bias, window, relu, dropout, algorithm)
+        return _forward(x, weight, bias, window, relu, dropout, algorithm, tiles)
     with or_plain(backend):
         from qkernels.ops.hamilton_conv import launch
 

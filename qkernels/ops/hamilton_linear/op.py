@@ -4,9 +4,10 @@ hamilton_conv/op.py, whose kernels compute it on the Triton backend.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qkernels.ops._library import define, relu_mask
+from qkernels.ops._library import define, eager, relu_mask, relu_mask_
 from qkernels.ops.hamilton_linear import forms
 
 
@@ -18,15 +19,18 @@ def _linear_save(ctx: Any, inputs: Any, output: Tensor) -> None:
     need_x, need_weight, *_ = ctx.needs_input_grad
     x = inputs.x if need_weight or (need_x and inputs.x_is_relu) else None
     y = output if inputs.relu and inputs.mask_gradient else None
-    ctx.save_for_backward(x, inputs.weight if need_x else None, y)
+    ctx.save_for_backward(x, *((inputs.weight, inputs.tiles) if need_x else (None, None)), y)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, y = ctx.saved_tensors
-    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    x, weight, tiles, y = ctx.saved_tensors
+    need_x, need_weight, need_bias, *_ = wanted = ctx.needs_input_grad[:3]
     form = ctx.inputs.form
     dy = relu_mask(dy, y)
     dx, dw, db = None, None, None
+    if not torch.is_grad_enabled() and eager(dy, x, weight):  # nobody will differentiate it
+        dx, dw, db = forms.gradients(dy, x, weight, wanted, form, tiles)
+        return relu_mask_(dx, x) if ctx.inputs.x_is_relu and dx is not None else dx, dw, db
     if need_x:
         dx = relu_mask(hamilton_linear_dx(dy, weight, form), x if ctx.inputs.x_is_relu else None)
     if need_weight:
@@ -38,10 +42,17 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 @define("hamilton_linear", _linear_fake, _linear_save, _linear_backward, ("x", "weight", "bias"))
 def hamilton_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, x_is_relu: bool, mask_gradient: bool, form: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tiles: Tensor | None,
+    relu: bool,
+    x_is_relu: bool,
+    mask_gradient: bool,
+    form: str,
 ) -> Tensor:
-    """y = weight (x) x + bias, followed by a ReLU if `relu`; x `[M, 4 K]`."""
-    y = forms.forward(x, weight, bias, form)
+    """y = weight (x) x + bias, followed by a ReLU if `relu`; x `[M, 4 K]`, tiles `algebra.product_weight`'s."""
+    y = forms.forward(x, weight, bias, form, tiles)
     return y.relu_() if relu else y
 
 
@@ -58,7 +69,7 @@ def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dy, weight = ctx.saved_tensors
     need_dy, need_weight, *_ = ctx.needs_input_grad
     form = ctx.inputs.form
-    by_dy = hamilton_linear(grad, weight, None, False, False, False, form) if need_dy else None
+    by_dy = hamilton_linear(grad, weight, None, None, False, False, False, form) if need_dy else None
     by_weight = hamilton_linear_dw(dy, grad, False, form)[0] if need_weight else None
     return by_dy, by_weight
 
@@ -66,7 +77,9 @@ def _dx_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 @define("hamilton_linear_dx", _dx_fake, _dx_save, _dx_backward, ("dy", "weight"))
 def hamilton_linear_dx(dy: Tensor, weight: Tensor, form: str) -> Tensor:
     """The data gradient, conj(weight)^T (x) dy."""
-    return forms.data_gradient(dy, weight, form)
+    dx, _, _ = forms.gradients(dy, None, weight, (True, False, False), form)
+    assert dx is not None
+    return dx
 
 
 def _dw_fake(inputs: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +96,7 @@ def _dw_backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | No
     dy, x = ctx.saved_tensors
     need_dy, need_x, *_ = ctx.needs_input_grad
     form, bias = ctx.inputs.form, grad_bias if ctx.inputs.with_bias else None
-    by_dy = hamilton_linear(x, grad, bias, False, False, False, form) if need_dy else None
+    by_dy = hamilton_linear(x, grad, bias, None, False, False, False, form) if need_dy else None
     by_x = hamilton_linear_dx(dy, grad, form) if need_x else None
     return by_dy, by_x
 
@@ -91,4 +104,6 @@ def _dw_backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | No
 @define("hamilton_linear_dw", _dw_fake, _dw_save, _dw_backward, ("dy", "x"))
 def hamilton_linear_dw(dy: Tensor, x: Tensor, with_bias: bool, form: str) -> tuple[Tensor, Tensor]:
     """The weight gradient, and the gradient of a bias `[4 N]` (empty without `with_bias`)."""
-    return forms.weight_gradient(dy, x, form), dy.sum(0) if with_bias else dy.new_empty(0)
+    _, dw, db = forms.gradients(dy, x, None, (False, True, with_bias), form)
+    assert dw is not None
+    return dw, dy.new_empty(0) if db is None else db

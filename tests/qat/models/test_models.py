@@ -157,10 +157,12 @@ class Packs:
 
 
 def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once() -> None:
-    net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
+    """On a GPU, for which the meta device stands."""
+    net, x = VGG16(TINY, 3).to("meta"), torch.rand(1, 4, 64, 64, device="meta")
     packs = Packs(net)
     net(x)
-    net(x)
+    with torch.no_grad():  # a CUDA graph of an evaluation packs the weights that training changes
+        net(x)
     assert [len(made) for made in packs.made] == [15, 15]
     assert packs.given == packs.made[0] + packs.made[1]
 
@@ -176,18 +178,48 @@ def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once() -> 
     assert len(packs.made) == 2
     net(x)
     assert len(packs.made) == 2
-    with torch.autocast("cpu", torch.bfloat16):
-        net(x)
-        assert len(packs.made) == 3
-        with torch.autocast("cpu", torch.float16):  # another of the half types
-            net(x)
-        assert len(packs.made) == 4
-    packs.given.clear()
-    net(x)  # of the first type again
-    assert packs.given == packs.made[1]
-    assert len(packs.made) == 4
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
+    net(x)
+    assert len(packs.made) == 3
     # Whatever a recorded step reads is never freed.
-    assert [packed for _, packed in net._frozen.values()] == packs.made
+    assert [packed for _, packed in net._kept.values()] == packs.made
+
+
+def test_on_a_cpu_weights_are_packed_where_no_gradient_is_wanted_until_they_change() -> None:
+    net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
+    packs = Packs(net)
+    net(x)
+    assert not packs.made
+    with torch.no_grad():
+        net(x)
+        net(x)
+        assert len(packs.made) == 1
+        net.convs[3].get_parameter("weight").add_(1)
+        net(x)
+        assert len(packs.made) == 2
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x)
+            assert len(packs.made) == 3
+            with torch.autocast("cpu", torch.float16):  # another of the half types
+                net(x)
+            assert len(packs.made) == 4
+    assert [packed for _, packed in net._kept.values()] == packs.made[-1:]  # one copy of the weights, not more
+
+
+@pytest.mark.parametrize("width", [1 / 16, 1 / 2])  # of which the second has layers in both forms
+def test_packed_weights_change_no_bit_on_a_cpu(width: float) -> None:
+    torch.manual_seed(0)
+    net, x = VGG16(replace(TINY, width=width), 3).eval(), torch.rand(2, 4, 64, 64)
+    with_gradients = net(x)[0].detach()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(net(x)[0], with_gradients)
+        assert len(net._kept) == 1
+        net.convs[0].get_parameter("bias").zero_()
+        net.convs[3].get_parameter("weight").mul_(2)
+        changed = net(x)[0]
+    assert torch.equal(changed, net(x)[0])
+    assert not torch.equal(changed, with_gradients)
 
 
 def test_only_what_a_feature_needs_is_packed() -> None:
@@ -203,12 +235,6 @@ def test_only_what_a_feature_needs_is_packed() -> None:
     packs.made.clear()
     net.features_at(torch.rand(1, 4, 64, 64), ["input"])
     assert packs.made == [[]]
-
-
-def test_nothing_is_packed_on_a_cpu() -> None:
-    net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
-    modules = [*net.convs, net.classifier[0], net.classifier[3]]
-    assert net._layers.packed(modules, net._last_map, x) == [None] * 15
 
 
 @pytest.mark.parametrize("name", ["conv3", "relu3", "pool2", "relu13", "pool5"])
