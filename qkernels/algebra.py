@@ -16,6 +16,7 @@ with A = [H/4; -2 w-order], B = [H; x-order], C = S [H | I], H the 4x4 Hadamard 
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,8 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
         `[4 P, 4 Q/groups, *kernel]`; rows ordered (group, component, channel), columns (component, channel).
     """
     _, p, q, *kernel = weight.shape
-    if weight.numel() <= FEW and weight.device.type == "cpu":
-        blocks = torch.mm(_expansion(weight.dtype), weight.reshape(4, -1))
+    if _is_few(weight):
+        blocks = _product(_expansion(weight.dtype), weight.reshape(4, -1))
         if groups == 1:
             return blocks.view(4, 4, p, -1).transpose(1, 2).reshape(4 * p, 4 * q, *kernel)
         return blocks.view(4, 4, groups, p // groups, -1).permute(2, 0, 3, 1, 4).reshape(4 * p, 4 * q, *kernel)
@@ -101,10 +102,64 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
     return real.view(4 * p, 4 * q, *kernel)
 
 
+def _is_few(weight: Tensor, times: int = 1) -> bool:
+    """Whether one product expands a weight, or contracts a real weight, which has 4 times as many values."""
+    return weight.numel() <= times * FEW and weight.device.type == "cpu" and weight.dtype == _wide_dtype(weight)
+
+
 @functools.cache
 def _expansion(dtype: torch.dtype) -> Tensor:
     """`[16, 4]`: the blocks of the real weight, row by row, from the components."""
     return structure_tensor(dtype).transpose(1, 2).reshape(16, 4)
+
+
+class ExpandWeights(torch.autograd.Function):
+    """`expand_weight` of several weights, the small ones in one product; `apply(groups, *weights)` returns a tuple."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.groups = groups
+        if len(weights) == 1 or groups > 1 or not all(map(_is_few, weights)):
+            return tuple(expand_weight(weight, groups) for weight in weights)
+        blocks = _product(_expansion(weights[0].dtype), torch.cat([weight.reshape(4, -1) for weight in weights], 1))
+        sizes = [weight.numel() // 4 for weight in weights]
+        return tuple(
+            part.view(4, 4, w.shape[1], -1).transpose(1, 2).reshape(4 * w.shape[1], 4 * w.shape[2], *w.shape[3:])
+            for part, w in zip(blocks.split(sizes, 1), weights, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ContractWeights.apply(ctx.groups, *gradients)  # type: ignore[no-untyped-call]
+
+
+class ContractWeights(torch.autograd.Function):
+    """`contract_weight` of several real weights, the derivative of `ExpandWeights`, whose derivative is that."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: int, *reals: Tensor) -> tuple[Tensor, ...]:
+        ctx.groups = groups
+        if len(reals) == 1 or groups > 1 or not all(_is_few(real, 4) for real in reals):
+            return tuple(contract_weight(real.contiguous(), groups) for real in reals)
+        sizes = [real.numel() // 16 for real in reals]
+        blocks = reals[0].new_empty(16, sum(sizes))
+        for part, real in zip(blocks.split(sizes, 1), reals, strict=True):
+            rows = real.shape[0] // 4
+            part.view(4, 4, rows, -1).copy_(real.reshape(4, rows, 4, -1).transpose(1, 2))
+        parts = _product(_expansion(blocks.dtype).t(), blocks).split(sizes, 1)
+        return tuple(
+            part.reshape(4, real.shape[0] // 4, real.shape[1] // 4, *real.shape[2:])
+            for part, real in zip(parts, reals, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ExpandWeights.apply(ctx.groups, *gradients)  # type: ignore[no-untyped-call]
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in the operands' type: autocast leaves operators with an output alone."""
+    return torch.mm(x, y, out=x.new_empty(x.shape[0], y.shape[1]))
 
 
 def real_weight(weight: Tensor, groups: int = 1) -> Tensor:
@@ -126,12 +181,12 @@ def contract_weight(real: Tensor, groups: int = 1) -> Tensor:
         `[4, P, Q/groups, *kernel]`, summed in float32 or wider and rounded once.
     """
     rows, columns, *kernel = real.shape
-    if real.numel() <= 4 * FEW and real.device.type == "cpu" and real.dtype == _wide_dtype(real):
+    if _is_few(real, 4):
         if groups == 1:
             blocks = real.reshape(4, rows // 4, 4, -1).transpose(1, 2)
         else:
             blocks = real.reshape(groups, 4, rows // (4 * groups), 4, -1).permute(1, 3, 0, 2, 4)
-        products = torch.mm(_expansion(real.dtype).t(), blocks.reshape(16, -1))
+        products = _product(_expansion(real.dtype).t(), blocks.reshape(16, -1))
         return products.view(4, rows // 4, columns // 4, *kernel)
     blocks = real.view(groups, 4, rows // (4 * groups), 4, columns // 4, *kernel)
     shape = (4, groups, rows // (4 * groups), columns // 4, *kernel)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkernels import checks, runtime
-from qkernels.algebra import FEW, product_weight
+from qkernels.algebra import ExpandWeights, product_weight
 from qkernels.checks import Pair
 from qkernels.losses import CosSquared, FoldedRowwise, Loss, MseSigmoid, loss_of
 from qkernels.ops._library import compute_dtype, direct, eager, plain
@@ -117,9 +117,9 @@ def hamilton_conv2d(
 
     Notes:
         Casts under autocast as `torch.nn.functional.conv2d` does, except weight and bias on the Triton backend, whose
-        gradients have their own type. Saves for the backward x, weight (on a CPU also the real weight that a small one
-        is expanded to), and the output if its ReLU's mask is needed; with a pool on the Triton backend one byte per
-        output instead of the map, and the packed weight. Differentiable to any order; on the Triton backend only once
+        gradients have their own type. Saves for the backward x, weight, and the output if its ReLU's mask is needed;
+        with a pool on the Triton backend one byte per output instead of the map, and the packed weight. The form
+        "dense" in eager code on a CPU is PyTorch's own convolution of the expanded weight, which is saved then. Differentiable to any order; on the Triton backend only once
         behind a ReLU or pool and with `x_is_relu`.
 
         The Triton backend sums in float32 and gives the same bits in every run. It rounds float32 operands to tf32 only
@@ -160,7 +160,9 @@ def hamilton_conv2d(
         y = conv_reference.hamilton_conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y.relu() if relu else y
     else:
-        operator, tiles, tickets = _own(conv_op.hamilton_conv2d, packed, x, weight, bias, backend, algorithm, groups)
+        operator, x, tiles, tickets = _own(
+            conv_op.hamilton_conv2d, packed, x, weight, bias, backend, algorithm, groups, x_is_relu
+        )
         layer = (window, relu, 0.0, x_is_relu, mask_gradient or bool(pool), x.dtype)
         y = operator(x, weight, bias, tiles, tickets, None, *layer, *computed_by)
     if not pool:
@@ -225,7 +227,7 @@ def hamilton_conv_transpose2d(
             x, weight, bias, stride, padding, output_padding, groups, dilation
         )
     window = (*stride, *padding, *dilation, groups)
-    operator, tiles, tickets = _own(conv_op.hamilton_conv2d_dx, None, x, weight, bias, backend, algorithm, groups)
+    operator, x, tiles, tickets = _own(conv_op.hamilton_conv2d_dx, None, x, weight, bias, backend, algorithm, groups)
     computed_by = (runtime.operator_backend(backend), algorithm)
     return operator(x, weight, bias, tiles, tickets, None, size, window, 1.0, x.dtype, *computed_by)
 
@@ -303,7 +305,8 @@ def hamilton_linear(
             y = linear_reference.hamilton_linear(rows.relu() if x_is_relu else rows, weight, bias)
             y = y.relu() if relu else y
         else:
-            operator, tiles, _ = _own(linear_op.hamilton_linear, packed, x, weight, bias, backend, algorithm)
+            own = (linear_op.hamilton_linear, packed, rows, weight, bias, backend, algorithm)
+            operator, rows, tiles, _ = _own(*own, x_is_relu=x_is_relu)
             y = operator(rows, weight, bias, tiles, relu, x_is_relu, mask_gradient or dropout > 0, algorithm)
     y = torch.nn.functional.dropout(y, dropout) if dropout else y
     return torch.ops.aten._unsafe_view(y.to(dtype), (*leading, 4 * weight.shape[1]))  # no view, as of linear maps
@@ -329,7 +332,8 @@ def pack_weights(
 ) -> list[PackedWeight | None]:
     """Weights of several layers as their products read them, on the Triton backend packed in one launch.
 
-    A layer that gets no packed weight packs its own. A packed weight is valid as long as the weight does not change.
+    A layer that gets no packed weight packs its own. A packed weight is valid as long as the weight does not change;
+    one of the form "dense" also takes the gradient to its weight, in one backward.
 
     Args:
         weights: for each layer the name of the public function that computes it, and its weight, `[4, P, Q, kh, kw]` or
@@ -339,8 +343,8 @@ def pack_weights(
             fastest for them, with a packed weight that of the weight.
 
     Returns:
-        The packed weights; None for a layer of another backend than Triton, except on a CPU where no gradient of the
-        weight is wanted, in eager code.
+        The packed weights; None for a layer that packs its own: of another backend than Triton, except in eager code on
+        a CPU; there for the form "q8" too, if a gradient of the weight is wanted.
 
     Raises:
         ValueError: as for the layers.
@@ -352,9 +356,7 @@ def pack_weights(
     dtype = _cast_dtype(x)
     maps = [None] * len(weights) if sizes is None else sizes
     plans = [runtime.plan_of(name, x, weight, dtype, size) for (name, weight), size in zip(weights, maps, strict=True)]
-    packed = [
-        _plain_packed(name, x, w, dtype, algorithm) for (name, w), (_, algorithm) in zip(weights, plans, strict=True)
-    ]
+    packed = _plain_packed(weights, x, dtype, [algorithm for _, algorithm in plans])
     on_triton = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
     if on_triton:
         algorithms = [plans[i][1] for i in on_triton]
@@ -368,14 +370,22 @@ def pack_weights(
     return packed
 
 
-def _plain_packed(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, algorithm: str) -> PackedWeight | None:
-    """A weight packed for plain PyTorch, where that is worth it: see `pack_weights`."""
-    wanted = torch.is_grad_enabled() and weight.requires_grad
-    if algorithm not in PLAIN_FORMS or wanted or not eager(x, weight):
-        return None
-    weight = weight.detach().to(dtype)
-    tiles = product_weight(weight.flatten(2) if name == "hamilton_linear" else weight, algorithm)
-    return PackedWeight(tiles, tiles.new_empty(0, dtype=torch.int32), algorithm)
+def _plain_packed(
+    weights: Sequence[tuple[str, Tensor]], x: Tensor, dtype: torch.dtype, algorithms: Sequence[str]
+) -> list[PackedWeight | None]:
+    """Weights packed for plain PyTorch, where that is worth it; of "dense" they can be differentiated."""
+    packed: list[PackedWeight | None] = [None] * len(weights)
+    if not eager(x, *(weight for _, weight in weights)):
+        return packed
+    cast = [(w.flatten(2) if name == "hamilton_linear" and w.dim() > 3 else w).to(dtype) for name, w in weights]
+    dense = [i for i, algorithm in enumerate(algorithms) if algorithm == "dense"]
+    tiles = dict(zip(dense, ExpandWeights.apply(1, *(cast[i] for i in dense)) if dense else (), strict=True))
+    for i, algorithm in enumerate(algorithms):
+        if algorithm == "q8" and not (torch.is_grad_enabled() and cast[i].requires_grad):
+            tiles[i] = product_weight(cast[i], algorithm)
+    for i, own in tiles.items():
+        packed[i] = PackedWeight(own, own.new_empty(0, dtype=torch.int32), algorithms[i])
+    return packed
 
 
 class GramTarget(NamedTuple):
@@ -695,23 +705,26 @@ def _own(
     backend: str,
     algorithm: str,
     groups: int = 1,
-) -> tuple[Any, Tensor | None, Tensor | None]:
-    """A layer's operator as its operands need it, and the tiles and tickets for it.
+    x_is_relu: bool = False,
+) -> tuple[Any, Tensor, Tensor | None, Tensor | None]:
+    """A layer's operator as its operands need it, and x, tiles and tickets for it.
 
-    For the algorithm "real" that is what the operator consists of; for eager plain PyTorch, it without dispatcher.
+    Eager plain PyTorch has no dispatcher, which takes as long as a small layer. The algorithms "real" and "dense" are
+    made of PyTorch's own layers there, and differentiated by PyTorch.
     """
     if backend == "triton":
-        return operator, *_packed(packed, x, weight, algorithm)
+        return operator, x, *_packed(packed, x, weight, algorithm)
     if algorithm == "real":
-        return plain(operator), None, None
+        return plain(operator), x, None, None
     if not eager(x, weight, bias):
-        return operator, None, None
-    tiles = None
-    if packed is not None and (groups == 1 or algorithm == "q8"):
-        tiles, _ = _packed(packed, x, weight, algorithm)
-    elif algorithm == "dense" and weight.numel() <= FEW:  # once for both directions: the call takes longer than values
-        tiles = product_weight(weight.detach(), algorithm, groups)
-    return direct(operator), tiles, None
+        return operator, x, None, None
+    tiles = None if packed is None else _packed(packed, x, weight, algorithm)[0]
+    if algorithm == "dense" and operator is not conv_op.hamilton_conv2d_dx:
+        wanted = torch.is_grad_enabled() and weight.requires_grad
+        if tiles is None or groups > 1 or (wanted and not tiles.requires_grad):
+            (tiles,) = ExpandWeights.apply(groups, weight)
+        return plain(operator), x.relu() if x_is_relu else x, tiles, None  # changes no value, and masks the gradient
+    return direct(operator), x, tiles, None
 
 
 def _operands_of_layer(

@@ -93,7 +93,7 @@ def _quaternion(init: str) -> Layers:
         link: Link = UNLINKED,
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
-        if (real := _real_weight(link, x)) is not None:
+        if (real := _real_weight(link)) is not None:
             y = F.conv2d(x, real, module.bias, padding=1)
             y = y.relu_() if activation else y
             return (y if return_map or not pool else None), (F.max_pool2d(y, 2) if pool else None)
@@ -111,8 +111,9 @@ def _quaternion(init: str) -> Layers:
         module: nn.Module, x: Tensor, dropout: float, link: Link, dtype: torch.dtype | None = None
     ) -> Tensor:
         assert isinstance(module, QuaternionLinear)
-        if (real := _real_weight(link, x)) is not None and not dropout:
-            return F.linear(x.flatten(1), real, module.bias).relu_().to(dtype or x.dtype)
+        if (real := _real_weight(link)) is not None:
+            y = F.linear(x.flatten(1), real, module.bias).relu_()
+            return (F.dropout(y, dropout) if dropout else y).to(dtype or y.dtype)
         options: dict[str, Any] = {"dropout": dropout, "flatten": x.dim() == 4, "dtype": dtype, **link._asdict()}
         return hamilton_linear(x, module.weight, module.bias, activation=module.activation, **options)
 
@@ -129,12 +130,10 @@ def _quaternion(init: str) -> Layers:
     return Layers(conv, hidden, nn.Linear, run, run_hidden, packed)
 
 
-def _real_weight(link: Link, x: Tensor) -> Tensor | None:
-    """The real weight of a layer that has one, on a CPU where nobody wants gradients: there it is PyTorch's own layer,
-    and what `qkernels` checks and does for gradients would take longer than a narrow layer."""
-    if link.packed is None or link.packed.algorithm != "dense" or (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    return link.packed.tiles
+def _real_weight(link: Link) -> Tensor | None:
+    """The real weight of a layer that has one, on a CPU: with it the layer is PyTorch's own, and the checks of
+    `qkernels` would take as long as a narrow layer."""
+    return link.packed.tiles if link.packed is not None and link.packed.algorithm == "dense" else None
 
 
 def _real(init: str) -> Layers:

@@ -128,9 +128,9 @@ class VGG16(nn.Module):
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
         weights, on_cpu = [module.weight for module in modules], x.device.type == "cpu"
         changing = any(weight.requires_grad for weight in weights)
-        if on_cpu and (torch.compiler.is_compiling() or (changing and torch.is_grad_enabled())):
+        if on_cpu and torch.compiler.is_compiling():
             return [None] * len(modules)
-        if changing and not on_cpu:
+        if changing and (torch.is_grad_enabled() or not on_cpu):
             return self._layers.packed(modules, self._maps(x, convs, hidden), x)
         settings = (x.dtype, x.shape[2:], autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
         version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
@@ -173,8 +173,9 @@ class VGG16(nn.Module):
         for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
             conv_name, relu_name = f"conv{n}", f"relu{n}"
             pool = n in POOL_AFTER and (last_pool or n < len(packed))
-            # If only the next convolution reads the output, it applies the ReLU's mask at no cost.
-            chained = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {conv_name, relu_name}
+            # If only the next convolution reads the output, the GPU's kernel applies the ReLU's mask at no cost.
+            read_once = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {conv_name, relu_name}
+            chained = read_once and x.device.type != "cpu"
             link = Link(x_is_relu, not chained, weight)
             if conv_name in taps:
                 y, pooled = F.relu(tap(conv_name, self._layers.run(conv, x, None, link=link)[0])), None

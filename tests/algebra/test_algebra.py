@@ -113,3 +113,24 @@ def test_expanded_weight_multiplies_and_contracts(groups: int) -> None:
     w.requires_grad_()
     (by_autograd,) = torch.autograd.grad(algebra.real_weight(w, groups), w, gradient)
     torch.testing.assert_close(by_autograd, algebra.contract_weight(gradient, groups))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("few", [0, algebra.FEW])  # one by one, and in one product
+def test_several_weights_are_expanded_and_contracted_to_any_order(
+    groups: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algebra, "FEW", few)
+    weights = [
+        random(4, 2, 3, 2, 1).requires_grad_(),
+        random(4, 4, 1).requires_grad_(),
+        random(4, 2, 5).requires_grad_(),
+    ]
+    reals = algebra.ExpandWeights.apply(groups, *weights)
+    for real, weight in zip(reals, weights, strict=True):
+        assert torch.equal(real, algebra.real_weight(weight, groups))
+    assert torch.autograd.gradcheck(lambda *w: algebra.ExpandWeights.apply(groups, *w), weights)
+    assert torch.autograd.gradgradcheck(lambda *w: algebra.ExpandWeights.apply(groups, *w), weights)
+    by_some = torch.autograd.grad(reals[1].square().sum(), weights, allow_unused=True)
+    torch.testing.assert_close(by_some[1], 8 * weights[1])
+    assert not any(gradient.any() for gradient in (by_some[0], by_some[2]))

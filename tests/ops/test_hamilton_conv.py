@@ -257,18 +257,21 @@ def test_frozen_operands_of_the_transposed(needed: tuple[bool, bool]) -> None:
     assert calls.names == ["_dx"] + [""] * needed[0] + ["_dw"] * needed[1]
 
 
+def saved_by(form: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), qkernels.set_form(form):
+        hamilton_conv2d(*tensors, padding=1)
+    return saved
+
+
 def test_saves_only_what_the_backward_needs() -> None:
     x, weight, bias = operands(CASES["3x3"])
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        hamilton_conv2d(x.requires_grad_(), weight, bias, padding=1)
-        hamilton_conv2d(x.detach(), weight.requires_grad_(), bias, padding=1)
-    assert [t.data_ptr() for t in saved if t.dim() == 5] == [weight.data_ptr()]
-    real, given = (
-        t for t in saved if t.dim() == 4
-    )  # for the one backward a real weight, as it is small; x for the other
-    assert torch.equal(real, algebra.expand_weight(weight))
-    assert given.data_ptr() == x.data_ptr()
+    saved = saved_by("q8", x.requires_grad_(), weight, bias)
+    assert [t.data_ptr() for t in saved] == [weight.data_ptr()]
+    saved = saved_by("dense", x, weight.requires_grad_(), bias)  # what `torch.nn.functional.conv2d` saves
+    assert saved[0].data_ptr() == x.data_ptr()
+    assert torch.equal(saved[1], algebra.expand_weight(weight.detach()))
+    assert len(saved) == 2
 
 
 @all_forms
@@ -611,9 +614,10 @@ def test_each_end_of_a_chain_masks_by_itself(backend: str) -> None:
         (masked,), (plain,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(linear, x, dy)
         assert torch.equal(masked, plain * (x > 0))
         assert not torch.equal(masked, plain)
-        if backend == "auto":  # the reference is right in any chain, and masks once more
+    if backend == "auto":  # the reference and the form "dense" are right in any chain, and mask once more
+        with qkernels.set_form("q8"):
             y = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", mask_gradient=False)
-            assert torch.equal(torch.autograd.grad(y, x, dy)[0], plain)
+            torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], plain)
 
 
 def test_a_pool_masks_the_gradient_whatever_is_asked() -> None:
@@ -696,3 +700,66 @@ def test_bad_options() -> None:
         hamilton_conv_transpose2d(X, W)
     with pytest.raises(ValueError, match="the output would be empty"):
         hamilton_conv_transpose2d(X[:, :, :1, :1], torch.zeros(4, 2, 3, 1, 1), padding=1)
+
+
+@pytest.mark.parametrize("form", ["dense", "q8"])
+def test_packed_weights_on_a_cpu(form: str) -> None:
+    """They change nothing, those of "dense" take the gradient to the weight, and each fits its weight alone."""
+    x, weight, bias = operands(CASES["3x3"], requires_grad=True)
+    matrix, rows = (torch.randn(*shape, dtype=x.dtype) for shape in ((4, 3, 2), (5, 8)))
+    matrix.requires_grad_()
+    weights = [("hamilton_conv2d", weight), ("hamilton_linear", matrix)]
+    with qkernels.set_form(form):
+        exact = hamilton_conv2d(x, weight, bias, padding=1, activation="relu")
+        dy = torch.randn_like(exact)
+        gradients = torch.autograd.grad(exact, (x, weight, bias), dy)
+        for gradient_wanted in (True, False):
+            with torch.set_grad_enabled(gradient_wanted):
+                packed, of_matrix = qkernels.pack_weights(weights, x)
+            assert (packed is None) == (of_matrix is None) == (form == "q8" and gradient_wanted)
+            y = hamilton_conv2d(x, weight, bias, padding=1, activation="relu", packed=packed)
+            assert torch.equal(y, exact)
+            for actual, truth in zip(torch.autograd.grad(y, (x, weight, bias), dy), gradients, strict=True):
+                assert torch.equal(actual, truth)
+            linear = qkernels.hamilton_linear(rows, matrix, packed=of_matrix)
+            assert torch.equal(linear, qkernels.hamilton_linear(rows, matrix))
+    assert packed is not None
+    assert packed.algorithm == form
+    with pytest.raises(ValueError, match=r"packed must be of this weight.*got"):
+        hamilton_conv2d(x, weight, bias, padding=1, packed=of_matrix)
+    grouped = operands((2, 2, 4, 5, 6, (3, 3), (1, 1), (1, 1), (1, 1), 2))
+    with torch.no_grad(), qkernels.set_form(form):
+        packed = qkernels.pack_weights([("hamilton_conv2d", grouped[1])], grouped[0])[0]
+        y = hamilton_conv2d(*grouped, padding=1, groups=2, packed=packed)
+        assert torch.equal(y, hamilton_conv2d(*grouped, padding=1, groups=2))
+
+
+def test_the_form_of_a_packed_weight_follows_the_size_of_its_layer() -> None:
+    weight = torch.zeros(4, 32, 32, 3, 3)
+    sizes = [(32, 32), (8, 8)]
+    assert [cpu_form(32, 32, 9, height * width) for height, width in sizes] == ["dense", "q8"]
+    packed = qkernels.pack_weights([("hamilton_conv2d", weight)] * 2, torch.zeros(1, 128, 2, 2), sizes)
+    assert [each.algorithm for each in packed if each is not None] == ["dense", "q8"]
+
+
+def test_maps_keep_their_order_in_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers of one group convert no map, in neither direction; the eight products get theirs in NCHW once."""
+    converted: list[tuple[int, ...]] = []
+    contiguous = torch.Tensor.contiguous
+
+    def counting(x: Any, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        if x.dim() == 4 and not x.is_contiguous(memory_format=memory_format):
+            converted.append(tuple(x.shape))
+        return contiguous(x, memory_format=memory_format)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", counting)
+    x = torch.randn(2, 8, 6, 5).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(4, 2, 2, 3, 3, requires_grad=True)
+    for form, layout in (("dense", torch.channels_last), ("q8", torch.contiguous_format)):
+        with qkernels.set_form(form):
+            y = hamilton_conv2d(x, weight, padding=1, activation="relu")
+            dx, _ = torch.autograd.grad(y, (x, weight), torch.randn_like(y))
+        assert y.is_contiguous(memory_format=layout)
+        if form == "dense":
+            assert dx.is_contiguous(memory_format=layout)
+            assert not [shape for shape in converted if shape != (8, 8, 3, 3)]

@@ -72,19 +72,15 @@ def gradients(
     window: Ints,
     wanted: Sequence[bool],
     form: str,
-    product_weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dw and db, as far as they are wanted: of the gradient by y, and the operands that these need.
-
-    `product_weight` is `algebra.product_weight` of the weight, if it is there already.
-    """
+    """dx, dw and db, as far as they are wanted: of the gradient by y, and the operands that these need."""
     need_x, need_weight, need_bias = wanted
     if not (need_x or need_weight):
         return None, None, dy.sum((0, 2, 3)) if need_bias else None
     p, batch, groups = dy.shape[1] // 4, dy.shape[0], window[6]
     q = weight.shape[2] if weight is not None else x.shape[1] // (4 * groups)  # type: ignore[union-attr]
-    real = product_weight
-    if need_x and real is None:
+    real = None
+    if need_x:
         assert weight is not None
         real = algebra.product_weight(weight, form, groups)
     if form == "dense":

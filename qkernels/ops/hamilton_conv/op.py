@@ -154,9 +154,9 @@ def _joint_gradients(ctx: Any, saved: Sequence[Any], dy: Tensor) -> tuple[Gradie
     """The same in plain PyTorch, where nobody will differentiate it: dy is read once, and so brought into the layout
     that the library computes in.
     """
-    x, weight, tiles, *_ = saved
+    x, weight, *_ = saved
     sizes, wanted = (ctx.size, ctx.kernel_size), ctx.needs_input_grad[:3]
-    dx, dw, db = forms.gradients(dy, x, weight, *sizes, ctx.inputs.window, wanted, ctx.inputs.algorithm, tiles)
+    dx, dw, db = forms.gradients(dy, x, weight, *sizes, ctx.inputs.window, wanted, ctx.inputs.algorithm)
     return relu_mask_(dx, x) if ctx.inputs.x_is_relu and dx is not None else dx, dw, db
 
 

@@ -24,17 +24,14 @@ def gradients(
     weight: Tensor | None,
     wanted: Sequence[bool],
     form: str,
-    product_weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dw and db, as far as they are wanted: of the gradient by y, and the operands that these need."""
     need_x, need_weight, need_bias = wanted
     dx, dw = None, None
     outputs = _products(algebra.output_products, dy) if form == "q8" and (need_x or need_weight) else dy
     if need_x:
-        real = product_weight
-        if real is None:
-            assert weight is not None
-            real = algebra.product_weight(weight, form)
+        assert weight is not None
+        real = algebra.product_weight(weight, form)
         dx = _rows(algebra.input_from_products, torch.bmm(outputs, real)).to(dy.dtype) if form == "q8" else dy @ real
     if need_weight:
         assert x is not None

@@ -19,17 +19,17 @@ def _linear_save(ctx: Any, inputs: Any, output: Tensor) -> None:
     need_x, need_weight, *_ = ctx.needs_input_grad
     x = inputs.x if need_weight or (need_x and inputs.x_is_relu) else None
     y = output if inputs.relu and inputs.mask_gradient else None
-    ctx.save_for_backward(x, *((inputs.weight, inputs.tiles) if need_x else (None, None)), y)
+    ctx.save_for_backward(x, inputs.weight if need_x else None, y)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, tiles, y = ctx.saved_tensors
+    x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias, *_ = wanted = ctx.needs_input_grad[:3]
     form = ctx.inputs.form
     dy = relu_mask(dy, y)
     dx, dw, db = None, None, None
     if not torch.is_grad_enabled() and eager(dy, x, weight):  # nobody will differentiate it
-        dx, dw, db = forms.gradients(dy, x, weight, wanted, form, tiles)
+        dx, dw, db = forms.gradients(dy, x, weight, wanted, form)
         return relu_mask_(dx, x) if ctx.inputs.x_is_relu and dx is not None else dx, dw, db
     if need_x:
         dx = relu_mask(hamilton_linear_dx(dy, weight, form), x if ctx.inputs.x_is_relu else None)

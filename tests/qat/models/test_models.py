@@ -189,11 +189,13 @@ def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once() -> 
     assert [packed for _, packed in net._kept.values()] == packs.made
 
 
-def test_on_a_cpu_weights_are_packed_where_no_gradient_is_wanted_until_they_change() -> None:
+def test_on_a_cpu_weights_are_packed_once_until_they_change_where_no_gradient_is_wanted() -> None:
     net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
     packs = Packs(net)
     net(x)
-    assert not packs.made
+    net(x)
+    assert len(packs.made) == 2
+    packs.made.clear()
     with torch.no_grad():
         net(x)
         net(x)
