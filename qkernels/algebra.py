@@ -119,18 +119,12 @@ class ExpandWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: int, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.groups = groups
-        if len(weights) == 1 or groups > 1 or not all(map(_is_few, weights)):
-            return tuple(expand_weight(weight, groups) for weight in weights)
-        blocks = _product(_expansion(weights[0].dtype), torch.cat([weight.reshape(4, -1) for weight in weights], 1))
-        sizes = [weight.numel() // 4 for weight in weights]
-        return tuple(
-            part.view(4, 4, w.shape[1], -1).transpose(1, 2).reshape(4 * w.shape[1], 4 * w.shape[2], *w.shape[3:])
-            for part, w in zip(blocks.split(sizes, 1), weights, strict=True)
-        )
+        return _expanded(groups, *weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ContractWeights.apply(ctx.groups, *gradients)  # type: ignore[no-untyped-call]
+        contract: Any = ContractWeights.apply if torch.is_grad_enabled() else _contracted
+        return None, *(contract(ctx.groups, *gradients))
 
 
 class ContractWeights(torch.autograd.Function):
@@ -139,22 +133,37 @@ class ContractWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: int, *reals: Tensor) -> tuple[Tensor, ...]:
         ctx.groups = groups
-        if len(reals) == 1 or groups > 1 or not all(_is_few(real, 4) for real in reals):
-            return tuple(contract_weight(real.contiguous(), groups) for real in reals)
-        sizes = [real.numel() // 16 for real in reals]
-        blocks = reals[0].new_empty(16, sum(sizes))
-        for part, real in zip(blocks.split(sizes, 1), reals, strict=True):
-            rows = real.shape[0] // 4
-            part.view(4, 4, rows, -1).copy_(real.reshape(4, rows, 4, -1).transpose(1, 2))
-        parts = _product(_expansion(blocks.dtype).t(), blocks).split(sizes, 1)
-        return tuple(
-            part.reshape(4, real.shape[0] // 4, real.shape[1] // 4, *real.shape[2:])
-            for part, real in zip(parts, reals, strict=True)
-        )
+        return _contracted(groups, *reals)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ExpandWeights.apply(ctx.groups, *gradients)  # type: ignore[no-untyped-call]
+
+
+def _expanded(groups: int, *weights: Tensor) -> tuple[Tensor, ...]:
+    if len(weights) == 1 or groups > 1 or not all(map(_is_few, weights)):
+        return tuple(expand_weight(weight, groups) for weight in weights)
+    blocks = _product(_expansion(weights[0].dtype), torch.cat([weight.reshape(4, -1) for weight in weights], 1))
+    sizes = [weight.numel() // 4 for weight in weights]
+    return tuple(
+        part.view(4, 4, w.shape[1], -1).transpose(1, 2).reshape(4 * w.shape[1], 4 * w.shape[2], *w.shape[3:])
+        for part, w in zip(blocks.split(sizes, 1), weights, strict=True)
+    )
+
+
+def _contracted(groups: int, *reals: Tensor) -> tuple[Tensor, ...]:
+    if len(reals) == 1 or groups > 1 or not all(_is_few(real, 4) for real in reals):
+        return tuple(contract_weight(real.contiguous(), groups) for real in reals)
+    sizes = [real.numel() // 16 for real in reals]
+    blocks = reals[0].new_empty(16, sum(sizes))
+    for part, real in zip(blocks.split(sizes, 1), reals, strict=True):
+        rows = real.shape[0] // 4
+        part.view(4, 4, rows, -1).copy_(real.reshape(4, rows, 4, -1).transpose(1, 2))
+    parts = _product(_expansion(blocks.dtype).t(), blocks).split(sizes, 1)
+    return tuple(
+        part.reshape(4, real.shape[0] // 4, real.shape[1] // 4, *real.shape[2:])
+        for part, real in zip(parts, reals, strict=True)
+    )
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

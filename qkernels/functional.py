@@ -119,8 +119,8 @@ def hamilton_conv2d(
         Casts under autocast as `torch.nn.functional.conv2d` does, except weight and bias on the Triton backend, whose
         gradients have their own type. Saves for the backward x, weight, and the output if its ReLU's mask is needed;
         with a pool on the Triton backend one byte per output instead of the map, and the packed weight. The form
-        "dense" in eager code on a CPU is PyTorch's own convolution of the expanded weight, which is saved then. Differentiable to any order; on the Triton backend only once
-        behind a ReLU or pool and with `x_is_relu`.
+        "dense" in eager code on a CPU is PyTorch's own convolution of the expanded weight, which it saves.
+        Differentiable to any order; on the Triton backend only once behind a ReLU or pool and with `x_is_relu`.
 
         The Triton backend sums in float32 and gives the same bits in every run. It rounds float32 operands to tf32 only
         if PyTorch's switch for convolutions allows that (`torch.backends.cudnn.allow_tf32`, on by default).

@@ -127,6 +127,8 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
         raise TypeError(f"args must begin with a tensor, as those of {name}; got {told(args)}")
     if _settings.backend == "reference":
         return "reference"
+    if _settings.backend == "auto" and not args[0].is_cuda:  # the interpreter is for tests
+        return "torch"
     obstacle = obstacle or _obstacle(*(arg for arg in args if isinstance(arg, Tensor)))
     if _settings.backend == "triton":
         if obstacle:
@@ -135,8 +137,7 @@ def backend_of(op: str | Callable[..., Any], *args: Any, obstacle: str | None = 
                 "or 'reference'"
             )
         return "triton"
-    # The interpreter is for tests: "auto" never chooses it.
-    return "torch" if obstacle or not args[0].is_cuda else "triton"
+    return "torch" if obstacle else "triton"
 
 
 def needs_own_operators() -> bool:

@@ -487,7 +487,7 @@ def test_packed_is_refused_where_it_does_not_fit() -> None:
         close([hamilton_conv2d(x, weight, bias, packed=packed[1])], [expected])
     with qkernels.set_backend("auto"):  # plain PyTorch here, which reads other tiles
         assert "signed-ieee" not in [own.algorithm for own in packed_of(x, layers) if own is not None]
-        with pytest.raises(ValueError, match="packed must be of this weight, for torch.float32 and 'dense'"):
+        with pytest.raises(ValueError, match=r"packed must be of this weight, for torch.float32 and 'dense'"):
             hamilton_conv2d(x, weight, bias, packed=packed[1])
     assert pack_weights([], x) == []
 

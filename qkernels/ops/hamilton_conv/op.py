@@ -113,8 +113,9 @@ def _forward(
     product_weight: Tensor | None = None,
 ) -> Tensor:
     """A layer in plain PyTorch, whose parameters may be of another type than x."""
-    bias = None if bias is None else bias.to(x.dtype)
-    y = forms.forward(x, weight.to(x.dtype), bias, window, _plain_form(algorithm), product_weight)
+    if weight.dtype != x.dtype:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    y = forms.forward(x, weight, bias, window, _plain_form(algorithm), product_weight)
     y = y.relu_() if relu else y
     return torch.nn.functional.dropout(y, dropout) if dropout else y
 
