@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= bench/results/gpu
 CONSTRAINTS ?= constraints.txt
+# Neighbouring tests share what is costly to make, so each process takes them in a row.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 # The tests of `make check`: what takes less than 15 s of one core a file.
 QUICK := $(addprefix tests/, test_repository.py algebra compile_only/test_signatures.py \
@@ -19,16 +21,16 @@ demo: $(VENV)/.installed-demo
 
 # While one works: 90 s of two cores.
 check: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -n 2 -m "not slow" $(QUICK)
+	$(PYTEST) -m "not slow" $(QUICK)
 
 # What CI runs.
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -n 2 -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not slow" tests/interpreter
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2 -m slow
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m slow tests/interpreter
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreter
 
 # With other versions than those of constraints.txt, each in an environment of its own: the pair of the GPU image (a CUDA
 # build, 5 GB), and the newest that pip finds.

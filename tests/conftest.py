@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from_controller: dict[str, Any] = getattr(config, "workerinput", {})
         config.option.seed = from_controller.get("seed", random.SystemRandom().randrange(2**31))
     config.pluginmanager.register(RandomInputs(config.option.seed))
+    if hasattr(config, "workerinput"):  # workers share the cores: with a thread on each, they wait for each other
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)

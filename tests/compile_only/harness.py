@@ -6,8 +6,10 @@ looks at nothing of a tensor but its type and address.
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +56,67 @@ class Loop:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs of its GPU.
+    """What one compiled kernel needs of its GPU. To disassemble it takes 0.4 s, and is done for what is asked.
 
     Args:
-        waits: for the tensor core, in the whole kernel.
-        instructions: of the whole kernel.
-        step_instructions: of an iteration of the largest loop of products; without one, of a product.
+        folder: of kernel.ptx and kernel.cubin.
+        ptx: text that machine code is made from. Which operations the tensor core does, Triton decides there.
+        ptxas: assembler of the architecture.
+        stack: bytes of memory of a thread.
         loops: the innermost ones that hold products.
     """
 
+    folder: Path
+    ptx: str
+    ptxas: str
     registers: int
     stack: int
-    spills: int
     shared: int
     tensor_memory: int
-    mma: int
-    wgmma: int
-    trap: bool
-    notes: tuple[str, ...]
-    waits: int
-    instructions: int
-    step_instructions: int
     loops: tuple[Loop, ...]
+
+    @cached_property
+    def sass(self) -> str:
+        """The machine code."""
+        return _run(knobs.nvidia.cuobjdump.path, "-sass", self.folder / "kernel.cubin")
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What ptxas notes on loops of products."""
+        wanted = re.search(r"\.target (\w+)", self.ptx)
+        assert wanted
+        again = ("-v", self.folder / "kernel.ptx", "-o", self.folder / "again.cubin")
+        return tuple(sorted(set(re.findall(r"C75\d\d", _run(self.ptxas, f"-arch={wanted[1]}", *again)))))
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of a thread's own memory: without a stack there is none."""
+        return len(re.findall(r"\b(?:STL|LDL)\b", self.sass)) if self.stack else 0
+
+    @property
+    def trap(self) -> bool:
+        """Whether it is nothing but a trap."""
+        return "trap;" in self.ptx and not PTX_MMA.search(self.ptx)
+
+    @property
+    def waits(self) -> int:
+        """For the tensor core, in the whole kernel."""
+        return self.ptx.count("wgmma.wait_group")
+
+    @property
+    def mma(self) -> int:
+        """Tensor-core instructions of the machine code."""
+        return len(SASS_MMA.findall(self.sass))
+
+    @property
+    def instructions(self) -> int:
+        """Of the whole kernel."""
+        return sum(1 for line in Code.of_sass(self.sass).lines if line != "NOP")
+
+    @property
+    def step_instructions(self) -> int:
+        """Of an iteration of the largest loop of products; without one, of a product."""
+        return _step_instructions(Code.of_sass(self.sass), max((loop.mma for loop in self.loops), default=1))
 
     def problems(
         self, arch: int, tensor_cores: bool, stages: int = 0, copy_bytes: int = 16, gated: bool = False
@@ -97,10 +138,10 @@ class Usage:
             found.append(f"{self.shared} bytes of shared memory, more than {SHARED_BYTES[arch]}")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS or self.trap:
             found.append(f"{self.tensor_memory} columns of tensor memory, trap: {self.trap}")
-        if tensor_cores and not self.mma:
+        if tensor_cores and not PTX_MMA.search(self.ptx):
             found.append("no tensor-core instruction")
         # Without a loop a product is waited for once, where its sum is used, which ptxas notes too.
-        if self.notes and self.loops:
+        if self.loops and self.notes:
             found.append(f"ptxas notes {', '.join(self.notes)}")
         if stages:
             found += self.serialised(arch, stages, copy_bytes, gated)
@@ -145,7 +186,7 @@ def _addressed(value: Any, aligned: bool) -> Any:
 
 
 def compile_launch(launch: Launch, arch: int, folder: Path, aligned: bool = True) -> Usage:
-    """Compiles for sm_`arch`; `folder` takes the intermediate files.
+    """Compiles for sm_`arch`; a new folder in `folder` takes the files.
 
     Args:
         aligned: memory begins at multiples of 16 bytes, and views of it where they do; otherwise no tensor does.
@@ -157,32 +198,20 @@ def compile_launch(launch: Launch, arch: int, folder: Path, aligned: bool = True
     bound, specialised, options = bind(**given)
     _, *source = launch.kernel._pack_args(backend, given, bound, specialised, options)
     compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=launch.options)
-    ptx = compiled.asm["ptx"]
-    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    (folder / "kernel.ptx").write_text(ptx)
-    dumped = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", folder / "kernel.cubin")
-    wanted = re.search(r"\.target (\w+)", ptx)
-    assert wanted
-    again = ("-v", folder / "kernel.ptx", "-o", folder / "again.cubin")
-    notes = _run(get_ptxas(arch).path, f"-arch={wanted[1]}", *again)
-    sass = Code.of_sass(dumped)
-    mma = len(SASS_MMA.findall(dumped))
-    virtual = Code.of_ptx(ptx)
-    loops = tuple(_loop(lines) for lines in virtual.loops(PTX_MMA))
+    ptx, own = compiled.asm["ptx"], Path(tempfile.mkdtemp(dir=folder))
+    (own / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    (own / "kernel.ptx").write_text(ptx)
+    resources = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", own / "kernel.cubin")
+    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
     return Usage(
-        registers=int(re.search(r"REG:(\d+)", dumped)[1]),
-        stack=int(re.search(r"STACK:(\d+)", dumped)[1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", dumped)),
+        folder=own,
+        ptx=ptx,
+        ptxas=get_ptxas(arch).path,
+        registers=found["REG"],
+        stack=found["STACK"] + found["LOCAL"],
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
-        mma=mma,
-        wgmma=len(re.findall(r"\b(?:HGMMA|UTC\w*MMA)", dumped)),
-        trap="BPT.TRAP" in dumped and not mma,
-        notes=tuple(sorted(set(re.findall(r"C75\d\d", notes)))),
-        waits=ptx.count("wgmma.wait_group"),
-        instructions=sum(1 for line in sass.lines if line != "NOP"),
-        step_instructions=_step_instructions(sass, max((loop.mma for loop in loops), default=1)),
-        loops=loops,
+        loops=tuple(_loop(lines) for lines in Code.of_ptx(ptx).loops(PTX_MMA)),
     )
 
 

@@ -121,6 +121,7 @@ def test_a_pipelined_product_passes(arch: int, stages: int, tmp_path: Path) -> N
     assert (loop.loads, loop.stores, loop.stages) == (0, 0, stages)
     assert "instead of" in text(found.problems(arch, tensor_cores=True, stages=stages + 1))
     assert 20 < found.step_instructions < found.instructions
+    assert found.mma > 0, "what PTX says of the tensor core is so in machine code"
 
 
 def test_a_product_in_tf32_needs_both_operands_along_k(tmp_path: Path) -> None:
@@ -181,8 +182,8 @@ def test_arguments_may_be_named(tmp_path: Path) -> None:
         named = {"operands": Operands(x, b, (None, None)), "y": x, "sizes": Sizes(1, 3), "HOW": How(n=512)}
         code = []
         for kernel, arguments in ((_flat_kernel, flat), (_named_kernel, named)):
-            compile_launch(Launch(kernel, (1,), arguments, options), 80, tmp_path)
-            code.append(re.findall(r"\b(?:ld|st)\.global\S*", (tmp_path / "kernel.ptx").read_text()))
+            found = compile_launch(Launch(kernel, (1,), arguments, options), 80, tmp_path)
+            code.append(re.findall(r"\b(?:ld|st)\.global\S*", found.ptx))
         assert code[0] == code[1]
         # Where the second operand begins is no multiple of 16 bytes.
         assert [name.partition(".b32")[0] for name in code[0]].count("ld.global") == (4 if b is not None else 0)

@@ -5,6 +5,7 @@ tiles made to measure.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,8 +115,16 @@ class MemoryCheck:
         monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", self.place)
         # For each call of a device function Triton makes all of its language interpretable again, a third of the time.
         self.patched: set[tuple[str, ...]] = set()
+        self.languages: dict[int, tuple[str, ...]] = {}  # names of Triton's language, by module
         self._patch = interpreter._patch_lang
         monkeypatch.setattr(interpreter, "_patch_lang", self.patch)
+        # Whether integers overflow took half of the time, and is told to nobody without the option `debug`.
+        builder = interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        # And a table of all types was made for each use of one.
+        self.types: dict[str, np.dtype] = {}
+        self._type = interpreter._get_np_dtype
+        monkeypatch.setattr(interpreter, "_get_np_dtype", self.type)
 
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *options: int, **named: int) -> None:
         self.tensors = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in _tensors("", arguments)]
@@ -135,11 +144,20 @@ class MemoryCheck:
         self._place(*(n - 1 - i for n, i in zip(size, index, strict=True)) if self.backwards else index)
 
     def patch(self, function: Callable[..., Any]) -> Any:
-        languages = tuple(name for name, value in function.__globals__.items() if value in (tl, tl.core))
+        names = function.__globals__
+        if (languages := self.languages.get(id(names))) is None:
+            languages = tuple(name for name, value in names.items() if value in (tl, tl.core))
+            self.languages[id(names)] = languages
         if languages in self.patched:
             return None
         self.patched.add(languages)
         return self._patch(function)
+
+    def type(self, dtype: Any) -> np.dtype:
+        name = dtype.scalar.name
+        if name not in self.types:
+            self.types[name] = self._type(dtype)
+        return self.types[name]
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> Any:
         self._check("reads", pointers[mask], np.dtype(dtype).itemsize)

@@ -1,5 +1,6 @@
 """A corpus so small that a training takes seconds: beeps; their pitch is the speaker, their rhythm the emotion."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,21 @@ import pytest
 import soundfile
 import torch
 
-from qat.config import CorpusConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
+from qat.config import (
+    CorpusConfig,
+    Experiment,
+    NetworkConfig,
+    RHEmoConfig,
+    RHEmoExperiment,
+    SpectrogramConfig,
+    TrainingConfig,
+)
 from qat.data.manifest import Manifest, build_manifest, write_manifest
+from qat.data.store import prepare
 from qat.training.classifier import train_classifier
 from qat.training.rhemo import pretrain_rhemo
+
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # processes of a pool: each imports PyTorch for 2 s
 
 SPEAKERS, TEXTS, EMOTIONS = ("ann", "ben", "cem", "dan"), ("one", "two", "three"), ("angry", "neutral", "sad")
 
@@ -39,8 +51,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(corpus: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpus's spectrograms."""
+    folder = tmp_path_factory.mktemp("cache")
+    prepare(corpus, SpectrogramConfig(), folder, workers=0, progress=False)
+    return folder
 
 
 @pytest.fixture(autouse=True)

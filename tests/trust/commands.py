@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tests.qat.campaign.running import is_locked
 
 _IMPORTED = ["qat.training.classifier", "qat.training.rhemo", "qat.report.report", "qat.campaign.jobs", "torchmetrics"]
-_IMPORTED += ["torch.utils.tensorboard", "submitit", "joblib.externals.loky", __name__]
+_IMPORTED += ["torch.utils.tensorboard", "torch._inductor", "submitit", "joblib.externals.loky", __name__]
 """What takes seconds to import, and is imported once for all processes."""
 
 NOTHING = "before any file"

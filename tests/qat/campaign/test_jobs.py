@@ -18,7 +18,16 @@ from qat.campaign.options import Layout, SlurmConfig
 from qat.campaign.plan import Campaign
 from qat.config import AntiTransferConfig, Experiment, NetworkConfig, RHEmoConfig, RHEmoExperiment, TrainingConfig
 from qat.files import held, write_text
-from tests.qat.campaign.running import LOCAL, campaign_of, children, is_locked, longer, trainer, wait_for
+from tests.qat.campaign.running import (
+    LOCAL,
+    campaign_of,
+    children,
+    fork_instead_of_jobs,
+    is_locked,
+    longer,
+    trainer,
+    wait_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -163,86 +172,41 @@ def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained
     assert job._next({0: (runs["busy"], None)}) == runs["stopped"], "it has been started, but has no lock yet"
 
 
-def test_no_run_waits_behind_a_long_one_while_another_job_is_free(
+def test_all_that_is_ready_is_trained_while_a_long_run_goes_on(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def watch(driver: jobs._Driver) -> None:
-        wait_for((runs["long"] / "last.safetensors").is_file)
-        os.kill(process := trainer(runs["long"]), signal.SIGSTOP)
-        wait_for(lambda: all((runs[name] / "result.json").is_file() for name in "bcd"), 100)
-        os.kill(process, signal.SIGCONT)
-        watched(driver)
-
-    watched = jobs._watch
-    monkeypatch.setattr(jobs, "_watch", watch)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    seeds = dict(zip("bcd", (2, 3, 4), strict=True))
-    trainings = {name: longer(experiment, 2, seed) for name, seed in seeds.items()}
-    campaign, runs = campaign_of(tmp_path, {"long": longer(experiment, 30)} | trainings)
-    outcomes = train(campaign, replace(LOCAL, jobs=2))
-    assert [one.status for one in outcomes] == ["finished"] * 4
-
-
-def test_what_is_built_on_is_waited_for_and_nothing_else(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A training starts as soon as its twin is there, while another one that was ready before goes on."""
-
-    def watch(driver: jobs._Driver) -> None:
-        wait_for((runs["long"] / "last.safetensors").is_file)
-        os.kill(process := trainer(runs["long"]), signal.SIGSTOP)
-        thaw.append(process)
-        watched(driver)
+    """One run is ready at first, so one job starts. Of those that wait for it, it is held up by one. Another job is
+    submitted then; it trains the others, in whosever share they are, and what becomes ready by that.
+    """
 
     def settled(driver: jobs._Driver) -> int:
-        if (runs["single"] / "result.json").is_file() and thaw:
-            assert not (runs["long"] / "result.json").is_file()
-            os.kill(thaw.pop(), signal.SIGCONT)
-        return counted(driver)
-
-    thaw: list[int] = []
-    watched, counted = jobs._watch, jobs._Driver.settled
-    monkeypatch.setattr(jobs, "_watch", watch)
-    monkeypatch.setattr(jobs._Driver, "settled", settled)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    campaign = Campaign(tmp_path)
-    runs = {"long": campaign.add(longer(experiment, 30)), "twin": campaign.add(replace(experiment, task="speaker"))}
-    single = replace(experiment, anti_transfer=AntiTransferConfig(runs["twin"], [2]))
-    runs["single"] = campaign.add(single)
-    runs["dual"] = campaign.add(replace(single, training=replace(single.training, initial=runs["single"])))
-    outcomes = train(campaign, replace(LOCAL, jobs=2))
-    assert [one.status for one in outcomes] == ["finished"] * 4
-    assert not thaw
-
-
-def test_another_job_is_submitted_when_more_is_ready_than_the_first_one_takes(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One run is ready at first, so one job starts; of the two that wait for it, it is held up by one."""
-
-    def settled(driver: jobs._Driver) -> int:
-        begun = [run for run in runs if (run / "last.safetensors").is_file()]
-        if not thawed and not stopped and begun:
-            os.kill(trainer(begun[0]), signal.SIGSTOP)
-            stopped.append(begun[0])
-        elif stopped and (any((run / "result.json").is_file() for run in runs) or len(numbers) > 100):
-            os.kill(trainer(stopped[0]), signal.SIGCONT)
-            thawed.append(stopped.pop())
+        if not stopped and (runs["long"] / "last.safetensors").is_file():
+            stopped.append(trainer(runs["long"]))
+            os.kill(stopped[0], signal.SIGSTOP)
+        elif stopped and not finished:
+            done = [name for name, run in runs.items() if (run / "result.json").is_file()]
+            if len(done) == len(runs) - 1 or len(numbers) > 100:
+                finished.extend(done)
+                os.kill(stopped[0], signal.SIGCONT)
         numbers.append(len(driver.jobs))
         return counted(driver)
 
     numbers: list[int] = []
-    stopped: list[Path] = []
-    thawed: list[Path] = []
+    stopped: list[int] = []
+    finished: list[str] = []
     counted = jobs._Driver.settled
     monkeypatch.setattr(jobs._Driver, "settled", settled)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     campaign = Campaign(tmp_path)
-    twin = campaign.add(replace(experiment, task="speaker"))
-    transferring = (replace(experiment, anti_transfer=AntiTransferConfig(twin, [layer])) for layer in (2, 13))
-    runs = [campaign.add(longer(one, 60)) for one in transferring]
+    runs = {"twin": campaign.add(replace(experiment, task="speaker"))}
+    single, long, third = (replace(experiment, anti_transfer=AntiTransferConfig(runs["twin"], [n])) for n in (2, 7, 13))
+    runs["single"] = campaign.add(single)
+    runs["long"] = campaign.add(longer(long, 60))
+    runs["dual"] = campaign.add(replace(single, training=replace(single.training, initial=runs["single"])))
+    runs["of the first job's share"] = campaign.add(third)
     outcomes = train(campaign, replace(LOCAL, jobs=2))
-    assert [one.status for one in outcomes] == ["finished"] * 3
+    assert finished == ["twin", "single", "dual", "of the first job's share"]
+    assert [one.status for one in outcomes] == ["finished"] * 5
     assert list(dict.fromkeys(numbers)) == [1, 2]
 
 
@@ -289,7 +253,10 @@ def test_what_ends_a_run_ends_no_other(experiment: Experiment, tmp_path: Path, m
     wait_for(lambda: not is_locked(runs["stopped"]), 20)
 
 
-def test_probes_follow_their_training_and_are_made_up_for(experiment: Experiment, twin: Path, tmp_path: Path) -> None:
+def test_probes_follow_their_training_and_are_made_up_for(
+    experiment: Experiment, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_instead_of_jobs(monkeypatch)
     campaign = Campaign(tmp_path)
     at = replace(experiment, anti_transfer=AntiTransferConfig(twin, [2]))
     run = campaign.add(at, "at-speaker", probe=True)

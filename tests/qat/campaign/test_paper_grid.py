@@ -26,6 +26,7 @@ from qat.campaign.grid import plan_grid
 from qat.campaign.options import Assumed, Selection
 from qat.config.preset import VALUES
 from qat.files import write_json
+from tests.qat.campaign.running import fork_instead_of_jobs
 
 NETWORKS, SPLITS, METHODS = VALUES["network"], VALUES["split"], VALUES["at"]
 
@@ -218,8 +219,9 @@ def command(small: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("network", ["real", pytest.param("quaternion", marks=pytest.mark.slow)])
 def test_a_grid_is_trained_in_order_and_never_twice(
-    network: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fork_instead_of_jobs(monkeypatch)
     out = tmp_path / "out"
     asked = ["--networks", f"[{network}]", "--at", "[none, dual_SW]", "--layers", "[13]", "--splits", "[actor]"]
     assert cli.main([*command(small, out, *asked), "--json"]) == 0

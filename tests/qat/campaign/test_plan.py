@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from qat.campaign import plan as plan_module
 from qat.campaign.jobs import train
-from qat.campaign.options import Layout
 from qat.campaign.plan import Campaign
 from qat.config import (
     AntiTransferConfig,
@@ -23,8 +22,8 @@ from qat.config import (
     to_plain,
 )
 from qat.files import Busy, held, lock_of, read_json, write_json, write_text
+from tests.qat.campaign.running import LOCAL, fork_instead_of_jobs
 
-LOCAL = Layout(cluster="local")
 PlanIn = Callable[[Path], tuple[Campaign, dict[str, Path]]]
 
 
@@ -139,8 +138,9 @@ def test_a_foreign_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def tiny(experiment: Experiment, tiny_training: TrainingConfig) -> PlanIn:
+def tiny(experiment: Experiment, tiny_training: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> PlanIn:
     """A plan of real trainings: a twin, and two emotion networks of which one builds on it."""
+    fork_instead_of_jobs(monkeypatch)
 
     def plan_in(folder: Path) -> tuple[Campaign, dict[str, Path]]:
         plan, runs = Campaign(folder), {}

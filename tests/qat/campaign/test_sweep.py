@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from qat.results.runs import RunsFolder
 from qat.results.tables import summary_table
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
-from tests.qat.campaign.running import is_locked, longer, parent, trainer, wait_for
+from tests.qat.campaign.running import fork_instead_of_jobs, is_locked, longer, parent, trainer, wait_for
+from tests.qat.training.trainings import same
 
 
 def write(folder: Path, text: str) -> Path:
@@ -183,15 +185,22 @@ def test_one_command_trains_all_and_the_same_again_goes_on_whatever_stopped_it(
     addresses = list(plan_sweep(Path("out"), file).trainings)
     runs = [tmp_path / "out" / address for address in addresses[:2]]
 
+    stopped = set()
+
+    def is_stopped(run: Path) -> bool:
+        """Stops it after its first epoch."""
+        if run not in stopped and (run / "last.safetensors").is_file():
+            os.kill(trainer(run), signal.SIGSTOP)
+            stopped.add(run)
+        return run in stopped
+
     environment = os.environ | {"PYTHONPATH": str(Path(qat.__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, "-m", "qat", *command], env=environment, stderr=subprocess.DEVNULL
     ) as driver:
         try:
-            for run in runs:
-                wait_for((run / "last.safetensors").is_file)
-                os.kill(trainer(run), signal.SIGSTOP)
-                assert is_locked(run)
+            wait_for(lambda: all([is_stopped(run) for run in runs]))
+            assert all(map(is_locked, runs))
         finally:
             driver.kill()
     wait_for(lambda: not any(map(is_locked, runs)), 20)
@@ -216,13 +225,17 @@ def test_one_command_trains_all_and_the_same_again_goes_on_whatever_stopped_it(
         assert after[: len(history)] == history, "what was trained before the kill is trained again"
         assert json.loads((run / "result.json").read_text())["device"] == "cpu, 1 threads"
     train_classifier(alone, tmp_path / "alone", quiet=True)
-    for name in ("model.safetensors", "predictions.csv"):
-        assert sha256_of(runs[0] / name) == sha256_of(tmp_path / "alone" / name)
-        assert sha256_of(runs[0] / name) != sha256_of(runs[1] / name)
+    trained, other, undisturbed = (load_checkpoint(run, "classifier") for run in (*runs, tmp_path / "alone"))
+    assert same(trained.tensors, undisturbed.tensors)
+    assert trained.record == undisturbed.record
+    assert not same(trained.tensors, other.tensors)
+    assert sha256_of(runs[0] / "predictions.csv") == sha256_of(tmp_path / "alone/predictions.csv")
+    assert sha256_of(runs[0] / "predictions.csv") != sha256_of(runs[1] / "predictions.csv")
 
     shutil.copytree(alone.corpus.folder.parent, tmp_path / "later")
     (tmp_path / "later" / alone.corpus.folder.name).rename(tmp_path / "later/later.csv")
     written = [(run / "result.json").stat().st_mtime_ns for run in runs]
+    fork_instead_of_jobs(monkeypatch)
     assert cli.main(command) == 0
     told = json.loads(capsys.readouterr().out)
     assert [run["status"] for run in told["runs"]] == ["finished"] * 4
@@ -272,7 +285,8 @@ def test_an_interruption_at_the_terminal_ends_the_jobs_first(experiment: Experim
             assert driver.wait(100) == 130
             assert not is_locked(run)
         finally:
-            os.killpg(driver.pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # all of them have ended
+                os.killpg(driver.pid, signal.SIGCONT)
             driver.kill()
         assert driver.stderr is not None
         told = driver.stderr.read()

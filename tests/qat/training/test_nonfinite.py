@@ -1,9 +1,9 @@
 """A training that stops being finite says where, keeps what there was, and goes on with a lower rate."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.config import Experiment, TrainingConfig, to_plain
 from qat.data.rows import Rows
 from qat.results.record import read_result
-from qat.training import loop
+from qat.training import distributed, loop
 from qat.training.checkpoint import load_checkpoint
 from qat.training.classifier import train_classifier
 from qat.training.data import Spectrograms
@@ -247,37 +247,38 @@ def test_a_rate_that_is_above_what_the_schedule_has_come_to_is_refused(experimen
         train_classifier(trained(run, lr=1e-13), tmp_path / "run", resume=True, quiet=True)
 
 
-DDP = """
-import json, os, sys
-from pathlib import Path
-import torch
-from qat.config import Experiment, from_plain
-from qat.training import distributed, objectives
-from qat.training.classifier import train_classifier
-forward = objectives.ClassificationObjective.forward
-def poisoned(self, inputs, targets):
-    losses = forward(self, inputs, targets)
-    seen[0] += self.training
-    if distributed.rank() == 1 and self.training and seen[0] % 3 == 2:
-        return losses._replace(total=losses.total * torch.nan)
-    return losses
-seen = [0]
-objectives.ClassificationObjective.forward = poisoned
-try:
-    train_classifier(from_plain(Experiment, json.loads(sys.argv[1])), Path(sys.argv[2]), quiet=True)
-except FloatingPointError as error:
-    Path(f"{sys.argv[2]}-{os.environ['RANK']}.txt").write_text(str(error))
-"""
-
-
-def test_of_two_processes_the_one_that_was_first_is_told(experiment: Experiment, tmp_path: Path) -> None:
+def test_of_two_processes_the_one_that_was_first_is_told(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = real(experiment, batch=10, epochs=1)
-    (tmp_path / "ddp.py").write_text(DDP)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(tmp_path / "ddp.py"), json.dumps(to_plain(run)), str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forward, steps = ClassificationObjective.forward, [0]
+
+    def poisoned(objective: ClassificationObjective, inputs: Tensor, targets: Tensor) -> Losses:
+        losses = forward(objective, inputs, targets)
+        steps[0] += objective.training
+        if distributed.rank() == 1 and objective.training and steps[0] % 3 == 2:
+            return losses._replace(total=losses.total * torch.nan)
+        return losses
+
+    def train(rank: int) -> None:
+        os.environ["RANK"] = str(rank)
+        try:
+            train_classifier(run, tmp_path / "run", quiet=True)
+        except FloatingPointError as error:
+            (tmp_path / f"run-{rank}.txt").write_text(str(error))
+
+    monkeypatch.setattr(ClassificationObjective, "forward", poisoned)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    processes = [multiprocessing.get_context("fork").Process(target=train, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     texts = {(tmp_path / f"run-{rank}.txt").read_text() for rank in range(2)}
     assert len(texts) == 1
     assert "training loss is nan in epoch 0: in step 2 of 3, the loss total is not finite, of " in texts.pop()
