@@ -147,8 +147,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, An
     """Write tensors, record and their checksum to ``path`` atomically; an interrupted write leaves the older file."""
     layout = torch.contiguous_format
     plain = {name: tensor.detach().to("cpu", copy=True, memory_format=layout) for name, tensor in tensors.items()}
-    text = json.dumps(record)
-    metadata = {"record": text, "sha256": _checksum(plain, text)}
+    # One entry: safetensors writes several in random order, and equal checkpoints are to be equal files.
+    metadata = {"record": json.dumps({"sha256": _checksum(plain, json.dumps(record)), **record})}
     with replacing(path) as draft:
         draft.touch()  # with the umask's mode; safetensors alone would make it unreadable for others
         mode = draft.stat().st_mode
@@ -176,12 +176,12 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            text = metadata.get("record", "{}")
-            record = json.loads(text)
+            record = json.loads(metadata.get("record", "{}"))
             if not isinstance(record, dict):
                 raise ValueError(f"its record is no object but {type(record).__name__}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.get("sha256", "") not in ("", _checksum(tensors, text)):
+            checksum = record.pop("sha256", metadata.get("sha256"))  # of its own entry in some of version 0.1
+            if checksum not in (None, _checksum(tensors, json.dumps(record))):
                 raise ValueError("its checksum is wrong, it was damaged after it was written")
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from None

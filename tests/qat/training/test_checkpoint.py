@@ -186,6 +186,14 @@ def test_one_bit_of_a_weight_or_of_the_record_is_noticed(tmp_path: Path, rng: np
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
+def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
+    files = [tmp_path / f"{n}.safetensors" for n in range(8)]
+    for file in files:
+        save_checkpoint(file, {"a": torch.ones(3), "b": torch.zeros(2)}, {"kind": "rhemo", "epoch": 1})
+    assert len({file.read_bytes() for file in files}) == 1
+    assert load_checkpoint(files[0], "rhemo").record == {"kind": "rhemo", "epoch": 1}
+
+
 def test_a_full_disk_is_one_error_with_the_file(tmp_path: Path) -> None:
     """safetensors has an exception of its own; the size of a file is limited here, in another process."""
     code = (
