@@ -23,7 +23,7 @@ import qkernels
 from bench.case import BACKWARD, FORWARD, MODES, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
 from bench.gradients import differentiated, reference_run, relative_error
 from qkernels import algebra
-from qkernels.ops.hamilton_conv.config import cpu_form
+from qkernels.ops.hamilton_conv.config import PLAIN_FORMS, cpu_form
 from qkernels.runtime.tolerances import tolerance
 
 PRODUCT, DX, DW = BARE = ("product", "dx", "dw")  # without bias and ReLU
@@ -212,7 +212,7 @@ def building(
 
 
 def ours(form: str, fits: Callable[[LayerCase], bool]) -> Provider:
-    """The library's layer in one of its forms."""
+    """The library's layer in one of its forms, on maps in the memory format that the form computes in."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         activation = "relu" if relu else None
@@ -223,7 +223,13 @@ def ours(form: str, fits: Callable[[LayerCase], bool]) -> Provider:
         assert isinstance(y, Tensor)
         return y
 
-    return Provider(f"ours {form}", building(layer), fits, cpu=form != "signed")
+    def prepare(operands: Operands[Tensor]) -> Operands[Tensor]:
+        if form not in PLAIN_FORMS or operands.x.is_cuda:
+            return operands
+        layout = torch.channels_last if form == "dense" else torch.contiguous_format
+        return operands._replace(x=_as(operands.x, layout), dy=_as(operands.dy, layout))
+
+    return Provider(f"ours {form}", building(layer, prepare), fits, cpu=form != "signed")
 
 
 def concatenated(weight: Tensor) -> Tensor:
