@@ -23,7 +23,7 @@ from bench import run as runs
 from bench.processes import PYTHON, terminating
 from bench.results import Fresh, Row, Shared, git_commit, provenance, read, write
 from bench.suites import SUITES, chosen
-from bench.targets import targets
+from bench.targets import targets, targets_on_a_cpu
 from bench.timing import GpuClock, clock_of
 from qat.files import Busy, held, lock_of
 from qat.memory import keep_freed_memory
@@ -135,6 +135,10 @@ def _run(options: argparse.Namespace) -> int:
             write(options.out / "targets.csv", targets(rows), origin)
     if device.type == "cuda":
         print(*targets(rows), sep="\n")
+    elif any(row.suite == "cpu" for row in rows) and not options.smoke:
+        promised = targets_on_a_cpu(rows)
+        write(options.out / "targets.csv", promised, origin)
+        print(*promised, sep="\n")
     return int(any(row.status in ("REFUSED", "failed") for row in rows))
 
 

@@ -4,13 +4,16 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.atl import ATL, FOLDED
-from bench.case import MODES, STEP, Case
+from bench.case import MODES, STEP, Case, Suite
 from bench.layers import COMPILED, CONV, DW, DX, LINEAR, PRODUCT, WIDE, count_of
 from bench.network import CACHED, EPOCHS, NO_AT, TRAIN
 from bench.results import Row, Shared
 from bench.sharing import most
+from bench.suites import SUITES
+from bench.summary import CACHED as CACHED_TARGET
 from bench.summary import OURS, RESEARCH, best, median, ratio
 
 SPEED_UPS = {"paper": (4.0, 4.0, 4.0, 8.0, 8.0), FOLDED: (3.0, 3.0, 25.0, 150.0, 150.0)}
@@ -57,13 +60,16 @@ class Figures:
         ours = {case.layer: _ours(self.rows(case)) for case in cases}
         return {layer: value(row) if row else None for layer, row in ours.items()}
 
-    def speed_ups(self, cases: Sequence[Case], against: str, mode: str = "graph") -> Values:
-        """Time of the fastest baseline whose name starts with `against` over ours."""
+    def speed_ups(
+        self, cases: Sequence[Case], against: str, mode: str = "graph", provider: str | None = None
+    ) -> Values:
+        """Time of the fastest baseline whose name starts with `against` over that of a provider, by default ours."""
         values = {}
         for case in cases:
             rows = self.rows(case, mode)
             others = [row.median_us for name, row in rows.items() if name.startswith(against) and row.median_us]
-            values[case.layer] = ratio(min(others, default=None), median(_ours(rows)))
+            own = rows.get(provider) if provider else _ours(rows)
+            values[case.layer] = ratio(min(others, default=None), median(own))
         return values
 
     def step(self, layer: str, provider: str = "ours", variant: str = "", mode: str = "graph") -> float | None:
@@ -93,6 +99,45 @@ def targets(rows: Sequence[Row], shared: Sequence[Shared] = ()) -> list[Target]:
     """The promised figures, from rows and from trainings side by side."""
     figures = Figures(rows)
     return [*_of_layers(figures), *_of_the_loss(figures), *_of_the_training(figures), _of_sharing(shared)]
+
+
+def targets_on_a_cpu(rows: Sequence[Row]) -> list[Target]:
+    """The promised figures of the suite "cpu", against the fastest baseline, in whichever memory format."""
+    figures = Figures(rows)
+    layers, losses, steps, inference, epochs = SUITES["cpu"]
+
+    def against(name: str, cases: Sequence[Any]) -> Values:
+        return figures.speed_ups(cases, name, "eager")
+
+    def convs(*names: str) -> Values:
+        return against("concatenated", [case for case in layers.cases if case.layer in names])
+
+    small = against("concatenated", [case for case in layers.cases if case.batch == 1])
+    calls = {layer: ratio(1.0, value) for layer, value in small.items()}
+    cached = figures.speed_ups(losses.cases, "materialised", "eager", CACHED_TARGET)
+
+    def of_networks(suite: Suite, name: str, bounds: Mapping[str, float], what: str, **wanted: Any) -> list[Target]:
+        cases = suite.where(network="quaternion", **wanted)
+        shown = what if name == "research" else f"{what}, against {name}"
+        return [at_least(f"{shown}, {case.layer}", against(name, [case]), bounds[case.layer]) for case in cases]
+
+    full, narrow = {"batch": 20, "variant": COMPILED}, {"variant": "width 1/8"}
+    whole = "whole network"
+    return [
+        at_least("conv 1-4 against concatenated", convs("conv 1", "conv 2", "conv 3", "conv 4"), 1.0, 1.0),
+        at_least("conv 5 against concatenated", convs("conv 5"), 1.3),
+        at_least("conv 8-13 against concatenated", convs("conv 8", "conv 9-10", "conv 11-13"), 1.6, 1.6),
+        at_most("call of a small layer over the concatenated one's", calls, 1.5),
+        at_least("loss against materialised", against("materialised", losses.cases), 1.4, 1.4),
+        at_least("loss with a cached target against materialised", cached, 1.7, 1.7),
+        *of_networks(steps, "research", {NO_AT: 1.5, TWO: 1.8}, "step, batch 20", **full),
+        *of_networks(steps, "torch.compile", {NO_AT: 1.2, TWO: 1.2}, "step, batch 20", **full),
+        *of_networks(epochs, "research", {NO_AT: 1.15, TWO: 1.8}, "epoch, width 1/8"),
+        *of_networks(inference, "research", {whole: 2.5}, "inference, batch 1", batch=1, variant=""),
+        *of_networks(inference, "research", {whole: 1.3}, "inference, batch 20", batch=20, variant=""),
+        *of_networks(inference, "research", {whole: 1.2}, "inference, batch 1, width 1/8", batch=1, **narrow),
+        *of_networks(inference, "research", {whole: 1.3}, "inference, batch 20, width 1/8", batch=20, **narrow),
+    ]
 
 
 def _of_layers(figures: Figures) -> list[Target]:

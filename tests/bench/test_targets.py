@@ -11,7 +11,7 @@ from bench.layers import COMPILED, CONV, LINEAR, PRODUCT
 from bench.network import CACHED, CONTROL, EPOCHS, STEPS, TRAIN
 from bench.results import Row
 from bench.suites import SUITES
-from bench.targets import targets
+from bench.targets import targets, targets_on_a_cpu
 from tests.bench.measurements import shared
 
 
@@ -229,3 +229,31 @@ def test_trainings_side_by_side() -> None:
 
 def test_nothing_is_claimed_of_nothing() -> None:
     assert {target.verdict for target in targets([])} == {"not measured"}
+
+
+def test_figures_of_a_cpu_are_of_the_fastest_baseline() -> None:
+    """Whatever its layout; each kind of case has a figure, and a slower layer misses."""
+    suites = SUITES["cpu"]
+    rows = [
+        row(case, provider.name, 10.0 if provider.ours else 40.0 if "NHWC" in provider.name else 50.0, "eager")
+        for suite in suites
+        for case in suite.cases
+        for provider in suite.providers
+        if provider.fits(case) and provider.cpu
+    ]
+    found = {target.target: target for target in targets_on_a_cpu(rows)}
+    assert {target.verdict for target in found.values()} == {"met"}
+    assert found["epoch, width 1/8, AT at layer 2"].measured == "4.00"
+    assert found["step, batch 20, against torch.compile, no AT"].measured == "5.00"
+    assert found["call of a small layer over the concatenated one's"].measured == "0.25"
+    assert len(found) == 16
+    cached = [replace(r, median_us=30.0) if r.provider == "ours, cached target" else r for r in rows]
+    missed = [target.target for target in targets_on_a_cpu(cached) if target.verdict == "MISSED"]
+    assert missed == ["loss with a cached target against materialised"]
+    slow = [
+        replace(r, median_us=11.0) if (r.layer, r.provider) == ("conv 2", "concatenated, NHWC") else r for r in rows
+    ]
+    slow = [replace(r, median_us=12.0) if (r.layer, r.provider) == ("conv 2", "ours auto") else r for r in slow]
+    missed = [target.target for target in targets_on_a_cpu(slow) if target.verdict == "MISSED"]
+    assert missed == ["conv 1-4 against concatenated"]
+    assert {target.verdict for target in targets_on_a_cpu([])} == {"not measured"}
