@@ -8,6 +8,7 @@ from torch.nn import functional
 import qkernels
 from qat.config import NetworkConfig, RHEmoConfig
 from qat.models import VGG16, RHEmo, SpeechClassifier, tap_name
+from qat.models.rhemo import _MaxPool
 from qat.models.vgg import POOL_AFTER
 from qat.training.objectives import RHEmoObjective
 from qkernels.functional import PackedWeight
@@ -354,3 +355,17 @@ def test_encoder_modes(mode: str) -> None:
     classifier.eval()
     depends_on_mates = not torch.allclose(classifier.embed(x)[:1], classifier.embed(x[:1]), atol=1e-6)
     assert depends_on_mates == (mode == "batch-statistics")
+
+
+@pytest.mark.parametrize("window", [2, (2, 1), (1, 2)])
+def test_pools_by_slices_are_pytorchs(window: Any) -> None:
+    """Bit for bit, with NaN, and with rows and columns that fill no window; with gradients PyTorch's own pool computes."""
+    x = torch.randn(2, 3, 7, 9)
+    x[0, 1, 2, 3] = torch.nan
+    pool = _MaxPool(window)
+    with torch.profiler.profile() as profile:
+        torch.testing.assert_close(pool(x), functional.max_pool2d(x, window), rtol=0, atol=0, equal_nan=True)
+    assert [event.name for event in profile.events()].count("aten::max_pool2d") == 1
+    with torch.profiler.profile() as profile:
+        pool(x.requires_grad_()).sum().backward()
+    assert [event.name for event in profile.events()].count("aten::max_pool2d") == 1
