@@ -43,7 +43,15 @@ from qat.training.checkpoint import check_run
 C = TypeVar("C")
 Status = Literal["finished", "failed", "busy", "stopped", "waiting"]
 
-_IMPORTED = [__name__, "qat.training.classifier", "torchmetrics", "torch.utils.tensorboard", "torch._inductor"]
+_IMPORTED = [
+    __name__,
+    "qat.training.classifier",
+    "qat.results.probes",
+    "sklearn.linear_model",
+    "torchmetrics",
+    "torch.utils.tensorboard",
+    "torch._inductor",
+]
 """Modules that every training imports. They take seconds to import, so each job imports them once, before it forks.
 None of them initialises CUDA, which does not survive a fork."""
 

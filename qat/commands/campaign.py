@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,12 +72,27 @@ def run_study(options: Namespace) -> Any:
         "about": speech.about,
         "not_run": design.remarks(),
     }
-    result = _train(options, campaign, about, lambda: obtain(campaign, options["from"]))
+    moments = [time.monotonic()]
+
+    def prepare() -> None:
+        obtain(campaign, options["from"])
+        moments.append(time.monotonic())
+
+    result = _train(options, campaign, about, prepare)
     if options.dry_run or not campaign.finished():
         return result
     from qat.report.report import report_and_tables
 
-    return {**report_and_tables(folder, short=not options.json), "problems": result["problems"]}
+    moments.append(time.monotonic())
+    tables = report_and_tables(folder, short=not options.json)
+    moments.append(time.monotonic())
+    took = [round(after - before) for before, after in itertools.pairwise(moments)]
+    parts = [{"part": part, "seconds": seconds} for part, seconds in zip(_PARTS, took, strict=True)]
+    own = [{"part": f"- {run['training']}", "seconds": run["seconds"]} for run in result["runs"] if run["seconds"]]
+    return {**tables, "time": [*parts[:2], *own, parts[2]], "problems": result["problems"]}
+
+
+_PARTS = ("speech", "trainings, side by side", "report")
 
 
 def add_sweep(commands: Commands) -> None:
@@ -192,6 +209,7 @@ def _train(options: Namespace, campaign: Campaign, about: Mapping[str, Any], pre
         names[one.path]
         | {"status": one.status, "epochs": one.result and one.result["epochs"]}
         | {"accuracy": one.result and one.result["parts"]["test"].get("accuracy")}
+        | {"seconds": one.result and round(one.result["seconds"])}
         for one in outcomes
     ]
     return total | {

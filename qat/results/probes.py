@@ -16,6 +16,7 @@ from qat.results.record import Analysis, Probes, read_analysis
 from qat.results.runs import read_csv
 from qat.training.checkpoint import load_checkpoint
 from qat.training.data import load_data
+from qat.training.embeddings import stored_embeddings
 from qat.training.inference import load_classifier
 
 
@@ -40,13 +41,18 @@ def analyse(run: Path) -> Analysis:
         raise ValueError(f"{run / 'predictions.csv'}: must have the columns part, speaker, label and predicted")
     data = load_data(experiment, trained=checkpoint, quiet=True)
     classifier = load_classifier(checkpoint).eval()
+    stored = stored_embeddings(classifier, data.spectrograms, experiment.cache, torch.device("cpu"), quiet=True)
     config = experiment.anti_transfer
     taps = {layer: tap_name(layer, config.position) for layer in config.layers}
     rows = sorted(data.parts["train"] + data.parts.get("withheld", []))
     features: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in taps}
     with torch.no_grad():
         for indices in torch.tensor(rows).split(64):
-            tapped = classifier.net.features_at(classifier.embed(data.spectrograms(indices, None)), list(taps.values()))
+            if stored:
+                x = stored(indices) / classifier.embedding_scale
+            else:
+                x = classifier.embed(data.spectrograms(indices, None))
+            tapped = classifier.net.features_at(x, list(taps.values()))
             for layer, tap in taps.items():
                 features[layer].append(tapped[tap].flatten(1).numpy())
     speakers, texts = (data.index[column].to_numpy()[rows] for column in ("speaker", "text"))

@@ -16,7 +16,7 @@ from qat.models import SpeechClassifier
 from qat.models.layers import placed
 from qat.training import distributed
 from qat.training.data import LABEL_COLUMN, Data, class_targets, load_data
-from qat.training.embeddings import embeddings
+from qat.training.embeddings import stored_embeddings
 from qat.training.metrics import Metrics, metrics_for, probabilities
 from qat.training.objectives import ClassificationObjective
 from qat.training.pretrained import Pretrained
@@ -112,11 +112,8 @@ def _network_inputs(
         raise ValueError(
             f"network.embedding_scale: {network.embedding_scale!r} needs an embedding and network.rhemo_mode 'frozen'"
         )
-    embedded = frozen and data.spectrograms.placing is None
-    stored = None
-    if embedded:
-        assert classifier.encoder is not None
-        stored = embeddings(classifier.encoder, data.spectrograms, experiment.cache, device, quiet=quiet)
+    stored = stored_embeddings(classifier, data.spectrograms, experiment.cache, device, quiet=quiet)
+    embedded = stored is not None
 
     def embed(numbers: Tensor) -> Tensor:
         return stored(numbers) if stored else classifier.eval().embed(data.spectrograms(numbers).to(device)).cpu()

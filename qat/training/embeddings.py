@@ -14,7 +14,7 @@ from qat.config import to_plain
 from qat.data.rows import Read
 from qat.data.store import read_array, write_header
 from qat.files import make_once, write_json
-from qat.models import RHEmoEncoder
+from qat.models import RHEmoEncoder, SpeechClassifier
 from qat.processes import bar
 from qat.training import distributed
 from qat.training.data import Spectrograms
@@ -23,6 +23,15 @@ from qkernels.runtime.precision import switched
 LAYOUT = 1
 """Version of the files; raised whenever their meaning changes, so that old embeddings are not read."""
 _BATCH = 64
+
+
+def stored_embeddings(
+    classifier: SpeechClassifier, spectrograms: Spectrograms, folder: Path, device: torch.device, *, quiet: bool
+) -> Read | None:
+    """What :func:`embeddings` gives; None for a classifier without frozen encoder, or whose words are placed anew."""
+    if classifier.encoder is None or classifier.config.rhemo_mode != "frozen" or spectrograms.placing is not None:
+        return None
+    return embeddings(classifier.encoder, spectrograms, folder, device, quiet=quiet)
 
 
 def embeddings(

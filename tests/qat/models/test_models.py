@@ -359,7 +359,7 @@ def test_encoder_modes(mode: str) -> None:
 
 @pytest.mark.parametrize("window", [2, (2, 1), (1, 2)])
 def test_pools_by_slices_are_pytorchs(window: Any) -> None:
-    """Bit for bit, with NaN, and with rows and columns that fill no window; with gradients PyTorch's own pool computes."""
+    """Bit for bit, with NaN, and rows and columns that fill no window; with gradients PyTorch's own pool computes."""
     x = torch.randn(2, 3, 7, 9)
     x[0, 1, 2, 3] = torch.nan
     pool = _MaxPool(window)
