@@ -396,7 +396,7 @@ def _training_of(case: NetworkCase, operands: Operands) -> tuple[ClassificationO
 def _ours(case: NetworkCase, operands: Operands) -> Run:
     """What `qat train` computes."""
     if case.work == LOGITS:
-        net, x = operands.own_classifier().net, _ours_layout(operands.x)
+        net, x = operands.own_classifier().net.requires_grad_(False), _ours_layout(operands.x)
         return _inference(case, net, lambda: net(x)[0])
     if case.work == TWIN:
         twin, name, x = operands.own_twin(), tap_name(case.at, "relu"), _ours_layout(operands.x)

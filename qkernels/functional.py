@@ -326,6 +326,11 @@ class PackedWeight(NamedTuple):
     tickets: Tensor
     algorithm: str
 
+    @property
+    def is_real(self) -> bool:
+        """Whether the tiles are a real weight, with which the layer is PyTorch's own."""
+        return self.algorithm == "dense"
+
 
 def pack_weights(
     weights: Sequence[tuple[str, Tensor]], x: Tensor, sizes: Sequence[Pair] | None = None

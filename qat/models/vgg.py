@@ -122,15 +122,14 @@ class VGG16(nn.Module):
     def _packed(self, x: Tensor, convs: int, hidden: bool = False) -> list[PackedWeight | None]:
         """Weights of the first ``convs`` convolutions, and of the hidden layers, as the products read them.
 
-        On a GPU they are packed in one launch; those of a frozen network only once, on a CPU also those of any network
-        that computes without gradients, until a weight changes.
+        On a GPU they are packed in one launch; those of a frozen network only once. Others are packed each time, with
+        gradients and without: not every optimiser that changes a weight raises its version.
         """
         modules = [*self.convs[:convs], *([self.classifier[0], self.classifier[3]] if hidden else [])]
         weights, on_cpu = [module.weight for module in modules], x.device.type == "cpu"
-        changing = any(weight.requires_grad for weight in weights)
         if on_cpu and torch.compiler.is_compiling():
             return [None] * len(modules)
-        if changing and (torch.is_grad_enabled() or not on_cpu):
+        if any(weight.requires_grad for weight in weights):
             return self._layers.packed(modules, self._maps(x, convs, hidden), x)
         settings = (x.dtype, x.shape[2:], autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
         version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
@@ -173,9 +172,10 @@ class VGG16(nn.Module):
         for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
             conv_name, relu_name = f"conv{n}", f"relu{n}"
             pool = n in POOL_AFTER and (last_pool or n < len(packed))
-            # If only the next convolution reads the output, the GPU's kernel applies the ReLU's mask at no cost.
+            # If only the next convolution reads the output, it applies the ReLU's mask at no cost. PyTorch's own layer
+            # applies it itself.
             read_once = n not in POOL_AFTER and n < len(self.convs) and not taps.keys() & {conv_name, relu_name}
-            chained = read_once and x.device.type != "cpu"
+            chained = read_once and not (weight is not None and weight.is_real)
             link = Link(x_is_relu, not chained, weight)
             if conv_name in taps:
                 y, pooled = F.relu(tap(conv_name, self._layers.run(conv, x, None, link=link)[0])), None

@@ -24,10 +24,10 @@ from qat.training.steps import Steps, precision
 
 
 def load_classifier(checkpoint: Checkpoint) -> SpeechClassifier:
-    """The trained classifier of a checkpoint, encoder included."""
+    """The trained classifier of a checkpoint, encoder included, frozen."""
     classifier = SpeechClassifier(checkpoint.experiment.network, len(checkpoint.classes))
     checkpoint.load_into(classifier)
-    return classifier
+    return classifier.requires_grad_(False)
 
 
 def evaluate_run(

@@ -298,6 +298,10 @@ def test_a_demo_runs_from_recordings_to_a_report_and_keeps_what_is_finished(
     assert report.is_file()
     assert len(told["summary"]) == 2 + 2 + 6
     assert {"baseline", "at-speaker", "rhemo-1"} < {row["name"] for row in told["summary"]}
+    parts = [row["part"] for row in told["time"]]
+    assert parts[:2] == ["speech", "trainings, side by side"]
+    assert parts[-1] == "report"
+    assert sum(row["seconds"] for row in told["time"][2:-1]) >= 1  # of each training
     probes = sorted(out.glob("runs/*/analysis.json"))
     assert len(probes) == 6
     for path in probes:

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -190,26 +191,27 @@ def test_weights_are_packed_once_a_pass_and_those_of_a_frozen_network_once() -> 
     assert [packed for _, packed in net._kept.values()] == packs.made
 
 
-def test_on_a_cpu_weights_are_packed_once_until_they_change_where_no_gradient_is_wanted() -> None:
+def test_on_a_cpu_the_weights_of_a_frozen_network_are_packed_until_they_change() -> None:
     net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
     packs = Packs(net)
     net(x)
+    with torch.no_grad():  # Adam's one kernel changes weights but not their versions
+        net(x)
+    assert len(packs.made) == 2
+    net.requires_grad_(False)
+    packs.made.clear()
+    net(x)
+    net(x)
+    assert len(packs.made) == 1
+    net.convs[3].get_parameter("weight").add_(1)
     net(x)
     assert len(packs.made) == 2
-    packs.made.clear()
-    with torch.no_grad():
+    with torch.autocast("cpu", torch.bfloat16):
         net(x)
-        net(x)
-        assert len(packs.made) == 1
-        net.convs[3].get_parameter("weight").add_(1)
-        net(x)
-        assert len(packs.made) == 2
-        with torch.autocast("cpu", torch.bfloat16):
+        assert len(packs.made) == 3
+        with torch.autocast("cpu", torch.float16):  # another of the half types
             net(x)
-            assert len(packs.made) == 3
-            with torch.autocast("cpu", torch.float16):  # another of the half types
-                net(x)
-            assert len(packs.made) == 4
+        assert len(packs.made) == 4
     assert [packed for _, packed in net._kept.values()] == packs.made[-1:]  # one copy of the weights, not more
 
 
@@ -219,14 +221,45 @@ def test_packed_weights_change_no_bit_on_a_cpu(width: float) -> None:
     net, x = VGG16(replace(TINY, width=width), 3).eval(), torch.rand(2, 4, 64, 64)
     with_gradients = net(x)[0].detach()
     with torch.no_grad():
-        for _ in range(2):
-            assert torch.equal(net(x)[0], with_gradients)
-        assert len(net._kept) == 1
-        net.convs[0].get_parameter("bias").zero_()
-        net.convs[3].get_parameter("weight").mul_(2)
-        changed = net(x)[0]
-    assert torch.equal(changed, net(x)[0])
-    assert not torch.equal(changed, with_gradients)
+        assert torch.equal(net(x)[0], with_gradients)
+    adam = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
+    net(x)[0].sum().backward()
+    adam.step()
+    with torch.no_grad():
+        trained = net(x)[0]
+    assert torch.equal(net(x)[0], trained)
+    assert not torch.equal(trained, with_gradients)
+    net.requires_grad_(False)
+    for _ in range(2):
+        assert torch.equal(net(x)[0], trained)
+    assert len(net._kept) == 1
+    net.convs[3].get_parameter("weight").mul_(2)
+    assert not torch.equal(net(x)[0], trained)
+
+
+@pytest.mark.parametrize("forms", list(itertools.product(["dense", "q8"], repeat=3)))
+def test_layers_of_any_forms_follow_each_other(forms: tuple[str, ...]) -> None:
+    """The mask of a ReLU is applied by one of two neighbours, whichever forms they have."""
+    torch.manual_seed(0)
+    net, x = VGG16(TINY, 3).eval(), torch.rand(2, 4, 64, 64)
+    exact = torch.autograd.grad(net(x)[0].square().sum(), list(net.parameters()))
+    layers, turns = net._layers, itertools.cycle(forms)
+
+    def in_turn(function: Any) -> Any:
+        def layer(*args: Any) -> Any:
+            with qkernels.set_form(next(turns)):
+                return function(*args)
+
+        return layer
+
+    def packed(modules: Any, maps: Any, x: torch.Tensor) -> Any:
+        with qkernels.set_form("dense"):
+            real = layers.packed(modules, maps, x)
+        return [own if form == "dense" else None for own, form in zip(real, itertools.cycle(forms), strict=False)]
+
+    net._layers = replace(layers, run=in_turn(layers.run), run_hidden=in_turn(layers.run_hidden), packed=packed)
+    for actual, truth in zip(torch.autograd.grad(net(x)[0].square().sum(), list(net.parameters())), exact, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max()))
 
 
 def test_only_what_a_feature_needs_is_packed() -> None:
