@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -400,30 +400,44 @@ class _Job:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         resource_tracker.ensure_running()  # first, since starting it unblocks SIGTERM for processes started afterwards
-        running: dict[int, tuple[_Run, Any]] = {}
+        running: dict[int, tuple[_Run, Any, bool]] = {}  # with whether the run is trained, not only prepared
+        prepared: list[Any] = []
         try:
             while self.driver is None or _is_held(self.driver):
-                while len(running) < self.at_once and (run := self._next(running)) is not None:
-                    process = context.Process(target=_train, args=(run, self.one_thread))
+                while len(running) < self.at_once and (run := self._next(running) or self._waiting(running, prepared)):
+                    trains = not run.missing()
+                    process = context.Process(target=_train if trains else _prepare, args=(run, self.one_thread))
                     with _blocked():
                         process.start()
-                    running[process.sentinel] = run, process
+                    running[process.sentinel] = run, process, trains
                 if not running:
                     return
                 for ended in wait(list(running), timeout=1):
-                    run, process = running.pop(ended)  # type: ignore[arg-type]
+                    run, process, trains = running.pop(ended)  # type: ignore[arg-type]
                     process.join()
-                    if process.exitcode:
+                    if process.exitcode and trains:
                         _record_death(run, process.exitcode)
         finally:
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 process.kill()
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 process.join()
 
-    def _next(self, running: dict[int, tuple[_Run, Any]]) -> _Run | None:
-        started = {run.folder for run, _ in running.values()}  # their processes may not hold the lock yet
+    def _next(self, running: dict[int, tuple[_Run, Any, bool]]) -> _Run | None:
+        started = {run.folder for run, *_ in running.values()}  # their processes may not hold the lock yet
         return next((run for run in self.runs if run.folder not in started and run.is_free()), None)
+
+    def _waiting(self, running: Collection[Any], prepared: list[Any]) -> _Run | None:
+        """While a process trains, a run that has to wait, of which the recordings can be prepared meanwhile.
+
+        Adds what is prepared to `prepared`: a corpus and its features.
+        """
+        for run in self.runs if running else ():
+            source = run.experiment.corpus, run.experiment.features
+            if source not in prepared and run.missing() and not (run.is_done() or run.error.is_file()):
+                prepared.append(source)
+                return run
+        return None
 
     def checkpoint(self) -> Any:
         """The job that submitit queues after a timeout or a preemption: the same one, which continues."""
@@ -440,8 +454,8 @@ def _record_death(run: _Run, code: int) -> None:
         write_text(run.error, f"the process {cause}\n")
 
 
-def _train(run: _Run, one_thread: bool) -> None:
-    """Train one run in this process, unless another process does; an error is written to the run's folder."""
+def _start(one_thread: bool) -> None:
+    """What the process of a run does first."""
     for number in _signals():
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())
@@ -449,6 +463,20 @@ def _train(run: _Run, one_thread: bool) -> None:
     keep_freed_memory()
     if one_thread:
         torch.set_num_threads(1)
+
+
+def _prepare(run: _Run, one_thread: bool) -> None:
+    """Prepare the recordings of a run that waits for others; what is wrong with them, its training will tell."""
+    from qat.training.data import load_data
+
+    _start(one_thread)
+    with suppress(Exception):
+        load_data(run.experiment, quiet=True)
+
+
+def _train(run: _Run, one_thread: bool) -> None:
+    """Train one run in this process, unless another process does; an error is written to the run's folder."""
+    _start(one_thread)
     with suppress(Busy), held(run.lock):
         if run.error.is_file():
             return

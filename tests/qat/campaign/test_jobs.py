@@ -169,7 +169,38 @@ def test_a_job_takes_what_is_ready_and_not_finished_nor_failed_nor_being_trained
     assert runs["busy"].is_free()
     job = jobs._Job(list(runs.values()), 2, False, None, None)
     assert job._next({}) == runs["busy"]
-    assert job._next({0: (runs["busy"], None)}) == runs["stopped"], "it has been started, but has no lock yet"
+    assert job._next({0: (runs["busy"], None, True)}) == runs["stopped"], "it has been started, but has no lock yet"
+
+
+def test_while_one_run_is_trained_the_recordings_of_those_that_wait_are_prepared_once(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    needs = (tmp_path / "first",)
+    other = replace(experiment, features=replace(experiment.features, cut="word"))
+    options = {
+        "first": (experiment, ()),
+        "same": (experiment, needs),
+        "again": (experiment, needs),
+        "other": (other, needs),
+    }
+    runs = {name: jobs._Run(tmp_path / name, of_run, needs=needed) for name, (of_run, needed) in options.items()}
+    job, prepared = jobs._Job(list(runs.values()), 2, False, None, None), []
+    assert job._waiting({}, prepared) is None, "nothing is trained"
+    assert job._waiting({0: ()}, prepared) == runs["same"]
+    assert job._waiting({0: ()}, prepared) == runs["other"]
+    assert job._waiting({0: ()}, prepared) is None
+    write_text(tmp_path / "first/result.json", "{}")
+    assert job._waiting({0: ()}, []) is None, "nothing waits"
+
+    run = replace(runs["same"], experiment=replace(experiment, cache=tmp_path / "cache"))
+    broken = replace(run, experiment=replace(experiment, corpus=replace(experiment.corpus, folder=tmp_path / "absent")))
+    for each in (run, broken):  # what is wrong, the training tells
+        process = multiprocessing.get_context("fork").Process(target=jobs._prepare, args=(each, True))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
+    assert not list(tmp_path.glob("*/error.txt"))
 
 
 def test_all_that_is_ready_is_trained_while_a_long_run_goes_on(
