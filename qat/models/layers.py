@@ -93,8 +93,8 @@ def _quaternion(init: str) -> Layers:
         link: Link = UNLINKED,
     ) -> tuple[Tensor | None, Tensor | None]:
         assert isinstance(module, QuaternionConv2d)
-        if (real := _real_weight(link)) is not None:
-            y = F.conv2d(x, real, module.bias, padding=1)
+        if link.packed is not None and link.packed.is_real:
+            y = F.conv2d(_masked(x, link), link.packed.tiles, module.bias, padding=1)
             y = y.relu_() if activation else y
             return (y if return_map or not pool else None), (F.max_pool2d(y, 2) if pool else None)
         arguments = (x, module.weight, module.bias, 1, 1)
@@ -111,8 +111,8 @@ def _quaternion(init: str) -> Layers:
         module: nn.Module, x: Tensor, dropout: float, link: Link, dtype: torch.dtype | None = None
     ) -> Tensor:
         assert isinstance(module, QuaternionLinear)
-        if (real := _real_weight(link)) is not None:
-            y = F.linear(x.flatten(1), real, module.bias).relu_()
+        if link.packed is not None and link.packed.is_real:
+            y = F.linear(_masked(x, link).flatten(1), link.packed.tiles, module.bias).relu_()
             return (F.dropout(y, dropout) if dropout else y).to(dtype or y.dtype)
         options: dict[str, Any] = {"dropout": dropout, "flatten": x.dim() == 4, "dtype": dtype, **link._asdict()}
         return hamilton_linear(x, module.weight, module.bias, activation=module.activation, **options)
@@ -130,10 +130,13 @@ def _quaternion(init: str) -> Layers:
     return Layers(conv, hidden, nn.Linear, run, run_hidden, packed)
 
 
-def _real_weight(link: Link) -> Tensor | None:
-    """The real weight of a layer that has one, on a CPU: with it the layer is PyTorch's own, and the checks of
-    `qkernels` would take as long as a narrow layer."""
-    return link.packed.tiles if link.packed is not None and link.packed.algorithm == "dense" else None
+def _masked(x: Tensor, link: Link) -> Tensor:
+    """x, with the mask of its ReLU for the gradient.
+
+    For PyTorch's own layers, which get the real weights of quaternion layers without the checks of `qkernels`, as these
+    take as long as a narrow layer.
+    """
+    return x.relu() if link.x_is_relu else x
 
 
 def _real(init: str) -> Layers:

@@ -75,6 +75,8 @@ class VGG16(nn.Module):
         super().__init__()
         layers = layers_of(config)
         self._layers = layers
+        # NHWC is faster for few channels, and for pools; quaternion layers of many channels turn to NCHW themselves.
+        self._nhwc_on_a_cpu = config.domain == "quaternion" or config.width <= 1 / 4
         channels, height, width = INPUT[config.domain]
         # Packed weights by settings and by the versions of the weights, which are stored with them, so that their ids
         # stay unique. On a GPU entries are never removed: a CUDA graph may read them.
@@ -167,7 +169,7 @@ class VGG16(nn.Module):
             return features
 
         x, x_is_relu = tap("input", x), False
-        if x.device.type == "cpu":  # NHWC, in which a CPU's convolutions of few channels are faster, and pools too
+        if x.device.type == "cpu" and self._nhwc_on_a_cpu:
             x = x.contiguous(memory_format=torch.channels_last)
         for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
             conv_name, relu_name = f"conv{n}", f"relu{n}"
