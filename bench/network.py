@@ -327,7 +327,7 @@ def _training(case: NetworkCase, net: nn.Module, loss: Callable[[], Tensor], fus
     """A run of a training step or of its parts that can be captured in a CUDA graph."""
     device = next(net.parameters()).device
     cuda = device.type == "cuda"
-    adam = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=(fused and cuda) or None, capturable=cuda)
+    adam = torch.optim.Adam(net.parameters(), LEARNING_RATE, fused=fused or None, capturable=cuda)
 
     def run() -> Results:
         net.zero_grad(set_to_none=True)
@@ -364,7 +364,7 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 def _ours_layout(x: Tensor) -> Tensor:
-    """On a GPU, x in NHWC."""
+    """x in NHWC on a GPU, else as it is."""
     return _nhwc(x) if x.is_cuda else x
 
 
@@ -526,7 +526,7 @@ def _epoch_cases() -> Iterator[NetworkCase]:
         yield network_case("epoch", network, layer, precision, EPOCH, rank=rank, **more)
 
 
-def _on_cpu(case: NetworkCase) -> bool:
+def _in_both_layouts(case: NetworkCase) -> bool:
     """Whether baselines also run in NHWC, which on a CPU is faster for some networks."""
     return case.suite == "cpu" and case.variant != CACHED
 
@@ -539,7 +539,7 @@ _research, _IN_NHWC = functools.partial(_plain_run, careful=False), "research st
 _PROVIDERS = (
     Provider("ours", _ours),
     Provider("research style", _research, lambda case: case.variant != CACHED),
-    Provider(_IN_NHWC, functools.partial(_research, nhwc=True), _on_cpu),
+    Provider(_IN_NHWC, functools.partial(_research, nhwc=True), _in_both_layouts),
     Provider(
         "torch.compile", functools.partial(_plain_run, careful=True), lambda case: case.variant == COMPILED, smoke=False
     ),
@@ -552,5 +552,5 @@ EPOCHS = Suite.of(
     _epoch_cases(),
     Provider("ours", _our_epoch),
     Provider("research style", _research_epoch),
-    Provider(_IN_NHWC, functools.partial(_research_epoch, nhwc=True), _on_cpu),
+    Provider(_IN_NHWC, functools.partial(_research_epoch, nhwc=True), _in_both_layouts),
 )

@@ -79,7 +79,7 @@ def eight_products() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
-    """The real weight whose ordinary product equals the Hamilton product.
+    """The real weight whose ordinary product equals the Hamilton product; not to be differentiated, see `real_weight`.
 
     Args:
         weight: `[4, P, Q/groups, *kernel]`.
@@ -114,17 +114,24 @@ def _expansion(dtype: torch.dtype) -> Tensor:
 
 
 class ExpandWeights(torch.autograd.Function):
-    """`expand_weight` of several weights, the small ones in one product; `apply(groups, *weights)` returns a tuple."""
+    """`expand_weight` of several weights, in one product if all are small; `apply(groups, *weights)` returns a tuple.
+
+    The real weight of a weight that needs no gradient needs none; a weight whose real weight gets no gradient has None.
+    """
 
     @staticmethod
     def forward(ctx: Any, groups: int, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.groups = groups
-        return _expanded(groups, *weights)
+        ctx.set_materialize_grads(False)
+        reals = _expanded(groups, *weights)
+        ctx.mark_non_differentiable(
+            *(real for real, needed in zip(reals, ctx.needs_input_grad[1:], strict=True) if not needed)
+        )
+        return reals
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        contract: Any = ContractWeights.apply if torch.is_grad_enabled() else _contracted
-        return None, *(contract(ctx.groups, *gradients))
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_of_those_there(ContractWeights.apply if torch.is_grad_enabled() else _contracted, ctx, gradients)
 
 
 class ContractWeights(torch.autograd.Function):
@@ -133,11 +140,23 @@ class ContractWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: int, *reals: Tensor) -> tuple[Tensor, ...]:
         ctx.groups = groups
+        ctx.set_materialize_grads(False)
         return _contracted(groups, *reals)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ExpandWeights.apply(ctx.groups, *gradients)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_of_those_there(ExpandWeights.apply, ctx, gradients)
+
+
+def _of_those_there(function: Any, ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The function's results for the gradients that are not None."""
+    places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+    results: list[Tensor | None] = [None] * len(gradients)
+    if places:
+        own = function(ctx.groups, *(gradients[place] for place in places))
+        for place, result in zip(places, own, strict=True):
+            results[place] = result
+    return results
 
 
 def _expanded(groups: int, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -186,6 +186,13 @@ def layers(weights: Any) -> None:
             raise ValueError(f"weight must have shape {shapes}; got {tuple(entry[1].shape)} for {told(entry[0])}")
 
 
+def sizes(values: Any, count: int) -> list[Pair]:
+    """Height and width of the inputs of so many layers."""
+    if not isinstance(values, Sequence) or len(values) != count:
+        raise ValueError(f"sizes must be {count} pairs, one for each weight; got {told(values)}")
+    return [pair("sizes", size, 1) for size in values]
+
+
 def numbers(index: Tensor, values: Tensor) -> None:
     """Numbers of samples. Their range is not known on a GPU without waiting for it, nor where they have no values."""
     tensor("index", index)

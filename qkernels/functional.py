@@ -105,12 +105,13 @@ def hamilton_conv2d(
         return_map: with a pool, return the map in front of it too.
         x_is_relu: x is the output of a ReLU, whose mask [x > 0] the gradient by x goes through as it is written.
         mask_gradient: False leaves the mask of this call's ReLU out of its backward. Every layer that reads y must then
-            set `x_is_relu`, or gradients are wrong. In a chain of layers each mask is thus applied once, at no cost.
-        packed: result of `pack_weights` for this weight.
+            set `x_is_relu`, or gradients are wrong. In a chain of layers each mask is thus applied once, at no cost. In
+            eager code on a CPU the form "dense" applies its own mask all the same.
+        packed: result of `pack_weights` for this weight, whose form the layer takes then.
 
     Returns:
         `[B, 4 P, Ho, Wo]`, or the pooled `[B, 4 P, Ho // 2, Wo // 2]`; with `return_map` both, (map, pooled). On the
-        Triton backend dense NHWC (`torch.channels_last`), else contiguous.
+        Triton backend dense NHWC (`torch.channels_last`), else contiguous, except that the form "dense" keeps x's NHWC.
 
     Raises:
         ValueError: shapes, types or options that do not fit.
@@ -338,7 +339,7 @@ def pack_weights(
     """Weights of several layers as their products read them, on the Triton backend packed in one launch.
 
     A layer that gets no packed weight packs its own. A packed weight is valid as long as the weight does not change;
-    one of the form "dense" also takes the gradient to its weight, in one backward.
+    through one of the form "dense" the gradient flows to its weight.
 
     Args:
         weights: for each layer the name of the public function that computes it, and its weight, `[4, P, Q, kh, kw]` or
@@ -348,8 +349,8 @@ def pack_weights(
             fastest for them, with a packed weight that of the weight.
 
     Returns:
-        The packed weights; None for a layer that packs its own: of another backend than Triton, except in eager code on
-        a CPU; there for the form "q8" too, if a gradient of the weight is wanted.
+        The packed weights; None where a layer packs its own: outside Triton and eager CPU code, and for the form "q8"
+        there while its weight needs a gradient.
 
     Raises:
         ValueError: as for the layers.
@@ -359,7 +360,7 @@ def pack_weights(
     checks.tensor("x", x)
     checks.layers(weights)
     dtype = _cast_dtype(x)
-    maps = [None] * len(weights) if sizes is None else sizes
+    maps = [None] * len(weights) if sizes is None else checks.sizes(sizes, len(weights))
     plans = [runtime.plan_of(name, x, weight, dtype, size) for (name, weight), size in zip(weights, maps, strict=True)]
     packed = _plain_packed(weights, x, dtype, [algorithm for _, algorithm in plans])
     on_triton = [i for i, (backend, _) in enumerate(plans) if backend == "triton"]
@@ -728,7 +729,9 @@ def _own(
         wanted = torch.is_grad_enabled() and weight.requires_grad
         if tiles is None or groups > 1 or (wanted and not tiles.requires_grad):
             (tiles,) = ExpandWeights.apply(groups, weight)
-        return plain(operator), x.relu() if x_is_relu else x, tiles, None  # changes no value, and masks the gradient
+        if x_is_relu and x.requires_grad and torch.is_grad_enabled():
+            x = x.relu()  # changes no value, and masks the gradient
+        return plain(operator), x, tiles, None
     return direct(operator), x, tiles, None
 
 

@@ -136,7 +136,7 @@ def _masked(x: Tensor, link: Link) -> Tensor:
     For PyTorch's own layers, which get the real weights of quaternion layers without the checks of `qkernels`, as these
     take as long as a narrow layer.
     """
-    return x.relu() if link.x_is_relu else x
+    return x.relu() if link.x_is_relu and x.requires_grad and torch.is_grad_enabled() else x
 
 
 def _real(init: str) -> Layers:

@@ -67,6 +67,9 @@ class VGG16(nn.Module):
         config: settings of the network.
         num_classes: number of logits K.
 
+    A frozen network keeps its weights as the products read them, until one changes in place or is replaced; changes in
+    place through ``weight.data`` cannot be seen.
+
     Shapes: input `[B, 4, 64, 64]` (embedding domains) or `[B, 1, 512, 128]` (real), output logits `[B, K]`.
     The last linear layer is real in every domain.
     """
@@ -76,7 +79,7 @@ class VGG16(nn.Module):
         layers = layers_of(config)
         self._layers = layers
         # NHWC is faster for few channels, and for pools; quaternion layers of many channels turn to NCHW themselves.
-        self._nhwc_on_a_cpu = config.domain == "quaternion" or config.width <= 1 / 4
+        self._nhwc_on_a_cpu = config.domain == "quaternion" or (config.embeds and config.width <= 1 / 4)
         channels, height, width = INPUT[config.domain]
         # Packed weights by settings and by the versions of the weights, which are stored with them, so that their ids
         # stay unique. On a GPU entries are never removed: a CUDA graph may read them.
@@ -133,16 +136,24 @@ class VGG16(nn.Module):
             return [None] * len(modules)
         if any(weight.requires_grad for weight in weights):
             return self._layers.packed(modules, self._maps(x, convs, hidden), x)
-        settings = (x.dtype, x.shape[2:], autocast_dtype(x.device.type), runtime.settings(), convs, hidden)
-        version = (settings, *((id(w), w._version, w.dtype, w.device) for w in weights))
-        if version not in self._kept:
-            packed = self._layers.packed(modules, self._maps(x, convs, hidden), x)
+        if any(weight.is_inference() for weight in weights):  # which has no version
+            return self._layers.packed(modules, self._maps(x, convs, hidden), x)
+        size = x.shape[2:] if on_cpu else None  # by which plain PyTorch chooses its forms
+        mode = torch.is_inference_mode_enabled(), autocast_dtype(x.device.type), runtime.settings()
+        places = ((id(w), w._version, w.untyped_storage()._cdata, w.dtype, w.device) for w in weights)
+        version = (x.dtype, size, mode, convs, hidden, *places)
+        kept = self._kept.get(version)
+        if kept is None:
+            kept = weights, self._layers.packed(modules, self._maps(x, convs, hidden), x)
             if on_cpu:
                 self._kept.clear()
-            if not any(packed):
-                return packed
-            self._kept[version] = weights, packed
-        return self._kept[version][1]
+            if any(kept[1]):
+                self._kept[version] = kept
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed weights, which belong to the weights of this network and not of its copy."""
+        return {**self.__dict__, "_kept": {}}
 
     def _maps(self, x: Tensor, convs: int, hidden: bool) -> list[tuple[int, int]]:
         """Height and width of the inputs of the first ``convs`` convolutions, and of the hidden layers."""
@@ -169,7 +180,7 @@ class VGG16(nn.Module):
             return features
 
         x, x_is_relu = tap("input", x), False
-        if x.device.type == "cpu" and self._nhwc_on_a_cpu:
+        if x.device.type == "cpu" and self._nhwc_on_a_cpu and not runtime.needs_own_operators():
             x = x.contiguous(memory_format=torch.channels_last)
         for n, (conv, weight) in enumerate(zip(self.convs, packed, strict=False), 1):
             conv_name, relu_name = f"conv{n}", f"relu{n}"

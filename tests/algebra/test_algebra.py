@@ -133,4 +133,7 @@ def test_several_weights_are_expanded_and_contracted_to_any_order(
     assert torch.autograd.gradgradcheck(lambda *w: algebra.ExpandWeights.apply(groups, *w), weights)
     by_some = torch.autograd.grad(reals[1].square().sum(), weights, allow_unused=True)
     torch.testing.assert_close(by_some[1], 8 * weights[1])
-    assert not any(gradient.any() for gradient in (by_some[0], by_some[2]))
+    assert (by_some[0], by_some[2]) == (None, None)
+    frozen, trained, _ = algebra.ExpandWeights.apply(groups, weights[0].detach(), *weights[1:])
+    assert not frozen.requires_grad
+    assert trained.requires_grad

@@ -740,6 +740,9 @@ def test_the_form_of_a_packed_weight_follows_the_size_of_its_layer() -> None:
     assert [cpu_form(32, 32, 9, height * width) for height, width in sizes] == ["dense", "q8"]
     packed = qkernels.pack_weights([("hamilton_conv2d", weight)] * 2, torch.zeros(1, 128, 2, 2), sizes)
     assert [each.algorithm for each in packed if each is not None] == ["dense", "q8"]
+    for wrong in ([(8, 8)], 8, [8.5, 8]):
+        with pytest.raises(ValueError, match="sizes must be"):
+            qkernels.pack_weights([("hamilton_conv2d", weight)] * 2, torch.zeros(1, 128, 2, 2), wrong)
 
 
 def test_maps_are_not_copied_on_a_cpu() -> None:

@@ -10,7 +10,8 @@ output, and the gradient by x goes through its mask; the layer before may then l
 `backend` is "torch" (forms.py), "triton" (launch.py), or "auto": launch.py, and forms.py if Triton cannot build a
 kernel. `algorithm` is the form of the product, on the Triton backend with its precision, such as "signed-half"
 (`config.algorithm_of`). `window` is (stride, padding, dilation) of both axes and the groups. `tiles` and `tickets` are
-those of `hamilton_pack`; without them a launch packs its own. On "torch" `tiles` are `algebra.product_weight`'s.
+those of `hamilton_pack`; without them a launch packs its own. On "torch" the forward reads `tiles` that are
+`algebra.product_weight`'s.
 """
 
 from collections.abc import Sequence
@@ -125,7 +126,8 @@ def _save_layer(ctx: Any, inputs: Any, *others: Tensor | None) -> None:
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     need_x, need_weight, *_ = ctx.needs_input_grad
     saved_x = x if need_weight or (need_x and inputs.x_is_relu) else None
-    ctx.save_for_backward(saved_x, *((weight, inputs.tiles) if need_x else (None, None)), inputs.tickets, *others)
+    tiles = inputs.tiles if need_x and inputs.backend != "torch" else None  # of "torch" the forward alone reads them
+    ctx.save_for_backward(saved_x, weight if need_x else None, tiles, inputs.tickets, *others)
     ctx.size, ctx.x_type = x.shape[2:], x.dtype
     ctx.kernel_size, ctx.weight_type = weight.shape[3:], weight.dtype
     ctx.bias_type = None if bias is None else bias.dtype

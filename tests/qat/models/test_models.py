@@ -1,3 +1,4 @@
+import copy
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -233,8 +234,53 @@ def test_packed_weights_change_no_bit_on_a_cpu(width: float) -> None:
     for _ in range(2):
         assert torch.equal(net(x)[0], trained)
     assert len(net._kept) == 1
+    assert not copy.deepcopy(net)._kept
     net.convs[3].get_parameter("weight").mul_(2)
-    assert not torch.equal(net(x)[0], trained)
+    changed = net(x)[0]
+    assert not torch.equal(changed, trained)
+    net.convs[4].get_parameter("weight").data = net.convs[4].get_parameter("weight") * 2
+    assert not torch.equal(net(x)[0], changed)
+    with torch.inference_mode():
+        net(x)
+    (dx,) = torch.autograd.grad(net(x.requires_grad_())[0].sum(), x)
+    assert dx.any()
+
+
+def test_what_is_frozen_or_not_reached_has_no_gradient() -> None:
+    net, x = VGG16(TINY, 3), torch.rand(1, 4, 64, 64)
+    _, tapped = net(x, {"relu2": keep})
+    tapped["relu2"].sum().backward()
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == {
+        f"convs.{n}.{name}" for n in (0, 1) for name in ("weight", "bias")
+    }
+    for conv in net.convs[:10]:
+        conv.requires_grad_(False)
+    _, tapped = net(x, {name: keep for name in ("relu1", "relu11")})
+    assert [tapped[name].requires_grad for name in ("relu1", "relu11")] == [False, True]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_of_layers_of_both_forms_are_the_references(frozen: bool) -> None:
+    """At this width the first hidden layer has the form q8 and the second is dense."""
+    torch.manual_seed(0)
+    net, x = VGG16(NetworkConfig(width=1 / 8, adaptive_pool=True, dropout=0.0), 3), torch.rand(2, 4, 64, 64)
+    net.requires_grad_(not frozen)
+    operands = [x.requires_grad_()] if frozen else list(net.parameters())
+    actual = torch.autograd.grad(net(x)[0].square().sum(), operands)
+    with qkernels.set_backend("reference"):
+        exact = torch.autograd.grad(net(x)[0].square().sum(), operands)
+    for gradient, truth in zip(actual, exact, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max()))
+
+
+def test_networks_are_mapped_and_take_inference_tensors() -> None:
+    x = torch.rand(3, 2, 4, 64, 64)
+    with torch.inference_mode():
+        made = VGG16(TINY, 3).requires_grad_(False).eval()
+        assert torch.equal(made(x[0])[0], made(x[0])[0])
+    net = VGG16(TINY, 3).eval()
+    mapped = torch.vmap(lambda one: net(one)[0])(x)
+    torch.testing.assert_close(mapped, torch.stack([net(one)[0] for one in x]))
 
 
 @pytest.mark.parametrize("forms", list(itertools.product(["dense", "q8"], repeat=3)))
