@@ -358,7 +358,10 @@ def pack_weights(
     (The signed tiles of `ops/hamilton_conv/kernels.py`.)
     """
     checks.tensor("x", x)
+    checks.floating("x", x.dtype)
     checks.layers(weights)
+    for _, weight in weights:
+        checks.floating("weight", weight.dtype)
     dtype = _cast_dtype(x)
     maps = [None] * len(weights) if sizes is None else checks.sizes(sizes, len(weights))
     plans = [runtime.plan_of(name, x, weight, dtype, size) for (name, weight), size in zip(weights, maps, strict=True)]
