@@ -28,6 +28,9 @@ from qat.processes import bar, process_map
 LAYOUT = 2
 """Version of the files; raised whenever their meaning changes, so that old stores are not read."""
 
+_FEW = 1200
+"""Number of files below which no processes are started: importing PyTorch in each takes as long as 1200 short clips."""
+
 _TABLES = "index.csv", "skipped.csv"
 
 log = logging.getLogger(__name__)
@@ -107,7 +110,8 @@ def prepare(
         folder: folder of all stores; this one is a sub-folder named after the corpus and a hash of its content
             (checksums and all columns of the manifest) and of the settings. It is complete or absent; another process
             that needs it meanwhile waits.
-        workers: number of processes with one thread each; 0 works in this one, None takes the available cores.
+        workers: number of processes with one thread each; 0 works in this one; None takes the available cores,
+            or works in this process where there are few files.
         progress: show a progress bar.
 
     Returns:
@@ -118,6 +122,8 @@ def prepare(
     """
     settings = {"layout": LAYOUT, "config": asdict(config), "manifest": manifest.key}
     key = _checksum(settings)
+    if workers is None and len(manifest) < _FEW:
+        workers = 0
     target = Path(folder) / f"{manifest.name}-{key[:16]}"
 
     def make(draft: Path) -> None:

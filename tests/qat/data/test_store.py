@@ -57,6 +57,19 @@ def test_rows_are_the_cuts_of_the_files_in_order(
     assert torch.equal(store.rows(chosen), torch.cat(expected)[chosen])
 
 
+def test_a_few_files_are_prepared_without_processes(
+    make_corpus: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_corpus({"a/1.wav": 1.0, "b/2.wav": 1.0})
+    asked = []
+    whole = store_module.process_map
+    monkeypatch.setattr(store_module, "process_map", lambda workers, *_: asked.append(workers) or whole(0, print))
+    prepare(manifest, CONFIG, tmp_path / "few", progress=False)
+    monkeypatch.setattr(store_module, "_FEW", 2)
+    prepare(manifest, CONFIG, tmp_path / "many", progress=False)
+    assert asked == [0, None]
+
+
 def test_workers_change_no_byte(make_corpus: Callable[..., Manifest], tmp_path: Path) -> None:
     manifest = make_corpus({f"{name}.wav": 0.5 for name in "abcdefghij"})
     alone = quietly(manifest, CONFIG, tmp_path / "alone")
