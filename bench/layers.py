@@ -23,7 +23,7 @@ import qkernels
 from bench.case import BACKWARD, FORWARD, MODES, ROTATED_BYTES, STEP, Case, Provider, Results, Run, Suite
 from bench.gradients import differentiated, reference_run, relative_error
 from qkernels import algebra
-from qkernels.ops.hamilton_conv.config import PLAIN_FORMS, cpu_form
+from qkernels.ops.hamilton_conv.config import PLAIN_FORMS
 from qkernels.runtime.tolerances import tolerance
 
 PRODUCT, DX, DW = BARE = ("product", "dx", "dw")  # without bias and ReLU
@@ -135,7 +135,9 @@ class LayerCase(Case):
         drawn = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
         scale = (self.channels_in * math.prod(self._window)) ** -0.5
         x, weight, bias, dy, real = (tensor.to(self.dtype) for tensor in drawn)
-        last = device.type == "cuda" or (self.quaternion and not self.linear and self._form_on_a_cpu == "dense")
+        last = device.type == "cuda"
+        if not last and self.quaternion and not self.linear:
+            last = qkernels.form_of(qkernels.hamilton_conv2d, x, weight) == "dense"
         layout = torch.channels_last if last else torch.contiguous_format
         return Operands(*(_as(tensor, layout) for tensor in (x, scale * weight, bias, dy, scale * real)))
 
@@ -152,10 +154,6 @@ class LayerCase(Case):
     def tiny(self) -> "LayerCase":
         channels_in = 64 if self.quaternion else 1  # enough for every form
         return replace(self, batch=2, channels_in=channels_in, channels_out=12, size=(4, 3), precision="float32")
-
-    @property
-    def _form_on_a_cpu(self) -> str:
-        return cpu_form(self.channels_out // 4, self.channels_in // 4, self.kernel**2, math.prod(self.size))
 
     @property
     def _window(self) -> tuple[int, ...]:

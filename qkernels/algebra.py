@@ -90,10 +90,7 @@ def expand_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """
     _, p, q, *kernel = weight.shape
     if _is_few(weight):
-        blocks = _product(_expansion(weight.dtype), weight.reshape(4, -1))
-        if groups == 1:
-            return blocks.view(4, 4, p, -1).transpose(1, 2).reshape(4 * p, 4 * q, *kernel)
-        return blocks.view(4, 4, groups, p // groups, -1).permute(2, 0, 3, 1, 4).reshape(4 * p, 4 * q, *kernel)
+        return _real_of(_product(_expansion(weight.dtype), weight.reshape(4, -1)), weight, groups)
     parts = weight.view(4, groups, p // groups, q, *kernel)
     real = weight.new_empty(groups, 4, p // groups, 4, q, *kernel)
     signed = {1: parts, -1: -parts}
@@ -160,29 +157,37 @@ def _of_those_there(function: Any, ctx: Any, gradients: Sequence[Tensor | None])
 
 
 def _expanded(groups: int, *weights: Tensor) -> tuple[Tensor, ...]:
-    if len(weights) == 1 or groups > 1 or not all(map(_is_few, weights)):
+    if len(weights) == 1 or not all(map(_is_few, weights)):
         return tuple(expand_weight(weight, groups) for weight in weights)
     blocks = _product(_expansion(weights[0].dtype), torch.cat([weight.reshape(4, -1) for weight in weights], 1))
-    sizes = [weight.numel() // 4 for weight in weights]
-    return tuple(
-        part.view(4, 4, w.shape[1], -1).transpose(1, 2).reshape(4 * w.shape[1], 4 * w.shape[2], *w.shape[3:])
-        for part, w in zip(blocks.split(sizes, 1), weights, strict=True)
-    )
+    parts = blocks.split([weight.numel() // 4 for weight in weights], 1)
+    return tuple(_real_of(part, weight, groups) for part, weight in zip(parts, weights, strict=True))
 
 
 def _contracted(groups: int, *reals: Tensor) -> tuple[Tensor, ...]:
-    if len(reals) == 1 or groups > 1 or not all(_is_few(real, 4) for real in reals):
+    if len(reals) == 1 or not all(_is_few(real, 4) for real in reals):
         return tuple(contract_weight(real.contiguous(), groups) for real in reals)
     sizes = [real.numel() // 16 for real in reals]
     blocks = reals[0].new_empty(16, sum(sizes))
     for part, real in zip(blocks.split(sizes, 1), reals, strict=True):
-        rows = real.shape[0] // 4
-        part.view(4, 4, rows, -1).copy_(real.reshape(4, rows, 4, -1).transpose(1, 2))
+        own = _blocks_of(real, groups)
+        part.view(own.shape).copy_(own)
     parts = _product(_expansion(blocks.dtype).t(), blocks).split(sizes, 1)
     return tuple(
         part.reshape(4, real.shape[0] // 4, real.shape[1] // 4, *real.shape[2:])
         for part, real in zip(parts, reals, strict=True)
     )
+
+
+def _real_of(blocks: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The real weight of its 4 x 4 blocks `[16, P Q/groups ...]`; `weight` has the quaternion weight's shape."""
+    _, p, q, *kernel = weight.shape
+    return blocks.view(4, 4, groups, p // groups, -1).permute(2, 0, 3, 1, 4).reshape(4 * p, 4 * q, *kernel)
+
+
+def _blocks_of(real: Tensor, groups: int) -> Tensor:
+    """The blocks `[4, 4, groups, P/groups, Q/groups ...]` of a real weight."""
+    return real.reshape(groups, 4, real.shape[0] // (4 * groups), 4, -1).permute(1, 3, 0, 2, 4)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -210,11 +215,7 @@ def contract_weight(real: Tensor, groups: int = 1) -> Tensor:
     """
     rows, columns, *kernel = real.shape
     if _is_few(real, 4):
-        if groups == 1:
-            blocks = real.reshape(4, rows // 4, 4, -1).transpose(1, 2)
-        else:
-            blocks = real.reshape(groups, 4, rows // (4 * groups), 4, -1).permute(1, 3, 0, 2, 4)
-        products = _product(_expansion(real.dtype).t(), blocks.reshape(16, -1))
+        products = _product(_expansion(real.dtype).t(), _blocks_of(real, groups).reshape(16, -1))
         return products.view(4, rows // 4, columns // 4, *kernel)
     blocks = real.view(groups, 4, rows // (4 * groups), 4, columns // 4, *kernel)
     shape = (4, groups, rows // (4 * groups), columns // 4, *kernel)

@@ -319,12 +319,12 @@ class PackedWeight(NamedTuple):
     Attributes:
         tiles: on the Triton backend `[8 or 16, kh kw, P, Q]` in the order of memory, in the maps' type; in plain
             PyTorch the real weight of the form "dense", `[4 P, 4 Q, ...]`, or the weights of "q8", `[8, P, Q, ...]`.
-        tickets: on the Triton backend counters of the layer's kernels, zero before and after each launch.
+        tickets: on the Triton backend counters of the layer's kernels, zero before and after each launch; else None.
         algorithm: form of the products that read the tiles, on the Triton backend with their precision.
     """
 
     tiles: Tensor
-    tickets: Tensor
+    tickets: Tensor | None
     algorithm: str
 
     @property
@@ -393,7 +393,7 @@ def _plain_packed(
         if algorithm == "q8" and not (torch.is_grad_enabled() and cast[i].requires_grad):
             tiles[i] = product_weight(cast[i], algorithm)
     for i, own in tiles.items():
-        packed[i] = PackedWeight(own, own.new_empty(0, dtype=torch.int32), algorithms[i])
+        packed[i] = PackedWeight(own, None, algorithms[i])
     return packed
 
 
@@ -769,7 +769,7 @@ def _operands_of_layer(
     return x, weight, bias, backend, algorithm
 
 
-def _packed(packed: PackedWeight | None, x: Tensor, weight: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+def _packed(packed: PackedWeight | None, x: Tensor, weight: Tensor, algorithm: str) -> tuple[Tensor, Tensor | None]:
     """Tiles and tickets for a layer."""
     if packed is None:
         backend = runtime.operator_backend("triton")

@@ -404,8 +404,12 @@ class _Job:
         prepared: list[Any] = []
         try:
             while self.driver is None or _is_held(self.driver):
-                while len(running) < self.at_once and (run := self._next(running) or self._waiting(running, prepared)):
-                    trains = not run.missing()
+                while len(running) < self.at_once:
+                    ready = self._next(running)
+                    run = ready or self._waiting(running, prepared)
+                    if run is None:
+                        break
+                    trains = ready is not None
                     process = context.Process(target=_train if trains else _prepare, args=(run, self.one_thread))
                     with _blocked():
                         process.start()

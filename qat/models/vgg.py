@@ -26,6 +26,9 @@ CHANNELS = tuple(layer for layer in LAYERS if isinstance(layer, int))
 POOL_AFTER = tuple(i - LAYERS[:i].count("M") for i, layer in enumerate(LAYERS) if layer == "M")
 """Numbers, from 1, of the convolutions before a pool."""
 
+_POOLS_BEFORE = tuple(sum(after < n for after in POOL_AFTER) for n in range(1, len(CHANNELS) + 1))
+"""Number of pools in front of each convolution."""
+
 _DEPTH = {"input": 0} | {f"{kind}{n}": n for n in range(1, len(CHANNELS) + 1) for kind in ("conv", "relu")}
 _DEPTH |= {f"pool{k}": n for k, n in enumerate(POOL_AFTER, 1)}
 """Number of convolutions before each feature map; of maps with the same number, the next convolution reads the last."""
@@ -134,9 +137,7 @@ class VGG16(nn.Module):
         weights, on_cpu = [module.weight for module in modules], x.device.type == "cpu"
         if on_cpu and torch.compiler.is_compiling():
             return [None] * len(modules)
-        if any(weight.requires_grad for weight in weights):
-            return self._layers.packed(modules, self._maps(x, convs, hidden), x)
-        if any(weight.is_inference() for weight in weights):  # which has no version
+        if any(weight.requires_grad or weight.is_inference() for weight in weights):  # the latter have no version
             return self._layers.packed(modules, self._maps(x, convs, hidden), x)
         size = x.shape[2:] if on_cpu else None  # by which plain PyTorch chooses its forms
         mode = torch.is_inference_mode_enabled(), autocast_dtype(x.device.type), runtime.settings()
@@ -157,8 +158,7 @@ class VGG16(nn.Module):
 
     def _maps(self, x: Tensor, convs: int, hidden: bool) -> list[tuple[int, int]]:
         """Height and width of the inputs of the first ``convs`` convolutions, and of the hidden layers."""
-        halvings = (sum(n <= before for n in POOL_AFTER) for before in range(convs))
-        maps = [(x.shape[2] >> k, x.shape[3] >> k) for k in halvings]
+        maps = [(x.shape[2] >> k, x.shape[3] >> k) for k in _POOLS_BEFORE[:convs]]
         return [*maps, self._last_map, (1, 1)] if hidden else maps
 
     def _features(
